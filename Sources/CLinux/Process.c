@@ -94,6 +94,13 @@ int dmu_peer_credentials(int fd, pid_t *pid, uid_t *uid, gid_t *gid)
     return 0;
 }
 
+_Static_assert(DMU_SPAWN_SETSID == POSIX_SPAWN_SETSID, "POSIX_SPAWN_SETSID");
+
+int dmu_spawn_close_from(posix_spawn_file_actions_t *actions, int first)
+{
+    return posix_spawn_file_actions_addclosefrom_np(actions, first);
+}
+
 int dmu_pidfd_open(pid_t pid)
 {
     return pidfd_open(pid, 0);

@@ -144,7 +144,7 @@ public struct Command: Sendable {
     for gap in 3..<(highest + 1) where descriptors[gap] == nil {
       posix_spawn_file_actions_addclose(&actions, gap)
     }
-    posix_spawn_file_actions_addclosefrom_np(&actions, highest + 1)
+    dmu_spawn_close_from(&actions, highest + 1)
 
     var signals = sigset_t()
     sigemptyset(&signals)
@@ -153,7 +153,7 @@ public struct Command: Sendable {
     for signal in [SIGKILL, SIGSTOP] { sigdelset(&signals, signal) }
     posix_spawnattr_setsigdefault(&attributes, &signals)
     var flags = POSIX_SPAWN_SETSIGMASK | POSIX_SPAWN_SETSIGDEF
-    if newSession { flags |= POSIX_SPAWN_SETSID }
+    if newSession { flags |= DMU_SPAWN_SETSID }
     posix_spawnattr_setflags(&attributes, Int16(flags))
 
     var pid: pid_t = 0

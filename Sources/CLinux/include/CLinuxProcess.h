@@ -4,6 +4,7 @@
 #define DMU_CLINUX_PROCESS_H
 
 #include <signal.h>
+#include <spawn.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <sys/types.h>
@@ -28,6 +29,11 @@ int dmu_accept(int fd);
 // Pid, user and group of the peer of a connected Unix socket, at the time it connected.
 // Source: unix(7), SO_PEERCRED.
 int dmu_peer_credentials(int fd, pid_t *pid, uid_t *uid, gid_t *gid);
+
+// In a started process, closes every descriptor from `first` on; and makes it the leader
+// of a new session. Source: posix_spawn_file_actions_addclosefrom_np(3), posix_spawn(3).
+int dmu_spawn_close_from(posix_spawn_file_actions_t *actions, int first);
+#define DMU_SPAWN_SETSID 0x80
 
 // A descriptor for a process. Source: pidfd_open(2).
 int dmu_pidfd_open(pid_t pid);
