@@ -76,7 +76,8 @@ private enum Request: Sendable {
   /// One to four names deep, few names: so that requests meet.
   static func path(using random: inout SeededRandom) -> String {
     let depth = Int.random(in: 1...4, using: &random)
-    return "/m" + (0..<depth).map { _ in "/" + ["a", "b", "c"].randomElement(using: &random)! }
+    return "/m"
+      + (0..<depth).map { _ in "/" + ["a", "b", "c"].randomElement(using: &random)! }
       .joined()
   }
 
