@@ -9,6 +9,7 @@
 #include <sys/types.h>
 #include <sys/uio.h>
 
+#include "CLinuxProcess.h"
 #include "io.h"
 
 // Opens with a creation mode. Source: open(2).
