@@ -70,10 +70,7 @@ public final class NBDExport {
   /// throws.
   public func listen(_ socket: consuming Descriptor) throws(IOError) {
     let raw = socket.raw
-    let flags = fcntl(raw, F_GETFL)
-    guard flags >= 0, fcntl(raw, F_SETFL, flags | O_NONBLOCK) == 0 else {
-      throw IOError.last("prepare a listening socket")
-    }
+    try UnixSocket.setNonBlocking(raw)
     let registration = try loop.add(raw, for: .readable) { [unowned self] _ in accept(raw) }
     listeners.append((socket.release(), registration))
   }
@@ -108,20 +105,14 @@ public final class NBDExport {
 
   private func accept(_ raw: Int32) {
     while true {
-      let connection = accept4(raw, nil, nil, Int32(SOCK_CLOEXEC.rawValue | SOCK_NONBLOCK.rawValue))
-      guard connection >= 0 else {
-        // EAGAIN: all taken. Out of descriptors: the next turn tries again, and a client
-        // that has gone by now is no matter.
-        return
-      }
-      let descriptor = Descriptor(owning: connection)
-      guard sessions.count < options.maxConnections else { continue }
       do throws(IOError) {
-        sessions.append(
-          try NBDSession(self, descriptor, inTransmission: false, ended: nil))
+        guard let connection = try UnixSocket.accept(from: raw) else { return }
+        guard sessions.count < options.maxConnections else { continue }
+        sessions.append(try NBDSession(self, connection, inTransmission: false, ended: nil))
       } catch {
-        // The descriptor is closed by now; the client sees the end of it.
-        continue
+        // Out of descriptors or memory: who is turned away sees the end of the connection,
+        // and who waits is taken by a later turn.
+        return
       }
     }
   }

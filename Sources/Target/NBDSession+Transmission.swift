@@ -57,7 +57,11 @@ extension NBDSession {
   private func refuse(_ request: NBDRequest, _ code: Int32) {
     let isChunked =
       request.command == NBD.Command.read || request.command == NBD.Command.blockStatus
-    if structured && isChunked { replyError(request.cookie, code) } else { reply(request.cookie, code) }
+    if structured && isChunked {
+      replyError(request.cookie, code)
+    } else {
+      reply(request.cookie, code)
+    }
   }
 
   /// Serves a write whose payload lies in a slab, which is kept for as long as it takes.
@@ -106,7 +110,8 @@ extension NBDSession {
     var wanted = TargetRequest(
       operation, offset: request.offset, count: UInt64(request.count), buffer: buffer,
       tag: UInt64(index))
-    wanted.isForced = request.flags & NBD.CommandFlag.forced != 0
+    wanted.isForced =
+      request.flags & NBD.CommandFlag.forced != 0
       && request.command != NBD.Command.read && operation != .status
     wanted.keepsSpace = request.flags & NBD.CommandFlag.noHole != 0 && operation == .zero
     if let code = target.submit(wanted, owner: owner) {

@@ -118,10 +118,7 @@ public final class NBDSession: RequestOwner {
     inSlab = slabs.take(NBDSlabs.ordinary)
     outSlab = slabs.take(NBDSlabs.ordinary)
     let raw = socket.raw
-    let flags = fcntl(raw, F_GETFL)
-    guard flags >= 0, fcntl(raw, F_SETFL, flags | O_NONBLOCK) == 0 else {
-      throw IOError.last("prepare an NBD connection")
-    }
+    try UnixSocket.setNonBlocking(raw)
     registration = try export.loop.add(raw, for: .readable) { [unowned self] in ready($0) }
     self.socket = consume socket
     owner = target.enroll(self)
