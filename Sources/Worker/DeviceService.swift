@@ -86,7 +86,7 @@ final class DeviceService: DiskService {
     do throws(IOError) {
       let pair = try UnixSocket.pair(.stream)
       other = PassedDescriptor(pair.second)
-      try disk.attach(pair.first)
+      disk.attach(pair.first)
     } catch { throw WorkerError(error) }
     let configuration = NBDConfiguration(
       size: disk.size, flags: NBDExport.transmissionFlags(readOnly: readOnly),
