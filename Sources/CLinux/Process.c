@@ -4,8 +4,11 @@
 #include <errno.h>
 #include <linux/netlink.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/pidfd.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
+#include <sys/signalfd.h>
 #include <sys/socket.h>
 #include <sys/time.h>
 #include <sys/wait.h>
@@ -122,6 +125,51 @@ int dmu_pidfd_reap(int pidfd, int *code, int *status)
     *code = info.si_code;
     *status = info.si_status;
     return 1;
+}
+
+int dmu_signal_descriptor(const int *signals, size_t count)
+{
+    sigset_t set;
+    sigemptyset(&set);
+    for (size_t i = 0; i < count; i++)
+        sigaddset(&set, signals[i]);
+    int result = pthread_sigmask(SIG_BLOCK, &set, NULL);
+    if (result != 0) {
+        errno = result;
+        return -1;
+    }
+    if (signal(SIGPIPE, SIG_IGN) == SIG_ERR)
+        return -1;
+    return signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK);
+}
+
+int dmu_read_signal(int fd)
+{
+    struct signalfd_siginfo info;
+    ssize_t count = read(fd, &info, sizeof info);
+    if (count == (ssize_t)sizeof info)
+        return (int)info.ssi_signo;
+    if (count >= 0)
+        errno = EIO;
+    return -1;
+}
+
+int dmu_set_user(uid_t uid, gid_t gid)
+{
+    if (setresgid(gid, gid, gid) != 0)
+        return -1;
+    return setresuid(uid, uid, uid);
+}
+
+int dmu_lift_memory_limit(void)
+{
+    struct rlimit limit = {.rlim_cur = RLIM_INFINITY, .rlim_max = RLIM_INFINITY};
+    return setrlimit(RLIMIT_MEMLOCK, &limit);
+}
+
+int dmu_lock_memory(void)
+{
+    return mlockall(MCL_CURRENT | MCL_FUTURE | MCL_ONFAULT);
 }
 
 int dmu_prctl(int option, unsigned long argument)

@@ -60,6 +60,14 @@ public final class FileStore: ByteStore {
     return status
   }
 
+  /// Whether another store is the same file, or the same device by whatever node.
+  public func isSameFile(as other: FileStore) throws(IOError) -> Bool {
+    let mine = try status()
+    let theirs = try other.status()
+    if isBlockDevice && other.isBlockDevice { return mine.st_rdev == theirs.st_rdev }
+    return mine.st_dev == theirs.st_dev && mine.st_ino == theirs.st_ino
+  }
+
   /// Length in bytes. A regular file is asked each time, since it grows.
   public var size: UInt64 {
     guard !isBlockDevice else { return deviceSize }

@@ -6,11 +6,13 @@ public struct StartOrder: Sendable, Equatable {
   public var disk: String
   /// Name of the image format.
   public var format: String
+  /// The store's path, only for what is said to people; the worker opens nothing.
+  public var storePath: String?
   /// Whether the store is new and empty, and the image shall be made in it.
   public var create = false
   /// For a new image: bytes of a block; nil: the format's own choice.
   public var blockSize: UInt32?
-  /// For a new image: the base as it shall stand in the header.
+  /// The base's path, for what is said to people and, in a new image, for the header.
   public var basePath: String?
   /// Whether the guest may only read.
   public var readOnly = false
@@ -50,6 +52,7 @@ public enum WorkerOrder: Sendable, Equatable {
       if order.readOnly { fields["readonly"] = "1" }
       if order.force { fields["force"] = "1" }
       fields["block-size"] = order.blockSize.map(String.init)
+      fields["store-path"] = order.storePath
       fields["base-path"] = order.basePath
       return LinkMessage("start", fields)
     case .base: return LinkMessage("base")
@@ -70,6 +73,7 @@ public enum WorkerOrder: Sendable, Equatable {
       order.readOnly = try message.flag("readonly")
       order.force = try message.flag("force")
       order.blockSize = try message.optionalNumber("block-size")
+      order.storePath = message.fields["store-path"]
       order.basePath = message.fields["base-path"]
       self = .start(order)
     case "base":

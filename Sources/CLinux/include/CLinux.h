@@ -10,6 +10,7 @@
 #include <sys/uio.h>
 
 #include "CLinuxProcess.h"
+#include "io.h"
 
 // Opens with a creation mode. Source: open(2).
 int dmu_open(const char *path, int flags, mode_t mode);

@@ -45,6 +45,21 @@ int dmu_pidfd_send_signal(int pidfd, int signal);
 // siginfo_t, 0 when it still runs. Source: waitid(2), P_PIDFD.
 int dmu_pidfd_reap(int pidfd, int *code, int *status);
 
+// Blocks the signals for the calling thread, ignores SIGPIPE, and gives a non-blocking
+// descriptor from which they are read. Source: signalfd(2).
+int dmu_signal_descriptor(const int *signals, size_t count);
+
+// The next signal's number from such a descriptor. Source: signalfd(2).
+int dmu_read_signal(int fd);
+
+// Real, effective and saved group, then user. Source: setresgid(2), setresuid(2).
+int dmu_set_user(uid_t uid, gid_t gid);
+
+// Lifts the limit on locked memory; then locks every page, now and later, once it has been
+// touched. Source: setrlimit(2); mlockall(2), MCL_ONFAULT.
+int dmu_lift_memory_limit(void);
+int dmu_lock_memory(void);
+
 // An operation on the calling process. Source: prctl(2).
 int dmu_prctl(int option, unsigned long argument);
 
