@@ -55,8 +55,12 @@ public struct XenStoreError: Error, Equatable, Sendable {
 extension XenStoreError: CustomStringConvertible {
   /// One line for a log: what, where, why, and what to do.
   public var description: String {
-    let place = path.map { " \($0.debugDescription)" } ?? ""
-    return "xenstore \(operation)\(place): \(message); \(remedy)"
+    // A path that is refused for its length need not fill the log.
+    let place = path.map { path in
+      path.utf8.count <= 200
+        ? " \(path.debugDescription)" : " \(String(path.prefix(200)).debugDescription)..."
+    }
+    return "xenstore \(operation)\(place ?? ""): \(message); \(remedy)"
   }
 }
 
@@ -77,6 +81,11 @@ extension XenStoreError {
         (.conflict, "a competing change came in between", "try again")
       case EPIPE, EBADF, ENOTCONN, ECONNRESET, ECONNREFUSED, ECONNABORTED:
         (.disconnected, "the connection to xenstored broke", Self.checkService)
+      case EINVAL:
+        (
+          .refused(errno: number), "xenstored finds the path or the request invalid",
+          "check the path, also its length"
+        )
       default:
         (.refused(errno: number), "\(String(cString: strerror(number)))", Self.checkService)
       }

@@ -7,10 +7,14 @@
 // domain 0. Every domain id counts as alive; a ring is a page of zeroes that nobody writes to;
 // an event channel is an eventfd that never fires. Clients come in by the Unix socket alone.
 //
+// With SHIM_LIFELINE=N xenstored also ends when nobody holds the other end of descriptor N open
+// any more: it then never outlives the test that started it, however that test ends.
+//
 // Invariant: no function here blocks, and none fails unless memory or descriptors run out.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <fcntl.h>
+#include <pthread.h>
 #include <stdarg.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -123,6 +127,22 @@ xenevtchn_port_or_error_t xenevtchn_pending(xenevtchn_handle *xce) {
 int xenevtchn_unmask(xenevtchn_handle *xce, evtchn_port_t port) {
   (void)xce, (void)port;
   return 0;
+}
+
+static void *wait_for_the_end(void *lifeline) {
+  char byte;
+  while (read((int)(intptr_t)lifeline, &byte, 1) > 0) {
+  }
+  _exit(0);
+}
+
+__attribute__((constructor)) static void watch_lifeline(void) {
+  const char *number = getenv("SHIM_LIFELINE");
+  pthread_t thread;
+  if (number == NULL) return;
+  if (pthread_create(&thread, NULL, wait_for_the_end, (void *)(intptr_t)atoi(number)) != 0)
+    abort();
+  pthread_detach(thread);
 }
 
 static int memory_file(const char *name, const char *text) {
