@@ -35,11 +35,12 @@ public struct Configuration: Sendable, Equatable {
   /// Directories whose files and devices an image may name as its base.
   public var baseDirectories: [String] = []
 
-  /// How long one request may take before the kernel gives the worker's socket up; zero:
-  /// for ever.
-  public var requestTimeout = Duration.seconds(90)
+  /// How long one request may take before the kernel gives the worker's socket up and sends
+  /// it again on the next. As long, too, is the pause of a request that was under way when
+  /// its worker died.
+  public var requestTimeout = Duration.seconds(10)
   /// How long the kernel waits for a new worker before it fails the guest's requests.
-  public var deadConnectionTimeout = Duration.seconds(300)
+  public var deadConnectionTimeout = Duration.seconds(86_400)
 
   /// The defaults.
   public init() {}

@@ -31,8 +31,8 @@ struct ConfigurationKey: Sendable {
     number("worker", "restart-limit", \.restartLimit, 0...1_000_000),
     seconds("worker", "restart-window", \.restartWindow, 1...86_400),
     directories("base", "directories", \.baseDirectories),
-    seconds("nbd", "request-timeout", \.requestTimeout, 0...86_400),
-    seconds("nbd", "dead-connection-timeout", \.deadConnectionTimeout, 1...86_400),
+    seconds("nbd", "request-timeout", \.requestTimeout, 1...3600),
+    seconds("nbd", "dead-connection-timeout", \.deadConnectionTimeout, 1...31_536_000),
   ]
 
   private static let logLevel = ConfigurationKey(

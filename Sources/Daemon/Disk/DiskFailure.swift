@@ -2,6 +2,9 @@
 // remedy. The words stand here and nowhere else; hotplug-error, status and log all show
 // the same sentence.
 
+internal import Posix
+import Glibc
+
 /// A disk that failed, and why.
 public struct DiskFailure: Error, Sendable, Hashable, CustomStringConvertible {
   /// What kind of trouble; for programs.
@@ -123,13 +126,16 @@ extension DiskFailure {
         + " or give this disk a store of its own")
   }
 
-  static func inUseElsewhere(
-    _ role: SpecError.Role, _ path: String, pid: Int32?
-  ) -> DiskFailure {
-    let who = pid.map { " (process \($0))" } ?? ""
-    return DiskFailure(
+  static func inUseElsewhere(_ role: SpecError.Role, _ path: String) -> DiskFailure {
+    DiskFailure(
+      .inUse, "\(role.rawValue) \(path) is in use by another program: end that program first")
+  }
+
+  static func storeIsBase(_ path: String, of holder: DiskID, vdev: String) -> DiskFailure {
+    DiskFailure(
       .inUse,
-      "\(role.rawValue) \(path) is in use by another program\(who): end that program first")
+      "store \(path) is in use by domain \(holder.domain) (\(vdev)) as its base: give this disk"
+        + " a store of its own")
   }
 
   static func sameStoreTwice(_ path: String) -> DiskFailure {
@@ -137,9 +143,18 @@ extension DiskFailure {
       .inUse, "base \(path) is in use as the store of another disk: give this disk another base")
   }
 
-  static func timeout(_ what: String, _ seconds: Duration, remedy: String) -> DiskFailure {
-    DiskFailure(
-      .timeout, "\(what) within \(seconds.components.seconds) seconds: \(remedy)")
+  static func timeout(_ what: String, _ limit: Duration, remedy: String) -> DiskFailure {
+    DiskFailure(.timeout, "\(what) within \(limit.components.seconds) seconds: \(remedy)")
+  }
+
+  static func device(_ error: IOError) -> DiskFailure {
+    let remedy =
+      switch error.code {
+      case ENOENT: "load the nbd driver (modprobe nbd)"
+      case EPERM, EACCES: "dmu-xend has to run as root"
+      default: "look at the kernel's log (dmesg)"
+      }
+    return DiskFailure(.device, "\(error.description): \(remedy)")
   }
 
   static func worker(_ what: String) -> DiskFailure { DiskFailure(.worker, what) }

@@ -32,37 +32,59 @@ struct OpenImage: Sendable {
 
 /// What opening came to.
 enum OpenOutcome: Sendable {
-  /// Opened; `created` when the store is new and has to be formatted.
-  case opened(store: OpenImage, base: OpenImage?, created: Bool)
+  /// Opened and locked.
+  case opened(store: OpenImage, base: OpenImage?, StoreState)
   /// Somebody has a lock on this one.
   case locked(SpecError.Role, FileIdentity)
 }
 
+/// What is known of a store from outside.
+enum StoreState: Sendable {
+  /// It holds something.
+  case used
+  /// It was there and holds no byte: made once, and never formatted.
+  case empty
+  /// It was made just now.
+  case made
+}
+
 enum Images {
-  /// Opens and locks the store and the base of a spec. Blocks.
-  static func open(_ spec: Spec, readOnly: Bool) throws(DiskFailure) -> OpenOutcome {
+  /// Opens and locks the store and the base of a spec. Blocks. `mayCreate`: a store that
+  /// is not there is made.
+  static func open(
+    _ spec: Spec, readOnly: Bool, mayCreate: Bool = true
+  ) throws(DiskFailure) -> OpenOutcome {
     var base: OpenImage?
     if let path = spec.base {
       let image = try openBase(path)
       guard try lock(image, .base) else { return .locked(.base, image.identity) }
       base = image
     }
-    var created = false
-    let store: OpenImage
+    var state = StoreState.used
+    var store: OpenImage?
     do throws(IOError) {
       store = try openStore(spec.store, readOnly: readOnly)
     } catch {
       guard error.code == ENOENT else { throw DiskFailure(error) }
-      guard base != nil else { throw .storeMissing(spec.store) }
-      store = try create(spec.store)
-      created = true
     }
-    guard try lock(store, .store, shared: readOnly && !created) else {
+    if store == nil {
+      guard base != nil, mayCreate else { throw .storeMissing(spec.store) }
+      store = try create(spec.store)
+      state = .made
+    }
+    guard let store else { throw .storeMissing(spec.store) }
+    guard try lock(store, .store, shared: readOnly && state == .used) else {
       return .locked(.store, store.identity)
     }
-    // A store of no bytes is one that was created and never formatted.
-    if !created, base != nil, !store.file.isBlockDevice, store.file.size == 0 { created = true }
-    return .opened(store: store, base: base, created: created)
+    if state == .used, mayCreate, base != nil, !store.file.isBlockDevice, store.file.size == 0 {
+      state = .empty
+    }
+    return .opened(store: store, base: base, state)
+  }
+
+  /// Removes a store that was made and came to nothing. Blocks.
+  static func remove(_ path: String) throws(IOError) {
+    guard unlink(path) == 0 || errno == ENOENT else { throw IOError.last("remove", path) }
   }
 
   /// Opens a base that was named by a spec, or by an image that may. Blocks.
@@ -124,8 +146,7 @@ enum Images {
     _ descriptor: consuming Descriptor, _ path: String
   ) throws(IOError) -> OpenImage {
     // O_NONBLOCK was for pipes that have no writer; it means nothing to files and devices.
-    let identity = try FileIdentity(descriptor.raw, name: path)
-    return OpenImage(file: try FileStore(descriptor, name: path), identity: identity)
+    try OpenImage(descriptor, name: path)
   }
 }
 

@@ -21,7 +21,7 @@ public struct DeviceWish: Sendable {
   public var size: UInt64
   /// NBD transmission flags of the worker.
   public var flags: UInt16
-  /// Time that one request may take; zero: for ever.
+  /// Time that one request may take, at least a second.
   public var requestTimeout: Duration
   /// Time that requests wait for a new worker.
   public var deadConnectionTimeout: Duration
@@ -58,13 +58,16 @@ public protocol DeviceAttacher: Sendable {
   /// Makes a device of a connected socket whose other end serves NBD's transmission phase.
   /// The socket stays the caller's, who closes it.
   func attach(_ wish: DeviceWish, socket: Int32) throws(IOError) -> DeviceNode
-  /// Gives a device another socket after the death of the old one. EAGAIN: not yet, the old
-  /// one's death has not been noticed.
+  /// Gives a device another socket after the death of the old one. It may be dropped without
+  /// a word when that death has not been noticed yet: then its other end reads the end of
+  /// the stream at once, and the caller tries again.
   func reattach(_ node: DeviceNode, socket: Int32, identifier: String) throws(IOError)
   /// Ends a device. One that is not there is no error.
   func detach(_ node: DeviceNode) throws(IOError)
   /// Whether a device made earlier, perhaps by an earlier daemon, is there and ours.
   func isAttached(_ node: DeviceNode, identifier: String) throws(IOError) -> Bool
+  /// Every device that a daemon like this one has made.
+  func devices() throws(IOError) -> [DeviceNode]
 }
 
 /// The kernel's nbd driver.
@@ -119,6 +122,23 @@ public struct KernelAttacher: DeviceAttacher {
       return true  // A kernel before 5.14 has no such name.
     }
   }
+
+  /// Every connected device that bears one of our names.
+  public func devices() throws(IOError) -> [DeviceNode] {
+    var found: [DeviceNode] = []
+    for (index, connected) in try NBDDevice.status() where connected {
+      do throws(IOError) {
+        let name = try TextFile.read("/sys/block/nbd\(index)/backend")
+        if name.hasPrefix(KernelAttacher.mark) { found.append(try node(index)) }
+      } catch {
+        guard error.code == ENOENT else { throw error }
+      }
+    }
+    return found
+  }
+
+  /// How the identifiers of our devices begin.
+  static let mark = "dmu-xen "
 
   private func node(_ index: UInt32) throws(IOError) -> DeviceNode {
     let path = "/sys/block/nbd\(index)/dev"

@@ -27,6 +27,14 @@ enum WorkerSilence: Error, Sendable {
   case overdue
   /// The link has ended, or an order could not be sent.
   case closed(String)
+
+  /// In a few words.
+  var words: String {
+    switch self {
+    case .overdue: "it does not answer"
+    case .closed(let reason): reason
+    }
+  }
 }
 
 /// A report and what came with it.
