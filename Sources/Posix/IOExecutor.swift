@@ -57,9 +57,13 @@ public protocol IOExecutor: AnyObject {
   /// Whether a device may be written.
   func isWritable(_ device: UInt16) -> Bool
 
+  /// The byte from which on a device is known to read as zeroes for ever; UInt64.max when it
+  /// may grow.
+  func end(_ device: UInt16) -> UInt64
+
   /// Reads or writes at once what can be done without waiting: how many bytes, at least one,
   /// or minus an errno; -EAGAIN means that it has to be started instead.
-  func attempt(_ io: borrowing BackingIO) -> Int
+  func attempt(_ io: BackingIO) -> Int
 
   /// Starts an operation that may take its time.
   func start(_ io: BackingIO)

@@ -57,8 +57,13 @@ public final class PoolExecutor: IOExecutor {
     devices[Int(device)].isWritable
   }
 
+  /// The end of a device that cannot grow.
+  public func end(_ device: UInt16) -> UInt64 {
+    devices[Int(device)].fixedSize ?? UInt64.max
+  }
+
   /// Tries the page cache.
-  public func attempt(_ io: borrowing BackingIO) -> Int {
+  public func attempt(_ io: BackingIO) -> Int {
     let index = Int(io.device)
     guard devices[index].raw >= 0, let buffer = io.buffer else { return -Int(EAGAIN) }
     switch io.operation {

@@ -5,7 +5,7 @@ import Glibc
 
 /// A descriptor from which signals are read. They are blocked for this thread and every one
 /// that it starts later, so make it before any other thread.
-public struct SignalSource: ~Copyable {
+public final class SignalSource: Sendable {
   private let descriptor: Descriptor
 
   /// The descriptor, lent: readable when a signal waits.

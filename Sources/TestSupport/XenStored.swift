@@ -20,21 +20,22 @@ public final class XenStored: Sendable {
     var pid: pid_t = 0
     /// Held open as long as xenstored shall run.
     var lifeline: Int32 = -1
+    var options: [String]
   }
 
   /// The directory that holds all of it.
   public let directory: String
   private let program: String
   private let shim: String
-  private let options: [String]
-  private let state = Mutex(State())
+  private let state: Mutex<State>
 
   /// Where clients connect.
   public var socketPath: String { directory + "/run/socket" }
   /// The process, or 0 while none runs.
   public var pid: Int32 { state.withLock { $0.pid } }
 
-  /// Starts xenstored and waits until it listens. `options` are given to it beside `-N -I`.
+  /// Starts xenstored and waits until it listens. `options` are given to it beside `-N -I`, and
+  /// `--trace` among them makes it keep a `trace`.
   public static func start(options: [String] = []) throws(XenStoredFailure) -> XenStored {
     let instance = try XenStored(options)
     try instance.launch()
@@ -44,7 +45,7 @@ public final class XenStored: Sendable {
   private init(_ options: [String]) throws(XenStoredFailure) {
     program = try Self.program()
     shim = try Self.builtShim.get()
-    self.options = options
+    state = Mutex(State(options: options))
     var name = Array("/tmp/dmu-xenstored-XXXXXX".utf8CString)
     guard mkdtemp(&name) != nil else { throw Self.failure("make a directory", errno) }
     directory = String(decoding: name.dropLast().map { UInt8(bitPattern: $0) }, as: UTF8.self)
@@ -55,7 +56,7 @@ public final class XenStored: Sendable {
 
   deinit {
     stop()
-    for part in ["/run/socket", "/run/xenstored.pid", "/log", "/run", "/root"] {
+    for part in ["/run/socket", "/run/xenstored.pid", "/log", "/trace", "/run", "/root"] {
       remove(directory + part)
     }
     rmdir(directory)
@@ -69,7 +70,7 @@ public final class XenStored: Sendable {
   /// Ends xenstored at once, as `kill -9` does; its store is lost. Twice is once.
   public func stop() {
     let (pid, lifeline) = state.withLock { state in
-      defer { state = State() }
+      defer { state = State(options: state.options) }
       return (state.pid, state.lifeline)
     }
     guard pid > 0 else { return }
@@ -80,9 +81,10 @@ public final class XenStored: Sendable {
   }
 
   /// Kills xenstored and starts it anew, with an empty store or with what the old one held.
-  public func restart(keepingData: Bool = false) throws {
+  public func restart(keepingData: Bool = false, options: [String]? = nil) throws {
     let saved = keepingData ? try save() : []
     stop()
+    if let options { state.withLock { $0.options = options } }
     try launch()
     try restore(saved)
   }
@@ -103,7 +105,10 @@ public final class XenStored: Sendable {
       close(ends[0])
       throw error
     }
-    state.withLock { $0 = State(pid: child, lifeline: ends[0]) }
+    state.withLock { state in
+      state.pid = child
+      state.lifeline = ends[0]
+    }
     try waitUntilItListens(child)
   }
 
@@ -141,6 +146,9 @@ extension XenStored {
       "XENSTORED_RUNDIR=\(directory)/run", "XENSTORED_ROOTDIR=\(directory)/root",
     ]
     var child: pid_t = 0
+    let options = state.withLock { $0.options }.flatMap { (option: String) -> [String] in
+      option == "--trace" ? ["--trace-file", directory + "/trace"] : [option]
+    }
     let result = withCStrings([program, "-N", "-I"] + options) { arguments in
       withCStrings(environment) {
         posix_spawn(&child, program, &actions, &attributes, arguments, $0)
@@ -156,7 +164,7 @@ extension XenStored {
       var status: Int32 = 0
       if waitpid(child, &status, WNOHANG) == child {
         let lifeline = state.withLock { state in
-          defer { state = State() }
+          defer { state = State(options: state.options) }
           return state.lifeline
         }
         close(lifeline)
@@ -169,12 +177,21 @@ extension XenStored {
     throw XenStoredFailure(description: "xenstored does not listen after 5 s: \(log())")
   }
 
-  private func log() -> String {
-    guard let file = fopen(directory + "/log", "r") else { return "it wrote nothing" }
+  /// What xenstored has received and sent so far, if it was started with `--trace`: a line each,
+  /// such as `IN 0x55 20251121 10:51:14 UNWATCH (/path token )`.
+  public func trace() -> String { text(of: "/trace") }
+
+  private func log() -> String { text(of: "/log") }
+
+  private func text(of name: String) -> String {
+    guard let file = fopen(directory + name, "r") else { return "" }
     defer { fclose(file) }
-    var bytes = [UInt8](repeating: 0, count: 4000)
-    let count = fread(&bytes, 1, bytes.count, file)
-    return String(decoding: bytes.prefix(count), as: UTF8.self)
+    var all: [UInt8] = []
+    var bytes = [UInt8](repeating: 0, count: 4096)
+    while case let count = fread(&bytes, 1, bytes.count, file), count > 0 {
+      all += bytes.prefix(count)
+    }
+    return String(decoding: all, as: UTF8.self)
   }
 
   private static func program() throws(XenStoredFailure) -> String {

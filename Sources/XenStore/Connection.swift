@@ -16,23 +16,28 @@ import Glibc
 import Synchronization
 
 final class Connection: @unchecked Sendable {
-  // The handle is the only thing here that is not Sendable by itself. libxenstore guards it
-  // with mutexes of its own; that nobody uses it after the close is the invariant above.
+  // The handle is not Sendable by itself: libxenstore guards it with mutexes of its own, and that
+  // nobody uses it after the close is the invariant above. `hasReader` is one thread's own.
   let handle: OpaquePointer
   /// Counts the connections of one client, from 1.
   let generation: Int
   /// Readable when watch events wait. Owned by the handle.
   let events: Int32
+  /// The socket itself, or -1. Owned by the handle.
+  let socket: Int32
   /// A duplicate of the socket, or -1. Owned by this object.
   let lifeline: Int32
+  /// libxenstore has started its reader, which it does at the first watch. The requester's own.
+  var hasReader = false
 
   private let dead = Atomic<Bool>(false)
   private let letGo = Atomic<Bool>(false)
 
-  init(handle: OpaquePointer, generation: Int, events: Int32, lifeline: Int32) {
+  init(handle: OpaquePointer, generation: Int, events: Int32, socket: Int32, lifeline: Int32) {
     self.handle = handle
     self.generation = generation
     self.events = events
+    self.socket = socket
     self.lifeline = lifeline
   }
 
@@ -67,11 +72,27 @@ final class Connection: @unchecked Sendable {
 
   var isReleased: Bool { letGo.load(ordering: .acquiring) }
 
-  /// Closes the handle. The requester's last act, after `release`.
+  /// Closes the handle. The requester's last act, after `kill` and `release`.
   func close() {
-    dead.store(true, ordering: .releasing)
+    if hasReader { awaitReader() }
     xs_close(handle)
     if lifeline >= 0 { Glibc.close(lifeline) }
+  }
+}
+
+extension Connection {
+  /// Waits, a second at most, until libxenstore's reader has closed the socket.
+  ///
+  /// It does so when the socket is shut down, but has taken the descriptor out of the handle before:
+  /// cancelled in between, as xs_close would, it leaves the descriptor open for ever.
+  private func awaitReader() {
+    guard lifeline >= 0, let own = Self.inode(of: lifeline) else { return }
+    for _ in 0..<1000 where Self.inode(of: socket) == own { usleep(1000) }
+  }
+
+  private static func inode(of descriptor: Int32) -> ino_t? {
+    var status = stat()
+    return fstat(descriptor, &status) == 0 ? status.st_ino : nil
   }
 }
 

@@ -67,8 +67,9 @@ extension Core {
       return (overdue, stuck, state.connection, next)
     }
     for job in overdue { job.fail(describe(job, wasRunning: stuck != nil)) }
-    // The answer may still come, and no later request may take it for its own.
-    stuck?.kill()
+    // The answer may still come, and no later request may take it for its own. A connection that
+    // has been let go of is dead already, and its descriptors may be somebody else's.
+    if let stuck, !stuck.isReleased { stuck.kill() }
     return (connection, next.map { $0 - now })
   }
 
@@ -89,8 +90,10 @@ extension Core {
     }
     for job in jobs { job.fail(.closed(job.operation, job.path)) }
     for watch in watches { watch.end(nil) }
-    connection?.kill()
-    connection?.release()
+    if let connection, !connection.isReleased {
+      connection.kill()
+      connection.release()
+    }
     requesterBell.ring()
   }
 }

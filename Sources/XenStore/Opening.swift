@@ -48,7 +48,8 @@ enum Opening {
       throw failure("cannot open xenstore's device", errno)
     }
     return Connection(
-      handle: handle, generation: generation, events: xs_fileno(handle), lifeline: -1)
+      handle: handle, generation: generation, events: xs_fileno(handle), socket: -1,
+      lifeline: -1)
   }
 
   private static func openSocket(
@@ -69,7 +70,8 @@ enum Opening {
       throw OpeningFailure(reason: "cannot tell which socket belongs to \(path)")
     }
     return Connection(
-      handle: handle, generation: generation, events: xs_fileno(handle), lifeline: lifeline)
+      handle: handle, generation: generation, events: xs_fileno(handle), socket: sockets[0],
+      lifeline: lifeline)
   }
 
   private static func duplicate(_ descriptor: Int32) -> Int32? {
@@ -78,7 +80,7 @@ enum Opening {
   }
 
   /// The descriptors of this process that are Unix sockets connected to `peer`.
-  private static func socketsConnected(to peer: [UInt8]) -> [Int32] {
+  static func socketsConnected(to peer: [UInt8]) -> [Int32] {
     guard let directory = opendir("/proc/self/fd") else { return [] }
     defer { closedir(directory) }
     var found: [Int32] = []

@@ -119,6 +119,7 @@ extension Core {
     _ watch: WatchState, on connection: Connection, for job: Job
   ) throws(XenStoreError) {
     let session = XenStoreSession(connection: connection, transaction: 0, job: job)
+    connection.hasReader = true
     try session.accomplish("watch", watch.path) { handle in
       xs_watch(handle, watch.path, watch.token)
     }

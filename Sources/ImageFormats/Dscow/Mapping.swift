@@ -38,9 +38,10 @@ public final class Dscow: ImageFormat {
   private var durableBlocks: UInt64
   private var lastMark: Mark = 0
 
-  /// `durableBlocks` is how many bits are set, or an estimate of it.
+  /// `baseSize` is the base's length in bytes, 0 without one; `durableBlocks` is how many
+  /// bits are set, or an estimate of it.
   init(
-    store: any ByteStore, base: (any ByteStore)?, header: DscowHeader,
+    store: any ByteStore, baseSize: UInt64, header: DscowHeader,
     copies: DscowHeader.CopyState, writable: Bool, durableBlocks: UInt64
   ) {
     self.header = header
@@ -49,7 +50,6 @@ public final class Dscow: ImageFormat {
     self.blocks = header.blocks
     self.bitmap = DscowBitmap(store: store, header: header)
     self.durableBlocks = durableBlocks
-    let baseSize = base?.size ?? 0
     self.baseEnd = baseSize == 0 ? 0 : (baseSize - 1) / UInt64(header.blockSize) + 1
   }
 
@@ -57,8 +57,8 @@ public final class Dscow: ImageFormat {
   public var size: UInt64 { header.size }
   /// Bytes of a block.
   public var blockSize: UInt32 { header.blockSize }
-  /// Blocks with a place in the store. Exact for a bitmap of up to 32 MiB; for a larger one
-  /// estimated, when the store was opened, from the space that the store takes.
+  /// Blocks with a place in the store. Exact while the part of the bitmap that is no hole has
+  /// up to 32 MiB; beyond that the start is an estimate, from the space that the store takes.
   public var allocatedBlocks: UInt64 { durableBlocks + pending.fresh }
 
   private func storePlace(_ block: UInt64) -> Place {
