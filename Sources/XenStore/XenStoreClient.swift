@@ -12,6 +12,8 @@ import Synchronization
 /// hanging call cannot be freed: callers get their `.timedOut`, and the client serves again when
 /// the kernel answers.)
 ///
+/// Cancelling a task does not take back its request, which ends by its deadline as any other.
+///
 /// xenstored need not run yet when a client is made: requests wait for it until their deadline and
 /// then throw `.disconnected`. After a reconnection every watch has been set anew and has
 /// delivered `.resync(.reconnected)`.
