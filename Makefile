@@ -1,0 +1,73 @@
+# dmu-xen: see README.md. `make help` lists the targets.
+
+SWIFT   ?= swift
+DESTDIR ?=
+PREFIX  ?= /usr
+# One release build, shared by the suites, the lab, the benchmarks and `install`.
+RELEASE  = -c release --static-swift-stdlib --scratch-path .build-release
+BIN      = .build-release/release
+DIST     = .build-release/dist
+PROGRAMS = cowd dmu-xend dmu-xen
+SHELL_FILES = $(shell git grep -lE '^\#!/bin/(ba)?sh|^\# shellcheck shell=' -- . ':!*.md')
+
+export DMU_BIN_DIR = $(CURDIR)/$(BIN)
+
+.PHONY: help build dist test check run lab-shell install bench clean format
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
+
+build: ## build the programs (release, static Swift runtime)
+	@lab/prerequisites build
+	$(SWIFT) build $(RELEASE)
+
+dist: build
+	@rm -rf $(DIST)
+	@$(MAKE) --no-print-directory install DESTDIR=$(CURDIR)/$(DIST) >/dev/null
+
+run: ## boot a real Xen and run a guest from a dmu disk (10 minutes once, then under 2)
+	@lab/prerequisites build xen
+	@echo "run: building the programs and the lab side by side"
+	@lab/xen/prepare >.lab-prepare.log 2>&1 & lab=$$!; \
+	$(MAKE) --no-print-directory dist && wait $$lab || \
+	{ status=$$?; tail -n 20 .lab-prepare.log; exit $$status; }
+	@lab/xen/demo $(DIST)
+
+test: ## every suite: unit, xenstored, NBD clients, the Xen lab (under 40 minutes cold)
+	@lab/prerequisites build test xen
+	@$(MAKE) --no-print-directory dist
+	$(SWIFT) test
+	lab/xen/run --dist $(DIST)
+
+check: ## format, lint, warnings as errors, shellcheck
+	@lab/prerequisites build check
+	$(SWIFT) format lint --strict --recursive Package.swift Sources Tests
+	shellcheck -x $(SHELL_FILES)
+	$(SWIFT) build --build-tests
+
+format: ## let swift format put the sources in order
+	$(SWIFT) format --in-place --recursive Package.swift Sources Tests
+
+lab-shell: ## an interactive dom0 on a real Xen, the programs in place
+	@lab/prerequisites build xen
+	@lab/xen/prepare
+	@$(MAKE) --no-print-directory dist
+	@lab/xen/shell $(DIST)
+
+bench: build ## measure against qemu-nbd, in one run
+	@lab/prerequisites bench
+	bench/nbd
+
+install: ## install into $(DESTDIR)$(PREFIX), etc. into $(DESTDIR)/etc
+	install -d $(DESTDIR)$(PREFIX)/sbin $(DESTDIR)$(PREFIX)/bin $(DESTDIR)/etc/xen/scripts \
+	  $(DESTDIR)/lib/systemd/system $(DESTDIR)$(PREFIX)/share/bash-completion/completions
+	install -s -m 755 $(PROGRAMS:%=$(BIN)/%) $(DESTDIR)$(PREFIX)/sbin/
+	install -s -m 755 $(BIN)/dscow_tool $(DESTDIR)$(PREFIX)/bin/
+	install -m 755 hotplug/block-dmu $(DESTDIR)/etc/xen/scripts/
+	install -m 644 etc/dmu-xen.toml $(DESTDIR)/etc/
+	install -m 644 etc/systemd/*.service $(DESTDIR)/lib/systemd/system/
+	for page in man/man*/*; do \
+	  install -D -m 644 $$page $(DESTDIR)$(PREFIX)/share/$$page || exit 1; done
+
+clean: ## remove what was built here (the cache of the labs stays)
+	rm -rf .build .build-release .lab-prepare.log

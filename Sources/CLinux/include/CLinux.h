@@ -1,0 +1,30 @@
+// What Swift cannot call or spell by itself of Linux's C interface: variadic functions,
+// ancillary data, and constants that are macros. Each function is a bare door, returns
+// -1 with errno set on failure, and holds no state.
+#ifndef DMU_CLINUX_H
+#define DMU_CLINUX_H
+
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/types.h>
+#include <sys/uio.h>
+
+// Opens with a creation mode. Source: open(2).
+int dmu_open(const char *path, int flags, mode_t mode);
+
+// Places (type F_WRLCK or F_RDLCK) or drops (F_UNLCK) a lock on the whole file that
+// belongs to the open file description, without waiting. Source: fcntl(2), "Open file
+// description locks".
+int dmu_ofd_lock(int fd, short type);
+
+// An ioctl whose argument is a pointer. Source: ioctl(2).
+int dmu_ioctl_pointer(int fd, unsigned long request, void *argument);
+
+// Length in bytes of a block device. Source: BLKGETSIZE64 in linux/fs.h.
+int dmu_block_device_size(int fd, uint64_t *bytes);
+
+// Makes a range of a file read as zeroes and gives its space back, the length unchanged.
+// Source: fallocate(2).
+int dmu_punch_hole(int fd, int64_t offset, int64_t count);
+
+#endif

@@ -1,0 +1,46 @@
+// The one error of this room: what is wrong with which image, and what to do about it.
+
+public import Posix
+
+/// Something is wrong with an image, or with what was asked of it.
+public struct ImageError: Error, Sendable, CustomStringConvertible {
+  /// What kind of trouble; messages are for people, this is for programs.
+  public enum Code: String, Sendable {
+    /// Not an image of this format.
+    case notThisFormat = "not-this-format"
+    /// A version or feature that this program does not know.
+    case unsupported
+    /// A header or table that contradicts itself or its store.
+    case corrupt
+    /// The base is not the one that the store was made from.
+    case baseChanged = "base-changed"
+    /// The image needs a base and was given none.
+    case baseMissing = "base-missing"
+    /// A request that makes no sense: size, block size, option.
+    case badRequest = "bad-request"
+    /// The store or base failed; see `cause`.
+    case io
+  }
+
+  /// The kind.
+  public let code: Code
+  /// One sentence without a final stop: the thing, the reason and, where there is one, the remedy.
+  public let message: String
+  /// The failed system call behind it.
+  public let cause: IOError?
+
+  /// An error from its parts.
+  public init(_ code: Code, _ message: String, cause: IOError? = nil) {
+    self.code = code
+    self.message = message
+    self.cause = cause
+  }
+
+  /// A failed system call as an error of this room.
+  public init(_ error: IOError) {
+    self.init(.io, error.description, cause: error)
+  }
+
+  /// The message.
+  public var description: String { message }
+}

@@ -1,0 +1,87 @@
+// What a worker asks of an image format, and what a format asks to have written.
+//
+// Invariants, for every format:
+// - A format sees byte stores, never paths or descriptors, and writes to a store only by
+//   the commit plans that it hands out (tools that create or repair write directly).
+// - `place` changes nothing on the medium. A placement becomes durable by a commit plan
+//   that covers its mark, and a plan is run only after the data it points to is durable.
+// - Every size and offset read from a store is checked before use.
+
+public import Posix
+
+/// Writes that make placements durable: stages in order, the store flushed after each.
+public struct CommitPlan: Sendable {
+  /// Bytes to write at an offset of the store.
+  public struct Write: Sendable {
+    /// Offset in bytes.
+    public let offset: UInt64
+    /// The bytes.
+    public let bytes: [UInt8]
+
+    /// A write from its parts.
+    public init(offset: UInt64, bytes: [UInt8]) {
+      self.offset = offset
+      self.bytes = bytes
+    }
+  }
+
+  /// The mark up to which placements are durable once the plan has run.
+  public let upTo: Mark
+  /// The stages. No stage: nothing to do.
+  public let stages: [[Write]]
+
+  /// A plan from its parts.
+  public init(upTo: Mark, stages: [[Write]]) {
+    self.upTo = upTo
+    self.stages = stages
+  }
+
+  /// Runs the plan. Blocks; may run on any thread, one plan at a time for a store.
+  public func run(on store: any ByteStore) throws(IOError) {
+    for stage in stages {
+      for write in stage { try store.write(write.bytes, at: write.offset) }
+      try store.flush()
+    }
+  }
+}
+
+/// How a format answers a discard or a write-zeroes of whole blocks.
+public enum DiscardAnswer: Sendable, Equatable {
+  /// Zero the blocks at their place, which is (or from now on shall be) this extent.
+  case zero(Extent)
+  /// So many blocks from the first need nothing done.
+  case nothing(blocks: UInt64)
+}
+
+/// An image that is open as a disk. Used from one thread.
+public protocol ImageFormat: AnyObject {
+  /// Length of the disk in bytes, a multiple of 512.
+  var size: UInt64 { get }
+  /// Bytes of a block, a power of two from 512 on.
+  var blockSize: UInt32 { get }
+  /// Blocks that have a place in the store, committed or not.
+  var allocatedBlocks: UInt64 { get }
+
+  /// Where a block lives for reading: the longest run from it on that is mapped alike, up to
+  /// `limit` blocks. `writable` when writes may go there without asking.
+  func find(_ block: UInt64, limit: UInt64) throws(ImageError) -> Extent
+
+  /// A place for a first write to a run of blocks, `whole` when the write covers them. The
+  /// answer starts at the first block and may be shorter. Uncommitted ones bear a new mark.
+  func place(_ blocks: BlockRange, whole: Bool) throws(ImageError) -> Placement
+
+  /// A discard, or with `zeroing` a demand to read as zeroes from now on.
+  func discard(_ blocks: BlockRange, zeroing: Bool) throws(ImageError) -> DiscardAnswer
+
+  /// What has to be written to make every placement up to a mark durable.
+  func commitPlan(upTo mark: Mark) throws(ImageError) -> CommitPlan
+
+  /// The plan up to this mark has run: its placements are durable.
+  func committed(upTo mark: Mark)
+
+  /// A placement that came to nothing; its block is where it was before.
+  func abandon(_ mark: Mark)
+
+  /// Placements that a former worker made and did not commit, in the order of their marks.
+  func restore(_ extents: [Extent]) throws(ImageError)
+}

@@ -1,0 +1,73 @@
+// The byte-store protocol: all that an image format ever sees of the world. It has real
+// (FileStore), in-memory, failing and simulated implementations.
+
+/// What tells one file or device from another, as far as it can be known without its path.
+public struct StoreIdentity: Sendable, Equatable {
+  /// Length in bytes.
+  public var size: UInt64
+  /// Last modification in nanoseconds since 1970; 0 where that means nothing (a device).
+  public var modified: UInt64
+
+  /// An identity from its parts.
+  public init(size: UInt64, modified: UInt64) {
+    self.size = size
+    self.modified = modified
+  }
+}
+
+/// A range of bytes that can be read, written and flushed: a file, a device, or a
+/// stand-in of either. Calls may come from any thread, several at once.
+public protocol ByteStore: AnyObject, Sendable {
+  /// What errors call it: a path where there is one, else a role ("store", "base").
+  var name: String { get }
+
+  /// Length in bytes, now.
+  var size: UInt64 { get }
+
+  /// Whether `write`, `zero` and `resize` are allowed; otherwise they throw EBADF.
+  var isWritable: Bool { get }
+
+  /// Identity, to notice a base that has changed.
+  func identity() throws(IOError) -> StoreIdentity
+
+  /// Bytes that take up space on the medium, if the store can tell.
+  func allocatedBytes() throws(IOError) -> UInt64
+
+  /// Fills the buffer from `offset` in bytes. What lies past the end reads as zeroes.
+  func read(_ buffer: UnsafeMutableRawBufferPointer, at offset: UInt64) throws(IOError)
+
+  /// Writes the whole buffer at `offset` in bytes, growing the store when need be. Not
+  /// durable before `flush`.
+  func write(_ buffer: UnsafeRawBufferPointer, at offset: UInt64) throws(IOError)
+
+  /// Makes a range read as zeroes, giving its space back where the medium can.
+  func zero(at offset: UInt64, count: UInt64) throws(IOError)
+
+  /// Sets the length in bytes. What is new reads as zeroes.
+  func resize(to size: UInt64) throws(IOError)
+
+  /// Returns when everything written before the call is durable.
+  func flush() throws(IOError)
+}
+
+extension ByteStore {
+  /// Reads `count` bytes into a new array. For metadata, not for the path of I/O.
+  public func read(at offset: UInt64, count: Int) throws(IOError) -> [UInt8] {
+    var bytes = [UInt8](repeating: 0, count: count)
+    var failure: IOError?
+    bytes.withUnsafeMutableBytes { buffer in
+      do throws(IOError) { try read(buffer, at: offset) } catch { failure = error }
+    }
+    if let failure { throw failure }
+    return bytes
+  }
+
+  /// Writes an array. For metadata, not for the path of I/O.
+  public func write(_ bytes: [UInt8], at offset: UInt64) throws(IOError) {
+    var failure: IOError?
+    bytes.withUnsafeBytes { buffer in
+      do throws(IOError) { try write(buffer, at: offset) } catch { failure = error }
+    }
+    if let failure { throw failure }
+  }
+}

@@ -1,0 +1,146 @@
+// A byte store that is a file or a block device, over an owned descriptor.
+
+internal import CLinux
+import Glibc
+
+/// A file or a block device as a byte store. The descriptor is closed with it.
+public final class FileStore: ByteStore {
+  /// The path, or the role that errors shall call it by.
+  public let name: String
+  /// Whether the descriptor was opened for writing.
+  public let isWritable: Bool
+  /// Whether it is a block device: fixed in size, no modification time of meaning.
+  public let isBlockDevice: Bool
+  /// The descriptor, lent.
+  public var raw: Int32 { descriptor.raw }
+
+  private let descriptor: Descriptor
+  private let deviceSize: UInt64
+
+  /// Takes over a descriptor. Throws: the errno of fstat(2), EINVAL for what is neither a
+  /// file nor a block device.
+  public init(_ descriptor: consuming Descriptor, name: String) throws(IOError) {
+    var status = stat()
+    guard fstat(descriptor.raw, &status) == 0 else { throw IOError.last("examine", name) }
+    let flags = fcntl(descriptor.raw, F_GETFL)
+    guard flags >= 0 else { throw IOError.last("examine", name) }
+    var size: UInt64 = 0
+    switch status.st_mode & S_IFMT {
+    case S_IFREG: isBlockDevice = false
+    case S_IFBLK:
+      isBlockDevice = true
+      guard dmu_block_device_size(descriptor.raw, &size) == 0 else {
+        throw IOError.last("measure", name)
+      }
+    default: throw IOError(EINVAL, "use as a store (neither file nor block device)", name)
+    }
+    self.deviceSize = size
+    self.isWritable = flags & O_ACCMODE != O_RDONLY
+    self.name = name
+    self.descriptor = descriptor
+  }
+
+  /// Opens a path. Throws: the errno of open(2) and what the other initialiser throws.
+  public convenience init(path: String, writable: Bool) throws(IOError) {
+    let descriptor = try Descriptor(path: path, flags: writable ? O_RDWR : O_RDONLY)
+    try self.init(descriptor, name: path)
+  }
+
+  /// Locks the whole file for this open file description, without waiting: exclusively for
+  /// a store, shared for a base. Throws EAGAIN when another has it.
+  public func lock(exclusive: Bool) throws(IOError) {
+    guard dmu_ofd_lock(raw, Int16(exclusive ? F_WRLCK : F_RDLCK)) == 0 else {
+      throw IOError(errno == EACCES ? EAGAIN : errno, "lock", name)
+    }
+  }
+
+  private func status() throws(IOError) -> stat {
+    var status = stat()
+    guard fstat(raw, &status) == 0 else { throw IOError.last("examine", name) }
+    return status
+  }
+
+  /// Length in bytes. A regular file is asked each time, since it grows.
+  public var size: UInt64 {
+    guard !isBlockDevice else { return deviceSize }
+    var status = stat()
+    // fstat on an open descriptor of a regular file has no way to fail but a bad descriptor.
+    precondition(fstat(raw, &status) == 0, "fstat of an owned descriptor")
+    return UInt64(status.st_size)
+  }
+
+  /// Size, and the modification time of a file.
+  public func identity() throws(IOError) -> StoreIdentity {
+    let status = try status()
+    let time = status.st_mtim
+    let modified = UInt64(time.tv_sec) * 1_000_000_000 + UInt64(time.tv_nsec)
+    return StoreIdentity(size: size, modified: isBlockDevice ? 0 : modified)
+  }
+
+  /// Bytes of the file's blocks; all of a device.
+  public func allocatedBytes() throws(IOError) -> UInt64 {
+    isBlockDevice ? deviceSize : UInt64(try status().st_blocks) * 512
+  }
+
+  /// Fills the buffer; past the end, with zeroes.
+  public func read(_ buffer: UnsafeMutableRawBufferPointer, at offset: UInt64) throws(IOError) {
+    var done = 0
+    while done < buffer.count {
+      let rest = UnsafeMutableRawBufferPointer(rebasing: buffer[done...])
+      let count = pread(raw, rest.baseAddress, rest.count, off_t(offset) + off_t(done))
+      if count < 0 {
+        if errno == EINTR { continue }
+        throw IOError.last("read", name)
+      }
+      if count == 0 {
+        rest.initializeMemory(as: UInt8.self, repeating: 0)
+        return
+      }
+      done += count
+    }
+  }
+
+  /// Writes the whole buffer.
+  public func write(_ buffer: UnsafeRawBufferPointer, at offset: UInt64) throws(IOError) {
+    var done = 0
+    while done < buffer.count {
+      let rest = UnsafeRawBufferPointer(rebasing: buffer[done...])
+      let count = pwrite(raw, rest.baseAddress, rest.count, off_t(offset) + off_t(done))
+      if count < 0 {
+        if errno == EINTR { continue }
+        throw IOError.last("write", name)
+      }
+      done += count
+    }
+  }
+
+  /// Punches a hole; where the medium cannot, writes zeroes.
+  public func zero(at offset: UInt64, count: UInt64) throws(IOError) {
+    guard count > 0 else { return }
+    if dmu_punch_hole(raw, Int64(offset), Int64(count)) == 0 { return }
+    guard errno == EOPNOTSUPP || errno == ENODEV || errno == ENOSYS else {
+      throw IOError.last("zero", name)
+    }
+    let zeroes = [UInt8](repeating: 0, count: Int(min(count, 1 << 20)))
+    var done: UInt64 = 0
+    while done < count {
+      let piece = Int(min(count - done, UInt64(zeroes.count)))
+      try write(Array(zeroes[..<piece]), at: offset + done)
+      done += UInt64(piece)
+    }
+  }
+
+  /// Sets a file's length. Throws ENOTSUP for a device whose length differs.
+  public func resize(to size: UInt64) throws(IOError) {
+    if isBlockDevice {
+      guard size <= deviceSize else { throw IOError(ENOSPC, "resize", name) }
+      return
+    }
+    guard ftruncate(raw, off_t(size)) == 0 else { throw IOError.last("resize", name) }
+  }
+
+  /// fdatasync(2): data, and the metadata that is needed to find it.
+  public func flush() throws(IOError) {
+    guard fdatasync(raw) == 0 else { throw IOError.last("flush", name) }
+  }
+}
