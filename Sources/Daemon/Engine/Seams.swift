@@ -163,8 +163,8 @@ public struct ProcessLauncher: WorkerLauncher {
       try ProcessLauncher.program(configuration),
       [
         "--supervised", "--uid", String(configuration.workerUser), "--gid",
-        String(configuration.workerGroup), "--log-level", configuration.logLevel.rawValue,
-      ])
+        String(configuration.workerGroup),
+      ] + (configuration.logLevel <= .debug ? ["--verbose"] : []))
     command.descriptors = [3: listener]
     command.newSession = true
     return try command.start()

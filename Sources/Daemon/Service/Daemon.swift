@@ -67,11 +67,13 @@ public struct Daemon: Sendable {
       ControlServer(path: configuration.controlSocket, reconciler: reconciler, log: log),
       ReloadService(reconciler: reconciler, log: log, isActive: surroundings.takesSignals),
     ]
+    // Its failures are thrown; its steps are nobody's concern.
+    let quiet = Logger(label: "services") { _ in SwiftLogNoOpLogHandler() }
     let group = ServiceGroup(
       configuration: ServiceGroupConfiguration(
         services: services,
         gracefulShutdownSignals: surroundings.takesSignals ? [.sigterm, .sigint] : [],
-        logger: log))
+        logger: quiet))
     try await group.run()
     log.notice("dmu-xend ends; disks and their workers go on")
     lock.keepUntilHere()
