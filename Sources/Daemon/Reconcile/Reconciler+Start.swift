@@ -129,6 +129,7 @@ extension Reconciler {
 
   /// Writes the state file.
   func save(_ disk: Disk) async throws(DiskFailure) {
+    disk.since = Reconciler.unixTime
     guard let record = disk.record else { return }
     let directory = DiskDirectory(configuration, disk.id)
     try await offload.run { () throws(DiskFailure) in

@@ -202,6 +202,7 @@ public actor Reconciler {
   func enter(_ disk: Disk, _ phase: DiskPhase) {
     let before = disk.phase.publicState
     disk.phase = phase
+    if case .idle = phase { return }
     if before != phase.publicState {
       disk.since = Reconciler.unixTime
       var facts: Logger.Metadata = ["state": "\(phase.publicState.rawValue)"]

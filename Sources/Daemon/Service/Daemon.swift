@@ -18,8 +18,8 @@ public struct Daemon: Sendable {
     public var attacher: any DeviceAttacher = KernelAttacher()
     /// xenstored's socket; nil: where libxenstore finds it.
     public var xenStoreSocket: String?
-    /// Whether the process's signals are the daemon's.
-    public var takesSignals = true
+    /// What ends the daemon; nil: the signals of the process.
+    public var stop: AsyncStream<Void>?
 
     /// The real things.
     public init() {}
@@ -38,7 +38,7 @@ public struct Daemon: Sendable {
     self.surroundings = surroundings
   }
 
-  /// Runs until a signal, or the cancellation of the task, ends it. Workers and devices stay.
+  /// Runs until a signal ends it. Workers and devices stay.
   public func run() async throws {
     LogLevel.current = configuration.logLevel
     var log = Logger(label: "dmu-xend") { _ in JournalLog() }
@@ -62,17 +62,23 @@ public struct Daemon: Sendable {
       configuration: configuration, configurationPath: configurationPath,
       view: XenStoreView(client: client), launcher: surroundings.launcher,
       attacher: surroundings.attacher, log: log)
+    let takesSignals = surroundings.stop == nil
     let services: [any Service] = [
       ReconcileService(reconciler: reconciler, client: client, log: log),
       ControlServer(path: configuration.controlSocket, reconciler: reconciler, log: log),
-      ReloadService(reconciler: reconciler, log: log, isActive: surroundings.takesSignals),
+      ReloadService(reconciler: reconciler, log: log, isActive: takesSignals),
     ]
     // Its failures are thrown; its steps are nobody's concern.
     let quiet = Logger(label: "services") { _ in SwiftLogNoOpLogHandler() }
+    var members = services.map { ServiceGroupConfiguration.ServiceConfiguration(service: $0) }
+    if let stop = surroundings.stop {
+      members.append(
+        ServiceGroupConfiguration.ServiceConfiguration(
+          service: StopService(stop: stop), successTerminationBehavior: .gracefullyShutdownGroup))
+    }
     let group = ServiceGroup(
       configuration: ServiceGroupConfiguration(
-        services: services,
-        gracefulShutdownSignals: surroundings.takesSignals ? [.sigterm, .sigint] : [],
+        services: members, gracefulShutdownSignals: takesSignals ? [.sigterm, .sigint] : [],
         logger: quiet))
     try await group.run()
     log.notice("dmu-xend ends; disks and their workers go on")
@@ -183,6 +189,15 @@ private struct ReconcileService: Service {
     if Task.isCancelled { return }
     log.warning("cannot watch xenstore", metadata: ["error": "\(error)"])
     try await Task.sleep(for: .seconds(1))
+  }
+}
+
+/// Ends the group when it is told to.
+private struct StopService: Service {
+  let stop: AsyncStream<Void>
+
+  func run() async throws {
+    for await _ in stop.cancelOnGracefulShutdown() { return }
   }
 }
 
