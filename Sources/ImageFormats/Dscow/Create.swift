@@ -45,11 +45,13 @@ extension Dscow {
     do throws(IOError) {
       try write(new: header, to: store)
     } catch {
+      let needed = "\(header.storeSize) bytes"
       let reason =
-        error.code == EFBIG
-        ? "its file system cannot hold a file of \(header.storeSize) bytes: choose another, or "
-          + "a block device"
-        : "\(error)"
+        switch (error.code, error.operation) {
+        case (EFBIG, _): "its file system has no files of \(needed): use another, or a device"
+        case (ENOSPC, "resize"): "it has \(store.size) bytes, \(needed) are needed"
+        default: "\(error)"
+        }
       throw ImageError(.io, "cannot make a dscow store of \(store.name): \(reason)", cause: error)
     }
     return header
@@ -77,6 +79,8 @@ extension Dscow {
 
   private static func write(new header: DscowHeader, to store: any ByteStore) throws(IOError) {
     let headers = 2 * UInt64(DscowHeader.copySize)
+    // A store that cannot be so long is left as it was.
+    if store.size < header.storeSize { try store.resize(to: header.storeSize) }
     try store.zero(at: 0, count: headers)
     try store.flush()
     // Whatever a file held goes at once; on a device this changes nothing.
