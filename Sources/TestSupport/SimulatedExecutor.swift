@@ -45,10 +45,6 @@ public final class SimulatedExecutor: IOExecutor {
   public var deviceCount: Int { devices.count }
   /// Operations that wait to be performed.
   public var waiting: Int { queue.count }
-  /// The operations that wait, without commit plans.
-  public var waitingIO: [BackingIO] {
-    queue.compactMap { if case .io(let io) = $0 { io } else { nil } }
-  }
 
   /// Whether a device may be written.
   public func isWritable(_ device: UInt16) -> Bool { devices[Int(device)].isWritable }
