@@ -94,7 +94,8 @@ final class DeviceService: DiskService {
     let result = SharedNumber()
     let failure = try elsewhere(disk) { () throws(IOError) in
       guard let socket = other.take() else { return }
-      result.value.store(try NBDDevice.connect(configuration, socket: socket.raw), ordering: .relaxed)
+      let number = try NBDDevice.connect(configuration, socket: socket.raw)
+      result.value.store(number, ordering: .relaxed)
     }
     guard let failure else {
       index = result.value.load(ordering: .relaxed)

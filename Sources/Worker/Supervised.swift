@@ -103,6 +103,9 @@ public final class Supervised {
   }
 
   private func follow(_ order: WorkerOrder, _ descriptors: LinkDescriptors) {
+    guard !stopping || order == .status else {
+      return server.refuse(order.message.verb, "the worker is stopping")
+    }
     switch (order, phase) {
     case (.start(let start), .waiting): begin(start, descriptors)
     case (.base, .needsBase(let start, let store, let first)):

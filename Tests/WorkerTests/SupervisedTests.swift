@@ -291,6 +291,42 @@ import WorkerLink
     #expect(try daemon.worker.process.wait(milliseconds: 10_000) == .exited(0))
   }
 
+  /// What a worker costs that has nothing to do, however large its disk.
+  @Test func anIdleWorkerOfATebibyteIsSmall() throws {
+    let image = try TestImage(sectors: 256, blockSize: 4096, create: false)
+    let base = try FileStore(path: image.base, writable: true)
+    try base.resize(to: 1 << 40)
+    try Dscow.create(
+      store: FileStore(path: image.store, writable: true), base: base, baseName: image.base)
+    let daemon = try TestDaemon(image)
+    let report = try daemon.startReady()
+    #expect(report.size == 1 << 40)
+    let client = try daemon.attach()
+    #expect(try client.run(.read, offset: 1 << 39, length: 4096).allSatisfy { $0 == 0 })
+    let status = try daemon.status()
+    let memory = try memory(daemon.worker.process.pid)
+    print("an idle worker of 1 TiB: \(memory.resident) KiB resident, \(memory.own) of them its own")
+    #expect(status.memory / 1024 <= memory.resident + 64)
+    // Not as it is installed, it shares far larger libraries with everybody.
+    if getenv("DMU_BIN_DIR") != nil { #expect(memory.resident < 16 * 1024) }
+    #expect(memory.own < 6 * 1024)
+  }
+
+  /// KiB resident in all, and of those not backed by files.
+  private func memory(_ pid: Int32) throws -> (resident: UInt64, own: UInt64) {
+    let path = "/proc/\(pid)/status"
+    let file = try Descriptor(path: path, flags: O_RDONLY)
+    var buffer = [UInt8](repeating: 0, count: 8192)
+    let count = read(file.raw, &buffer, buffer.count)
+    guard count > 0 else { throw IOError.last("read", path) }
+    var values: [Substring: UInt64] = [:]
+    for line in String(decoding: buffer[..<count], as: UTF8.self).split(separator: "\n") {
+      let words = line.split(whereSeparator: { $0 == " " || $0 == "\t" })
+      if words.count == 3 { values[words[0]] = UInt64(words[1]) }
+    }
+    return (try #require(values["VmRSS:"]), try #require(values["RssAnon:"]))
+  }
+
   private func openDescriptors(_ pid: Int32) throws -> Int? {
     guard let folder = opendir("/proc/\(pid)/fd") else { return nil }
     defer { closedir(folder) }
