@@ -59,7 +59,7 @@ public final class SimulatedDisk: ByteStore {
 
   /// The disk as it may be found after the power went: each sector that was written since
   /// the last flush holds one of its versions, by the generator's choice.
-  public func afterPowerCut(using random: inout SplitMix64) -> SimulatedDisk {
+  public func afterPowerCut(using random: inout SeededRandom) -> SimulatedDisk {
     var (contents, older) = state.withLock { ($0.current, $0.older) }
     // How likely a sector keeps its newest version: none, some, most or all do.
     let newest = [0, 25, 50, 75, 100][random.below(5)]
