@@ -2,6 +2,7 @@
 #include "io.h"
 
 #include <fcntl.h>
+#include <malloc.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
@@ -35,4 +36,9 @@ off_t dmu_seek_data(int fd, off_t offset)
 off_t dmu_seek_hole(int fd, off_t offset)
 {
     return lseek(fd, offset, SEEK_HOLE);
+}
+
+void dmu_trim_memory(void)
+{
+    malloc_trim(0);
 }

@@ -45,7 +45,9 @@ public enum Hardening {
     let count = Glibc.read(file.raw, &buffer, buffer.count)
     guard count > 0 else { throw IOError.last("read", path) }
     let fields = String(decoding: buffer[..<count], as: UTF8.self).split(separator: " ")
-    guard fields.count > 1, let pages = UInt64(fields[1]) else { throw IOError(EPROTO, "read", path) }
+    guard fields.count > 1, let pages = UInt64(fields[1]) else {
+      throw IOError(EPROTO, "read", path)
+    }
     return pages * UInt64(sysconf(Int32(_SC_PAGESIZE)))
   }
 }

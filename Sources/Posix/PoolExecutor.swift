@@ -171,7 +171,8 @@ private final class StoreJob: PoolJob {
     do throws(IOError) {
       switch io.operation {
       case .read:
-        try store.read(UnsafeMutableRawBufferPointer(start: io.buffer, count: io.count), at: io.offset)
+        try store.read(
+          UnsafeMutableRawBufferPointer(start: io.buffer, count: io.count), at: io.offset)
       case .write:
         try store.write(UnsafeRawBufferPointer(start: io.buffer, count: io.count), at: io.offset)
       case .punch: try store.zero(at: io.offset, count: UInt64(io.count))

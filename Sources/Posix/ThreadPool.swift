@@ -24,9 +24,9 @@ open class PoolJob {
   open func finished() {}
 }
 
+// The queues and `stopping` are guarded by `mutex`; `registration`, `threads` and `loop`
+// belong to the loop's thread.
 /// Threads, a queue to them, and a queue back.
-// The queues, `stopping` and `running` are guarded by `mutex`; `registration`, `threads` and
-// `loop` belong to the loop's thread.
 public final class ThreadPool: @unchecked Sendable {
   private struct Queue {
     var head: Unmanaged<PoolJob>?

@@ -180,7 +180,9 @@ extension UserTarget {
       block = max(block, known.first)
       if known.mark > map.committed {
         let theirs = known.place(of: block, sectorShift: sectorShift)
-        if run.place(of: block, sectorShift: sectorShift) != theirs || run.mark != 0 { return false }
+        if run.place(of: block, sectorShift: sectorShift) != theirs || run.mark != 0 {
+          return false
+        }
       }
       block = known.end
     }
@@ -243,7 +245,8 @@ extension UserTarget {
   private func done(_ id: FaultID, _ count: UInt64) throws(AnswerRefusal) {
     let index = try waiting(id)
     let slot = slots + index
-    let isDiscard = slot.pointee.operation == .discard
+    let isDiscard =
+      slot.pointee.operation == .discard
       || (slot.pointee.operation == .zero && slot.pointee.isWhole)
     guard isDiscard else { throw .unknownFault(id) }
     let range = BlockRange(slot.pointee.holdFirst, count)
@@ -319,12 +322,10 @@ extension UserTarget {
 
   /// An operation has ended: tell of the invalidations that waited for it.
   func settleInvalidations() {
-    let before = invalidations.count
-    invalidations.removeAll { range in
-      guard !isBusy(range) else { return false }
-      faults.append(.invalidateDone(range))
-      return true
-    }
-    if invalidations.count < before { wake(Slot.Wait.invalidation) }
+    let (busy, done) = (invalidations.filter(isBusy), invalidations.filter { !isBusy($0) })
+    guard !done.isEmpty else { return }
+    invalidations = busy
+    for range in done { faults.append(.invalidateDone(range)) }
+    wake(Slot.Wait.invalidation)
   }
 }

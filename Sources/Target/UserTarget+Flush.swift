@@ -44,6 +44,11 @@ struct FlushRounds {
   /// Flushes of the worker's own, by tag.
   var closures: [UInt64: (Int32) -> Void] = [:]
   var lastTag: UInt64 = 0
+
+  /// Who waited for the next round is in this one now.
+  mutating func begin() {
+    swap(&current, &next)
+  }
 }
 
 extension UserTarget {
@@ -82,7 +87,7 @@ extension UserTarget {
 
   func startFlushRound() {
     guard rounds.phase == .idle, !rounds.next.isEmpty || rounds.wantsRoom else { return }
-    swap(&rounds.current, &rounds.next)
+    rounds.begin()
     rounds.wantsRoom = false
     if log.flushFailed != 0 {
       endRound(EIO)

@@ -31,7 +31,8 @@ extension UserTarget {
       return
     }
     slot.pointee.isAnswered = false
-    let isDiscard = slot.pointee.operation == .discard
+    let isDiscard =
+      slot.pointee.operation == .discard
       || (slot.pointee.operation == .zero && slot.pointee.isWhole)
     if isDiscard {
       beginZeroing(index)

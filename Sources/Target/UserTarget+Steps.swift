@@ -77,7 +77,8 @@ extension UserTarget {
     }
     return proceedAfter(
       index,
-      transfer(index, .read, run.device, address(run, slot.pointee.cursor), length, pointer, .piece))
+      transfer(index, .read, run.device, address(run, slot.pointee.cursor), length, pointer, .piece)
+    )
   }
 
   /// A read of a block that nothing is known of: ask, or wait for who asks already.

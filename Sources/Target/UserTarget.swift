@@ -282,6 +282,14 @@ public final class UserTarget: TargetEngine {
     return cursor
   }
 
+  /// Whether a range is known, without asking anybody, to read as zeroes.
+  func isHole(offset: UInt64, count: UInt64) -> Bool {
+    guard orderCount == 0, count > 0, let run = map.find(offset >> shift),
+      (offset + count - 1) >> shift < run.end
+    else { return false }
+    return run.isZero || address(run, offset) >= executor.end(run.device)
+  }
+
   /// The byte of its device where a byte of the disk lives.
   @inline(__always)
   func address(_ run: Run, _ byte: UInt64) -> UInt64 {

@@ -15,7 +15,8 @@ func runTransaction<T>(
       return id == 0 ? nil : id
     }
     do throws(XenStoreError) {
-      let result = try body(XenStoreSession(connection: connection, transaction: id, job: job))
+      let inside = XenStoreSession(connection: connection, transaction: id, job: job)
+      let result = try body(inside)
       try outside.accomplish("commit a transaction", nil) { handle in
         xs_transaction_end(handle, id, false)
       }

@@ -12,6 +12,8 @@ import Synchronization
 /// hanging call cannot be freed: callers get their `.timedOut`, and the client serves again when
 /// the kernel answers.)
 ///
+/// Cancelling a task does not take back its request, which ends by its deadline as any other.
+///
 /// xenstored need not run yet when a client is made: requests wait for it until their deadline and
 /// then throw `.disconnected`. After a reconnection every watch has been set anew and has
 /// delivered `.resync(.reconnected)`.
@@ -89,8 +91,11 @@ public final class XenStoreClient: Sendable {
   ) async throws(XenStoreError) -> T {
     let attempts = max(1, attempts ?? core.configuration.transactionAttempts)
     return try await core.run("transaction") { connection, job in
-      Result { () throws(XenStoreError) in
-        try runTransaction(on: connection, for: job, attempts: attempts, body)
+      do throws(XenStoreError) {
+        return .success(
+          try runTransaction(on: connection, for: job, attempts: attempts, body))
+      } catch {
+        return .failure(error)
       }
     }
   }
@@ -111,8 +116,11 @@ public final class XenStoreClient: Sendable {
     _ body: @escaping @Sendable (borrowing XenStoreSession) throws(XenStoreError) -> T
   ) async throws(XenStoreError) -> T {
     try await core.run(operation, path) { connection, job in
-      Result { () throws(XenStoreError) in
-        try body(XenStoreSession(connection: connection, transaction: 0, job: job))
+      let session = XenStoreSession(connection: connection, transaction: 0, job: job)
+      do throws(XenStoreError) {
+        return .success(try body(session))
+      } catch {
+        return .failure(error)
       }
     }
   }

@@ -11,8 +11,9 @@ import Testing
     #expect(write(file.raw, "hello", 5) == 5)
     try PacketSocket.send([1, 2, 3], descriptors: [file.raw, file.raw], to: pair.first.raw)
     try PacketSocket.send([4], to: pair.first.raw)
-    guard case .packet([1, 2, 3], let passed) = try PacketSocket.receive(
-      from: pair.second.raw, limit: 100)
+    guard
+      case .packet([1, 2, 3], let passed) = try PacketSocket.receive(
+        from: pair.second.raw, limit: 100)
     else {
       Issue.record("the first packet did not come whole")
       return
@@ -25,8 +26,9 @@ import Testing
     _ = passed[0].take()
     #expect(passed[0].raw == nil)
     #expect(buffer == Array("hello".utf8))
-    guard case .packet([4], let none) = try PacketSocket.receive(
-      from: pair.second.raw, limit: 100)
+    guard
+      case .packet([4], let none) = try PacketSocket.receive(
+        from: pair.second.raw, limit: 100)
     else {
       Issue.record("the second packet did not come")
       return
@@ -63,8 +65,9 @@ import Testing
       let pair = try UnixSocket.pair(.packets)
       for _ in 0..<4 {
         try PacketSocket.send([1], descriptors: Array(repeating: 0, count: 8), to: pair.first.raw)
-        guard case .packet(_, let passed) = try PacketSocket.receive(
-          from: pair.second.raw, limit: 10)
+        guard
+          case .packet(_, let passed) = try PacketSocket.receive(
+            from: pair.second.raw, limit: 10)
         else {
           Issue.record("no packet")
           return

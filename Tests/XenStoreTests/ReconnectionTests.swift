@@ -114,7 +114,7 @@ import Testing
   @Test func aHangingXenstoredTimesOut() async throws {
     let xenstored = try XenStored.start()
     defer { xenstored.resume() }
-    let store = try client(of: xenstored) { $0.deadline = .milliseconds(400) }
+    let store = try client(of: xenstored) { $0.deadline = .seconds(2) }
     let watch = try await store.watch("/w")
     var iterator = watch.makeAsyncIterator()
     #expect(try await iterator.next() == .changed("/w"))
@@ -122,8 +122,8 @@ import Testing
     let start = ContinuousClock.now
     let error = await expect(.timedOut) { _ = try await store.list("/") }
     let took = ContinuousClock.now - start
-    #expect(took >= .milliseconds(400) && took < .seconds(5), "\(took)")
-    #expect(error?.message == "no answer within 0.4 seconds")
+    #expect(took >= .seconds(2) && took < .seconds(30), "\(took)")
+    #expect(error?.message == "no answer within 2.0 seconds")
     #expect(error?.path == "/")
     // Every later request ends, too, though nobody accepts its connection.
     await expect(.disconnected) { _ = try await store.list("/") }
@@ -139,7 +139,7 @@ import Testing
   @Test func aTransactionThatHangsIsGivenUp() async throws {
     let xenstored = try XenStored.start()
     defer { xenstored.resume() }
-    let store = try client(of: xenstored) { $0.deadline = .milliseconds(300) }
+    let store = try client(of: xenstored) { $0.deadline = .seconds(2) }
     try await store.write("/x", "before")
     await expect(.timedOut) {
       try await store.transaction { session throws(XenStoreError) in

@@ -26,4 +26,7 @@ int dmu_allocate(int fd, int64_t offset, int64_t count);
 off_t dmu_seek_data(int fd, off_t offset);
 off_t dmu_seek_hole(int fd, off_t offset);
 
+// Gives free memory of the allocator back to the system. Source: malloc_trim(3).
+void dmu_trim_memory(void);
+
 #endif
