@@ -16,7 +16,7 @@ struct CrashRun {
   static let blockSize = 4096
   let seed: UInt64
   let order: CommitOrder
-  var random: SeededRandom
+  var random: SplitMix64
   var model: DiskModel
   var disk: SimulatedDisk
   let base: MemoryStore
@@ -25,7 +25,7 @@ struct CrashRun {
   init(seed: UInt64, order: CommitOrder = .right) throws {
     self.seed = seed
     self.order = order
-    random = SeededRandom(seed: seed)
+    random = SplitMix64(seed: seed)
     // A disk of up to 24 blocks, perhaps ending within a block, and a base that is as long,
     // shorter or longer, perhaps ending within a block or even a sector.
     let sectors = 8 + random.below(24 * 8 - 8)

@@ -65,7 +65,7 @@ import Testing
   /// What a power cut leaves of a store over an older one: either, or none, never a mixture.
   @Test func creationOverAnOlderStore() throws {
     for seed in 0..<300 {
-      var random = SeededRandom(seed: UInt64(seed))
+      var random = SplitMix64(seed: UInt64(seed))
       let disk = try Self.make()
       let old = try Dscow.open(store: disk, base: Self.base(), writable: true)
       let engine = MiniEngine(old, store: disk, base: Self.base())
@@ -102,7 +102,7 @@ import Testing
 
   @Test func acceptanceAndPowerCuts() throws {
     for seed in 0..<300 {
-      var random = SeededRandom(seed: UInt64(seed))
+      var random = SplitMix64(seed: UInt64(seed))
       var store = try Self.make()
       let changed = Self.base()
       try changed.write([1, 2, 3], at: 100)

@@ -207,7 +207,7 @@ import Testing
   @Test func randomHeadersNeverTrap() throws {
     let seed = UInt64.random(in: 0...(.max))
     print("seed \(seed)")
-    var random = SeededRandom(seed: seed)
+    var random = SplitMix64(seed: seed)
     for _ in 0..<3000 {
       let bytes = try Self.forged { bytes in
         for _ in 0..<(1 + random.below(8)) {

@@ -216,7 +216,7 @@ import Testing
     try disk.commitPlan(upTo: .max).run(on: store)
     disk.committed(upTo: .max)
     // Far more pages than are kept.
-    var random = SeededRandom(seed: 64)
+    var random = SplitMix64(seed: 64)
     for _ in 0..<4000 {
       let block = UInt64(random.below(Int(last)))
       let isFirst = block >= 32000 && block < 32768
@@ -229,7 +229,7 @@ import Testing
   /// The word-wise search agrees with a look at each bit.
   @Test func runsOfRandomBits() throws {
     let bench = try Bench(blocks: 33000, short: 100)
-    var random = SeededRandom(seed: 5)
+    var random = SplitMix64(seed: 5)
     var placed = [Bool](repeating: false, count: 33000)
     for _ in 0..<300 {
       let first = random.below(33000)

@@ -144,7 +144,7 @@ private final class CrashRun {
   let seed: UInt64
   let order: CommitOrder
   let errors: Int32
-  var random: SeededRandom
+  var random: SplitMix64
   var model: DiskModel
   var disk: SimulatedDisk
   let base: MemoryStore
@@ -159,7 +159,7 @@ private final class CrashRun {
     self.seed = seed
     self.order = order
     self.errors = errors
-    random = SeededRandom(seed: seed)
+    random = SplitMix64(seed: seed)
     let sectors = 8 + random.below(16 * 8)
     let whole = random.chance(50) ? sectors : 1 + random.below(sectors + 8)
     let tail = random.chance(50) ? 0 : random.below(64) * 8

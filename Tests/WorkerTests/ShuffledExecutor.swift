@@ -14,7 +14,7 @@ final class ShuffledExecutor: IOExecutor {
 
   var completion: ((UInt32, Int32) -> Void)?
   private let devices: [any ByteStore]
-  private var random: SeededRandom
+  private var random: SplitMix64
   /// Started and not done.
   private var started: [Job] = []
   /// Done and not told.
@@ -22,7 +22,7 @@ final class ShuffledExecutor: IOExecutor {
 
   init(devices: [any ByteStore], seed: UInt64) {
     self.devices = devices
-    random = SeededRandom(seed: seed)
+    random = SplitMix64(seed: seed)
   }
 
   var deviceCount: Int { devices.count }
