@@ -170,7 +170,7 @@ private final class CrashRun {
     disk = SimulatedDisk("store", size: 16384 + (sectors / 8 + 1) * Self.blockSize)
     try Dscow.create(
       store: disk, base: base, baseName: "base", blockSize: UInt32(Self.blockSize),
-      size: UInt64(sectors * 512))
+      size: UInt64(sectors * 512), overwrite: true)
   }
 
   private static func contents(_ sectors: Int) -> [UInt8] {
@@ -315,7 +315,7 @@ private final class CrashRun {
 
   /// Opens and checks the store after the cut and compares every sector with the model.
   private func inspect() throws {
-    let found = try Dscow.check(store: disk, base: base)
+    let found = try Dscow.check(store: disk)
     guard !found.isDamaged else {
       throw Violation(description: "seed \(seed): \(found.findings)")
     }
