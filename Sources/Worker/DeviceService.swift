@@ -86,7 +86,7 @@ final class DeviceService: DiskService {
     do throws(IOError) {
       let pair = try UnixSocket.pair(.stream)
       other = PassedDescriptor(pair.second)
-      try disk.attach(pair.first)
+      disk.attach(pair.first)
     } catch { throw WorkerError(error) }
     let configuration = NBDConfiguration(
       size: disk.size, flags: NBDExport.transmissionFlags(readOnly: readOnly),
@@ -94,7 +94,8 @@ final class DeviceService: DiskService {
     let result = SharedNumber()
     let failure = try elsewhere(disk) { () throws(IOError) in
       guard let socket = other.take() else { return }
-      result.value.store(try NBDDevice.connect(configuration, socket: socket.raw), ordering: .relaxed)
+      let number = try NBDDevice.connect(configuration, socket: socket.raw)
+      result.value.store(number, ordering: .relaxed)
     }
     guard let failure else {
       index = result.value.load(ordering: .relaxed)
