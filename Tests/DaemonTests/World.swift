@@ -247,25 +247,27 @@ final class World: Sendable {
     return found.sorted()
   }
 
-  /// Processes that are workers of this host: their link's socket lies in its folder.
-  func workers() throws -> [Int32] {
-    var found: [Int32] = []
-    for name in World.names("/proc") {
-      guard let pid = Int32(name) else { continue }
-      var buffer = [CChar](repeating: 0, count: 4096)
-      let count = readlink("/proc/\(pid)/exe", &buffer, buffer.count)
-      guard count > 0 else { continue }
-      let path = String(decoding: buffer[..<count].map { UInt8(bitPattern: $0) }, as: UTF8.self)
-      if path == Programs.directory + "/cowd" { found.append(pid) }
+  /// Processes that are workers of this world: their log is in its folder.
+  func workers() async throws -> [Int32] {
+    let log = workerLog
+    return try await blocking {
+      World.names("/proc").compactMap { Int32($0) }.filter { pid in
+        World.link("/proc/\(pid)/exe").hasSuffix("/cowd") && World.link("/proc/\(pid)/fd/2") == log
+      }
     }
-    return found
+  }
+
+  /// What a symbolic link names; empty when it cannot be read.
+  private static func link(_ path: String) -> String {
+    var buffer = [CChar](repeating: 0, count: 4096)
+    let count = readlink(path, &buffer, buffer.count)
+    return String(decoding: buffer[..<max(count, 0)].map { UInt8(bitPattern: $0) }, as: UTF8.self)
   }
 
   /// Ends everything, so that no test leaves a worker behind.
   func end() async throws {
-    let pids = try World.pids(runDirectory + "/disks")
     try await stopDaemon()
-    for pid in pids { kill(pid, SIGKILL) }
+    for pid in try await workers() { kill(pid, SIGKILL) }
     xenstored.stop()
   }
 
