@@ -172,7 +172,7 @@ struct SupervisionTests {
       let bystander = try Command("/bin/sleep", ["1000"]).start()
       defer { kill(bystander.pid, SIGKILL) }
       let path = "\(world.runDirectory)/disks/5-51712/disk"
-      let record = try text(path)
+      let record = try SmallFile.read(path)
       try world.file(
         "run/disks/5-51712/disk",
         Array(record.replacing("worker=\(worker)\n", with: "worker=\(bystander.pid)\n").utf8))
@@ -211,12 +211,4 @@ struct SupervisionTests {
     let status = try await world.status(disk.domain).first
     return status?.state == .ready && status?.worker != nil && status?.worker != old
   }
-}
-
-/// A file's text.
-private func text(_ path: String) throws -> String {
-  let file = try Descriptor(path: path, flags: O_RDONLY)
-  var buffer = [UInt8](repeating: 0, count: 65536)
-  let count = read(file.raw, &buffer, buffer.count)
-  return String(decoding: buffer[..<max(count, 0)], as: UTF8.self)
 }

@@ -72,6 +72,8 @@ public struct Daemon: Sendable {
       configuration: configuration, configurationPath: configurationPath,
       view: XenStoreView(client: client), launcher: surroundings.launcher,
       attacher: surroundings.attacher, log: log)
+    // Before anybody can ask for a disk: what is there already must be known.
+    try await reconciler.adopt()
     let services: [any Service] = [
       ReconcileService(reconciler: reconciler, client: client, log: log),
       ControlServer(path: configuration.controlSocket, reconciler: reconciler, log: log),
@@ -134,7 +136,6 @@ private struct ReconcileService: Service {
   let log: Logger
 
   func run() async throws {
-    try await reconciler.adopt()
     try await cancelWhenGracefulShutdown {
       try await withThrowingDiscardingTaskGroup { tasks in
         tasks.addTask { try await watchDisks() }
