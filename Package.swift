@@ -59,7 +59,7 @@ let targets: [Target] = [
   tests("ImageFormatsTests", ["ImageFormats", "TestSupport"]),
   tests("TargetTests", ["Target", "TestSupport"]),
   tests("WorkerTests", ["Worker", "TestSupport"]),
-  tests("DaemonTests", ["Daemon", "TestSupport"]),
+  tests("DaemonTests", ["Daemon", "Posix", "TestSupport", logging]),
   tests("IntegrationTests", ["Worker", "Daemon", "TestSupport"]),
 ].filter { exists(($0.type == .test ? "Tests/" : "Sources/") + $0.name) }
 

@@ -14,7 +14,7 @@ public struct DiskModel: Sendable {
     var stamp: UInt64
     /// The write that put it there; -1 for what stood there first.
     var write: Write
-    /// A discard: it may have zeroed the sector, or done nothing.
+    /// It may have been done or not: a discard, or a write that was broken off.
     var isWeak: Bool
   }
 
@@ -75,6 +75,36 @@ public struct DiskModel: Sendable {
     for (sector, history) in sectors {
       guard let last = lastKnown(history, by: start), last > 0 else { continue }
       sectors[sector] = Array(history[last...])
+    }
+  }
+
+  /// A write of these sectors that was acknowledged is durable: what came before it cannot be
+  /// found any more.
+  public mutating func forced(_ write: Write, _ range: Range<Int>) {
+    for sector in range {
+      guard let history = sectors[sector],
+        let index = history.lastIndex(where: { $0.write == write && !$0.isWeak })
+      else { continue }
+      sectors[sector] = Array(history[index...])
+    }
+  }
+
+  /// What a sector may read as, with the power on, for a read that begins now where requests
+  /// are served in the order in which they begin.
+  public func latest(sector: Int) -> [UInt64] {
+    let history = history(sector)
+    let last = history.lastIndex { !$0.isWeak } ?? 0
+    return history[last...].map(\.stamp)
+  }
+
+  /// Every write that is under way is broken off: it may have been done, in part, or not.
+  public mutating func breakOff() {
+    for (sector, history) in sectors {
+      sectors[sector] = history.map { entry in
+        var entry = entry
+        if entry.write >= 0, acknowledged[entry.write] == nil { entry.isWeak = true }
+        return entry
+      }
     }
   }
 

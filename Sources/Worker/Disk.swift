@@ -109,29 +109,35 @@ public final class Disk {
     try export.listen(socket)
   }
 
-  /// Serves an nbd socket that is past its handshake, in place of any before it.
-  public func attach(_ socket: consuming Descriptor) throws(IOError) {
+  /// Serves an nbd socket that is past its handshake, in place of any before it. What is no
+  /// such socket ends at once: `detached` is called.
+  public func attach(_ socket: consuming Descriptor) {
     next = consume socket
     if let session { export.drop(session) }
-    try attachNext()
+    attachNext()
   }
 
-  private func attachNext() throws(IOError) {
+  private func attachNext() {
     guard session == nil, target.outstanding == 0, let socket = next.take() else { return }
-    session = try export.serve(socket) { [weak self] end in
-      guard let self else { return }
-      session = nil
-      log(.info, "the nbd socket has ended", ["how": "\(end)"])
-      if next == nil { detached(end) }
+    do throws(IOError) {
+      session = try export.serve(socket) { [weak self] end in
+        guard let self else { return }
+        session = nil
+        log(.info, "the nbd socket has ended", ["how": "\(end)"])
+        if next == nil { detached(end) }
+      }
+      log(.info, "an nbd socket is attached")
+    } catch {
+      log(.error, "cannot serve the nbd socket", ["error": "\(error)"])
+      detached(.failed(error.code))
     }
-    log(.info, "an nbd socket is attached")
   }
 
   /// One turn of the loop, and what follows from it.
   public func turn(timeout: Int32 = -1) throws(IOError) {
     // Whether the last request of the old socket has ended is seen after a turn only.
     try loop.turn(timeout: next != nil ? 20 : timeout)
-    try attachNext()
+    attachNext()
     let now = worker.condition.worse(Condition(target.health))
     guard now != condition else { return }
     condition = now

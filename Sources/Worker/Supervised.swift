@@ -103,6 +103,9 @@ public final class Supervised {
   }
 
   private func follow(_ order: WorkerOrder, _ descriptors: LinkDescriptors) {
+    guard !stopping || order == .status else {
+      return server.refuse(order.message.verb, "the worker is stopping")
+    }
     switch (order, phase) {
     case (.start(let start), .waiting): begin(start, descriptors)
     case (.base, .needsBase(let start, let store, let first)):
@@ -115,7 +118,7 @@ public final class Supervised {
       guard let socket = descriptors.take(.nbd) else {
         return server.refuse("attach", "'attach' came without a descriptor")
       }
-      attach(socket, to: disk)
+      disk.attach(socket)
     case (.status, .serving(let disk)): server.send(.status(report(disk)))
     case (.descriptors, .serving(let disk)): returnDescriptors(disk)
     case (.stop, _): stopping = true
@@ -198,19 +201,10 @@ public final class Supervised {
     }
     disk.detached = { [unowned self] _ in server.send(.detached) }
     phase = .serving(disk)
-    if let socket = descriptors.take(.nbd) { attach(socket, to: disk) }
-    guard case .serving = phase else { return }
+    if let socket = descriptors.take(.nbd) { disk.attach(socket) }
     let report = report(disk)
     log(.info, "ready", ["format": report.format, "size": "\(report.size)"])
     server.send(.ready(report))
-  }
-
-  private func attach(_ socket: consuming Descriptor, to disk: Disk) {
-    do throws(IOError) {
-      try disk.attach(socket)
-    } catch {
-      server.refuse("attach", error.description)
-    }
   }
 
   private func returnDescriptors(_ disk: Disk) {

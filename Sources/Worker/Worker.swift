@@ -67,6 +67,9 @@ public final class Worker {
   private let store: any ByteStore
   private let offload: Offload
   private let log: Log
+  /// The greatest mark that the target has been given. What bears one up to it is no news to
+  /// the target, which takes only marks that grow.
+  private var lastMark: Mark = 0
   /// Flush faults not yet answered; the first one's plan is being run.
   private var flushes: [(id: FaultID, upTo: Mark)] = []
 
@@ -87,6 +90,7 @@ public final class Worker {
     let extents = target.uncommitted()
     guard !extents.isEmpty else { return }
     try format.restore(extents)
+    lastMark = extents.reduce(0) { max($0, $1.mark) }
     log(.info, "took up uncommitted placements", ["count": String(extents.count)])
   }
 
@@ -106,16 +110,16 @@ public final class Worker {
     case .read(let id, let blocks):
       resolve(id, blocks) { () throws(ImageError) in
         let limit = max(blocks.count, Self.readAhead)
-        return .map(id, Placement(try format.find(blocks.first, limit: limit)))
+        return .map(id, fresh(Placement(try format.find(blocks.first, limit: limit))))
       }
     case .write(let id, let blocks, let whole):
       resolve(id, blocks) { () throws(ImageError) in
-        .map(id, try format.place(blocks, whole: whole))
+        .map(id, fresh(try format.place(blocks, whole: whole)))
       }
     case .discard(let id, let blocks, let zeroing):
       resolve(id, blocks) { () throws(ImageError) in
         switch try format.discard(blocks, zeroing: zeroing) {
-        case .zero(let extent): .map(id, Placement(extent, .zero))
+        case .zero(let extent): .map(id, fresh(Placement(extent, .zero)))
         case .nothing(let count): .done(id, blocks: count)
         }
       }
@@ -128,6 +132,13 @@ public final class Worker {
     case .invalidateDone:
       break
     }
+  }
+
+  /// A placement without its mark when the target has it already.
+  private func fresh(_ placement: Placement) -> Placement {
+    var placement = placement
+    if placement.extent.mark <= lastMark { placement.extent.mark = 0 }
+    return placement
   }
 
   /// Answers with what the format says, or fails the fault with the format's error.
@@ -144,10 +155,12 @@ public final class Worker {
       give(.fail(id, code: error.cause?.code ?? EIO))
       return
     }
-    guard !give(answer) else { return }
-    if case .map(_, let placement, _) = answer, placement.extent.mark != 0 {
-      format.abandon(placement.extent.mark)
+    let mark: Mark = if case .map(_, let placement, _) = answer { placement.extent.mark } else { 0 }
+    guard !give(answer) else {
+      lastMark = max(lastMark, mark)
+      return
     }
+    if mark != 0 { format.abandon(mark) }
     degrade(.degraded, "the target refused the answer for block \(blocks.first)")
     give(.fail(id, code: EIO))
   }

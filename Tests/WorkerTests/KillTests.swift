@@ -14,7 +14,7 @@ import Testing
     var seeds = SeededRandom(announcedAs: "killed by hand, blocks of \(blockSize)")
     let image = try TestImage(sectors: blockSize == 4096 ? 2048 : 8192, blockSize: blockSize)
     let load = RandomLoad(
-      image.model(), seed: seeds.next(), longest: Int(blockSize) / 512 * 2, trims: true)
+      image.model(), seed: seeds.next(), longest: Int(blockSize) / 512 * 2, repeats: false)
     let path = image.folder.file("nbd")
     for round in 0..<Self.kills {
       let cowd = try CowdProcess(
@@ -50,7 +50,8 @@ import Testing
       try load.takeRest(client)
       load.forget()
       try image.check()
-      #expect(load.wrongs == [])
+      let messages = load.wrongs.isEmpty ? "" : try cowd.messages()
+      #expect(load.wrongs == [], "\(messages)")
       guard load.wrongs.isEmpty else { return }
     }
     print("killed by hand, blocks of \(blockSize): \(Self.kills) rounds, \(load.replies) replies")
@@ -60,7 +61,7 @@ import Testing
   /// The judge itself: an image from which a confirmed write is taken away is noticed.
   @Test func aLostWriteWouldBeNoticed() throws {
     let image = try TestImage(sectors: 256, blockSize: 4096)
-    let load = RandomLoad(image.model(), seed: 1, longest: 8, trims: false)
+    let load = RandomLoad(image.model(), seed: 1, longest: 8, repeats: true)
     let write = load.model.begin(0..<8, stamp: 7)
     load.model.end(write)
     load.model.flushed(load.model.beginFlush())

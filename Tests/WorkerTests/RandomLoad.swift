@@ -31,12 +31,17 @@ final class RandomLoad {
   private var lastStamp: UInt64 = 0
   private let longest: Int
   private let trims: Bool
+  private let overlaps: Bool
 
-  /// `longest` is that of a request in sectors. Without `trims` every answer is determined.
-  init(_ model: DiskModel, seed: UInt64, longest: Int, trims: Bool) {
+  /// `longest` is that of a request in sectors. With `repeats` what is under way may be sent
+  /// again after what came later has been answered: then no two requests under way may touch
+  /// the same sectors (nor does a kernel's), and nothing is trimmed, so that every answer is
+  /// determined.
+  init(_ model: DiskModel, seed: UInt64, longest: Int, repeats: Bool) {
     self.model = model
     self.longest = longest
-    self.trims = trims
+    trims = !repeats
+    overlaps = !repeats
     random = SplitMix64(seed: seed)
   }
 
@@ -45,7 +50,8 @@ final class RandomLoad {
 
   /// Fills the client up to a depth, and takes the replies that come within so long.
   func turn(_ client: TestNBDClient, depth: Int, milliseconds: Int32) throws {
-    while underWay.count < depth { begin(client) }
+    // A try may find no free place.
+    for _ in 0..<depth where underWay.count < depth { begin(client) }
     for reply in try client.turn(milliseconds: milliseconds) { take(reply) }
   }
 
@@ -104,6 +110,9 @@ final class RandomLoad {
       }
     let start = random.below(model.count)
     let end = min(model.count, start + 1 + random.below(longest))
+    guard overlaps || !underWay.values.contains(where: { $0.sectors.overlaps(start..<end) }) else {
+      return
+    }
     var request = Request(
       kind: kind, sectors: start..<end, stamp: lastStamp,
       fua: kind == .write && random.chance(5))

@@ -100,10 +100,12 @@ extension Dscow {
     of store: any ByteStore, writable: Bool = false
   ) throws(ImageError) -> (header: DscowHeader, copies: DscowHeader.CopyState) {
     let size = DscowHeader.copySize
-    let bytes = try io { () throws(IOError) in try store.read(at: 0, count: 2 * size) }
+    let (first, second) = try io { () throws(IOError) in
+      (try store.read(at: 0, count: size), try store.read(at: UInt64(size), count: size))
+    }
     do throws(ImageError) {
       let (header, copies) = try DscowHeader.choose(
-        [UInt8](bytes[..<size]), [UInt8](bytes[size...]), writable: writable)
+        first, second, writable: writable)
       guard store.size >= header.storeSize else {
         throw ImageError(
           .corrupt,

@@ -120,7 +120,7 @@ public final class Dscow: ImageFormat {
     try checkWritable()
     try check(range)
     let found = try run(range.first, limit: range.count)
-    guard !found.writable else { return Placement(found) }
+    guard !found.writable else { return Placement(known(found)) }
     let extent = assign(found.blocks)
     guard !whole else { return Placement(extent) }
     switch found.place {
@@ -136,7 +136,7 @@ public final class Dscow: ImageFormat {
     try checkWritable()
     try check(range)
     let found = try run(range.first, limit: range.count)
-    if found.writable { return .zero(found) }
+    if found.writable { return .zero(known(found)) }
     guard zeroing, found.place != .zero else { return .nothing(blocks: found.blocks.count) }
     return .zero(assign(found.blocks))
   }
@@ -145,6 +145,11 @@ public final class Dscow: ImageFormat {
     guard isWritable else {
       throw ImageError(.badRequest, "the store is open for reading only")
     }
+  }
+
+  /// A place that is there already, as an answer: a mark in an answer is always a new one.
+  private func known(_ extent: Extent) -> Extent {
+    Extent(extent.blocks, extent.place, writable: extent.writable)
   }
 
   /// Places a run that has no place, under a new mark.
