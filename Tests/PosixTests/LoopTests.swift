@@ -11,7 +11,8 @@ import Testing
     let loop = try EventLoop()
     var ends: [Int32] = [-1, -1]
     #expect(pipe(&ends) == 0)
-    let (reader, writer) = (Descriptor(owning: ends[0]), Descriptor(owning: ends[1]))
+    let reader = Descriptor(owning: ends[0])
+    let writer = Descriptor(owning: ends[1])
     var events: [String] = []
     var work = 0
     let registration = try loop.add(reader.raw, for: .readable) { what in
@@ -47,7 +48,8 @@ import Testing
   @Test func staleEventsAreNotDelivered() throws {
     let loop = try EventLoop()
     let pair = try UnixSocket.pair(.stream)
-    let (first, second) = (try pair.first.duplicate(), try pair.second.duplicate())
+    let first = try pair.first.duplicate()
+    let second = try pair.second.duplicate()
     var byte: UInt8 = 1
     #expect(write(first.raw, &byte, 1) == 1 && write(second.raw, &byte, 1) == 1)
     var registrations: [EventLoop.Registration] = []
@@ -90,9 +92,8 @@ import Testing
     let elsewhere = Mutex(0)
     var told = 0
     for index in 0..<500 {
-      nonisolated(unsafe) let mine = me
       pool.run {
-        if pthread_equal(mine, pthread_self()) == 0 { elsewhere.withLock { $0 += 1 } }
+        if pthread_equal(me, pthread_self()) == 0 { elsewhere.withLock { $0 += 1 } }
         return index % 2 == 0 ? nil : IOError(EIO, "try")
       } then: { error in
         #expect(pthread_equal(me, pthread_self()) != 0)
