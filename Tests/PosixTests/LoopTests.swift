@@ -11,17 +11,14 @@ import Testing
     let loop = try EventLoop()
     var ends: [Int32] = [-1, -1]
     #expect(pipe(&ends) == 0)
-    let (reader, writer) = (ends[0], ends[1])
-    defer {
-      close(reader)
-      close(writer)
-    }
+    let reader = Descriptor(owning: ends[0])
+    let writer = Descriptor(owning: ends[1])
     var events: [String] = []
     var work = 0
-    let registration = try loop.add(reader, for: .readable) { what in
+    let registration = try loop.add(reader.raw, for: .readable) { what in
       #expect(what.contains(.readable))
       var byte: UInt8 = 0
-      #expect(read(reader, &byte, 1) == 1)
+      #expect(read(reader.raw, &byte, 1) == 1)
       events.append("handler")
       work = 2
     }
@@ -36,12 +33,12 @@ import Testing
       return true
     }
     var byte: UInt8 = 1
-    #expect(write(writer, &byte, 1) == 1)
+    #expect(write(writer.raw, &byte, 1) == 1)
     try loop.turn()
     #expect(events == ["handler", "answer", "send", "answer"])
     // Not waited for any more: what is written is not told of.
     loop.change(registration, to: [])
-    #expect(write(writer, &byte, 1) == 1)
+    #expect(write(writer.raw, &byte, 1) == 1)
     try loop.turn(timeout: 10)
     loop.remove(registration)
     try loop.turn(timeout: 0)
@@ -51,12 +48,13 @@ import Testing
   @Test func staleEventsAreNotDelivered() throws {
     let loop = try EventLoop()
     let pair = try UnixSocket.pair(.stream)
-    let ends = [pair.first.raw, pair.second.raw]
+    let first = try pair.first.duplicate()
+    let second = try pair.second.duplicate()
     var byte: UInt8 = 1
-    for raw in ends { #expect(write(raw, &byte, 1) == 1) }
+    #expect(write(first.raw, &byte, 1) == 1 && write(second.raw, &byte, 1) == 1)
     var registrations: [EventLoop.Registration] = []
     var calls = 0
-    for raw in ends {
+    for raw in [first.raw, second.raw] {
       registrations.append(
         try loop.add(raw, for: .readable) { _ in
           calls += 1
@@ -67,7 +65,6 @@ import Testing
     try loop.turn(timeout: 0)
     try loop.turn(timeout: 0)
     #expect(calls == 1)
-    _ = pair.first.raw
   }
 
   @Test func timersComeInTimeAndGo() throws {
