@@ -6,7 +6,7 @@ import Posix
 import TestSupport
 import Testing
 
-/// 8 blocks of 8 sectors; the store's block b would lie at sector 64 + 8 b.
+/// 8 blocks of 8 sectors; the store keeps block b at sector 8 + 8 b.
 @Suite struct ConformanceTests {
   let driver: any EngineDriver
 
