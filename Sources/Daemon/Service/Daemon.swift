@@ -46,6 +46,8 @@ public struct Daemon: Sendable {
 
   /// Runs until a signal ends it. Workers and devices stay.
   public func run() async throws {
+    // Whoever reads the log may go away; that is no reason to end.
+    signal(SIGPIPE, SIG_IGN)
     LogLevel.current = configuration.logLevel
     var log = Logger(label: "dmu-xend") { _ in JournalLog() }
     log.notice("dmu-xend starts", metadata: ["version": "\(DMUXen.version)"])
