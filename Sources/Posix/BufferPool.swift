@@ -1,14 +1,15 @@
-// Memory for I/O, in sizes of powers of two, used again and again. What lies idle is bounded
-// and can be given back.
+// Memory for I/O, used again and again. Sizes are powers of two and a page for the headers
+// that go with them. What lies idle is bounded and can be given back.
 
 internal import CLinux
 
 /// A pool of page-aligned buffers. Used from one thread.
 public final class BufferPool {
-  /// The smallest and the largest size of a buffer in bytes.
+  /// The smallest buffer in bytes, without its page for headers.
   public static let minimum = 64 << 10
-  /// The largest size of a buffer in bytes.
+  /// The largest buffer in bytes, without its page for headers.
   public static let maximum = 64 << 20
+  private static let headers = 4096
 
   private var idle: [[UnsafeMutableRawPointer]]
   private var idleBytes = 0
@@ -28,15 +29,17 @@ public final class BufferPool {
   /// The size of the buffer that is taken for so many bytes.
   public static func size(for count: Int) -> Int {
     var size = minimum
-    while size < count { size <<= 1 }
-    return size
+    while size + headers < count { size <<= 1 }
+    return size + headers
   }
 
-  private static func index(_ size: Int) -> Int { (size / minimum).trailingZeroBitCount }
+  private static func index(_ size: Int) -> Int {
+    ((size - headers) / minimum).trailingZeroBitCount
+  }
 
   /// Lends a buffer; `size` is one that `size(for:)` has told. Its contents are undefined.
   public func take(_ size: Int) -> UnsafeMutableRawPointer {
-    precondition(size <= BufferPool.maximum, "a buffer beyond every limit")
+    precondition(size <= BufferPool.maximum + BufferPool.headers, "a buffer beyond every limit")
     if let pointer = idle[BufferPool.index(size)].popLast() {
       idleBytes -= size
       return pointer

@@ -33,7 +33,7 @@ public final class NBDExport {
   let target: UserTarget
   let loop: EventLoop
   let options: Options
-  let buffers = BufferPool(keep: 8 << 20)
+  let buffers = BufferPool(keep: 16 << 20)
   private var listeners: [(socket: Int32, registration: EventLoop.Registration)] = []
   private var sessions: [NBDSession] = []
   private var withOutput: [NBDSession] = []
@@ -65,6 +65,9 @@ public final class NBDExport {
 
   /// Connections that are open, or whose last requests are not back yet.
   public var sessionCount: Int { sessions.count }
+
+  /// Bytes of the buffers of all connections.
+  var bufferBytes: Int { sessions.reduce(0) { $0 + $1.slabs.bytes } }
 
   /// Takes connections from a listening stream socket. Throws: what adding it to the loop
   /// throws.

@@ -93,13 +93,22 @@ import Testing
       failure("worker = 5\n")?.description
         == "f line 1: worker: this must be a table: write [worker]")
     #expect(failure("worker.user = -1\n")?.description.hasPrefix("f line 1: worker.user:") == true)
-    for strange in ["[]", "[#]", "[=]", "[[daemon]]", "= 5", "\"a\" = 5", "[daemon", "x", "[a b]"] {
+    for strange in [
+      "[]", "[#]", "[=]", "[[daemon]]", "= 5", "\"a\" = 5", "[daemon", "x", "[a b]", "a = \"x",
+      "a = 'x",
+      "a = \"\\u0041\"", "a = {}", "a = 1, 2", "a = ]", "# \u{B}[=", "# \u{2028}[", "# \u{85}x",
+      "# \rx", "a = \u{E4}",
+      "a = \"\\",
+    ] {
       #expect(
         failure("# one\n\(strange)\n")?.description
-          == "f line 2: this is neither a [table] nor KEY = VALUE nor a # comment", "\(strange)")
+          == "f line 2: this is neither a [table] nor KEY = VALUE nor a # comment, as far as is"
+          + " needed here", "\(strange)")
     }
+    #expect(failure("[base]\r\ndirectories = []\r\n") == nil)
+    #expect(failure("[base]\r\n\r\ndirectories = 5\r\n")?.line == 3)
     #expect(failure("[base]\ndirectories = [ # list\n \"/a\", # ]\n \"/b\"\n]\n") == nil)
-    let broken = try #require(failure("[daemon]\nlog-level = \"info\n"))
+    let broken = try #require(failure("[daemon]\nlook-interval = 1x\n"))
     #expect(broken.line == 2)
     #expect(broken.key == nil)
     let twice = try #require(failure("[daemon]\nlook-interval = 1\nlook-interval = 2\n"))

@@ -73,7 +73,7 @@ struct ControlTests {
         if count < 0 { break }
         sent += count
       }
-      #expect(sent > 10_000, "the daemon took its requests until it had enough of them")
+      #expect(sent > 1000, "the daemon took its requests until it had enough of them")
       let start = ContinuousClock.now
       #expect(try await world.status().count == 1)
       #expect(.now - start < .seconds(5))

@@ -26,7 +26,8 @@ extension Configuration {
     if let line = lines.strange {
       throw ConfigurationError(
         file: file, line: line, key: nil,
-        reason: "this is neither a [table] nor KEY = VALUE nor a # comment")
+        reason:
+          "this is neither a [table] nor KEY = VALUE nor a # comment, as far as is needed here")
     }
     let document: TOMLTable
     do {
@@ -87,11 +88,17 @@ struct ConfigurationLines {
   init(_ text: String) {
     var table = ""
     var listDepth = 0
-    for (index, line) in text.split(separator: "\n", omittingEmptySubsequences: false).enumerated()
-    {
+    // Ends of lines as Windows writes them count as one character to Swift.
+    let lines = text.replacing("\r\n", with: "\n")
+      .split(separator: "\n", omittingEmptySubsequences: false)
+    for (index, line) in lines.enumerated() {
+      // The parser takes some of these for ends of lines, too.
+      if line.unicodeScalars.contains(where: ConfigurationLines.isControl) {
+        strange = strange ?? index + 1
+      }
       let content = ConfigurationLines.withoutComment(line).trimmed
       if listDepth > 0 {
-        listDepth += ConfigurationLines.depth(content)
+        listDepth = take(content, listDepth, line: index + 1)
       } else if content.first == "[" {
         let name = content.dropFirst().prefix { $0 != "]" }
         table = String(name.trimmed)
@@ -102,7 +109,8 @@ struct ConfigurationLines {
         ConfigurationLines.isKey(content[..<equals].trimmed)
       {
         let key = content[..<equals].trimmed
-        listDepth = ConfigurationLines.depth(content[equals...])
+        let value = content[content.index(after: equals)...]
+        listDepth = take(value, 0, line: index + 1)
         note(table.isEmpty ? String(key) : "\(table).\(key)", index + 1)
         if table.isEmpty, let dot = key.firstIndex(of: ".") {
           note(String(key[..<dot]), index + 1)
@@ -111,6 +119,12 @@ struct ConfigurationLines {
         strange = strange ?? index + 1
       }
     }
+  }
+
+  private static func isControl(_ scalar: Unicode.Scalar) -> Bool {
+    scalar != "\t"
+      && [.control, .lineSeparator, .paragraphSeparator].contains(
+        scalar.properties.generalCategory)
   }
 
   private mutating func note(_ key: String, _ line: Int) {
@@ -147,18 +161,41 @@ struct ConfigurationLines {
     return line
   }
 
-  /// Brackets opened less brackets closed, outside of quotes.
-  private static func depth(_ text: Substring) -> Int {
-    var depth = 0
-    var quote: Character?
-    for character in text {
-      switch (character, quote) {
-      case (let mark, nil) where mark == "\"" || mark == "'": quote = mark
-      case (let mark, let open?) where mark == open: quote = nil
-      case ("[", nil): depth += 1
-      case ("]", nil): depth -= 1
-      default: continue
+  /// Goes over a value or a piece of a list; answers how many lists are open after it.
+  private mutating func take(_ text: Substring, _ depth: Int, line: Int) -> Int {
+    guard let depth = ConfigurationLines.depth(text, depth) else {
+      strange = strange ?? line
+      return 0
+    }
+    return depth
+  }
+
+  /// How many lists are open after a piece of text, of so many before; nil when it has what
+  /// no value of ours needs: an open quote, a code after a backslash, a stray mark.
+  private static func depth(_ text: Substring, _ before: Int) -> Int? {
+    var depth = before
+    var rest = text
+    while let character = rest.popFirst() {
+      switch character {
+      case " ", "\t", "\r": continue
+      case "'", "\"":
+        while let inner = rest.popFirst(), inner != character {
+          guard inner == "\\", character == "\"" else {
+            if rest.isEmpty { return nil }
+            continue
+          }
+          guard let escaped = rest.popFirst(), escaped == "\\" || escaped == "\"" else {
+            return nil
+          }
+          if rest.isEmpty { return nil }
+        }
+      case "[": depth += 1
+      case "]": depth -= 1
+      case ",": if depth == 0 { return nil }
+      case "_", "+", "-", ".", ":": continue
+      default: guard character.isASCII, character.isLetter || character.isNumber else { return nil }
       }
+      if depth < 0 || depth > 8 { return nil }
     }
     return depth
   }

@@ -79,6 +79,13 @@ final class WorkerChannel: Sendable {
   /// Ends the link; questions that wait end with it.
   func close() { finish("the daemon closed the link") }
 
+  /// Ends the link of a worker that has ended, on the poller's thread: what it said last is
+  /// heard first.
+  func closeAfterLastWords() {
+    _ = receive()
+    finish("the worker has gone")
+  }
+
   /// Sends an order that has no answer.
   func send(
     _ order: WorkerOrder, lending descriptors: [LinkRole: Int32] = [:]

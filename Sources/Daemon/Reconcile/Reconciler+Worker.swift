@@ -112,7 +112,7 @@ extension Reconciler {
     let (id, generation) = (disk.id, disk.generation)
     let channel = WorkerChannel(link, poller: poller)
     let worker = Worker(process: process, channel: channel, poller: poller) { [weak self] how in
-      channel.close()
+      channel.closeAfterLastWords()
       Task { await self?.ended(id, generation, how) }
     }
     disk.worker = worker

@@ -68,7 +68,7 @@ public actor Reconciler {
 
   /// Looks at everything at once and marks the disks for which something has changed.
   func lookAtEverything() async throws(XenStoreError) {
-    guard let sights = try await view.lookAll(and: Array(table.keys)) else {
+    guard let sights = try await view.lookAll(and: table.mapValues(\.sight)) else {
       if await !storeForgotUs() { return }
       return try await lookAtEverything()
     }

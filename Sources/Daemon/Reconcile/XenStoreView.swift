@@ -52,24 +52,27 @@ struct XenStoreView: Sendable {
   func look(_ id: DiskID) async throws(XenStoreError) -> Sight? {
     try await client.perform { session throws(XenStoreError) in
       guard try XenStoreView.remembersUs(session) else { return nil }
-      return try XenStoreView.look(id, session)
+      var domains: [Int: Bool] = [:]
+      return try XenStoreView.look(id, nil, &domains, session)
     }
   }
 
   /// Looks at every backend entry whose params are ours, and at these disks whether or not
-  /// they have one. Nil: the store has forgotten us.
-  func lookAll(and known: [DiskID]) async throws(XenStoreError) -> [DiskID: Sight]? {
+  /// they have one; what does not change in a disk's life is not read again. Nil: the store
+  /// has forgotten us.
+  func lookAll(and known: [DiskID: Sight?]) async throws(XenStoreError) -> [DiskID: Sight]? {
     try await client.perform { session throws(XenStoreError) in
       guard try XenStoreView.remembersUs(session) else { return nil }
       var sights: [DiskID: Sight] = [:]
+      var domains: [Int: Bool] = [:]
       for domain in try session.listIfPresent(XenStoreView.root) ?? [] {
         for device in try session.listIfPresent(XenStoreView.root + "/" + domain) ?? [] {
           guard let id = DiskID(domain + "-" + device) else { continue }
-          let sight = try XenStoreView.look(id, session)
-          if sight.wanted != nil || known.contains(id) { sights[id] = sight }
+          let sight = try XenStoreView.look(id, known[id] ?? nil, &domains, session)
+          if sight.wanted != nil || known.keys.contains(id) { sights[id] = sight }
         }
       }
-      for id in known where sights[id] == nil {
+      for id in known.keys where sights[id] == nil {
         sights[id] = Sight(wanted: nil, exists: false, vdev: nil)
       }
       return sights
@@ -125,25 +128,33 @@ struct XenStoreView: Sendable {
     try session.readIfPresent(own + "/version") != nil
   }
 
+  /// `known` is what was seen of the disk before, `domains` which domains exist.
   private static func look(
-    _ id: DiskID, _ session: borrowing XenStoreSession
+    _ id: DiskID, _ known: Sight?, _ domains: inout [Int: Bool],
+    _ session: borrowing XenStoreSession
   ) throws(XenStoreError) -> Sight {
     let entry = id.backendPath
     guard let params = try text(session, entry + "/params") else {
       return Sight(wanted: nil, exists: false, vdev: nil)
     }
     guard Spec.isOurs(params) else { return Sight(wanted: nil, exists: true, vdev: nil) }
-    let vdev = try text(session, entry + "/dev")
+    let vdev = if let known = known?.vdev { known } else { try text(session, entry + "/dev") }
     let state = try text(session, entry + "/state")
     let online = try text(session, entry + "/online")
     let hotplug = try text(session, entry + "/hotplug-status")
-    let mode = try text(session, entry + "/mode")
+    if domains[id.domain] == nil {
+      domains[id.domain] = try session.readIfPresent("/local/domain/\(id.domain)") != nil
+    }
     let closed = state == "6" && online == "0"
-    guard !closed, hotplug != "error",
-      try session.readIfPresent("/local/domain/\(id.domain)") != nil
-    else { return Sight(wanted: nil, exists: true, vdev: vdev) }
+    guard !closed, hotplug != "error", domains[id.domain] == true else {
+      return Sight(wanted: nil, exists: true, vdev: vdev)
+    }
+    let readOnly =
+      if let before = known?.wanted, before.params == params { before.readOnly } else {
+        try text(session, entry + "/mode")?.first == "r"
+      }
     let going = online == "0" || state == "5" || state == "6"
-    let wanted = WantedDisk(params: params, readOnly: mode?.first == "r", going: going)
+    let wanted = WantedDisk(params: params, readOnly: readOnly, going: going)
     return Sight(wanted: wanted, exists: true, vdev: vdev)
   }
 
