@@ -18,6 +18,10 @@
 #error "an extent is packed into a long of 64 bits"
 #endif
 
+#if !DMU_KERNEL(6, 0)
+typedef unsigned int blk_opf_t;
+#endif
+
 #if DMU_KERNEL(6, 5)
 typedef blk_mode_t dmu_mode_t;
 #define DMU_MODE_READ	BLK_OPEN_READ
@@ -52,16 +56,18 @@ static inline sector_t dmu_bdev_sectors(struct block_device *bdev)
 #endif
 }
 
-/* Makes an empty bio of op for bdev in memory that the caller owns. */
-static inline void dmu_bio_init(struct bio *bio, struct block_device *bdev,
-				struct bio_vec *vecs, unsigned short count, unsigned int op)
+/* A bio of op for bdev from the pool; waits, never fails. */
+static inline struct bio *dmu_bio_alloc(struct block_device *bdev, unsigned short vecs,
+					blk_opf_t op, struct bio_set *pool)
 {
 #if DMU_KERNEL(5, 18)
-	bio_init(bio, bdev, vecs, count, op);
+	return bio_alloc_bioset(bdev, vecs, op, GFP_NOIO, pool);
 #else
-	bio_init(bio, vecs, count);
+	struct bio *bio = bio_alloc_bioset(GFP_NOIO, vecs, pool);
+
 	bio_set_dev(bio, bdev);
 	bio->bi_opf = op;
+	return bio;
 #endif
 }
 

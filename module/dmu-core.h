@@ -176,13 +176,13 @@ struct dmu_flush {
 	int error;
 	atomic_t pending;
 	struct work_struct work;
-	struct bio bios[DMU_MAX_DEVICES];
 };
 
 struct dmu_device {
 	struct kref ref;
 	struct list_head list;
 	char name[DMU_MAX_NAME + 1];
+	int major;
 	int minor;
 	struct mapped_device *md;
 	unsigned int users;		/* tables; under dmu_devices_mutex */
@@ -301,6 +301,7 @@ struct dmu_epoch *dmu_epoch_enter(struct dmu_device *dev);
 void dmu_epoch_leave(struct dmu_epoch *epoch);
 void dmu_issue(struct dmu_device *dev, struct bio *bio, unsigned long word,
 	       struct dmu_epoch *epoch);
+bool dmu_try_issue(struct dmu_device *dev, struct bio *bio);
 bool dmu_hold(struct dmu_device *dev, struct bio *bio, bool *requeue);
 unsigned int dmu_free_run(struct dmu_device *dev, u64 block, unsigned int count);
 struct dmu_cell *dmu_cell_by_id(struct dmu_device *dev, u64 id);
