@@ -174,6 +174,27 @@ static void dmu_place_forget(struct dmu_cell *cell)
 	}
 }
 
+/* Says how the placement ended, if anyone is to hear of it. */
+static void dmu_place_tell(struct dmu_cell *cell, int error)
+{
+	struct dmu_answer *a = &cell->answer;
+	struct dmu_event *event = cell->event;
+
+	cell->event = NULL;
+	if (error) {
+		dmu_map_error(cell->dev, event, a->block, a->mark, -error);
+	} else if (a->flags & DMU_SYNC) {
+		event->message.type = DMU_SYNC_DONE;
+		event->message.id = a->id;
+		event->message.block = a->block;
+		event->message.count = a->count;
+		event->message.mark = a->mark;
+		dmu_event_post(cell->dev, event);
+	} else {
+		dmu_event_free(cell->dev, event);
+	}
+}
+
 /* The third step. */
 void dmu_place_work(struct work_struct *work)
 {
@@ -200,13 +221,7 @@ void dmu_place_work(struct work_struct *work)
 		cell->placement = NULL;
 	}
 	spin_unlock_irq(&dev->lock);
-	if (error)
-		dmu_map_error(dev, cell->event, a->block, a->mark, -error);
-	else if (a->flags & DMU_SYNC)
-		dmu_event_post(dev, cell->event);
-	else
-		dmu_event_free(dev, cell->event);
-	cell->event = NULL;
+	dmu_place_tell(cell, error);
 	dmu_epoch_leave(cell->epoch);
 	cell->epoch = NULL;
 	cell->error = 0;
