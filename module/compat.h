@@ -10,6 +10,7 @@
 #include <linux/blkdev.h>
 #include <linux/device-mapper.h>
 #include <linux/device.h>
+#include <linux/highmem.h>
 #include <linux/version.h>
 
 #define DMU_KERNEL(major, minor) (LINUX_VERSION_CODE >= KERNEL_VERSION(major, minor, 0))
@@ -107,6 +108,15 @@ static inline void dmu_limit_swap(struct dm_target *ti)
 #else
 #define dmu_pin_pages(address, count, pages) get_user_pages_fast(address, count, 0, pages)
 #define dmu_unpin_page(page) put_page(page)
+#endif
+
+/* A page's bytes, for a while in which the caller may sleep. */
+#if DMU_KERNEL(5, 11)
+#define dmu_kmap(page) kmap_local_page(page)
+#define dmu_kunmap(page, address) kunmap_local(address)
+#else
+#define dmu_kmap(page) kmap(page)
+#define dmu_kunmap(page, address) kunmap(page)
 #endif
 
 /* percpu_ref_reinit() has to be announced since 5.3. */

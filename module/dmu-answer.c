@@ -343,12 +343,12 @@ static int dmu_copy_in(struct bio *bio, u64 address, u64 start)
 	struct bio_vec vec;
 
 	bio_for_each_segment(vec, bio, iter) {
-		char *to = kmap(vec.bv_page);
+		char *to = dmu_kmap(vec.bv_page);
 		unsigned long left;
 
 		left = copy_from_user(to + vec.bv_offset, u64_to_user_ptr(from), vec.bv_len);
 		flush_dcache_page(vec.bv_page);
-		kunmap(vec.bv_page);
+		dmu_kunmap(vec.bv_page, to);
 		if (left)
 			return -EFAULT;
 		from += vec.bv_len;

@@ -19,6 +19,7 @@ struct dmu_epoch *dmu_epoch_enter(struct dmu_device *dev)
 	struct dmu_epoch *epoch;
 
 	rcu_read_lock();
+	/* Who sees the new epoch sees the tree without what was invalidated before. */
 	epoch = smp_load_acquire(&dev->epoch);
 	percpu_ref_get(&epoch->ref);
 	rcu_read_unlock();
@@ -232,7 +233,7 @@ static void dmu_cell_remove(struct dmu_cell *cell)
 		list_del(&cell->range);
 	list_del(&cell->all);
 	list_del_init(&cell->unsent);
-	smp_mb__before_atomic();
+	smp_mb__before_atomic();	/* the place is ready before the cell is gone */
 	atomic_dec(&dev->busy);
 	mempool_free(cell, &dev->cell_pool);
 	if (!bio_list_empty(&dev->deferred))
@@ -287,7 +288,7 @@ static struct dmu_cell *dmu_cell_make(struct dmu_device *dev, struct bio *bio)
 	}
 	list_add_tail(&cell->all, &dev->cells);
 	atomic_inc(&dev->busy);
-	smp_mb__after_atomic();
+	smp_mb__after_atomic();	/* the cell stands before its place enters the tree */
 	return cell;
 }
 
@@ -391,6 +392,7 @@ void dmu_deferred(struct work_struct *work)
  * after the lock is dropped.
  */
 static void dmu_scatter(struct dmu_cell *cell)
+	__releases(&cell->dev->lock)
 {
 	struct dmu_device *dev = cell->dev;
 	struct bio_list bios = cell->bios, issue = BIO_EMPTY_LIST;

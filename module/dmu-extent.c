@@ -9,6 +9,7 @@
  *
  * Readers walk under RCU. Changes are made under map_mutex.
  */
+#include <linux/rcupdate_wait.h>
 #include <linux/sched/mm.h>
 #include "dmu-core.h"
 

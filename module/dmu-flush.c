@@ -93,6 +93,7 @@ static bool dmu_flush_uncommitted(struct dmu_device *dev)
 
 /* The flush is over; its requests end with the lock dropped. */
 static void dmu_flush_end(struct dmu_device *dev, blk_status_t status)
+	__releases(&dev->lock) __acquires(&dev->lock)
 {
 	struct bio_list bios = dev->flush.active;
 	struct bio *bio;
@@ -227,6 +228,7 @@ void dmu_epoch_work(struct work_struct *work)
 	spin_unlock_irq(&dev->lock);
 	if (dev->turning) {
 		old = dev->epoch;
+		/* See dmu_epoch_enter(). */
 		smp_store_release(&dev->epoch, dmu_epoch_other(dev));
 		percpu_ref_kill(&old->ref);
 	}
