@@ -3,7 +3,8 @@
  * What the worker says. Every answer is checked to the end before it changes anything; a
  * refused one has changed nothing.
  *
- *   EINVAL     unknown type or flag, a combination that means nothing, a run of no blocks
+ *   EINVAL     unknown type or flag, a combination that means nothing, a place that is not
+ *              aligned as its device wants it
  *   ENOENT     no such fault is waiting, or it is of another kind
  *   ERANGE     blocks outside the device, a place outside its backing device, a mark that
  *              is not greater than all before it
@@ -43,6 +44,7 @@ static int dmu_check_place(struct dmu_device *dev, unsigned int device, u64 sect
 			   bool written)
 {
 	struct dmu_table *table = dev->table;
+	struct block_device *bdev;
 	u64 size;
 
 	if (device == DMU_DEVICE_ZERO)
@@ -51,7 +53,10 @@ static int dmu_check_place(struct dmu_device *dev, unsigned int device, u64 sect
 		return -ENXIO;
 	if (written && !table->devs[device].writable)
 		return -EROFS;
-	size = dmu_bdev_sectors(table->devs[device].dm_dev->bdev);
+	bdev = table->devs[device].dm_dev->bdev;
+	if (sector & ((bdev_logical_block_size(bdev) >> SECTOR_SHIFT) - 1))
+		return -EINVAL;
+	size = dmu_bdev_sectors(bdev);
 	if (sector > S64_MAX >> 7 || (written && (sector > size || count > size - sector)))
 		return -ERANGE;
 	return 0;

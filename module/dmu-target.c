@@ -227,7 +227,8 @@ static void dmu_detach(struct dmu_table *table)
 	mutex_unlock(&dmu_devices_mutex);
 }
 
-static int dmu_parse_device(struct dmu_table *table, const char *argument)
+static int dmu_parse_device(struct dmu_table *table, const char *argument,
+			    unsigned int block_sectors)
 {
 	struct dmu_backing *backing = &table->devs[table->count];
 	struct dm_target *ti = table->ti;
@@ -252,6 +253,10 @@ static int dmu_parse_device(struct dmu_table *table, const char *argument)
 	table->writable += backing->writable;
 	if (bdev_is_zoned(backing->dm_dev->bdev)) {
 		ti->error = "a zoned device cannot be a backing device";
+		return -EINVAL;
+	}
+	if (bdev_logical_block_size(backing->dm_dev->bdev) > block_sectors << SECTOR_SHIFT) {
+		ti->error = "BLOCK_SECTORS is less than a sector of a backing device";
 		return -EINVAL;
 	}
 	return 0;
@@ -313,7 +318,7 @@ static int dmu_parse(struct dmu_table *table, struct dm_arg_set *args, const cha
 	if (dm_read_arg(&counts, args, &count, &ti->error))
 		return -EINVAL;
 	while (count--) {
-		error = dmu_parse_device(table, dm_shift_arg(args));
+		error = dmu_parse_device(table, dm_shift_arg(args), *block_sectors);
 		if (error)
 			return error;
 	}

@@ -26,7 +26,7 @@
 static struct rig rig;
 static uint8_t model[SECTORS];		/* 0: as the base; 255: zeroes; else the fill */
 static volatile unsigned int chunk;	/* sectors that have one owner */
-static volatile bool over;
+static volatile bool over, wiping;
 
 /* The worker's format. Only the worker's thread touches it. */
 static struct {
@@ -243,7 +243,9 @@ static void replace_worker(void)
 	for (i = 0; i < BLOCKS; i++)
 		if (format.mark[i])
 			forget(i);
-	rig.node = open(NODE, O_RDWR);
+	/* A child of the administrator may hold the old descriptor until it runs its program. */
+	while ((rig.node = open(NODE, O_RDWR | O_CLOEXEC)) < 0 && errno == EBUSY)
+		sleep_ms(1);
 	CHECK(rig.node >= 0, "errno %d", errno);
 	tell((struct dmu_answer){ .type = DMU_DUMP });
 	for (;;) {
@@ -297,19 +299,41 @@ static void handle(struct actor *actor, struct dmu_message *m)
 	}
 }
 
+/* No guest is there and nothing is uncommitted: an empty image again. */
+static void wipe(void)
+{
+	struct dmu_message m;
+	uint64_t i;
+
+	tell((struct dmu_answer){ .type = DMU_INVALIDATE, .block = 0, .count = BLOCKS });
+	do {
+		CHECK(next_message(rig.node, &m, 20000));
+		CHECK(m.type == DMU_INVALIDATE_DONE || m.type == DMU_SYNC_DONE, "type %u", m.type);
+	} while (m.type != DMU_INVALIDATE_DONE || m.count != BLOCKS);
+	for (i = 0; i < BLOCKS; i++) {
+		CHECK(!format.mark[i]);
+		forget(i);
+	}
+	wiping = false;
+}
+
 static void *worker_body(void *argument)
 {
 	struct actor *actor = argument;
 	struct dmu_message m;
 
 	while (!over) {
-		bool got = next_message(rig.node, &m, 5);
+		if (wiping)
+			wipe();
+		bool got = next_message(rig.node, &m, 2);
 		unsigned int whim = draw(&actor->state) % 64;
 
 		if (got && whim == 0) {
 			replace_worker();	/* with a fault in its hands */
 			continue;
 		}
+		if (got && whim == 1)
+			sleep_ms(80);	/* long enough for a suspend to come between */
 		if (got)
 			handle(actor, &m);
 		if (whim < 6)
@@ -371,6 +395,11 @@ static void random_traces(void)
 		compare(g->data, 0, SECTORS);
 		free(g->data);
 		free(g);
+		CHECK(fsync(rig.disk) == 0);
+		wiping = true;
+		while (wiping)
+			sleep_ms(1);
+		memset(model, 0, sizeof(model));
 	}
 	over = true;
 	pthread_join(admin.thread, NULL);
