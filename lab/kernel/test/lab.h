@@ -98,6 +98,6 @@ struct scenario {
 };
 
 extern const struct scenario rule_scenarios[], life_scenarios[], hostile_scenarios[],
-	random_scenarios[];
+	random_scenarios[], killed_scenarios[];
 
 #endif
