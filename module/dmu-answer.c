@@ -145,7 +145,7 @@ static int dmu_remember(struct dmu_device *dev, struct dmu_answer *a, struct dmu
 
 	mutex_lock(&dev->map_mutex);
 	spin_lock_irq(&dev->lock);
-	if (dmu_preparing_overlap(dev, a->block, a->count, cell) ||
+	if (dmu_preparing_overlap(dev, a->block, a->count, cell, word) ||
 	    dmu_placed_overlap(dev, a->block, a->count, word, !(a->flags & DMU_HOLD_FLUSH)))
 		error = -EEXIST;
 	spin_unlock_irq(&dev->lock);
@@ -291,6 +291,7 @@ static int dmu_map_write(struct dmu_device *dev, struct dmu_answer *a, struct dm
 	if (error)
 		goto refuse_epoch;
 	cell->answer = *a;
+	cell->word = dmu_answer_word(dev, a);
 	cell->placement = placement;
 	cell->error = 0;
 	if (a->flags & DMU_LINKED) {

@@ -196,15 +196,15 @@ unsigned int dmu_free_run(struct dmu_device *dev, u64 block, unsigned int count)
 	return i;
 }
 
+/* Whether a block of the run is being prepared for a place other than word says. */
 bool dmu_preparing_overlap(struct dmu_device *dev, u64 block, u64 count,
-			   struct dmu_cell *except)
+			   struct dmu_cell *except, unsigned long word)
 {
 	struct dmu_cell *cell;
 
 	lockdep_assert_held(&dev->lock);
 	list_for_each_entry(cell, &dev->cells, all) {
-		if (cell == except ||
-		    (cell->state != DMU_PREPARING && cell->state != DMU_CLAIMED))
+		if (cell == except || cell->state != DMU_PREPARING || cell->word == word)
 			continue;
 		if (cell->block < block + count && block < cell->block + cell->count)
 			return true;

@@ -135,6 +135,7 @@ struct dmu_cell {
 	/* The preparation. */
 	struct bio *active;
 	struct dmu_answer answer;
+	unsigned long word;		/* where the answer puts it */
 	struct dmu_epoch *epoch;
 	struct dmu_placement *placement;
 	struct dmu_event *event;
@@ -306,7 +307,7 @@ bool dmu_hold(struct dmu_device *dev, struct bio *bio, bool *requeue);
 unsigned int dmu_free_run(struct dmu_device *dev, u64 block, unsigned int count);
 struct dmu_cell *dmu_cell_by_id(struct dmu_device *dev, u64 id);
 bool dmu_preparing_overlap(struct dmu_device *dev, u64 block, u64 count,
-			   struct dmu_cell *except);
+			   struct dmu_cell *except, unsigned long word);
 void dmu_process(struct dmu_cell *cell);
 void dmu_ask(struct dmu_cell *cell);
 void dmu_fail_cell(struct dmu_cell *cell, int error);
