@@ -1,0 +1,70 @@
+// How a store knows its base again: length, modification time where there is one, and a
+// checksum of samples. The samples catch what keeps length and time: a device, or a file
+// that was restored with its times.
+
+public import Posix
+
+extension Dscow {
+  /// How many samples of the base are taken, and how many bytes each has.
+  private static let samples: UInt64 = 64
+  private static let sampleSize: UInt64 = 4096
+
+  /// CRC-32C of the base: of 64 pieces of 4096 bytes spread evenly from its start to its
+  /// end, or of all of it when it is no longer than they are.
+  public static func fingerprint(of base: any ByteStore) throws(IOError) -> UInt32 {
+    let size = base.size
+    var sum = CRC32C()
+    if size <= samples * sampleSize {
+      let bytes = try base.read(at: 0, count: Int(size))
+      bytes.withUnsafeBytes { sum.update($0) }
+      return sum.value
+    }
+    let last = size - sampleSize
+    for index in 0..<samples {
+      // Whole multiples first: last * index could overflow for a base of 2^58 bytes.
+      let step = last / (samples - 1)
+      let offset = index == samples - 1 ? last : step * index
+      let bytes = try base.read(at: offset, count: Int(sampleSize))
+      bytes.withUnsafeBytes { sum.update($0) }
+    }
+    return sum.value
+  }
+
+  /// What identifies a base now.
+  static func stamp(
+    _ base: any ByteStore, path: String
+  ) throws(ImageError) -> DscowBase {
+    let count = path.utf8.count
+    guard count > 0, count <= DscowHeader.longestPath, !path.utf8.contains(0) else {
+      throw ImageError(
+        .badRequest,
+        "the base's path has \(count) bytes, a dscow store holds 1 to "
+          + "\(DscowHeader.longestPath): use a shorter path")
+    }
+    return try io { () throws(IOError) in
+      let identity = try base.identity()
+      return DscowBase(
+        path: path, size: identity.size, modified: identity.modified,
+        fingerprint: try fingerprint(of: base))
+    }
+  }
+
+  /// What differs between a base and the one a store was made from, in words; nil when
+  /// nothing does.
+  static func difference(_ old: DscowBase, _ new: DscowBase) -> String? {
+    if old.size != new.size { return "its size was \(old.size) and is \(new.size) bytes" }
+    if old.modified != 0, new.modified != 0, old.modified != new.modified {
+      return "it was modified \(old.modified < new.modified ? "later" : "earlier")"
+    }
+    return old.fingerprint != new.fingerprint ? "its contents differ" : nil
+  }
+
+  /// Whether two byte stores are the same file or device.
+  public static func same(
+    _ one: any ByteStore, _ other: any ByteStore
+  ) throws(ImageError) -> Bool {
+    if one === other { return true }
+    guard let one = one as? FileStore, let other = other as? FileStore else { return false }
+    return try io { () throws(IOError) in try one.isSameFile(as: other) }
+  }
+}

@@ -1,0 +1,131 @@
+// The header of a dscow store and the geometry that follows from it. The byte table and
+// the commit order are in docs/formats/dscow.md; Header+Codec.swift reads and writes it.
+//
+// Invariants of a header that exists as a value (each checked on decoding):
+// - the block size is a power of two from 4 KiB to 4 MiB; the size a multiple of 512, from
+//   512 bytes to 64 TiB;
+// - the bitmap begins after both header copies and ends, rounded up to 4096, at or before
+//   the first block; both begin at multiples of 4096, so metadata and data share no page;
+// - the first block begins at a multiple of the block size, and the end of the last one
+//   fits 63 bits.
+
+/// What identifies the base that a store was made from.
+public struct DscowBase: Sendable, Equatable {
+  /// Its path, as it was given when the store was made.
+  public var path: String
+  /// Its length in bytes.
+  public var size: UInt64
+  /// Its modification time in nanoseconds since 1970; 0 when that means nothing.
+  public var modified: UInt64
+  /// CRC-32C of samples of its contents; see `Dscow.fingerprint`.
+  public var fingerprint: UInt32
+
+  /// A base from its parts.
+  public init(path: String, size: UInt64, modified: UInt64, fingerprint: UInt32) {
+    self.path = path
+    self.size = size
+    self.modified = modified
+    self.fingerprint = fingerprint
+  }
+}
+
+/// The header of a dscow store. Offsets and sizes are in bytes unless they say otherwise.
+public struct DscowHeader: Sendable, Equatable {
+  /// Bytes of one of the two copies, which stand at the start of the store.
+  public static let copySize = 4096
+  /// The smallest block in bytes.
+  public static let smallestBlock: UInt32 = 4096
+  /// The largest block in bytes.
+  public static let largestBlock: UInt32 = 4 << 20
+  /// The largest disk in bytes: 64 TiB.
+  public static let largestDisk: UInt64 = 64 << 40
+  /// The bitmap is read and written in pages of so many bytes.
+  static let pageSize: UInt64 = 4096
+
+  /// Counts the header's changes: of two valid copies the one with the greater number holds.
+  public var sequence: UInt64
+  /// Features that a program need not know to use the store.
+  public var compatible: UInt64
+  /// Features that a program must know to write to the store.
+  public var readOnlyCompatible: UInt64
+  /// Length of the disk.
+  public let size: UInt64
+  /// Bytes of a block.
+  public let blockSize: UInt32
+  /// Where block 0 lives in the store; block b lives b block sizes further on.
+  public let firstBlock: UInt64
+  /// Where the bitmap begins.
+  public let bitmapOffset: UInt64
+  /// The base, nil for a store that has none.
+  public var base: DscowBase?
+  /// The copy that this header was read from, so that a rewrite keeps what it does not know.
+  var raw: [UInt8]
+
+  /// How many blocks the disk has, the last of them perhaps in part.
+  public var blocks: UInt64 { (size - 1) / UInt64(blockSize) + 1 }
+  /// The bitmap's length in 32-bit words.
+  public var bitmapCount: UInt64 { (blocks + 31) / 32 }
+  /// Where the last block ends: the length that a store must have.
+  public var storeSize: UInt64 { firstBlock + blocks * UInt64(blockSize) }
+
+  /// Lays out a disk. Throws `badRequest` for a size or block size outside the limits.
+  init(size: UInt64, blockSize: UInt32, base: DscowBase?) throws(ImageError) {
+    try Self.check(blockSize: blockSize, size: size, .badRequest)
+    self.sequence = 1
+    self.compatible = 0
+    self.readOnlyCompatible = 0
+    self.size = size
+    self.blockSize = blockSize
+    self.bitmapOffset = 2 * UInt64(Self.copySize)
+    let blocks = (size - 1) / UInt64(blockSize) + 1
+    // Within the limits nothing here comes near an overflow: the bitmap is 2 GiB at most.
+    let metadata = self.bitmapOffset + (blocks + 7) / 8
+    let unit = UInt64(blockSize)
+    self.firstBlock = (metadata + unit - 1) / unit * unit
+    self.base = base
+    self.raw = [UInt8](repeating: 0, count: Self.copySize)
+  }
+
+  /// A header from fields that have been read. Throws `corrupt` when one contradicts the
+  /// others.
+  init(
+    size: UInt64, blockSize: UInt32, firstBlock: UInt64, bitmapOffset: UInt64, raw: [UInt8]
+  ) throws(ImageError) {
+    try Self.check(blockSize: blockSize, size: size, .corrupt)
+    self.sequence = 0
+    self.compatible = 0
+    self.readOnlyCompatible = 0
+    self.size = size
+    self.blockSize = blockSize
+    self.firstBlock = firstBlock
+    self.bitmapOffset = bitmapOffset
+    self.raw = raw
+    try checkPlaces()
+  }
+
+  private static func check(
+    blockSize: UInt32, size: UInt64, _ code: ImageError.Code
+  ) throws(ImageError) {
+    guard blockSize.nonzeroBitCount == 1, blockSize >= smallestBlock, blockSize <= largestBlock
+    else {
+      throw ImageError(
+        code, "block size \(blockSize) is not a power of two from 4 KiB to 4 MiB")
+    }
+    guard size > 0, size % 512 == 0, size <= largestDisk else {
+      throw ImageError(
+        code, "disk size \(size) is not a multiple of 512 from 512 bytes to 64 TiB")
+    }
+  }
+
+  private func checkPlaces() throws(ImageError) {
+    let bitmapBytes = (bitmapCount * 4 + Self.pageSize - 1) / Self.pageSize * Self.pageSize
+    let (bitmapEnd, overflow) = bitmapOffset.addingReportingOverflow(bitmapBytes)
+    guard !overflow, bitmapOffset % Self.pageSize == 0,
+      bitmapOffset >= 2 * UInt64(Self.copySize)
+    else { throw ImageError(.corrupt, "the header places the bitmap at \(bitmapOffset)") }
+    let dataSize = blocks * UInt64(blockSize)
+    guard firstBlock % UInt64(blockSize) == 0, firstBlock >= bitmapEnd,
+      firstBlock <= UInt64(Int64.max) - dataSize
+    else { throw ImageError(.corrupt, "the header places the first block at \(firstBlock)") }
+  }
+}

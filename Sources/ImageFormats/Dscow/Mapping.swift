@@ -1,0 +1,229 @@
+// Where the blocks of a dscow disk live, and what a commit writes.
+//
+// Block b has one place it can ever have: sector (firstBlock + b * blockSize) / 512 of the
+// store. What changes is whether it is there: its bit. A bit is only ever set, and only
+// after the block's data is durable; a commit therefore is one stage of whole bitmap pages,
+// and a page that a power cut tears holds some of its new bits, each of them true.
+//
+// Invariants:
+// - A block is pending (uncommitted), durable (its bit is set), or in the base.
+// - A pending run is looked at before the durable bits: while a plan is being written, the
+//   page on the store may already hold its bits.
+// - A block without a bit may have stale bytes at its place, from a write that a power cut
+//   kept from being committed. A placement is therefore always prepared in full.
+
+public import Posix
+
+/// A dscow store that is open as a disk. Used from one thread; its plans run on any.
+public final class Dscow: ImageFormat {
+  /// The device number of the store in extents.
+  public static let storeDevice: UInt16 = 0
+  /// The device number of the base in extents.
+  public static let baseDevice: UInt16 = 1
+  /// A `find` looks at no more than so many bitmap pages.
+  private static let pagesPerFind = 16
+
+  /// The header, as it was when the store was opened.
+  public let header: DscowHeader
+  /// What was found of the header's two copies.
+  public let copies: DscowHeader.CopyState
+  /// Whether placements may be asked for.
+  public let isWritable: Bool
+
+  private let blocks: UInt64
+  /// Blocks from this one on have nothing in the base and read as zeroes.
+  private let baseEnd: UInt64
+  private var bitmap: DscowBitmap
+  private var pending = DscowPending()
+  private var durableBlocks: UInt64
+  private var lastMark: Mark = 0
+
+  /// `baseSize` is the base's length in bytes, 0 without one; `durableBlocks` is how many
+  /// bits are set, or an estimate of it.
+  init(
+    store: any ByteStore, baseSize: UInt64, header: DscowHeader,
+    copies: DscowHeader.CopyState, writable: Bool, durableBlocks: UInt64
+  ) {
+    self.header = header
+    self.copies = copies
+    self.isWritable = writable
+    self.blocks = header.blocks
+    self.bitmap = DscowBitmap(store: store, header: header)
+    self.durableBlocks = durableBlocks
+    self.baseEnd = baseSize == 0 ? 0 : (baseSize - 1) / UInt64(header.blockSize) + 1
+  }
+
+  /// Length of the disk in bytes.
+  public var size: UInt64 { header.size }
+  /// Bytes of a block.
+  public var blockSize: UInt32 { header.blockSize }
+  /// Blocks with a place in the store. Exact while the part of the bitmap that is no hole has
+  /// up to 32 MiB; beyond that the start is an estimate, from the space that the store takes.
+  public var allocatedBlocks: UInt64 { durableBlocks + pending.fresh }
+
+  private func storePlace(_ block: UInt64) -> Place {
+    let byte = header.firstBlock + block * UInt64(blockSize)
+    return .device(Self.storeDevice, sector: byte / 512)
+  }
+
+  private func basePlace(_ block: UInt64) -> Place {
+    block < baseEnd
+      ? .device(Self.baseDevice, sector: block * UInt64(blockSize) / 512) : .zero
+  }
+
+  private func check(_ range: BlockRange) throws(ImageError) {
+    guard range.count > 0, range.first < blocks, range.count <= blocks - range.first else {
+      throw ImageError(
+        .badRequest, "blocks \(range.first)+\(range.count) of a disk of \(blocks) blocks")
+    }
+  }
+
+  /// The longest run from a block on, within its bitmap page, that is mapped alike.
+  private func run(_ block: UInt64, limit: UInt64) throws(ImageError) -> Extent {
+    let (run, next) = pending.find(block)
+    if let run {
+      let count = min(limit, run.blocks.end - block)
+      return Extent(
+        BlockRange(block, count), storePlace(block), writable: isWritable, mark: run.mark)
+    }
+    var limit = next.map { min(limit, $0 - block) } ?? limit
+    let (isSet, count) = try bitmap.run(from: block, limit: limit)
+    limit = count
+    if isSet {
+      return Extent(BlockRange(block, limit), storePlace(block), writable: isWritable)
+    }
+    if block < baseEnd { limit = min(limit, baseEnd - block) }
+    return Extent(BlockRange(block, limit), basePlace(block), writable: false)
+  }
+
+  /// Where a block lives for reading; see `ImageFormat`. Looks at 16 bitmap pages at most,
+  /// so a run may go on after the extent.
+  public func find(_ block: UInt64, limit: UInt64) throws(ImageError) -> Extent {
+    try check(BlockRange(block, 1))
+    let end = block + min(max(limit, 1), blocks - block)
+    var extent = try run(block, limit: end - block)
+    var pages = 1
+    while extent.blocks.end < end, pages < Self.pagesPerFind {
+      let next = try run(extent.blocks.end, limit: end - extent.blocks.end)
+      let sectors = extent.blocks.count * UInt64(blockSize) / 512
+      guard next.mark == extent.mark, next.writable == extent.writable,
+        next.place == extent.place.advanced(by: sectors)
+      else { break }
+      extent.blocks.count += next.blocks.count
+      pages += 1
+    }
+    return extent
+  }
+
+  /// A place for a first write; see `ImageFormat`. The answer does not cross a bitmap page.
+  public func place(_ range: BlockRange, whole: Bool) throws(ImageError) -> Placement {
+    try checkWritable()
+    try check(range)
+    let found = try run(range.first, limit: range.count)
+    guard !found.writable else { return Placement(known(found)) }
+    let extent = assign(found.blocks)
+    guard !whole else { return Placement(extent) }
+    switch found.place {
+    case .zero: return Placement(extent, .zero)
+    case .device: return Placement(extent, .copy(from: found.place))
+    }
+  }
+
+  /// A discard; see `ImageFormat`. The answer does not cross a bitmap page.
+  public func discard(
+    _ range: BlockRange, zeroing: Bool
+  ) throws(ImageError) -> DiscardAnswer {
+    try checkWritable()
+    try check(range)
+    let found = try run(range.first, limit: range.count)
+    if found.writable { return .zero(known(found)) }
+    guard zeroing, found.place != .zero else { return .nothing(blocks: found.blocks.count) }
+    return .zero(assign(found.blocks))
+  }
+
+  private func checkWritable() throws(ImageError) {
+    guard isWritable else {
+      throw ImageError(.badRequest, "the store is open for reading only")
+    }
+  }
+
+  /// A place that is there already, as an answer: a mark in an answer is always a new one.
+  private func known(_ extent: Extent) -> Extent {
+    Extent(extent.blocks, extent.place, writable: extent.writable)
+  }
+
+  /// Places a run that has no place, under a new mark.
+  private func assign(_ range: BlockRange) -> Extent {
+    lastMark += 1
+    pending.insert(DscowPending.Run(blocks: range, mark: lastMark, fresh: range.count))
+    return Extent(range, storePlace(range.first), writable: true, mark: lastMark)
+  }
+
+  /// The bitmap pages that make every placement up to a mark durable: one stage, since a
+  /// bit never depends on another. Bits of later placements are not in it.
+  public func commitPlan(upTo mark: Mark) throws(ImageError) -> CommitPlan {
+    var writes: [CommitPlan.Write] = []
+    for (page, runs) in pending.runs(upTo: mark) {
+      let bytes = try bitmap.bytes(ofPage: page, adding: runs)
+      writes.append(CommitPlan.Write(offset: bitmap.place(ofPage: page), bytes: bytes))
+    }
+    return CommitPlan(upTo: mark, stages: writes.isEmpty ? [] : [writes])
+  }
+
+  /// The plan up to this mark has run.
+  public func committed(upTo mark: Mark) {
+    for (page, runs) in pending.runs(upTo: mark) { bitmap.set(runs, inPage: page) }
+    durableBlocks += pending.remove { $0.mark <= mark }
+  }
+
+  /// A placement that came to nothing.
+  public func abandon(_ mark: Mark) {
+    pending.remove { $0.mark == mark }
+  }
+
+  /// Takes over the uncommitted placements of a former worker. Throws `badRequest` for one
+  /// that this format cannot have made, and then has taken in none.
+  public func restore(_ extents: [Extent]) throws(ImageError) {
+    try checkWritable()
+    var runs: [DscowPending.Run] = []
+    var mark: Mark = 1
+    for extent in extents {
+      try check(extent.blocks)
+      guard extent.place == storePlace(extent.blocks.first), extent.writable,
+        extent.mark >= mark, extent.mark > lastMark
+      else {
+        throw ImageError(
+          .badRequest,
+          "an uncommitted placement of blocks \(extent.blocks.first)+\(extent.blocks.count) "
+            + "is not one of this store")
+      }
+      mark = extent.mark
+      runs += try split(extent)
+    }
+    let ordered = runs.map(\.blocks).sorted { $0.first < $1.first }
+    for (one, next) in zip(ordered, ordered.dropFirst()) where one.end > next.first {
+      throw ImageError(.badRequest, "two uncommitted placements share block \(next.first)")
+    }
+    for run in runs { pending.insert(run) }
+    lastMark = max(lastMark, mark)
+  }
+
+  /// An extent cut at the borders of bitmap pages, its blocks without a bit counted.
+  private func split(_ extent: Extent) throws(ImageError) -> [DscowPending.Run] {
+    var runs: [DscowPending.Run] = []
+    var block = extent.blocks.first
+    while block < extent.blocks.end {
+      let page = block / DscowBitmap.blocksPerPage
+      let end = min(extent.blocks.end, (page + 1) * DscowBitmap.blocksPerPage)
+      var run = DscowPending.Run(
+        blocks: BlockRange(block, end - block), mark: extent.mark, fresh: 0)
+      while block < end {
+        let (isSet, count) = try bitmap.run(from: block, limit: end - block)
+        if !isSet { run.fresh += count }
+        block += count
+      }
+      runs.append(run)
+    }
+    return runs
+  }
+}
