@@ -43,7 +43,9 @@ let targets: [Target] = [
   room("Posix", ["CLinux"]),
   room("XenStore", ["CXenStore", "Posix"]),
   room("ImageFormats", ["Posix"]),
-  room("Target", ["Posix"]),
+  .target(name: "DMUProtocol"),
+  room("DMU", ["DMUProtocol", "Posix"]),
+  room("Target", ["DMU", "Posix"]),
   room("WorkerLink", ["Posix"]),
   room("Worker", ["Target", "ImageFormats", "WorkerLink", "Posix"]),
   room(
