@@ -308,18 +308,21 @@ unsigned int dmu_free_run(struct dmu_device *dev, u64 block, unsigned int count)
 struct dmu_cell *dmu_cell_by_id(struct dmu_device *dev, u64 id);
 bool dmu_preparing_overlap(struct dmu_device *dev, u64 block, u64 count,
 			   struct dmu_cell *except, unsigned long word);
+void dmu_cell_remove(struct dmu_cell *cell);
 void dmu_process(struct dmu_cell *cell);
 void dmu_ask(struct dmu_cell *cell);
-void dmu_fail_cell(struct dmu_cell *cell, int error);
 void dmu_advance(struct dmu_cell *cell, u64 count);
+void dmu_deferred(struct work_struct *work);
+void dmu_end_bio(struct bio *bio, blk_status_t status);
+
+/* dmu-sweep.c: many of them at once. */
+void dmu_fail_cell(struct dmu_cell *cell, int error);
 void dmu_requeue_all(struct dmu_device *dev);
 void dmu_fail_all(struct dmu_device *dev, int error);
 void dmu_free_cells(struct dmu_device *dev);
 void dmu_reask_all(struct dmu_device *dev);
 unsigned int dmu_retry(struct dmu_device *dev, struct dmu_cell *only);
-void dmu_deferred(struct work_struct *work);
 void dmu_timeout(struct work_struct *work);
-void dmu_end_bio(struct bio *bio, blk_status_t status);
 
 /* dmu-place.c: the preparation of a place, and uncommitted placements. */
 void dmu_prepare(struct dmu_cell *cell);
@@ -351,6 +354,14 @@ void dmu_event_free(struct dmu_device *dev, struct dmu_event *event);
 void dmu_event_post(struct dmu_device *dev, struct dmu_event *event);
 void dmu_map_error(struct dmu_device *dev, struct dmu_event *event, u64 block, u64 mark,
 		   int error);
+
+/* dmu-device.c: tables of one NAME. */
+int dmu_attach(struct dmu_table *table, const char *name, unsigned int block_sectors);
+void dmu_detach(struct dmu_table *table);
+
+/* dmu-map.c: the path of a request. */
+int dmu_map(struct dm_target *ti, struct bio *bio);
+int dmu_end_io(struct dm_target *ti, struct bio *bio, blk_status_t *error);
 
 /* dmu-answer.c */
 long dmu_answer_batch(struct dmu_device *dev, struct dmu_batch __user *argument);
