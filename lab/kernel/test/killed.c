@@ -95,11 +95,20 @@ static void take_over(int node)
 			tell(node, map(0, i, 1, 0, PLACE(i), DMU_WRITABLE));
 }
 
+static const char *programs;		/* where the Swift worker is, when it is to serve */
+static struct rig rig;
+
 static void worker(void)
 {
 	struct dmu_message m;
+	char path[256];
 	int node;
 
+	if (programs) {
+		snprintf(path, sizeof(path), "%s/kernel-worker", programs);
+		execl(path, path, "lab", "dscow", rig.store, rig.base, NULL);
+		_exit(7);
+	}
 	while ((node = open(NODE, O_RDWR | O_CLOEXEC)) < 0 && errno == EBUSY)
 		sleep_ms(1);
 	if (node < 0)
@@ -164,14 +173,12 @@ static void under_kills(const char *load, unsigned int kills)
 	CHECK(result == 0, "the load failed");
 }
 
-static struct rig begin_load(void)
+static void begin_load(void)
 {
-	struct rig rig = { .block = BLOCK, .sectors = BLOCKS * BLOCK, .quiet = true };
-
+	rig = (struct rig){ .block = BLOCK, .sectors = BLOCKS * BLOCK, .quiet = true };
 	table = mmap(NULL, sizeof(*table), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
 	CHECK(table != MAP_FAILED);
 	rig_up(&rig);
-	return rig;
 }
 
 static unsigned int rounds(void)
@@ -181,9 +188,9 @@ static unsigned int rounds(void)
 
 static void fio_kills(void)
 {
-	struct rig rig = begin_load();
 	char load[512];
 
+	begin_load();
 	snprintf(load, sizeof(load),
 		 "fio --name=v --filename=%s --direct=1 --ioengine=psync --rw=randrw --bsrange=512-96k "
 		 "--bs_unaligned=0 --size=20m --io_size=%um --verify=crc32c --verify_fatal=1 "
@@ -193,9 +200,8 @@ static void fio_kills(void)
 	rig_down(&rig);
 }
 
-static void ext4_kills(void)
+static void ext4_load(unsigned int kills)
 {
-	struct rig rig = begin_load();
 	char load[1024];
 
 	snprintf(load, sizeof(load),
@@ -207,12 +213,38 @@ static void ext4_kills(void)
 		 "umount /mnt/fs; mount %s /mnt/fs; md5sum --quiet -c /mnt/sums; umount /mnt/fs; "
 		 "e2fsck -fn %s", DISK, DISK, 8 * rounds(), DISK, DISK);
 	run("rm -f /mnt/sums");
-	under_kills(load, 60 * rounds());
+	under_kills(load, kills);
+}
+
+static void ext4_kills(void)
+{
+	begin_load();
+	ext4_load(60 * rounds());
 	rig_down(&rig);
+}
+
+/* The same over the project's own worker and format; the image has to be sound afterwards. */
+static void dscow_kills(void)
+{
+	programs = getenv("DMU_PROGRAMS");
+	if (!programs) {
+		printf("# no programs were given\n");
+		return;
+	}
+	begin_load();
+	CHECK(run("%s/dscow_tool -c %s %s -b 64K -f", programs, rig.store, rig.base) == 0, "%s",
+	      said());
+	ext4_load(25 * rounds());
+	rig_down_but_loops(&rig);
+	CHECK(run("%s/dscow_tool check %s", programs, rig.store) == 0, "%s", said());
+	CHECK(run("%s/dscow_tool info %s | grep -i alloc", programs, rig.store) == 0, "%s", said());
+	printf("# %s", said());
+	run("losetup -d %s %s", rig.store_loop, rig.base_loop);
 }
 
 const struct scenario killed_scenarios[] = {
 	{ "fio-kills", fio_kills },
 	{ "ext4-kills", ext4_kills },
+	{ "dscow-kills", dscow_kills },
 	{ 0 },
 };

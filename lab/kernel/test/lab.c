@@ -135,7 +135,7 @@ void rig_up(struct rig *rig)
 	CHECK(rig->disk >= 0, "errno %d", errno);
 }
 
-void rig_down(struct rig *rig)
+void rig_down_but_loops(struct rig *rig)
 {
 	close(rig->disk);
 	CHECK(run("dmsetup remove lab") == 0, "%s", said());
@@ -145,6 +145,11 @@ void rig_down(struct rig *rig)
 		CHECK(run("dmsetup remove store") == 0, "%s", said());
 	if (rig->base_table)
 		CHECK(run("dmsetup remove base") == 0, "%s", said());
+}
+
+void rig_down(struct rig *rig)
+{
+	rig_down_but_loops(rig);
 	CHECK(run("losetup -d %s %s", rig->store_loop, rig->base_loop) == 0, "%s", said());
 	run("rm -f /mnt/base.img /mnt/store.img");
 }

@@ -48,6 +48,7 @@ struct rig {
 
 void rig_up(struct rig *rig);
 void rig_down(struct rig *rig);
+void rig_down_but_loops(struct rig *rig);
 
 /* What a byte of the base (0) or the store (1) is before anything is written. */
 uint8_t pattern(int device, uint64_t offset);
