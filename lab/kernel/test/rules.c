@@ -411,7 +411,6 @@ static void invalidate(void)
 	CHECK(answer(rig.node, (struct dmu_answer){
 		.type = DMU_INVALIDATE, .block = 2, .count = 3 }) == 0);
 	m = expect(rig.node, DMU_INVALIDATE_DONE);
-	CHECK(g->done || now_ms(), "the write was still under way");
 	CHECK(m.block == 2 && m.count == 3);
 	sleep_ms(20);
 	CHECK(g->done);
