@@ -102,6 +102,7 @@ static int dmu_older(const struct dmu_cell *one, const struct dmu_cell *other)
 void dmu_reask_all(struct dmu_device *dev)
 {
 	struct dmu_cell *cell, *next, *at;
+	struct bio *bio;
 
 	lockdep_assert_held(&dev->lock);
 	list_for_each_entry_safe_reverse(cell, next, &dev->cells, all) {
@@ -111,6 +112,9 @@ void dmu_reask_all(struct dmu_device *dev)
 			dmu_cell_remove(cell);
 			continue;
 		}
+		if (cell->state == DMU_PARKED)
+			bio_list_for_each(bio, &cell->bios)
+				dmu_io(bio)->since = jiffies;
 		if (cell->orphan)
 			dmu_ask(cell);
 		cell->state = DMU_ASKING;
@@ -156,7 +160,7 @@ void dmu_timeout(struct work_struct *work)
 	list_for_each_entry_safe(cell, next, &dev->cells, all) {
 		bool first = true;
 
-		if (cell->state > DMU_PARKED)
+		if (cell->state > DMU_ASKED)
 			continue;
 		bio_list_init(&stay);
 		while ((bio = bio_list_pop(&cell->bios))) {
