@@ -43,8 +43,8 @@ public enum NBDDevice {
     return index
   }
 
-  /// Gives a device a new socket in place of one that has died; what was under way is sent
-  /// again. Throws: ENOSPC while no socket of the device has died (the kernel has not yet
+  /// Gives a device a new socket in place of one that has died; new requests use it at once,
+  /// what was under way is sent again when its timeout is over. Throws: ENOSPC while no socket of the device has died (the kernel has not yet
   /// noticed: try again), EINVAL when the device is not connected or bears another
   /// identifier.
   public static func reconfigure(
@@ -68,7 +68,8 @@ public enum NBDDevice {
     _ = try channel.exchange(request, operation: "disconnect", subject: path(index))
   }
 
-  /// Every device that the driver knows, and whether it is connected.
+  /// Every device that the driver knows, and whether it is connected, or at least still open
+  /// somewhere.
   public static func status() throws(IOError) -> [UInt32: Bool] {
     var channel = try GenericNetlink()
     let family = try channel.family("nbd")

@@ -11,7 +11,9 @@ public struct NBDConfiguration: Sendable, Equatable {
   /// 2 flush, 3 FUA, 5 trim, 6 write-zeroes, 8 multi-conn. Bits that a kernel does not know
   /// do no harm.
   public var flags: UInt16
-  /// Seconds that a request may take before its socket counts as dead; 0: for ever.
+  /// Seconds that a request may take before its socket counts as dead and it is sent again.
+  /// What was under way when a socket died is sent again only then; with 0 it would hang for
+  /// ever. Source: nbd_xmit_timeout in drivers/block/nbd.c.
   public var timeout: UInt64
   /// Seconds that requests wait for a new socket after the death of the old one.
   public var deadConnectionTimeout: UInt64
@@ -23,7 +25,7 @@ public struct NBDConfiguration: Sendable, Equatable {
 
   /// A configuration from its parts.
   public init(
-    size: UInt64, blockSize: UInt32 = 512, flags: UInt16, timeout: UInt64 = 0,
+    size: UInt64, blockSize: UInt32 = 512, flags: UInt16, timeout: UInt64,
     deadConnectionTimeout: UInt64, identifier: String? = nil, index: UInt32? = nil
   ) {
     self.size = size

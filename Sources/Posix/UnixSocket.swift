@@ -55,7 +55,7 @@ public enum UnixSocket {
     do {
       try bind(listener.raw, path, mode)
     } catch {
-      guard error.code == EADDRINUSE, try isStale(path, kind) else { throw error }
+      guard error.code == EADDRINUSE, try isAbandoned(path, kind) else { throw error }
       guard unlink(path) == 0 || errno == ENOENT else { throw IOError.last("replace", path) }
       try bind(listener.raw, path, mode)
     }
@@ -117,6 +117,16 @@ public enum UnixSocket {
     let code = try withAddress(path) { Glibc.bind(socket, $0, $1) == 0 ? 0 : errno }
     guard code == 0 else { throw IOError(code, "listen on", path) }
     guard chmod(path, mode) == 0 else { throw IOError.last("set the mode of", path) }
+  }
+
+  /// A listener just closed may live on for a moment in a program that is being started and
+  /// has not yet dropped what it inherited: hence more than one look.
+  private static func isAbandoned(_ path: String, _ kind: Kind) throws(IOError) -> Bool {
+    for _ in 0..<3 {
+      if try isStale(path, kind) { return true }
+      usleep(20_000)
+    }
+    return false
   }
 
   private static func isStale(_ path: String, _ kind: Kind) throws(IOError) -> Bool {

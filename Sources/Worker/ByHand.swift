@@ -4,6 +4,7 @@
 
 import Glibc
 import Posix
+import Target
 
 /// What a person asked for.
 public struct ByHandOptions: Sendable {
@@ -42,6 +43,8 @@ public struct ByHandOptions: Sendable {
 protocol DiskService: AnyObject {
   /// One line that says where the disk is.
   var greeting: String { get }
+  /// The attached socket has ended. `over` is called when the disk has, with it.
+  func socketEnded(_ end: NBDEnd, _ disk: Disk, over: @escaping () -> Void)
   /// Takes the disk away. Turns the loop if need be.
   func withdraw(_ disk: Disk) throws(WorkerError)
 }
@@ -64,8 +67,10 @@ public enum ByHand {
     request.force = options.force
     let image = try Opening.image(name, store: options.store, base: options.base, request)
     let disk = try Disk(image, pending: nil, loop: loop, log: log)
-    disk.detached = { _ in stopping = true }
     let service = try publish(disk, options, log)
+    disk.detached = { [unowned disk] end in
+      service.socketEnded(end, disk) { stopping = true }
+    }
     say("\(options.store) (\(disk.size) bytes) is served: \(service.greeting)")
     while !stopping { try system { () throws(IOError) in try disk.turn() } }
     try service.withdraw(disk)
@@ -141,6 +146,9 @@ final class SocketService: DiskService {
     }
     return "nbd+unix:///?socket=" + encoded
   }
+
+  /// Clients come and go.
+  func socketEnded(_ end: NBDEnd, _ disk: Disk, over: @escaping () -> Void) {}
 
   /// Removes the socket file, unless somebody has put another in its place.
   func withdraw(_ disk: Disk) {

@@ -33,7 +33,7 @@ struct DMUXend: AsyncParsableCommand {
 
   func run() async throws {
     var surroundings = Daemon.Surroundings()
-    if standInDevices { surroundings.attacher = StandInAttacher(remembersOthers: true) }
+    if standInDevices { surroundings.standIn() }
     let daemon: Daemon
     do {
       daemon = try Daemon(configurationPath: config, surroundings: surroundings)

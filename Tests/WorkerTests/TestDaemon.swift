@@ -18,11 +18,12 @@ final class TestDaemon {
   private let base: Descriptor
   private let pending: Descriptor
 
-  init(_ image: TestImage) throws {
+  /// `store` stands in for the image's own.
+  init(_ image: TestImage, store path: String? = nil) throws {
     self.image = image
     linkPath = image.folder.file("link")
     listener = try UnixSocket.listen(at: linkPath, kind: .packets)
-    store = try Descriptor(path: image.store, flags: O_RDWR)
+    store = try Descriptor(path: path ?? image.store, flags: O_RDWR)
     base = try Descriptor(path: image.base, flags: O_RDONLY)
     pending = try Descriptor(
       path: image.folder.file("pending"), flags: O_RDWR | O_CREAT, mode: 0o600)
@@ -81,6 +82,15 @@ final class TestDaemon {
       }
     }
     throw IOError(ETIMEDOUT, "hear", "the worker: \(try worker.messages())")
+  }
+
+  /// The state that the next event tells, within ten seconds.
+  func event() throws -> DiskState {
+    for _ in 0..<100 {
+      guard case .message(let message, _) = try link.receive(milliseconds: 100) else { continue }
+      if case .event(let state, _) = try WorkerReport(message) { return state }
+    }
+    throw IOError(ETIMEDOUT, "hear", "an event: \(try worker.messages())")
   }
 
   /// Starts the disk and expects it to be ready.

@@ -110,7 +110,7 @@ public struct Doctor: Sendable {
 
   private func netBlock() -> Finding {
     let what = "the driver nbd (the daemon's devices)"
-    let remedy = "modprobe nbd nbds_max=0, and add nbd to /etc/modules-load.d/"
+    let remedy = "modprobe nbd nbds_max=0 max_part=0, and add nbd to /etc/modules-load.d/"
     do throws(IOError) {
       return Finding(
         what, try NBDDevice.isAvailable() ? nil : "it is not loaded", remedy: remedy)

@@ -22,6 +22,12 @@ extension Configuration {
   public static func parse(
     _ text: String, file: String
   ) throws(ConfigurationError) -> Configuration {
+    let lines = ConfigurationLines(text)
+    if let line = lines.strange {
+      throw ConfigurationError(
+        file: file, line: line, key: nil,
+        reason: "this is neither a [table] nor KEY = VALUE nor a # comment")
+    }
     let document: TOMLTable
     do {
       document = try TOMLTable(string: text)
@@ -31,7 +37,7 @@ extension Configuration {
     } catch {
       throw ConfigurationError(file: file, line: nil, key: nil, reason: "\(error)")
     }
-    return try take(document, ConfigurationLines(text), file: file)
+    return try take(document, lines, file: file)
   }
 
   private static func take(
@@ -69,25 +75,40 @@ extension Configuration {
   }
 }
 
-/// Finds the line on which a key stands. The parser tells lines only of text that it
-/// cannot read.
+/// The lines of a configuration file, before the parser sees them: where each key stands,
+/// since the parser tells lines only of text that it cannot read; and the first line of a
+/// shape that no key of ours needs, since the parser ends the process on some of those.
 struct ConfigurationLines {
+  /// The first line, from 1, that is none of: blank, comment, [table], KEY = VALUE, or the
+  /// rest of a list.
+  private(set) var strange: Int?
   private var found: [String: Int] = [:]
 
   init(_ text: String) {
     var table = ""
+    var listDepth = 0
     for (index, line) in text.split(separator: "\n", omittingEmptySubsequences: false).enumerated()
     {
-      let content = line.trimmed
-      if content.first == "[" {
-        table = String(content.dropFirst().prefix { $0 != "]" }.trimmed)
+      let content = ConfigurationLines.withoutComment(line).trimmed
+      if listDepth > 0 {
+        listDepth += ConfigurationLines.depth(content)
+      } else if content.first == "[" {
+        let name = content.dropFirst().prefix { $0 != "]" }
+        table = String(name.trimmed)
+        let closed = content.dropFirst(1 + name.count) == "]"
+        if !closed || !ConfigurationLines.isKey(name.trimmed) { strange = strange ?? index + 1 }
         note(table, index + 1)
-      } else if let equals = content.firstIndex(of: "="), content.first != "#" {
-        let key = content[..<equals].trimmed.filter { $0 != "\"" && $0 != "'" }
-        note(table.isEmpty ? key : "\(table).\(key)", index + 1)
+      } else if let equals = content.firstIndex(of: "="),
+        ConfigurationLines.isKey(content[..<equals].trimmed)
+      {
+        let key = content[..<equals].trimmed
+        listDepth = ConfigurationLines.depth(content[equals...])
+        note(table.isEmpty ? String(key) : "\(table).\(key)", index + 1)
         if table.isEmpty, let dot = key.firstIndex(of: ".") {
           note(String(key[..<dot]), index + 1)
         }
+      } else if !content.isEmpty {
+        strange = strange ?? index + 1
       }
     }
   }
@@ -99,6 +120,47 @@ struct ConfigurationLines {
   func line(table: String, key: String?) -> Int? {
     guard let key else { return found[table] }
     return found["\(table).\(key)"] ?? found[table]
+  }
+
+  /// Bare words with dots between them.
+  private static func isKey(_ text: Substring) -> Bool {
+    text.split(separator: ".", omittingEmptySubsequences: false).allSatisfy { word in
+      !word.isEmpty
+        && word.unicodeScalars.allSatisfy {
+          $0.isASCII && ($0.properties.isAlphabetic || ("0"..."9").contains($0))
+            || $0 == "-" || $0 == "_"
+        }
+    }
+  }
+
+  /// The line up to a "#" that stands outside of quotes.
+  private static func withoutComment(_ line: Substring) -> Substring {
+    var quote: Character?
+    for index in line.indices {
+      switch (line[index], quote) {
+      case ("#", nil): return line[..<index]
+      case (let mark, nil) where mark == "\"" || mark == "'": quote = mark
+      case (let mark, let open?) where mark == open: quote = nil
+      default: continue
+      }
+    }
+    return line
+  }
+
+  /// Brackets opened less brackets closed, outside of quotes.
+  private static func depth(_ text: Substring) -> Int {
+    var depth = 0
+    var quote: Character?
+    for character in text {
+      switch (character, quote) {
+      case (let mark, nil) where mark == "\"" || mark == "'": quote = mark
+      case (let mark, let open?) where mark == open: quote = nil
+      case ("[", nil): depth += 1
+      case ("]", nil): depth -= 1
+      default: continue
+      }
+    }
+    return depth
   }
 }
 

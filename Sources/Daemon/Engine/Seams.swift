@@ -125,6 +125,7 @@ public struct KernelAttacher: DeviceAttacher {
 
   /// Every connected device that bears one of our names.
   public func devices() throws(IOError) -> [DeviceNode] {
+    guard try NBDDevice.isAvailable() else { return [] }
     var found: [DeviceNode] = []
     for (index, connected) in try NBDDevice.status() where connected {
       do throws(IOError) {

@@ -15,26 +15,23 @@ public final class StandInAttacher: DeviceAttacher {
 
   private struct State {
     var devices: [UInt32: Device] = [:]
-    var attached = 0
     var reattached = 0
   }
 
   private let state = Mutex(State())
-  private let remembersOthers: Bool
+  /// An attacher. Devices that it does not know count as there, as the kernel's are for a
+  /// daemon that was started again.
+  public init() {}
 
-  /// An attacher. With `remembersOthers`, devices that it does not know count as there, with
-  /// their sockets dead: as the kernel's are for a daemon that was started again.
-  public init(remembersOthers: Bool = false) { self.remembersOthers = remembersOthers }
+  /// How many devices there are, and how often one was given another socket.
+  public var counts: (devices: Int, reattachments: Int) {
+    state.withLock { ($0.devices.count, $0.reattached) }
+  }
 
-  /// How many devices there are.
-  public var count: Int { state.withLock { $0.devices.count } }
-  /// How often a device was given another socket.
-  public var reattachments: Int { state.withLock { $0.reattached } }
-
-  /// A duplicate of the kernel's end of a device's socket. Throws ENODEV.
-  public func socket(of index: UInt32) throws(IOError) -> Descriptor {
+  /// A duplicate of the kernel's end of a device's socket; nil when there is no such device.
+  public func socket(of index: UInt32) throws(IOError) -> Descriptor? {
     try state.withLock { state throws(IOError) in
-      guard let device = state.devices[index] else { throw IOError(ENODEV, "use", "\(index)") }
+      guard let device = state.devices[index] else { return nil }
       return try StandInAttacher.duplicate(device.socket)
     }
   }
@@ -46,7 +43,6 @@ public final class StandInAttacher: DeviceAttacher {
       var index: UInt32 = 0
       while state.devices[index] != nil { index += 1 }
       state.devices[index] = Device(socket: kept, identifier: wish.identifier)
-      state.attached += 1
       return DeviceNode(
         index: index, path: "/stand-in/nbd\(index)", major: 43, minor: index << 5)
     }
@@ -76,7 +72,7 @@ public final class StandInAttacher: DeviceAttacher {
   /// Whether it is kept here, or might be by another.
   public func isAttached(_ node: DeviceNode, identifier: String) throws(IOError) -> Bool {
     let known = state.withLock { $0.devices[node.index] }
-    return known.map { $0.identifier == identifier } ?? remembersOthers
+    return known.map { $0.identifier == identifier } ?? true
   }
 
   /// Everything that is kept.

@@ -59,7 +59,12 @@ extension Reconciler {
     let log = log(for: disk)
     do throws(WorkerSilence) {
       try worker.channel.send(.stop)
-      if await worker.waitForEnd(configuration.stopTimeout) { return true }
+      if await worker.waitForEnd(configuration.stopTimeout) {
+        if let how = worker.ended, how != "exit status 0", !how.hasPrefix("unknown") {
+          log.error("the worker did not end well", metadata: ["how": "\(how)"])
+        }
+        return true
+      }
       log.error("the worker does not end and is killed")
     } catch {
       log.warning("the worker cannot be asked to end", metadata: ["reason": "\(error.words)"])

@@ -66,6 +66,9 @@ extension Reconciler {
   private func findBase(_ disk: Disk, _ spec: Spec, _ path: String) async -> DiskFailure? {
     let directories = configuration.baseDirectories
     let file = configurationPath
+    // A relative path starts at the store's folder.
+    let folder = spec.store.prefix(through: spec.store.lastIndex(of: "/") ?? spec.store.startIndex)
+    let path = path.hasPrefix("/") ? path : folder + path
     do throws(DiskFailure) {
       let (real, base) = try await offload.run { () throws(DiskFailure) in
         guard let real = Images.allowed(path, in: directories) else {
@@ -158,7 +161,8 @@ extension Reconciler {
       enter(disk, .serving(DiskPhase.Trouble(state, error)))
       await publish(disk)
     case .detached:
-      guard case .serving = disk.phase else { return }
+      // Also while a start is not yet through: it is seen to when it is.
+      if case .stopping = disk.phase { return }
       disk.socketLost = true
       mark(id)
     case .complaint(let text):

@@ -68,7 +68,10 @@ public actor Reconciler {
 
   /// Looks at everything at once and marks the disks for which something has changed.
   func lookAtEverything() async throws(XenStoreError) {
-    let sights = try await view.lookAll(and: Array(table.keys))
+    guard let sights = try await view.lookAll(and: Array(table.keys)) else {
+      if await !storeForgotUs() { return }
+      return try await lookAtEverything()
+    }
     for (id, sight) in sights {
       guard let disk = table[id] else {
         mark(id)
@@ -78,22 +81,21 @@ public actor Reconciler {
     }
   }
 
-  /// After xenstored was away. A store that has forgotten us is a new one: its silence about
-  /// a disk says nothing, so disks in use are kept until it speaks of them again.
-  func storeCameBack() async throws(XenStoreError) {
-    if try await !view.remembersUs() {
-      let kept = table.values.filter { $0.worker != nil || $0.device != nil }
-      for disk in kept { disk.orphaned = true }
-      for disk in table.values { disk.published = nil }
-      if !kept.isEmpty {
-        log.error(
-          "xenstored has lost its store: disks in use are kept",
-          metadata: ["disks": "\(kept.count)"])
-      }
+  /// xenstored has a new, empty store, or has never heard of us. Its silence about a disk says
+  /// nothing: disks in use are kept until it speaks of them again, or a script's `remove` does.
+  /// False when even that could not be told to xenstored.
+  func storeForgotUs() async -> Bool {
+    let kept = table.values.filter { $0.worker != nil || $0.device != nil }
+    for disk in kept { disk.orphaned = true }
+    for disk in table.values { disk.published = nil }
+    if announced != nil, !kept.isEmpty {
+      log.error(
+        "xenstored has lost its store: disks in use are kept",
+        metadata: ["disks": "\(kept.count)"])
     }
     announced = nil
-    try await lookAtEverything()
     await announce("running")
+    return announced != nil
   }
 
   // MARK: - The loop of one disk
@@ -103,7 +105,11 @@ public actor Reconciler {
     while disk.due, !ending {
       disk.due = false
       do throws(XenStoreError) {
-        let sight = try await view.look(id)
+        guard let sight = try await view.look(id) else {
+          disk.due = await storeForgotUs()
+          if !disk.due { wake(disk, after: .seconds(1)) }
+          continue
+        }
         disk.sight = sight
         if sight.exists { disk.orphaned = false }
         if let vdev = sight.vdev { disk.vdev = vdev }

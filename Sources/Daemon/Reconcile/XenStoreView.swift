@@ -5,6 +5,8 @@
 // - `dmu/` nodes are written only under a backend entry that exists, in one transaction
 //   with the look at it: an entry that the toolstack has deleted is never made again.
 // - A look that failed says nothing: no disk is taken down because xenstored was silent.
+// - Nor does the look into a store that has forgotten what we told of ourselves: it is a new
+//   one, and what is missing in it was not taken away. Every look asks for that first.
 
 internal import XenStore
 
@@ -46,17 +48,19 @@ struct XenStoreView: Sendable {
 
   let client: XenStoreClient
 
-  /// Looks at one disk.
-  func look(_ id: DiskID) async throws(XenStoreError) -> Sight {
+  /// Looks at one disk. Nil: the store has forgotten us.
+  func look(_ id: DiskID) async throws(XenStoreError) -> Sight? {
     try await client.perform { session throws(XenStoreError) in
-      try XenStoreView.look(id, session)
+      guard try XenStoreView.remembersUs(session) else { return nil }
+      return try XenStoreView.look(id, session)
     }
   }
 
   /// Looks at every backend entry whose params are ours, and at these disks whether or not
-  /// they have one.
-  func lookAll(and known: [DiskID]) async throws(XenStoreError) -> [DiskID: Sight] {
+  /// they have one. Nil: the store has forgotten us.
+  func lookAll(and known: [DiskID]) async throws(XenStoreError) -> [DiskID: Sight]? {
     try await client.perform { session throws(XenStoreError) in
+      guard try XenStoreView.remembersUs(session) else { return nil }
       var sights: [DiskID: Sight] = [:]
       for domain in try session.listIfPresent(XenStoreView.root) ?? [] {
         for device in try session.listIfPresent(XenStoreView.root + "/" + domain) ?? [] {
@@ -108,17 +112,17 @@ struct XenStoreView: Sendable {
     path.split(separator: "/").dropFirst(4).first == "dmu"
   }
 
-  /// Whether xenstored still has what we told of ourselves: if not it is a new store, and
-  /// what is missing in it says nothing about what was taken away.
-  func remembersUs() async throws(XenStoreError) -> Bool {
-    try await client.readIfPresent(XenStoreView.own + "/version") != nil
-  }
-
   /// The domain's name, nil when it has none.
   func name(of domain: Int) async throws(XenStoreError) -> String? {
     try await client.perform { session throws(XenStoreError) in
       try XenStoreView.text(session, "/local/domain/\(domain)/name")
     }
+  }
+
+  private static func remembersUs(
+    _ session: borrowing XenStoreSession
+  ) throws(XenStoreError) -> Bool {
+    try session.readIfPresent(own + "/version") != nil
   }
 
   private static func look(

@@ -18,11 +18,17 @@ public struct Daemon: Sendable {
     public var attacher: any DeviceAttacher = KernelAttacher()
     /// xenstored's socket; nil: where libxenstore finds it.
     public var xenStoreSocket: String?
-    /// What ends the daemon; nil: the signals of the process.
-    public var stop: AsyncStream<Void>?
+    var standInDevices: StandInAttacher?
 
     /// The real things.
     public init() {}
+
+    /// Makes no devices, only keeps their sockets, and opens a door to them.
+    public mutating func standIn() {
+      let attacher = StandInAttacher()
+      self.attacher = attacher
+      standInDevices = attacher
+    }
   }
 
   private let configuration: Configuration
@@ -46,6 +52,10 @@ public struct Daemon: Sendable {
     log.logLevel = configuration.logLevel
     try raiseLimits(log)
     let lock = try RunDirectory.prepare(configuration)
+    if let standIn = surroundings.standInDevices {
+      log.warning("devices are stand-ins: no guest can use them")
+      try StandInDoor.open(standIn, runDirectory: configuration.runDirectory)
+    }
     var wish = XenStoreClient.Configuration(socketPath: surroundings.xenStoreSocket)
     let connectionLog = log
     wish.onConnectionChange = { state in
@@ -62,24 +72,18 @@ public struct Daemon: Sendable {
       configuration: configuration, configurationPath: configurationPath,
       view: XenStoreView(client: client), launcher: surroundings.launcher,
       attacher: surroundings.attacher, log: log)
-    let takesSignals = surroundings.stop == nil
+    // Before anybody can ask for a disk: what is there already must be known.
+    try await reconciler.adopt()
     let services: [any Service] = [
       ReconcileService(reconciler: reconciler, client: client, log: log),
       ControlServer(path: configuration.controlSocket, reconciler: reconciler, log: log),
-      ReloadService(reconciler: reconciler, log: log, isActive: takesSignals),
+      ReloadService(reconciler: reconciler, log: log),
     ]
     // Its failures are thrown; its steps are nobody's concern.
     let quiet = Logger(label: "services") { _ in SwiftLogNoOpLogHandler() }
-    var members = services.map { ServiceGroupConfiguration.ServiceConfiguration(service: $0) }
-    if let stop = surroundings.stop {
-      members.append(
-        ServiceGroupConfiguration.ServiceConfiguration(
-          service: StopService(stop: stop), successTerminationBehavior: .gracefullyShutdownGroup))
-    }
     let group = ServiceGroup(
       configuration: ServiceGroupConfiguration(
-        services: members, gracefulShutdownSignals: takesSignals ? [.sigterm, .sigint] : [],
-        logger: quiet))
+        services: services, gracefulShutdownSignals: [.sigterm, .sigint], logger: quiet))
     try await group.run()
     log.notice("dmu-xend ends; disks and their workers go on")
     lock.keepUntilHere()
@@ -132,7 +136,6 @@ private struct ReconcileService: Service {
   let log: Logger
 
   func run() async throws {
-    try await reconciler.adopt()
     try await cancelWhenGracefulShutdown {
       try await withThrowingDiscardingTaskGroup { tasks in
         tasks.addTask { try await watchDisks() }
@@ -149,7 +152,7 @@ private struct ReconcileService: Service {
       do throws(XenStoreError) {
         for try await event in try await client.watch(XenStoreView.root) {
           switch event {
-          case .resync: try await reconciler.storeCameBack()
+          case .resync: try await reconciler.lookAtEverything()
           case .changed(let path):
             if let id = DiskID(path: path) {
               if !XenStoreView.isOurs(path) { await reconciler.mark(id) }
@@ -192,26 +195,12 @@ private struct ReconcileService: Service {
   }
 }
 
-/// Ends the group when it is told to.
-private struct StopService: Service {
-  let stop: AsyncStream<Void>
-
-  func run() async throws {
-    for await _ in stop.cancelOnGracefulShutdown() { return }
-  }
-}
-
 /// SIGHUP means: read the configuration anew.
 private struct ReloadService: Service {
   let reconciler: Reconciler
   let log: Logger
-  let isActive: Bool
 
   func run() async throws {
-    guard isActive else {
-      try await gracefulShutdown()
-      return
-    }
     for await _ in await UnixSignalsSequence(trapping: .sighup).cancelOnGracefulShutdown() {
       do throws(ConfigurationError) { try await reconciler.reload() } catch {
         log.error(

@@ -12,6 +12,7 @@ work=/var/tmp/lab/$scenario
 kernel=/boot/vmlinux
 initramfs=/boot/guest.cpio.gz
 daemon_log=$work/dmu-xend.log
+slow=$(cat /run/lab-slow 2>/dev/null || echo 1)
 count=0
 failures=0
 mkdir -p "$work"
@@ -60,7 +61,7 @@ finish() {
 
 # until_true SECONDS COMMAND...: tries until it succeeds or the time is over.
 until_true() {
-  local end=$((SECONDS + $1))
+  local end=$((SECONDS + $1 * slow))
   shift
   until "$@" >/dev/null 2>&1; do
     [ $SECONDS -lt $end ] || return 1
@@ -109,7 +110,7 @@ create() {
   local name=$1
   shift
   [ ! -e "$(console "$name")" ] || : >"$(console "$name")"
-  timeout 90 xl create "$@" "$work/$name.cfg"
+  timeout $((90 * slow)) xl create "$@" "$work/$name.cfg"
 }
 
 # said NAME PATTERN: whether the guest has printed a line like this.
@@ -118,7 +119,7 @@ said() { grep -qE -- "$2" "$(console "$1")"; }
 # await NAME PATTERN [SECONDS]: waits until it has; a guest that reports a failure of an order
 # is not waited for any longer.
 await() {
-  local end=$((SECONDS + ${3:-90}))
+  local end=$((SECONDS + ${3:-90} * slow))
   until said "$1" "$2"; do
     if [ $SECONDS -ge $end ] || said "$1" '^LAB fail'; then
       note "$1 did not print '$2'; its last words:"

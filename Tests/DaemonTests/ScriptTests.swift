@@ -1,0 +1,115 @@
+// The block script itself, run as libxl runs it, under the helpers of Xen's own scripts and
+// with xenstore's own tools.
+
+import Daemon
+import Glibc
+import Posix
+import TestSupport
+import Testing
+
+@Suite(
+  .serialized, .enabled(if: Programs.arePresent, "the programs have to be built first"),
+  .enabled(
+    if: access("/etc/xen/scripts/block-common.sh", R_OK) == 0
+      && access("/usr/bin/xenstore-write", X_OK) == 0 && access("/var/log/xen", W_OK) == 0,
+    "Xen's scripts and xenstore's tools have to be installed, and their log has to be writable"))
+struct ScriptTests {
+  /// Runs `block-dmu ACTION` for a disk: its exit status and what stands in xenstore then.
+  private func run(_ world: World, _ action: String, _ disk: FakeDisk) async throws -> Posix
+    .ExitStatus?
+  {
+    let scripts = world.folder.file("scripts")
+    let programs = world.folder.file("bin")
+    if mkdir(scripts, 0o755) == 0 {
+      for name in World.names("/etc/xen/scripts") {
+        #expect(symlink("/etc/xen/scripts/\(name)", "\(scripts)/\(name)") == 0)
+      }
+      let source = #filePath.replacing(
+        "Tests/DaemonTests/ScriptTests.swift", with: "hotplug/block-dmu")
+      unlink("\(scripts)/block-dmu")
+      #expect(symlink(source, "\(scripts)/block-dmu") == 0)
+      #expect(mkdir(programs, 0o755) == 0)
+      // dmu-xen as installed, but for the place of the socket.
+      let wrapper = try world.file(
+        "bin/dmu-xen",
+        Array(
+          "#!/bin/sh\nexec '\(Programs.directory)/dmu-xen' \"$@\" --socket '\(world.socket)'\n".utf8
+        )
+      )
+      #expect(chmod(wrapper, 0o755) == 0)
+    }
+    var command = Command(
+      "\(scripts)/block-dmu", [action],
+      environment: [
+        "PATH=\(programs):/usr/bin:/bin", "XENSTORED_PATH=\(world.xenstored.socketPath)",
+        "XENBUS_PATH=\(disk.relativeBackend)", "XENBUS_TYPE=vbd", "XENBUS_BASE_PATH=backend",
+        "script=\(scripts)/block-dmu",
+      ])
+    let null = try Descriptor(path: "/dev/null", flags: O_RDWR)
+    command.descriptors = [0: null.raw, 1: null.raw, 2: null.raw]
+    let process = try command.start()
+    return try await blocking { try process.wait(milliseconds: 60_000) }
+  }
+
+  @Test("add writes the device and says connected; remove is done, twice as well")
+  func addRemove() async throws {
+    try await inWorld { world in
+      let disk = try world.attach(5, world.spec("g5.dscow"))
+      #expect(try await run(world, "add", disk) == .exited(0))
+      #expect(try world.toolstack.read(disk.backend + "/physical-device") == "2b:0")
+      #expect(
+        try world.toolstack.read(disk.backend + "/physical-device-path") == "/stand-in/nbd0")
+      #expect(try world.toolstack.read(disk.backend + "/hotplug-status") == "connected")
+      #expect(try world.toolstack.read(disk.backend + "/hotplug-error") == nil)
+      try world.toolstack.beginDetach(disk)
+      try world.toolstack.backendCloses(disk)
+      #expect(try await run(world, "remove", disk) == .exited(0))
+      #expect(try await run(world, "remove", disk) == .exited(0))
+      try world.toolstack.finishDetach(disk)
+      try await eventually("it is gone") { world.directories().isEmpty }
+    }
+  }
+
+  @Test("Failures reach hotplug-error as the daemon's sentence, and the leftovers keep nothing")
+  func failures() async throws {
+    try await inWorld { world in
+      let store = world.folder.file("back\\slash")
+      let disk = try world.attach(5, "dmu:dscow:\(store)")
+      #expect(try await run(world, "add", disk) == .exited(1))
+      #expect(
+        try world.toolstack.read(disk.backend + "/hotplug-error")
+          == "store \(store) does not exist and the spec names no base to create it from: correct"
+          + " the path, or add ':BASE' to the spec")
+      #expect(try world.toolstack.read(disk.backend + "/hotplug-status") == "error")
+      #expect(try world.toolstack.read(disk.backend + "/physical-device") == nil)
+      try await eventually("it is forgotten") { try await world.status().isEmpty }
+      #expect(try await run(world, "remove", disk) == .exited(0))
+    }
+  }
+
+  @Test("Without a daemon add says so, and remove is done all the same")
+  func noDaemon() async throws {
+    try await inWorld(daemon: false) { world in
+      let disk = try world.attach(5, world.spec("g5.dscow"))
+      let start = ContinuousClock.now
+      #expect(try await run(world, "add", disk) == .exited(1))
+      #expect(.now - start < .seconds(30), "well before libxl's 40 s")
+      #expect(
+        try world.toolstack.read(disk.backend + "/hotplug-error")
+          == "dmu-xend is not running: start it (systemctl start dmu-xend) and attach the disk"
+          + " again")
+      #expect(try await run(world, "remove", disk) == .exited(0))
+    }
+  }
+
+  @Test("add waits for a daemon that is just being started, and for one that is started again")
+  func patience() async throws {
+    try await inWorld(daemon: false) { world in
+      let disk = try world.attach(5, world.spec("g5.dscow"))
+      async let status = run(world, "add", disk)
+      try await Task.sleep(for: .seconds(1))
+      try await world.startDaemon()
+      #expect(try await status == .exited(0))
+    }
+  }
+}

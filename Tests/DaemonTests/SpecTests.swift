@@ -1,0 +1,107 @@
+// The grammar of specs: every good shape, and every malformed one with its own reason.
+
+import Daemon
+import TestSupport
+import Testing
+
+@Suite struct SpecTests {
+  @Test(
+    "Good specs, read and written out again",
+    arguments: [
+      "dmu:dscow:/a", "dmu:dscow:/a:/b", "dmu:dscow?block-size=64K:/var/lib/x.dscow:/dev/vg/base",
+      "dmu:dscow?block-size=4K&force=yes:/a%3Ab:/c%2Cd%25", "dmu:qcow2+x_y-z:/ä/%20:/b",
+    ])
+  func good(_ text: String) throws {
+    let spec = try Spec(text)
+    #expect(spec.description == text)
+    #expect(try Spec(spec.description) == spec)
+  }
+
+  @Test("The parts are decoded")
+  func parts() throws {
+    let spec = try Spec("dmu:dscow?block-size=64K&x=%26:/a%3ab%2Cc:/b%25")
+    #expect(spec.format == "dscow")
+    #expect(spec.option("block-size") == "64K")
+    #expect(spec.option("x") == "&")
+    #expect(spec.option("y") == nil)
+    #expect(spec.store == "/a:b,c")
+    #expect(spec.base == "/b%")
+  }
+
+  static let bad: [(String, SpecError.Reason)] = [
+    ("drbd:x", .noPrefix), ("", .noPrefix), ("dmu:", .noStore), ("dmu:dscow", .noStore),
+    ("dmu::/a", .noFormat), ("dmu:?x=1:/a", .noFormat), ("dmu:ds.cow:/a", .badFormat("ds.cow")),
+    ("dmu:ds cow:/a", .badFormat("ds cow")), ("dmu:dscow:", .noStore),
+    ("dmu:dscow::/b", .noStore), ("dmu:dscow:/a:", .emptyBase),
+    ("dmu:dscow:/a:/b:/c", .tooManyParts(4)), ("dmu:dscow?:/a", .noOptionName),
+    ("dmu:dscow?=1:/a", .noOptionName), ("dmu:dscow?x=1&:/a", .noOptionName),
+    ("dmu:dscow?x.y=1:/a", .badOptionName("x.y")), ("dmu:dscow?x:/a", .noOptionValue("x")),
+    ("dmu:dscow?x=:/a", .noOptionValue("x")), ("dmu:dscow?x=1&x=2:/a", .optionTwice("x")),
+    ("dmu:dscow?x=1=2:/a", .badCode(what: "option 'x'", .bare("="))),
+    ("dmu:dscow:a", .notAbsolute(.store, "a")), ("dmu:dscow:/a:b", .notAbsolute(.base, "b")),
+    ("dmu:dscow:/\(String(repeating: "x", count: 4095))", .tooLong(.store)),
+    ("dmu:dscow:/a:/\(String(repeating: "x", count: 4095))", .tooLong(.base)),
+    ("dmu:dscow:/a:/a", .sameTwice), ("dmu:dscow:/%61:/a", .sameTwice),
+    ("dmu:dscow:/a,w", .badCode(what: "store", .bare(","))),
+    ("dmu:dscow:/a?b", .badCode(what: "store", .bare("?"))),
+    ("dmu:dscow:/a&b", .badCode(what: "store", .bare("&"))),
+    ("dmu:dscow:/a=b", .badCode(what: "store", .bare("="))),
+    ("dmu:dscow:/a:/b%", .badCode(what: "base", .notACode("%"))),
+    ("dmu:dscow:/a%4", .badCode(what: "store", .notACode("%4"))),
+    ("dmu:dscow:/a%zz", .badCode(what: "store", .notACode("%zz"))),
+    ("dmu:dscow:/a%+1", .badCode(what: "store", .notACode("%+1"))),
+    ("dmu:dscow:/a%00", .badCode(what: "store", .control(0))),
+    ("dmu:dscow:/a%0a", .badCode(what: "store", .control(10))),
+    ("dmu:dscow:/a\n", .badCode(what: "store", .control(10))),
+    ("dmu:dscow:/a%ff", .badCode(what: "store", .notText)),
+  ]
+
+  @Test("Malformed specs, each with its reason")
+  func malformed() {
+    var sentences: Set<String> = []
+    for (text, reason) in SpecTests.bad {
+      #expect(throws: SpecError(text, reason), "\(text.prefix(60))") { try Spec(text) }
+      let sentence = SpecError(text, reason).description
+      #expect(!sentence.contains("\n"))
+      #expect(sentence.hasSuffix(": write dmu:FORMAT[?OPTION=VALUE]:STORE[:BASE]"))
+      sentences.insert(SpecError("", reason).description)
+    }
+    #expect(sentences.count == Set(SpecTests.bad.map(\.1)).count, "two reasons in the same words")
+  }
+
+  @Test("No text makes the parser trap, and what it takes it gives back")
+  func random() {
+    var random = SeededRandom(announcedAs: "SpecTests.random")
+    let pieces = [
+      "dmu:", "dscow", ":", "/", "?", "=", "&", "%", "%3A", "%00", "a", "ä", "\u{0}", "\n", ",",
+      "..", "\u{1F600}",
+    ]
+    var good = 0
+    for _ in 0..<20_000 {
+      let count = Int.random(in: 0..<10, using: &random)
+      let text =
+        "dmu:dscow:/"
+        + (0..<count).map { _ in pieces.randomElement(using: &random) ?? "" }
+        .joined()
+      do {
+        let spec = try Spec(text)
+        good += 1
+        #expect(try Spec(spec.description) == spec, "\(text)")
+      } catch {
+        #expect(!error.description.contains("\n"))
+      }
+    }
+    #expect(good > 100)
+  }
+
+  @Test("Options of dscow")
+  func options() throws {
+    #expect(try FormatOptions(Spec("dmu:dscow?block-size=64k:/a")).blockSize == 65536)
+    #expect(try FormatOptions(Spec("dmu:dscow?block-size=4194304:/a")).blockSize == 4 << 20)
+    #expect(try FormatOptions(Spec("dmu:dscow?force=yes:/a")).force)
+    #expect(try !FormatOptions(Spec("dmu:dscow?force=no:/a")).force)
+    for bad in ["block-size=2K", "block-size=8M", "block-size=12K", "block-size=-4K", "force=1"] {
+      #expect(throws: DiskFailure.self) { try FormatOptions(Spec("dmu:dscow?\(bad):/a")) }
+    }
+  }
+}

@@ -1,0 +1,170 @@
+// The parts of the daemon that touch nothing: names, decisions, waiting times, texts.
+
+import Logging
+import Testing
+
+@testable import Daemon
+
+@Suite struct ValueTests {
+  private let wanted = WantedDisk(params: "dmu:dscow:/a", readOnly: false, going: false)
+  private let failure = DiskFailure(.io, "no")
+
+  @Test("Disks are named as in xenstore and in the guest")
+  func names() {
+    #expect(DiskID(path: "backend/vbd/5/51712") == DiskID(domain: 5, device: 51712))
+    #expect(
+      DiskID(path: "/local/domain/0/backend/vbd/5/51712/state") == DiskID(domain: 5, device: 51712))
+    for bad in [
+      "backend/vbd/5", "backend/vbd", "backend/vif/5/0", "vbd/5/51712", "backend/vbd/05/1",
+      "backend/vbd/-5/1", "backend/vbd/5/+1", "backend/vbd/5/x", "backend/vbd/99999999999/1",
+    ] { #expect(DiskID(path: bad) == nil, "\(bad)") }
+    #expect(DiskID("5-51712")?.backendPath == "backend/vbd/5/51712")
+    #expect(DiskID("5-") == nil)
+    #expect(DiskID("5-1-2") == nil)
+    let vdevs = [
+      51712: "xvda", 51713: "xvda1", 51728: "xvdb", 51952: "xvdp", 768: "hda", 769: "hda1",
+      832: "hdb", 5632: "hdc", 2048: "sda", 2064: "sdb", 7: "7",
+      1 << 28 | 16 << 8: "xvdq", 1 << 28 | 26 << 8 | 3: "xvdaa3",
+    ]
+    for (number, name) in vdevs { #expect(DiskID(domain: 1, device: number).vdev == name) }
+  }
+
+  @Test("The step that follows from where a disk is and what is wanted")
+  func steps() {
+    let now = ContinuousClock.now
+    func step(_ phase: DiskPhase, _ wanted: WantedDisk?, gone: Bool = false) -> DiskStep {
+      phase.step(wanted: wanted, holderGone: gone, now: now)
+    }
+    var going = wanted
+    going.going = true
+    let holder = DiskID(domain: 1, device: 2)
+    #expect(step(.idle, nil) == .forget)
+    #expect(step(.idle, wanted) == .start)
+    #expect(step(.idle, going) == .none)
+    #expect(step(.waiting(holder: holder), nil) == .forget)
+    #expect(step(.waiting(holder: holder), wanted) == .none)
+    #expect(step(.waiting(holder: holder), wanted, gone: true) == .start)
+    #expect(step(.waiting(holder: holder), going, gone: true) == .none)
+    #expect(step(.serving(nil), wanted) == .none)
+    #expect(step(.serving(nil), going) == .none)
+    #expect(step(.serving(nil), nil) == .stop)
+    #expect(step(.restarting(at: now), wanted) == .restart)
+    #expect(step(.restarting(at: now + .seconds(1)), wanted) == .wait(until: now + .seconds(1)))
+    #expect(step(.restarting(at: now), nil) == .stop)
+    #expect(step(.failed(failure, attached: false), wanted) == .none)
+    #expect(step(.failed(failure, attached: false), nil) == .forget)
+    #expect(step(.failed(failure, attached: true), nil) == .stop)
+    #expect(step(.starting, nil) == .none)
+    #expect(step(.stopping, wanted) == .none)
+  }
+
+  @Test("Everybody is told the same states, and the reason")
+  func publicStates() {
+    #expect(DiskPhase.serving(nil).publicState == .ready)
+    let trouble = DiskPhase.Trouble(state: .noSpace, error: "full")
+    #expect(DiskPhase.serving(trouble).publicState == .noSpace)
+    #expect(DiskPhase.serving(trouble).error == "full")
+    #expect(DiskPhase.failed(failure, attached: true).error == "no")
+    #expect(DiskPhase.restarting(at: .now).publicState == .starting)
+    #expect(
+      PublicState.allCases.map(\.rawValue)
+        == ["starting", "ready", "degraded", "no-space", "failed", "stopping"])
+  }
+
+  @Test("Restarts come later and later, and end")
+  func backOff() {
+    var backOff = BackOff(limit: 7, window: .seconds(60))
+    var now = ContinuousClock.now
+    var delays: [Duration?] = []
+    for _ in 0..<8 {
+      let delay = backOff.next(at: now)
+      delays.append(delay)
+      now += (delay ?? .zero) + .milliseconds(10)
+    }
+    #expect(
+      delays == [
+        .zero, .milliseconds(100), .milliseconds(200), .milliseconds(500), .seconds(1),
+        .seconds(2), .seconds(2), nil,
+      ])
+    #expect(backOff.next(at: now + .seconds(61)) == .zero, "what is long ago does not count")
+    backOff.reset()
+    #expect(backOff.recent(at: now) == 0)
+    var none = BackOff(limit: 0, window: .seconds(1))
+    #expect(none.next(at: now) == nil)
+  }
+
+  @Test("State files are read back, and anything else is not one")
+  func records() throws {
+    let record = DiskRecord(
+      params: "dmu:dscow:/a%3A:/b", readOnly: true, vdev: "xvda", imageBase: "/x=y\u{E4}",
+      worker: 5, workerStart: 6,
+      device: DeviceNode(index: 1, path: "/dev/nbd1", major: 43, minor: 32), since: 7)
+    #expect(DiskRecord(record.text) == record)
+    #expect(DiskRecord("") == nil)
+    #expect(DiskRecord("worker=1") == nil)
+    let bytes = Array(record.text.utf8)
+    for length in 0..<bytes.count {
+      _ = DiskRecord(String(decoding: bytes[..<length], as: UTF8.self))
+    }
+  }
+
+  @Test("The table of status")
+  func table() {
+    var one = DiskStatus(domain: 5, vdev: "xvda", number: 51712, state: .ready, since: 0)
+    one.domainName = "web"
+    one.format = "dscow"
+    one.store = "/s"
+    one.base = "/b"
+    one.device = "/dev/nbd0"
+    one.size = 10 << 30
+    one.allocated = 3 << 19
+    one.worker = 77
+    var two = DiskStatus(domain: 12, vdev: "xvdb", number: 51728, state: .failed, since: 0)
+    two.error = "base /b does not exist: correct the path"
+    let since = StatusTable.time(0)
+    #expect(
+      StatusTable.render([one, two]) == """
+        DOMAIN   VDEV  FORMAT  STORE  BASE  DEVICE     SIZE  ALLOCATED  STATE   WORKER  SINCE
+        web (5)  xvda  dscow   /s     /b    /dev/nbd0   10G       1.5M  ready   77      \(since)
+        12       xvdb  -       -      -     -             -          -  failed  -       \(since)
+        12 xvdb: base /b does not exist: correct the path
+
+        """)
+    #expect(StatusTable.render([]) == "no disks\n")
+  }
+
+  @Test("Numbers of bytes")
+  func bytes() {
+    let shown: [(UInt64, String)] = [
+      (0, "0"), (1023, "1023"), (1024, "1K"), (1536, "1.5K"), (65536, "64K"),
+      (1 << 40, "1T"), (1_000_000_000, "954M"), (UInt64.max, "16E"),
+    ]
+    for (number, text) in shown { #expect(ByteCount.short(number) == text) }
+    #expect(ByteCount.parse("64K") == 65536)
+    #expect(ByteCount.parse("1m") == 1 << 20)
+    for bad in ["", "K", "4X", "-4K", "4 K", "99999999999999999999", "18446744073709551615T"] {
+      #expect(ByteCount.parse(bad) == nil, "\(bad)")
+    }
+  }
+
+  @Test("Lines of the log stay one line, and their facts can be told apart")
+  func log() {
+    #expect(JournalLog.render("ready", ["b": "2", "a": "x y"]) == "ready a=\"x y\" b=2\n")
+    #expect(JournalLog.render("a\nb", ["k": "\"q\\\""]) == "a%0Ab k=\"\\\"q\\\\\\\"\"\n")
+    #expect(JournalLog.render("m", ["e": ""]) == "m e=\"\"\n")
+  }
+
+  @Test("A base from an image: only below the allowed directories, links resolved")
+  func allowed() {
+    #expect(Images.allowed("/etc/passwd", in: []) == nil)
+    #expect(Images.allowed("/etc/passwd", in: ["/usr"]) == nil)
+    #expect(Images.allowed("/etc/passwd", in: ["/etc"]) == "/etc/passwd")
+    #expect(Images.allowed("/etc/passwd", in: ["/"]) == "/etc/passwd")
+    #expect(Images.allowed("/usr/../etc/passwd", in: ["/usr"]) == nil)
+    #expect(Images.allowed("/etc", in: ["/etc"]) == nil, "the directory itself is no base")
+    #expect(Images.allowed("etc/passwd", in: ["/"]) == nil)
+    #expect(Images.allowed("/proc/self/root/etc/passwd", in: ["/proc"]) == nil)
+    #expect(Images.allowed("/etc/nothing-here", in: ["/etc"]) == "/etc/nothing-here")
+    #expect(Images.allowed("/etc/../nothing-here", in: ["/etc"]) == nil)
+  }
+}
