@@ -38,9 +38,11 @@ let nioPosix = Target.Dependency.product(name: "NIOPosix", package: "swift-nio")
 let targets: [Target] = [
   .target(name: "CLinux"),
   .systemLibrary(name: "CXenStore", pkgConfig: "xenstore", providers: [.apt(["libxen-dev"])]),
+  .systemLibrary(name: "CZlib", pkgConfig: "zlib", providers: [.apt(["zlib1g-dev"])]),
+  .systemLibrary(name: "CZstd", pkgConfig: "libzstd", providers: [.apt(["libzstd-dev"])]),
   room("Posix", ["CLinux"]),
   room("XenStore", ["CXenStore", "Posix"]),
-  room("ImageFormats", ["Posix"]),
+  room("ImageFormats", ["CZlib", "CZstd", "Posix"]),
   room("Target", ["Posix"]),
   room("WorkerLink", ["Posix"]),
   room("Worker", ["Target", "ImageFormats", "WorkerLink", "Posix"]),
