@@ -19,6 +19,8 @@ final class DeviceEngine {
   private(set) var uncommitted: [Extent] = []
   /// A placement whose data has not been written yet.
   private var unwritten: (placement: Placement, sector: Int, bytes: [UInt8])?
+  /// Whether the last placement was made for the last request.
+  private var isNew = false
 
   var sectors: Int { Int(format.size / 512) }
   private var blockSectors: Int { Int(format.blockSize) / 512 }
@@ -93,11 +95,11 @@ final class DeviceEngine {
     try fill(placement, sector, bytes)
   }
 
-  /// A placement that begins comes to nothing.
+  /// What `beginWrite` began comes to nothing, and so does its placement.
   func abandon() {
     guard let (placement, _, _) = unwritten else { return }
     unwritten = nil
-    guard placement.extent.mark != 0 else { return }
+    guard isNew else { return }
     format.abandon(placement.extent.mark)
     uncommitted.removeAll { $0.mark == placement.extent.mark }
   }
@@ -121,7 +123,8 @@ final class DeviceEngine {
   }
 
   private func note(_ extent: Extent) {
-    guard extent.mark > lastMark else { return }
+    isNew = extent.mark > lastMark
+    guard isNew else { return }
     lastMark = extent.mark
     uncommitted.append(extent)
   }

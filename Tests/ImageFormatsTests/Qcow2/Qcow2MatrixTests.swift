@@ -66,7 +66,7 @@ struct Qcow2Case: CustomTestStringConvertible, Sendable {
       cases.append(
         Qcow2Case(
           name: "refcount \(bits)", options: "refcount_bits=\(bits),cluster_size=4k",
-          snapshots: bits > 2))
+          snapshots: bits > 8))
     }
     cases.append(
       Qcow2Case(name: "refcount 1, 512", options: "refcount_bits=1,cluster_size=512"))
@@ -124,6 +124,9 @@ struct Qcow2Life {
       try judge.must("qemu-img", "create", "-q", "-f", base, "base.img", "\(size)")
       var part = self
       part.random = random
+      if base == "qcow2" {
+        try judge.io("base.img", base, ["write -c -P 77 65536 65536"])
+      }
       try judge.io(
         "base.img", base,
         (0..<12).map { index in
@@ -131,9 +134,6 @@ struct Qcow2Life {
           let length = min(size / 512 - first, 1 + part.random.below(600))
           return "write -P \(100 + index) \(first * 512) \(length * 512)"
         })
-      if base == "qcow2" {
-        try judge.io("base.img", base, ["write -c -P 77 65536 65536"])
-      }
       random = part.random
       arguments += ["-b", "base.img", "-F", base]
     }
