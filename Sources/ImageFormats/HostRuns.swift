@@ -38,7 +38,8 @@ struct HostRuns {
     var merged = range
     while end < runs.count, runs[end].lowerBound <= range.upperBound {
       merged =
-        min(merged.lowerBound, runs[end].lowerBound)..<max(
+        min(
+          merged.lowerBound, runs[end].lowerBound)..<max(
           merged.upperBound, runs[end].upperBound)
       end += 1
     }

@@ -94,8 +94,9 @@ private final class Qcow2Checker {
       return
     }
     last = max(last, first + count - 1)
-    for cluster in max(first, range.lowerBound)..<max(
-      max(first, range.lowerBound), min(first + count, range.upperBound))
+    for cluster in max(
+      first, range.lowerBound)..<max(
+        max(first, range.lowerBound), min(first + count, range.upperBound))
     {
       uses[Int(cluster - range.lowerBound)] += 1
     }
@@ -105,12 +106,18 @@ private final class Qcow2Checker {
     use(offset / clusterSize, (count + clusterSize - 1) / clusterSize, what)
   }
 
+  /// How many entries of a table the file has: past its end there is nothing to walk.
+  private func present(_ entries: UInt64, at offset: UInt64) -> UInt64 {
+    let bytes = fileClusters * clusterSize
+    return offset < bytes ? min(entries, (bytes - offset) / 8) : 0
+  }
+
   // MARK: The walk
 
   private func walk() throws(ImageError) {
     use(bytes: 0, clusterSize, "the header")
     use(bytes: header.refcountTableOffset, refcounts.tableEntries * 8, "the refcount table")
-    for index in 0..<refcounts.tableEntries {
+    for index in 0..<present(refcounts.tableEntries, at: header.refcountTableOffset) {
       do throws(ImageError) {
         guard let block = try refcounts.block(index) else { continue }
         use(bytes: block, clusterSize, "refcount block \(index)")
@@ -140,6 +147,8 @@ private final class Qcow2Checker {
 
   private func walk(l1 offset: UInt64, _ entries: UInt64, isActive: Bool) throws(ImageError) {
     use(bytes: offset, entries * 8, "an L1 table")
+    let entries = present(entries, at: offset)
+    var visited: Set<UInt64> = []
     for index in 0..<entries {
       let entry = try cache.big(UInt64.self, at: offset + index * 8)
       let table = entry & Qcow2Bits.offset
@@ -149,6 +158,12 @@ private final class Qcow2Checker {
         continue
       }
       use(bytes: table, clusterSize, "L2 table \(index)")
+      // Walked twice it would only say the same, and a hostile image could have us walk it
+      // millions of times.
+      guard visited.insert(table).inserted else {
+        say("L2 table \(index) is also another's")
+        continue
+      }
       if isActive { try checkSign(entry, at: offset + index * 8, cluster: table / clusterSize) }
       try walk(table: table, index: index, isActive: isActive)
     }
@@ -237,8 +252,10 @@ private final class Qcow2Checker {
 
   /// Refcounts of clusters that the file does not have are leaks.
   private func reportBlocksPastEnd(from first: UInt64) throws(ImageError) {
-    let reach = refcounts.tableEntries * refcounts.perBlock
+    let end = refcounts.tableEntries * refcounts.perBlock
     var cluster = first
+    // A block of refcounts may be named by every entry of the table: enough is enough.
+    let reach = min(end, first + Self.window / 4)
     while cluster < reach {
       let index = cluster / refcounts.perBlock
       let end = min(reach, (index + 1) * refcounts.perBlock)

@@ -38,6 +38,8 @@ struct Qcow2InFlight {
   var tables: [UInt64] = []
   var blocks: [UInt64] = []
   var refcountTable: (offset: UInt64, entries: UInt64)?
+  /// Entries of the refcount table that wait for what they lead to.
+  var places: [(offset: UInt64, value: UInt64)] = []
 }
 
 extension Qcow2 {
@@ -56,13 +58,9 @@ extension Qcow2 {
     for (index, runs) in groups {
       late += try enter(runs, table: index, in: &plan)
     }
-    let places = try count(&plan)
+    try count(&plan)
     plan.draft.seal()
-    for (offset, value) in places { try plan.draft.putBig(value, at: offset) }
-    if let table = plan.refcountTable {
-      try plan.draft.putBig(table.offset, at: 48)
-      try plan.draft.putBig(UInt32(table.entries * 8 / header.clusterSize), at: 56)
-    }
+    try putPlaces(&plan)
     plan.draft.seal()
     for (offset, values) in late {
       for (index, value) in values.enumerated() {
@@ -168,9 +166,17 @@ extension Qcow2 {
     }
   }
 
-  /// Sets the counts of all clusters that are new, making what blocks of them need. Returns
-  /// entries of the refcount table that have to wait.
-  private func count(_ plan: inout Qcow2InFlight) throws(ImageError) -> [(UInt64, UInt64)] {
+  /// Makes new blocks of refcounts part of the image: by their places in the refcount table,
+  /// or by the place of a longer table in the header.
+  func putPlaces(_ plan: inout Qcow2InFlight) throws(ImageError) {
+    for (offset, value) in plan.places { try plan.draft.putBig(value, at: offset) }
+    guard let table = plan.refcountTable else { return }
+    try plan.draft.putBig(table.offset, at: 48)
+    try plan.draft.putBig(UInt32(table.entries * 8 / header.clusterSize), at: 56)
+  }
+
+  /// Sets the counts of all clusters that are new, making what blocks of them need.
+  func count(_ plan: inout Qcow2InFlight) throws(ImageError) {
     var done: Set<UInt64> = []
     var newBlocks: [UInt64: UInt64] = [:]
     while true {
@@ -205,10 +211,10 @@ extension Qcow2 {
       }
     }
     guard let table = plan.refcountTable else {
-      return newBlocks.map { (refcounts.tableOffset + $0.key * 8, $0.value) }
+      plan.places = newBlocks.map { (refcounts.tableOffset + $0.key * 8, $0.value) }
+      return
     }
     try fill(table.offset, newBlocks, in: &plan)
-    return []
   }
 
   private func set(
@@ -261,7 +267,7 @@ extension Qcow2 {
   }
 
   /// Lowers the counts of clusters that are no longer used.
-  private func drop(_ plan: inout Qcow2InFlight) throws(ImageError) {
+  func drop(_ plan: inout Qcow2InFlight) throws(ImageError) {
     for (cluster, uses) in plan.dropped.sorted(by: { $0.key < $1.key }) {
       guard let block = try refcounts.block(cluster / refcounts.perBlock) else { continue }
       let count = try refcounts.count(of: cluster)

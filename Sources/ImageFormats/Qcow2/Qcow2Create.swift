@@ -120,7 +120,9 @@ extension Qcow2 {
       if let dataFile { try dataFile.resize(to: header.size) }
       if options.preallocation == .full || options.preallocation == .falloc {
         let target = dataFile ?? store
-        try fill(target, from: dataFile == nil ? layout.tablesEnd : 0, to: dataFile == nil ? layout.end : header.size)
+        try fill(
+          target, from: dataFile == nil ? layout.tablesEnd : 0,
+          to: dataFile == nil ? layout.end : header.size)
         try target.flush()
       } else if options.dataFileRaw, let dataFile {
         try dataFile.zero(at: 0, count: header.size)
@@ -165,7 +167,8 @@ extension Qcow2 {
     if header.hasDataFile, dataFile == nil {
       throw ImageError(
         .baseMissing,
-        "store \(store.name) needs its data file \(header.dataFilePath ?? "of which it has no name"): give it")
+        "store \(store.name) needs its data file \(header.dataFilePath ?? "of which it has no name"): give it"
+      )
     }
     if let path = header.basePath, base == nil {
       throw ImageError(.baseMissing, "store \(store.name) needs its base \(path): give it")

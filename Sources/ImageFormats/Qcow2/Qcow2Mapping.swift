@@ -314,7 +314,8 @@ public final class Qcow2: ImageFormat {
   private func release(_ run: PendingPlacements.Run) {
     guard !header.hasDataFile else { return }
     let size = header.clusterSize
-    let clusters = (run.offset / size)..<((run.offset + run.blocks.count * UInt64(blockSize) - 1) / size + 1)
+    let clusters =
+      (run.offset / size)..<((run.offset + run.blocks.count * UInt64(blockSize) - 1) / size + 1)
     if header.hasSubclusters {
       let first = run.blocks.first / header.subclusters * header.subclusters
       guard pending.first(in: BlockRange(first, header.subclusters)) == nil else { return }
@@ -369,7 +370,8 @@ public final class Qcow2: ImageFormat {
       let own = try ownPlace(cluster)
       let mates = pending.first(in: BlockRange(cluster * header.subclusters, header.subclusters))
       if let mates {
-        let place = pending.offset(of: mates.blocks.first, in: mates)
+        let place =
+          pending.offset(of: mates.blocks.first, in: mates)
           - mates.blocks.first % header.subclusters * UInt64(blockSize)
         guard place == offset - ahead else {
           throw ImageError(.badRequest, "two places for cluster \(cluster)")
@@ -380,7 +382,8 @@ public final class Qcow2: ImageFormat {
       }
     } else {
       let first = offset / header.clusterSize
-      for index in 0..<range.count where try ownPlace(range.first + index)
+      for index in 0..<range.count
+      where try ownPlace(range.first + index)
         != offset + index * header.clusterSize
       {
         try refcounts.retake((first + index)..<(first + index + 1))

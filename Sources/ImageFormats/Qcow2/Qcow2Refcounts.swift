@@ -50,6 +50,8 @@ struct Qcow2RefcountWidth {
 final class Qcow2Refcounts {
   /// A search for holes looks at no more clusters at a time.
   private static let searchLimit: UInt64 = 8192
+  /// A search for the end looks at no more clusters.
+  private static let endSearchLimit = 1 << 24
   /// The file grows by so many bytes at a time.
   private static let growth: UInt64 = 4 << 20
 
@@ -147,24 +149,34 @@ final class Qcow2Refcounts {
     return try count(of: cluster) == 0
   }
 
-  /// The first cluster from which on nothing is in use.
+  /// The first cluster from which on nothing is in use that the file has; or the file's end,
+  /// when it takes too long to find.
   private func findEnd() throws(ImageError) -> UInt64 {
     if let end { return end }
+    let fileEnd = (storeSize + clusterSize - 1) / clusterSize
     var found: UInt64 = 0
-    var index = tableEntries
+    var left = Self.endSearchLimit
+    var index = min(tableEntries, (fileEnd + perBlock - 1) / perBlock)
     search: while index > 0 {
       index -= 1
       guard try block(index) != nil else { continue }
       var cluster = (index + 1) * perBlock
       while cluster > index * perBlock {
         cluster -= 1
+        guard left > 0 else {
+          found = fileEnd
+          break search
+        }
+        left -= 1
         if try count(of: cluster) > 0 {
           found = cluster + 1
           break search
         }
       }
     }
-    for runs in [fixed, reserved, quarantine] { found = max(found, runs.runs.last?.upperBound ?? 0) }
+    for runs in [fixed, reserved, quarantine] {
+      found = max(found, runs.runs.last?.upperBound ?? 0)
+    }
     end = found
     return found
   }

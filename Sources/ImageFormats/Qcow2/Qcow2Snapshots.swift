@@ -49,7 +49,8 @@ struct Qcow2SnapshotTable {
       guard l1Offset % header.clusterSize == 0, l1Offset < 1 << 56,
         UInt64(l1Size) <= Qcow2Header.mostL1Entries, size <= 1 << 61
       else {
-        throw ImageError(.corrupt, "\(store.name): snapshot \(number) has its L1 table at \(l1Offset)")
+        throw ImageError(
+          .corrupt, "\(store.name): snapshot \(number) has its L1 table at \(l1Offset)")
       }
       let short = fixed.big(UInt32.self, at: 32)
       snapshots.append(

@@ -12,8 +12,9 @@ final class DeviceEngine {
   /// What commit plans are run on.
   let store: any ByteStore
   let devices: [any ByteStore]
-  /// False: the store is not flushed before a plan runs. For tests that must fail.
-  var flushesFirst = true
+  /// False: data and all stages of a plan are written without a flush between them. For tests
+  /// that must fail.
+  var keepsOrder = true
   private(set) var lastMark: Mark = 0
   /// Placements that are not committed, as a target keeps them.
   private(set) var uncommitted: [Extent] = []
@@ -122,7 +123,8 @@ final class DeviceEngine {
     return (placement, min(end, reach) - sector)
   }
 
-  private func note(_ extent: Extent) {
+  /// Keeps in mind an extent that is not committed.
+  func note(_ extent: Extent) {
     isNew = extent.mark > lastMark
     guard isNew else { return }
     lastMark = extent.mark
@@ -186,13 +188,13 @@ final class DeviceEngine {
   func flush(meanwhile: () throws -> Void = {}) throws {
     try finish()
     let upTo = lastMark
-    if flushesFirst { try flushDevices() }
+    if keepsOrder { try flushDevices() }
     let plan = try format.commitPlan(upTo: upTo)
     try meanwhile()
-    try plan.run(on: store)
+    let stages = keepsOrder ? plan.stages : [plan.stages.flatMap { $0 }]
+    try CommitPlan(upTo: upTo, stages: stages).run(on: store)
     format.committed(upTo: upTo)
     uncommitted.removeAll { $0.mark <= upTo }
-    if !flushesFirst { try flushDevices() }
   }
 
   private func flushDevices() throws {
