@@ -12,6 +12,8 @@ public enum ImageKind: String, Sendable, CaseIterable {
   case dscow
   /// Versions 2 and 3 of qcow.
   case qcow2
+  /// VHD, which QEMU calls vpc.
+  case vhd = "vpc"
 
   /// What a store's first bytes say it is; `raw` for everything else.
   public static func probe(_ store: any ByteStore) throws(ImageError) -> ImageKind {
@@ -23,8 +25,9 @@ public enum ImageKind: String, Sendable, CaseIterable {
         [UInt8](bytes[..<size]), [UInt8](bytes[size...]), writable: false)
       return .dscow
     } catch {
-      return error.code == .notThisFormat ? .raw : .dscow
+      guard error.code == .notThisFormat else { return .dscow }
     }
+    return try VhdHeader.footer(of: store) == nil ? .raw : .vhd
   }
 }
 
@@ -95,6 +98,9 @@ public enum ImageChain {
       let header = try Dscow.header(of: store).header
       let base = try base(header.base?.path, nil)
       return (try Dscow.open(store: store, base: base, writable: writable), base)
+    case .vhd:
+      let base = try base(try VhdHeader.read(from: store).basePath, nil)
+      return (try Vhd.open(store: store, base: base, writable: writable), base)
     case .qcow2:
       let header = try Qcow2Header.read(from: store)
       let data = try dataFile(store, header, resolve)

@@ -24,7 +24,8 @@ public final class ImageStore: ByteStore {
   public let blockSize: UInt32
   /// The image's devices, by number.
   public let devices: [any ByteStore]
-  private let store: any ByteStore
+  /// The image's store.
+  let store: any ByteStore
 
   /// Takes over an image that was opened for reading, and on which nobody calls from now on.
   ///
