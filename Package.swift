@@ -31,6 +31,8 @@ let argumentParser = Target.Dependency.product(
 let logging = Target.Dependency.product(name: "Logging", package: "swift-log")
 let lifecycle = Target.Dependency.product(
   name: "ServiceLifecycle", package: "swift-service-lifecycle")
+let signals = Target.Dependency.product(
+  name: "UnixSignals", package: "swift-service-lifecycle")
 let toml = Target.Dependency.product(name: "TOMLKit", package: "TOMLKit")
 let nio = Target.Dependency.product(name: "NIOCore", package: "swift-nio")
 let nioPosix = Target.Dependency.product(name: "NIOPosix", package: "swift-nio")
@@ -48,7 +50,7 @@ let targets: [Target] = [
   room("Worker", ["Target", "ImageFormats", "WorkerLink", "Posix"]),
   room(
     "Daemon",
-    ["XenStore", "WorkerLink", "Posix", logging, lifecycle, toml, nio, nioPosix]),
+    ["XenStore", "WorkerLink", "Posix", logging, lifecycle, signals, toml, nio, nioPosix]),
   program("cowd", ["Worker", argumentParser]),
   program("dmu-xend", ["Daemon", argumentParser]),
   program("dmu-xen", ["Daemon", argumentParser]),

@@ -90,10 +90,11 @@ public protocol ImageFormat: AnyObject {
   func find(_ block: UInt64, limit: UInt64) throws(ImageError) -> Extent
 
   /// A place for a first write to a run of blocks, `whole` when the write covers them. The
-  /// answer starts at the first block and may be shorter. Uncommitted ones bear a new mark.
+  /// answer starts at the first block and may be shorter. A placement that is made now bears
+  /// a new mark; a place that is there already, committed or not, bears 0.
   func place(_ blocks: BlockRange, whole: Bool) throws(ImageError) -> Placement
 
-  /// A discard, or with `zeroing` a demand to read as zeroes from now on.
+  /// A discard, or with `zeroing` a demand to read as zeroes from now on. Marks as in `place`.
   func discard(_ blocks: BlockRange, zeroing: Bool) throws(ImageError) -> DiscardAnswer
 
   /// What has to be written to make every placement up to a mark durable.

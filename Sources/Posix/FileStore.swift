@@ -68,6 +68,18 @@ public final class FileStore: ByteStore {
     return mine.st_dev == theirs.st_dev && mine.st_ino == theirs.st_ino
   }
 
+  /// The next range of bytes at or after an offset that is not a hole, nil when there is
+  /// none. Where the file system knows no holes everything is data. Source: lseek(2).
+  public func nextData(from offset: UInt64) throws(IOError) -> Range<UInt64>? {
+    let (seekData, seekHole): (Int32, Int32) = (3, 4)
+    let start = lseek(raw, off_t(offset), seekData)
+    if start < 0 && errno == ENXIO { return nil }
+    guard start >= 0 else { throw IOError.last("find data in", name) }
+    let end = lseek(raw, start, seekHole)
+    guard end > start else { throw IOError.last("find a hole in", name) }
+    return UInt64(start)..<UInt64(end)
+  }
+
   /// Length in bytes. A regular file is asked each time, since it grows.
   public var size: UInt64 {
     guard !isBlockDevice else { return deviceSize }

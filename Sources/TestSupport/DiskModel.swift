@@ -14,22 +14,29 @@ public struct DiskModel: Sendable {
     var stamp: UInt64
     /// The write that put it there; -1 for what stood there first.
     var write: Write
-    /// A discard: it may have zeroed the sector, or done nothing.
+    /// It may have been done or not: a discard, or a write that was broken off.
     var isWeak: Bool
   }
 
-  private var sectors: [[Entry]]
+  private let base: @Sendable (Int) -> UInt64
+  /// The histories of sectors that were ever written.
+  private var sectors: [Int: [Entry]] = [:]
   /// When each write was acknowledged, by the clock of events; nil while it is under way.
   private var acknowledged: [Int?] = []
   private var clock = 0
 
+  /// How many sectors there are.
+  public let count: Int
+
   /// A disk that nobody has written to; `base` says what each sector reads as.
-  public init(sectors count: Int, base: (Int) -> UInt64) {
-    sectors = (0..<count).map { [Entry(stamp: base($0), write: -1, isWeak: false)] }
+  public init(sectors count: Int, base: @escaping @Sendable (Int) -> UInt64) {
+    self.count = count
+    self.base = base
   }
 
-  /// How many sectors there are.
-  public var count: Int { sectors.count }
+  private func history(_ sector: Int) -> [Entry] {
+    sectors[sector] ?? [Entry(stamp: base(sector), write: -1, isWeak: false)]
+  }
 
   /// A write of one stamp to a range of sectors begins.
   public mutating func begin(_ range: Range<Int>, stamp: UInt64) -> Write {
@@ -45,7 +52,8 @@ public struct DiskModel: Sendable {
     let write = acknowledged.count
     acknowledged.append(nil)
     for sector in range {
-      sectors[sector].append(Entry(stamp: stamp, write: write, isWeak: isWeak))
+      let entry = Entry(stamp: stamp, write: write, isWeak: isWeak)
+      sectors[sector] = history(sector) + [entry]
     }
     return write
   }
@@ -64,15 +72,45 @@ public struct DiskModel: Sendable {
 
   /// A flush that began at that time is acknowledged.
   public mutating func flushed(_ start: Int) {
-    for sector in sectors.indices {
-      guard let last = lastKnown(sector, by: start), last > 0 else { continue }
-      sectors[sector].removeSubrange(..<last)
+    for (sector, history) in sectors {
+      guard let last = lastKnown(history, by: start), last > 0 else { continue }
+      sectors[sector] = Array(history[last...])
     }
   }
 
-  /// The last write of a sector that was acknowledged by a time and is not weak.
-  private func lastKnown(_ sector: Int, by time: Int) -> Int? {
-    sectors[sector].lastIndex { entry in
+  /// A write of these sectors that was acknowledged is durable: what came before it cannot be
+  /// found any more.
+  public mutating func forced(_ write: Write, _ range: Range<Int>) {
+    for sector in range {
+      guard let history = sectors[sector],
+        let index = history.lastIndex(where: { $0.write == write && !$0.isWeak })
+      else { continue }
+      sectors[sector] = Array(history[index...])
+    }
+  }
+
+  /// What a sector may read as, with the power on, for a read that begins now where requests
+  /// are served in the order in which they begin.
+  public func latest(sector: Int) -> [UInt64] {
+    let history = history(sector)
+    let last = history.lastIndex { !$0.isWeak } ?? 0
+    return history[last...].map(\.stamp)
+  }
+
+  /// Every write that is under way is broken off: it may have been done, in part, or not.
+  public mutating func breakOff() {
+    for (sector, history) in sectors {
+      sectors[sector] = history.map { entry in
+        var entry = entry
+        if entry.write >= 0, acknowledged[entry.write] == nil { entry.isWeak = true }
+        return entry
+      }
+    }
+  }
+
+  /// The last write in a history that was acknowledged by a time and is not weak.
+  private func lastKnown(_ history: [Entry], by time: Int) -> Int? {
+    history.lastIndex { entry in
       guard !entry.isWeak else { return false }
       return entry.write < 0 || (acknowledged[entry.write] ?? .max) <= time
     }
@@ -80,23 +118,26 @@ public struct DiskModel: Sendable {
 
   /// Whether a sector may hold a stamp after a power cut now.
   public func mayHold(_ stamp: UInt64, sector: Int) -> Bool {
-    sectors[sector].contains { $0.stamp == stamp }
+    history(sector).contains { $0.stamp == stamp }
   }
 
   /// Whether a read of a sector now, with the power on, may return a stamp.
   public func mayRead(_ stamp: UInt64, sector: Int) -> Bool {
-    guard let last = lastKnown(sector, by: .max - 1) else { return false }
-    return sectors[sector][last...].contains { $0.stamp == stamp }
+    let history = history(sector)
+    guard let last = lastKnown(history, by: .max - 1) else { return false }
+    return history[last...].contains { $0.stamp == stamp }
   }
 
   /// What a sector may hold after a power cut now, the oldest first. For messages.
-  public func candidates(sector: Int) -> [UInt64] { sectors[sector].map(\.stamp) }
+  public func candidates(sector: Int) -> [UInt64] { history(sector).map(\.stamp) }
 
-  /// The power came back and a sector was found to hold a stamp: from now on it does. Ends
-  /// every write that was under way.
+  /// The power came back and every sector was found to hold a stamp it may hold: from now on
+  /// it does. Ends every write that was under way.
   public mutating func settle(_ found: [UInt64]) {
-    precondition(found.count == sectors.count)
-    sectors = found.map { [Entry(stamp: $0, write: -1, isWeak: false)] }
+    precondition(found.count == count)
+    for sector in sectors.keys {
+      sectors[sector] = [Entry(stamp: found[sector], write: -1, isWeak: false)]
+    }
   }
 }
 

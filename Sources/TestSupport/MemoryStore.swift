@@ -28,7 +28,7 @@ public final class MemoryStore: ByteStore {
   /// A store with contents.
   public convenience init(_ name: String = "memory", bytes: [UInt8]) {
     self.init(name, size: UInt64(bytes.count))
-    state.withLock { Self.put(bytes.count, at: 0, in: &$0) { bytes[$0] } }
+    state.withLock { state in bytes.withUnsafeBytes { Self.put($0, at: 0, in: &state) } }
   }
 
   /// Length in bytes.
@@ -90,27 +90,27 @@ public final class MemoryStore: ByteStore {
     }
   }
 
-  private static func put(
-    _ count: Int, at offset: UInt64, in state: inout State, _ byte: (Int) -> UInt8
-  ) {
+  private static func put(_ bytes: UnsafeRawBufferPointer, at offset: UInt64, in state: inout State)
+  {
     var done = 0
-    while done < count {
+    while done < bytes.count {
       let position = offset + UInt64(done)
       let start = Int(position % UInt64(pageSize))
-      let piece = min(pageSize - start, count - done)
+      let count = min(pageSize - start, bytes.count - done)
+      let piece = UnsafeRawBufferPointer(rebasing: bytes[done..<(done + count)])
       let empty = [UInt8](repeating: 0, count: pageSize)
-      state.pages[position / UInt64(pageSize), default: empty].withUnsafeMutableBufferPointer {
-        for index in 0..<piece { $0[start + index] = byte(done + index) }
+      state.pages[position / UInt64(pageSize), default: empty].withUnsafeMutableBytes {
+        UnsafeMutableRawBufferPointer(rebasing: $0[start...]).copyMemory(from: piece)
       }
-      done += piece
+      done += count
     }
-    state.size = max(state.size, offset + UInt64(count))
+    state.size = max(state.size, offset + UInt64(bytes.count))
   }
 
   /// Writes the whole buffer, growing the store when need be. Throws EBADF when read-only.
   public func write(_ buffer: UnsafeRawBufferPointer, at offset: UInt64) throws(IOError) {
     try checkWritable("write")
-    state.withLock { Self.put(buffer.count, at: offset, in: &$0) { buffer[$0] } }
+    state.withLock { Self.put(buffer, at: offset, in: &$0) }
   }
 
   /// Zeroes a range, dropping whole pages; does not change the length.

@@ -69,7 +69,10 @@ public final class SimulatedDisk: ByteStore {
       }
       let start = sector * Self.sectorSize
       let version = versions[random.below(versions.count)]
-      contents.replaceSubrange(start..<(start + Self.sectorSize), with: version)
+      contents.withUnsafeMutableBytes { contents in
+        let place = UnsafeMutableRawBufferPointer(rebasing: contents[start...])
+        version.withUnsafeBytes { place.copyMemory(from: $0) }
+      }
     }
     return SimulatedDisk(name, contents: contents)
   }
@@ -106,13 +109,23 @@ public final class SimulatedDisk: ByteStore {
       let start = Int(offset)
       let sectors = (start / Self.sectorSize)...((start + count - 1) / Self.sectorSize)
       for sector in sectors {
-        let bytes = (sector * Self.sectorSize)..<((sector + 1) * Self.sectorSize)
-        state.older[sector, default: []].append(Array(state.current[bytes]))
+        state.older[sector, default: []].append(Self.copy(sector, of: state.current))
       }
       state.current.withUnsafeMutableBytes {
         body(UnsafeMutableRawBufferPointer(rebasing: $0[start..<(start + count)]))
       }
       return true
+    }
+  }
+
+  private static func copy(_ sector: Int, of contents: [UInt8]) -> [UInt8] {
+    let start = sector * sectorSize
+    return [UInt8](unsafeUninitializedCapacity: sectorSize) { copy, count in
+      contents.withUnsafeBytes {
+        UnsafeMutableRawBufferPointer(copy)
+          .copyMemory(from: UnsafeRawBufferPointer(rebasing: $0[start..<(start + sectorSize)]))
+      }
+      count = sectorSize
     }
   }
 

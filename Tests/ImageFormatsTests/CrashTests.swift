@@ -48,7 +48,7 @@ struct CrashRun {
     } else {
       try Dscow.create(
         store: disk, base: base, baseName: "base", blockSize: UInt32(Self.blockSize),
-        size: UInt64(sectors * 512))
+        size: UInt64(sectors * 512), overwrite: true)
     }
   }
 
@@ -150,7 +150,7 @@ struct CrashRun {
 
 @Suite struct CrashTests {
   @Test(arguments: 0..<8) func powerCuts(part: Int) throws {
-    for number in 0..<500 {
+    for number in 0..<250 {
       let seed = UInt64(part * 1_000_000 + number)
       var run = try CrashRun(seed: seed)
       try run.live(cuts: 3)

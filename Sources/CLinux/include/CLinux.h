@@ -9,6 +9,9 @@
 #include <sys/types.h>
 #include <sys/uio.h>
 
+#include "CLinuxProcess.h"
+#include "io.h"
+
 // Opens with a creation mode. Source: open(2).
 int dmu_open(const char *path, int flags, mode_t mode);
 

@@ -124,9 +124,10 @@ struct DscowBitmap {
   ) throws(ImageError) -> [UInt8] {
     var words = try page(index).words
     for run in runs { Self.set(run, in: &words) }
-    var bytes = [UInt8](repeating: 0, count: words.count * 8)
-    for (position, word) in words.enumerated() { bytes.put(word, at: position * 8) }
-    return bytes
+    #if _endian(big)
+      for word in words.indices { words[word] = words[word].littleEndian }
+    #endif
+    return words.withUnsafeBytes { [UInt8]($0) }
   }
 
   /// Notes that runs of a page have been written to the store.

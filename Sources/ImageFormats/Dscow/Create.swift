@@ -8,13 +8,12 @@
 // Order of a header's rewrite: the copy that does not hold, flush, the other, flush. At
 // every instant one copy is valid.
 
+import Glibc
 public import Posix
 
 extension Dscow {
   /// The block size unless asked otherwise.
   public static let defaultBlockSize: UInt32 = 65536
-  /// A bitmap up to so many bytes is counted when a store is opened.
-  private static let countedBitmap: UInt64 = 32 << 20
 
   /// Makes a store.
   ///
@@ -31,9 +30,7 @@ extension Dscow {
     store: any ByteStore, base: (any ByteStore)?, baseName: String,
     blockSize: UInt32 = defaultBlockSize, size: UInt64? = nil, overwrite: Bool = false
   ) throws(ImageError) -> DscowHeader {
-    if let base, try same(store, base) {
-      throw ImageError(.badRequest, "\(store.name) cannot be its own base")
-    }
+    if let base { try checkDistinct(store, base) }
     guard let wanted = size ?? base?.size else {
       throw ImageError(.badRequest, "a disk without a base needs a size")
     }
@@ -48,9 +45,25 @@ extension Dscow {
     do throws(IOError) {
       try write(new: header, to: store)
     } catch {
-      throw ImageError(.io, "cannot make a dscow store: \(error)", cause: error)
+      let needed = "\(header.storeSize) bytes"
+      let reason =
+        switch (error.code, error.operation) {
+        case (EFBIG, _): "its file system has no files of \(needed): use another, or a device"
+        case (ENOSPC, "resize"): "it has \(store.size) bytes, \(needed) are needed"
+        default: "\(error)"
+        }
+      throw ImageError(.io, "cannot make a dscow store of \(store.name): \(reason)", cause: error)
     }
     return header
+  }
+
+  /// Throws `badRequest` when a store is to be its own base.
+  static func checkDistinct(
+    _ store: any ByteStore, _ base: any ByteStore
+  ) throws(ImageError) {
+    guard try !same(store, base) else {
+      throw ImageError(.badRequest, "\(store.name) cannot be its own base")
+    }
   }
 
   private static func checkEmpty(_ store: any ByteStore) throws(ImageError) {
@@ -59,12 +72,15 @@ extension Dscow {
     }
     guard head.allSatisfy({ $0 == 0 }) else {
       throw ImageError(
-        .badRequest, "\(store.name) is not empty: choose another store or force it to be made anew")
+        .badRequest,
+        "\(store.name) is not empty: choose another store or force it to be made anew (-f)")
     }
   }
 
   private static func write(new header: DscowHeader, to store: any ByteStore) throws(IOError) {
     let headers = 2 * UInt64(DscowHeader.copySize)
+    // A store that cannot be so long is left as it was.
+    if store.size < header.storeSize { try store.resize(to: header.storeSize) }
     try store.zero(at: 0, count: headers)
     try store.flush()
     // Whatever a file held goes at once; on a device this changes nothing.
@@ -84,10 +100,12 @@ extension Dscow {
     of store: any ByteStore, writable: Bool = false
   ) throws(ImageError) -> (header: DscowHeader, copies: DscowHeader.CopyState) {
     let size = DscowHeader.copySize
-    let bytes = try io { () throws(IOError) in try store.read(at: 0, count: 2 * size) }
+    let (first, second) = try io { () throws(IOError) in
+      (try store.read(at: 0, count: size), try store.read(at: UInt64(size), count: size))
+    }
     do throws(ImageError) {
       let (header, copies) = try DscowHeader.choose(
-        [UInt8](bytes[..<size]), [UInt8](bytes[size...]), writable: writable)
+        first, second, writable: writable)
       guard store.size >= header.storeSize else {
         throw ImageError(
           .corrupt,
@@ -123,8 +141,8 @@ extension Dscow {
       }
     }
     return Dscow(
-      store: store, base: header.base == nil ? nil : base, header: header, copies: copies,
-      writable: writable, durableBlocks: try countAllocated(store, header))
+      store: store, baseSize: header.base == nil ? 0 : base?.size ?? 0, header: header,
+      copies: copies, writable: writable, durableBlocks: try countAllocated(store, header))
   }
 
   private static func difference(
@@ -135,9 +153,7 @@ extension Dscow {
       throw ImageError(
         .baseMissing, "store \(store.name) needs its base \(known.path): give it")
     }
-    guard try !same(store, base) else {
-      throw ImageError(.badRequest, "\(store.name) cannot be its own base")
-    }
+    try checkDistinct(store, base)
     let stamp = try stamp(base, path: known.path)
     return difference(known, stamp).map { reason in
       let error = ImageError(
@@ -160,9 +176,7 @@ extension Dscow {
     guard let known = header.base else {
       throw ImageError(.badRequest, "store \(store.name) has no base that could change")
     }
-    guard try !same(store, base) else {
-      throw ImageError(.badRequest, "\(store.name) cannot be its own base")
-    }
+    try checkDistinct(store, base)
     let stamp = try stamp(base, path: baseName ?? known.path)
     return try restamp(store, header, base: stamp)
   }
@@ -193,41 +207,5 @@ extension Dscow {
       }
       return changed
     }
-  }
-
-  private static func countAllocated(
-    _ store: any ByteStore, _ header: DscowHeader
-  ) throws(ImageError) -> UInt64 {
-    guard header.bitmapCount * 4 <= countedBitmap else {
-      let bytes = try io { () throws(IOError) in try store.allocatedBytes() }
-      return min(bytes / UInt64(header.blockSize), header.blocks)
-    }
-    return try countBits(store, header)
-  }
-
-  /// How many blocks have a place in the store: reads the whole bitmap.
-  static func countBits(
-    _ store: any ByteStore, _ header: DscowHeader
-  ) throws(ImageError) -> UInt64 {
-    let piece = 65536
-    var words = [UInt64](repeating: 0, count: piece / 8)
-    let bytes = (header.blocks + 63) / 64 * 8
-    var offset: UInt64 = 0
-    var count = 0
-    while offset < bytes {
-      let length = Int(min(UInt64(piece), bytes - offset))
-      var failure: IOError?
-      words.withUnsafeMutableBytes { buffer in
-        do throws(IOError) {
-          try store.read(
-            UnsafeMutableRawBufferPointer(rebasing: buffer[..<length]),
-            at: header.bitmapOffset + offset)
-        } catch { failure = error }
-      }
-      if let failure { throw ImageError(failure) }
-      for word in words[..<(length / 8)] where word != 0 { count += word.nonzeroBitCount }
-      offset += UInt64(length)
-    }
-    return min(UInt64(count), header.blocks)
   }
 }

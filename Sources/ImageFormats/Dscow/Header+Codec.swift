@@ -178,7 +178,8 @@ extension DscowHeader {
   static func choose(
     _ first: [UInt8], _ second: [UInt8], writable: Bool
   ) throws(ImageError) -> (DscowHeader, CopyState) {
-    let copies = (Copy(first), Copy(second))
+    let one = Copy(first)
+    let copies = (one, first == second ? one : Copy(second))
     switch copies {
     case (.valid(let one), .valid(let two)) where one == two:
       return (try DscowHeader(validCopy: one, writable: writable), .both)

@@ -38,9 +38,10 @@ public final class Dscow: ImageFormat {
   private var durableBlocks: UInt64
   private var lastMark: Mark = 0
 
-  /// `durableBlocks` is how many bits are set, or an estimate of it.
+  /// `baseSize` is the base's length in bytes, 0 without one; `durableBlocks` is how many
+  /// bits are set, or an estimate of it.
   init(
-    store: any ByteStore, base: (any ByteStore)?, header: DscowHeader,
+    store: any ByteStore, baseSize: UInt64, header: DscowHeader,
     copies: DscowHeader.CopyState, writable: Bool, durableBlocks: UInt64
   ) {
     self.header = header
@@ -49,7 +50,6 @@ public final class Dscow: ImageFormat {
     self.blocks = header.blocks
     self.bitmap = DscowBitmap(store: store, header: header)
     self.durableBlocks = durableBlocks
-    let baseSize = base?.size ?? 0
     self.baseEnd = baseSize == 0 ? 0 : (baseSize - 1) / UInt64(header.blockSize) + 1
   }
 
@@ -57,8 +57,8 @@ public final class Dscow: ImageFormat {
   public var size: UInt64 { header.size }
   /// Bytes of a block.
   public var blockSize: UInt32 { header.blockSize }
-  /// Blocks with a place in the store. Exact for a bitmap of up to 32 MiB; for a larger one
-  /// estimated, when the store was opened, from the space that the store takes.
+  /// Blocks with a place in the store. Exact while the part of the bitmap that is no hole has
+  /// up to 32 MiB; beyond that the start is an estimate, from the space that the store takes.
   public var allocatedBlocks: UInt64 { durableBlocks + pending.fresh }
 
   private func storePlace(_ block: UInt64) -> Place {
@@ -120,7 +120,7 @@ public final class Dscow: ImageFormat {
     try checkWritable()
     try check(range)
     let found = try run(range.first, limit: range.count)
-    guard !found.writable else { return Placement(found) }
+    guard !found.writable else { return Placement(known(found)) }
     let extent = assign(found.blocks)
     guard !whole else { return Placement(extent) }
     switch found.place {
@@ -136,7 +136,7 @@ public final class Dscow: ImageFormat {
     try checkWritable()
     try check(range)
     let found = try run(range.first, limit: range.count)
-    if found.writable { return .zero(found) }
+    if found.writable { return .zero(known(found)) }
     guard zeroing, found.place != .zero else { return .nothing(blocks: found.blocks.count) }
     return .zero(assign(found.blocks))
   }
@@ -145,6 +145,11 @@ public final class Dscow: ImageFormat {
     guard isWritable else {
       throw ImageError(.badRequest, "the store is open for reading only")
     }
+  }
+
+  /// A place that is there already, as an answer: a mark in an answer is always a new one.
+  private func known(_ extent: Extent) -> Extent {
+    Extent(extent.blocks, extent.place, writable: extent.writable)
   }
 
   /// Places a run that has no place, under a new mark.

@@ -1,0 +1,70 @@
+// Doors to sockets that carry descriptors, to processes by descriptor, and to what a
+// process asks of the kernel for itself. As in CLinux.h: bare, -1 and errno on failure.
+#ifndef DMU_CLINUX_PROCESS_H
+#define DMU_CLINUX_PROCESS_H
+
+#include <signal.h>
+#include <spawn.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/types.h>
+
+// The most descriptors that one message carries.
+#define DMU_MAX_DESCRIPTORS 8
+
+// Sends one message with descriptors, without waiting and without SIGPIPE.
+// Source: unix(7), SCM_RIGHTS; cmsg(3).
+ssize_t dmu_send_message(int fd, const void *bytes, size_t count, const int *fds,
+                         size_t fd_count);
+
+// Receives one message without waiting. `fd_count` holds the room in `fds` on entry (at
+// most DMU_MAX_DESCRIPTORS) and the number received on return; they are close-on-exec.
+// What did not fit is closed, and `truncated` is set to 1, as it is when bytes were cut.
+ssize_t dmu_receive_message(int fd, void *bytes, size_t count, int *fds, size_t *fd_count,
+                            int *truncated);
+
+// Takes a waiting connection, close-on-exec. Source: accept4(2).
+int dmu_accept(int fd);
+
+// Pid, user and group of the peer of a connected Unix socket, at the time it connected.
+// Source: unix(7), SO_PEERCRED.
+int dmu_peer_credentials(int fd, pid_t *pid, uid_t *uid, gid_t *gid);
+
+// In a started process, closes every descriptor from `first` on; and makes it the leader
+// of a new session. Source: posix_spawn_file_actions_addclosefrom_np(3), posix_spawn(3).
+int dmu_spawn_close_from(posix_spawn_file_actions_t *actions, int first);
+#define DMU_SPAWN_SETSID 0x80
+
+// A descriptor for a process. Source: pidfd_open(2).
+int dmu_pidfd_open(pid_t pid);
+
+// Sends a signal by descriptor. Source: pidfd_send_signal(2).
+int dmu_pidfd_send_signal(int pidfd, int signal);
+
+// Collects a child that has ended, without waiting: 1 with `code` and `status` as in
+// siginfo_t, 0 when it still runs. Source: waitid(2), P_PIDFD.
+int dmu_pidfd_reap(int pidfd, int *code, int *status);
+
+// Blocks the signals for the calling thread, ignores SIGPIPE, and gives a non-blocking
+// descriptor from which they are read. Source: signalfd(2).
+int dmu_signal_descriptor(const int *signals, size_t count);
+
+// The next signal's number from such a descriptor. Source: signalfd(2).
+int dmu_read_signal(int fd);
+
+// Real, effective and saved group, then user. Source: setresgid(2), setresuid(2).
+int dmu_set_user(uid_t uid, gid_t gid);
+
+// Lifts the limit on locked memory; then locks every page, now and later, once it has been
+// touched. Source: setrlimit(2); mlockall(2), MCL_ONFAULT.
+int dmu_lift_memory_limit(void);
+int dmu_lock_memory(void);
+
+// An operation on the calling process. Source: prctl(2).
+int dmu_prctl(int option, unsigned long argument);
+
+// A datagram netlink socket, bound, whose receive waits at most `timeout_ms`.
+// Source: netlink(7).
+int dmu_netlink_open(int protocol, int timeout_ms);
+
+#endif

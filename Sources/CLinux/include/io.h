@@ -1,0 +1,32 @@
+// I/O that must not wait, and what goes with it. Same rules as in CLinux.h.
+#ifndef DMU_CLINUX_IO_H
+#define DMU_CLINUX_IO_H
+
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <sys/types.h>
+
+// Reads what is at hand without waiting for a medium; fails with EAGAIN when nothing is.
+// Source: preadv2(2), RWF_NOWAIT.
+ssize_t dmu_pread_nowait(int fd, void *buffer, size_t count, off_t offset);
+
+// Writes without waiting; fails with EAGAIN, or with EOPNOTSUPP where the file system
+// cannot promise that. Source: pwritev2(2), RWF_NOWAIT.
+ssize_t dmu_pwrite_nowait(int fd, const void *buffer, size_t count, off_t offset);
+
+// Makes a range of a file read as zeroes and keeps its space. Source: fallocate(2).
+int dmu_zero_range(int fd, int64_t offset, int64_t count);
+
+// Gives a range of a file its space, lengthening it when need be. Source: fallocate(2).
+int dmu_allocate(int fd, int64_t offset, int64_t count);
+
+// The next place with data at or after an offset, or the next hole. Source: lseek(2).
+off_t dmu_seek_data(int fd, off_t offset);
+off_t dmu_seek_hole(int fd, off_t offset);
+
+// Gives free memory of the allocator back to the system. Source: malloc_trim(3).
+void dmu_trim_memory(void);
+
+#endif

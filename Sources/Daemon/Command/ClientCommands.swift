@@ -1,0 +1,109 @@
+// The commands that ask the daemon.
+
+import Glibc
+
+/// Commands over the control socket.
+public struct ClientCommands: Sendable {
+  /// How long a block script waits for a daemon that is just being started.
+  static let patience = Duration.seconds(10)
+  /// How long a block script waits in all; libxl kills it after 40 seconds.
+  static let scriptLimit = Duration.seconds(36)
+
+  private let socket: String
+
+  /// Commands to the daemon of a configuration file, or of a socket given by name. A file
+  /// with errors is the daemon's trouble: then the socket is looked for at its usual place.
+  public init(configurationPath: String, socket: String?) {
+    if let socket {
+      self.socket = socket
+    } else {
+      let configuration: Configuration
+      do { configuration = try Configuration.load(configurationPath) } catch {
+        configuration = Configuration()
+      }
+      self.socket = configuration.controlSocket
+    }
+  }
+
+  /// Prints the disks, as a table or as JSON.
+  public func status(domain: String?, json: Bool) -> CommandStatus {
+    run { () throws(DiskFailure) in
+      let disks = try fetch(domain)
+      CommandOutput.say(try ClientCommands.render(disks, json: json))
+      if disks.isEmpty, domain != nil { return .noDisk }
+      return .done
+    }
+  }
+
+  /// Prints the disks every two seconds, a terminal cleared before each. Ends with the daemon.
+  public func watch(domain: String?, json: Bool) -> CommandStatus {
+    run { () throws(DiskFailure) in
+      while true {
+        let text = try ClientCommands.render(try fetch(domain), json: json)
+        // Source: ECMA-48: cursor home, erase to the end of the screen.
+        CommandOutput.say((isatty(1) == 1 ? "\u{1B}[H\u{1B}[J" : "") + text)
+        sleep(2)
+      }
+    }
+  }
+
+  /// Has the configuration read anew.
+  public func reload() -> CommandStatus {
+    run { () throws(DiskFailure) in
+      _ = try ControlClient(path: socket).ask(ControlRequest(.reload), within: .seconds(10))
+      return .done
+    }
+  }
+
+  /// A block script's `add`. A daemon that is started again meanwhile is asked again.
+  public func add(_ path: String) -> CommandStatus {
+    let end = ContinuousClock.now + ClientCommands.scriptLimit
+    return run { () throws(DiskFailure) in
+      while true {
+        do throws(DiskFailure) {
+          let client = try ControlClient.connect(
+            path: socket, patience: ClientCommands.patience)
+          let reply = try client.ask(ControlRequest(.attach, path: path), within: end - .now)
+          guard let device = reply.device else { throw DiskFailure.daemonGone }
+          CommandOutput.say("\(device.number) \(device.path)\n")
+          return .done
+        } catch {
+          let restarting = error == .daemonGone || error == .ending
+          guard restarting, end - .now > ClientCommands.patience else { throw error }
+        }
+      }
+    }
+  }
+
+  /// A block script's `remove`: always done, for the daemon cleans up by what it sees.
+  public func remove(_ path: String) -> CommandStatus {
+    do throws(DiskFailure) {
+      let client = try ControlClient(path: socket)
+      _ = try client.ask(ControlRequest(.detach, path: path), within: .seconds(5))
+    } catch {
+      CommandOutput.complain("\(error): the disk is taken down when dmu-xend sees it is gone")
+    }
+    return .done
+  }
+
+  private func fetch(_ domain: String?) throws(DiskFailure) -> [DiskStatus] {
+    let client = try ControlClient(path: socket)
+    return try client.ask(ControlRequest(.status, domain: domain), within: .seconds(10)).disks ?? []
+  }
+
+  private static func render(
+    _ disks: [DiskStatus], json: Bool
+  ) throws(DiskFailure) -> String {
+    guard json else { return StatusTable.render(disks) }
+    do { return try ControlLine.pretty(disks) + "\n" } catch {
+      throw DiskFailure(.daemon, "the disks cannot be written as JSON: \(error)")
+    }
+  }
+
+  private func run(_ body: () throws(DiskFailure) -> CommandStatus) -> CommandStatus {
+    do throws(DiskFailure) { return try body() } catch {
+      CommandOutput.complain(error.sentence)
+      return error == .daemonNotRunning ? .noDaemon : .failed
+    }
+  }
+}

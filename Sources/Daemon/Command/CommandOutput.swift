@@ -1,0 +1,37 @@
+// What every command has in common: where text goes and how it ends.
+
+import Glibc
+
+/// How a command ended, as its exit status.
+public enum CommandStatus: Int32, Sendable {
+  /// It did what it was asked.
+  case done = 0
+  /// It failed; the reason was printed.
+  case failed = 1
+  /// dmu-xend is not running.
+  case noDaemon = 2
+  /// There is no such disk.
+  case noDisk = 3
+}
+
+/// Where commands print.
+public enum CommandOutput {
+  /// Prints to stdout.
+  public static func say(_ text: String) { put(text, 1) }
+
+  /// Prints a line to stderr.
+  public static func complain(_ line: String) { put(line + "\n", 2) }
+
+  private static func put(_ text: String, _ descriptor: Int32) {
+    var rest = Array(text.utf8)[...]
+    while !rest.isEmpty {
+      let count = rest.withUnsafeBytes { write(descriptor, $0.baseAddress, $0.count) }
+      if count < 0 {
+        // A reader that has gone wants no more; there is nobody to tell.
+        guard errno == EINTR else { return }
+      } else {
+        rest = rest.dropFirst(count)
+      }
+    }
+  }
+}

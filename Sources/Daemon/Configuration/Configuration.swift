@@ -1,0 +1,78 @@
+// What an admin may set, with every default. etc/dmu-xen.toml says the same in words, and
+// a test holds the two together.
+
+public import Logging
+
+/// The daemon's configuration: a value, replaced whole by a reload.
+public struct Configuration: Sendable, Equatable {
+  /// Where the configuration is looked for.
+  public static let defaultPath = "/etc/dmu-xen.toml"
+
+  /// Directory of sockets and state. Read at start only.
+  public var runDirectory = "/run/dmu-xen"
+  /// The least serious messages that are logged.
+  public var logLevel = Logger.Level.info
+  /// Time between two full looks at xenstore when nothing happens.
+  public var lookInterval = Duration.seconds(60)
+  /// How long an attach may take in all, well under libxl's 40 s.
+  public var attachTimeout = Duration.seconds(30)
+
+  /// Path of cowd; empty: beside dmu-xend, then along PATH.
+  public var workerProgram = ""
+  /// The user that workers run as.
+  public var workerUser: UInt32 = 65534
+  /// The group that workers run as.
+  public var workerGroup: UInt32 = 65534
+  /// How long a worker may take until it is ready.
+  public var readyTimeout = Duration.seconds(20)
+  /// How long a worker may take to flush and end before it is killed.
+  public var stopTimeout = Duration.seconds(10)
+  /// So many restarts of a disk's worker are allowed...
+  public var restartLimit = 10
+  /// ...in so long a time.
+  public var restartWindow = Duration.seconds(60)
+
+  /// Directories whose files and devices an image may name as its base.
+  public var baseDirectories: [String] = []
+
+  /// How long one request may take before the kernel gives the worker's socket up and sends
+  /// it again on the next. As long, too, is the pause of a request that was under way when
+  /// its worker died.
+  public var requestTimeout = Duration.seconds(10)
+  /// How long the kernel waits for a new worker before it fails the guest's requests.
+  public var deadConnectionTimeout = Duration.seconds(86_400)
+
+  /// The defaults.
+  public init() {}
+
+  /// Path of the control socket.
+  public var controlSocket: String { runDirectory + "/control.sock" }
+  /// Directory with one directory a disk.
+  public var disksDirectory: String { runDirectory + "/disks" }
+}
+
+/// An error in the configuration: where, and what is wrong.
+public struct ConfigurationError: Error, Sendable, Equatable, CustomStringConvertible {
+  /// The file.
+  public let file: String
+  /// The line, from 1; nil when it belongs to the file as a whole.
+  public let line: Int?
+  /// "table.key"; nil when the text itself cannot be read.
+  public let key: String?
+  /// What is wrong and what to do.
+  public let reason: String
+
+  /// An error from its parts.
+  public init(file: String, line: Int?, key: String?, reason: String) {
+    self.file = file
+    self.line = line
+    self.key = key
+    self.reason = reason
+  }
+
+  /// "FILE line N: KEY: REASON".
+  public var description: String {
+    let place = line.map { "\(file) line \($0)" } ?? file
+    return key.map { "\(place): \($0): \(reason)" } ?? "\(place): \(reason)"
+  }
+}

@@ -1,0 +1,107 @@
+// The keys of the configuration file: what each may hold and where it goes.
+
+internal import Logging
+internal import TOMLKit
+
+/// What a value must be; thrown when it is not.
+struct Wanted: Error {
+  let what: String
+  init(_ what: String) { self.what = what }
+}
+
+/// One key: its table, its name, how it is taken in, and how its default is written.
+struct ConfigurationKey: Sendable {
+  let table: String
+  let name: String
+  let take: @Sendable (inout Configuration, any TOMLValueConvertible) throws(Wanted) -> Void
+  let show: @Sendable (Configuration) -> String
+
+  var path: String { "\(table).\(name)" }
+
+  static let all: [ConfigurationKey] = [
+    path("daemon", "run-directory", \.runDirectory),
+    logLevel,
+    seconds("daemon", "look-interval", \.lookInterval, 1...86_400),
+    seconds("daemon", "attach-timeout", \.attachTimeout, 1...35),
+    path("worker", "program", \.workerProgram, mayBeEmpty: true),
+    number("worker", "user", \.workerUser, 0...4_294_967_294),
+    number("worker", "group", \.workerGroup, 0...4_294_967_294),
+    seconds("worker", "ready-timeout", \.readyTimeout, 1...35),
+    seconds("worker", "stop-timeout", \.stopTimeout, 1...600),
+    number("worker", "restart-limit", \.restartLimit, 0...1_000_000),
+    seconds("worker", "restart-window", \.restartWindow, 1...86_400),
+    directories("base", "directories", \.baseDirectories),
+    seconds("nbd", "request-timeout", \.requestTimeout, 1...3600),
+    seconds("nbd", "dead-connection-timeout", \.deadConnectionTimeout, 1...31_536_000),
+  ]
+
+  private static let logLevel = ConfigurationKey(
+    table: "daemon", name: "log-level",
+    take: { configuration, value throws(Wanted) in
+      let levels = Logger.Level.allCases.map(\.rawValue)
+      guard let text = value.string, let level = Logger.Level(rawValue: text) else {
+        throw Wanted("one of " + levels.map { "\"\($0)\"" }.joined(separator: ", "))
+      }
+      configuration.logLevel = level
+    }, show: { "\"\($0.logLevel.rawValue)\"" })
+
+  private static func path(
+    _ table: String, _ name: String,
+    _ field: any WritableKeyPath<Configuration, String> & Sendable, mayBeEmpty: Bool = false
+  ) -> ConfigurationKey {
+    ConfigurationKey(
+      table: table, name: name,
+      take: { configuration, value throws(Wanted) in
+        guard let text = value.string, text.hasPrefix("/") || (mayBeEmpty && text.isEmpty) else {
+          throw Wanted("an absolute path in quotes" + (mayBeEmpty ? ", or \"\"" : ""))
+        }
+        configuration[keyPath: field] = text
+      }, show: { "\"\($0[keyPath: field])\"" })
+  }
+
+  private static func directories(
+    _ table: String, _ name: String,
+    _ field: any WritableKeyPath<Configuration, [String]> & Sendable
+  ) -> ConfigurationKey {
+    let wanted = "a list of absolute paths, as in [\"/srv/bases\"]"
+    return ConfigurationKey(
+      table: table, name: name,
+      take: { configuration, value throws(Wanted) in
+        guard let array = value.array else { throw Wanted(wanted) }
+        var paths: [String] = []
+        for index in 0..<array.count {
+          guard let text = array[index].string, text.hasPrefix("/") else { throw Wanted(wanted) }
+          paths.append(text)
+        }
+        configuration[keyPath: field] = paths
+      },
+      show: { "[" + $0[keyPath: field].map { "\"\($0)\"" }.joined(separator: ", ") + "]" })
+  }
+
+  private static func seconds(
+    _ table: String, _ name: String,
+    _ field: any WritableKeyPath<Configuration, Duration> & Sendable, _ range: ClosedRange<Int>
+  ) -> ConfigurationKey {
+    ConfigurationKey(
+      table: table, name: name,
+      take: { configuration, value throws(Wanted) in
+        guard let number = value.int, range.contains(number) else {
+          throw Wanted("a number of seconds from \(range.lowerBound) to \(range.upperBound)")
+        }
+        configuration[keyPath: field] = .seconds(number)
+      }, show: { String($0[keyPath: field].components.seconds) })
+  }
+
+  private static func number<Number: FixedWidthInteger & Sendable>(
+    _ table: String, _ name: String,
+    _ field: any WritableKeyPath<Configuration, Number> & Sendable, _ range: ClosedRange<Int>
+  ) -> ConfigurationKey {
+    ConfigurationKey(
+      table: table, name: name,
+      take: { configuration, value throws(Wanted) in
+        guard let number = value.int, range.contains(number), let fit = Number(exactly: number)
+        else { throw Wanted("a number from \(range.lowerBound) to \(range.upperBound)") }
+        configuration[keyPath: field] = fit
+      }, show: { String($0[keyPath: field]) })
+  }
+}

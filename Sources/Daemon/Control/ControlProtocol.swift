@@ -1,0 +1,99 @@
+// The control socket's words: one JSON object a line, a request and its reply in turn.
+//
+//   {"command":"status","domain":5}    -> {"ok":true,"disks":[...]}
+//   {"command":"attach","path":"backend/vbd/5/51712"}
+//                                      -> {"ok":true,"device":{"path":"/dev/nbd0",...}}
+//   anything that fails                -> {"ok":false,"error":"one sentence","code":"in-use"}
+
+internal import FoundationEssentials
+
+/// What a client asks.
+public struct ControlRequest: Codable, Sendable, Equatable {
+  /// The commands.
+  public enum Command: String, Codable, Sendable, CaseIterable {
+    /// Tell of the disks.
+    case status
+    /// A block script's `add`: wait until the disk is served.
+    case attach
+    /// A block script's `remove`: the toolstack is done with the disk.
+    case detach
+    /// Read the configuration anew and try failed disks again.
+    case reload
+    /// Tell of the daemon.
+    case version
+  }
+
+  /// What is wanted.
+  public var command: Command
+  /// For `status`: the domain by number or name; nil: all.
+  public var domain: String?
+  /// For `attach` and `detach`: the backend's path in xenstore.
+  public var path: String?
+
+  /// A request from its parts.
+  public init(_ command: Command, domain: String? = nil, path: String? = nil) {
+    self.command = command
+    self.domain = domain
+    self.path = path
+  }
+}
+
+/// What the daemon answers.
+public struct ControlReply: Codable, Sendable, Equatable {
+  /// A device, in the words of the toolstack.
+  public struct Device: Codable, Sendable, Equatable {
+    /// Path of its node.
+    public var path: String
+    /// "MAJOR:MINOR" in hexadecimal.
+    public var number: String
+  }
+
+  /// Whether it was done.
+  public var ok: Bool
+  /// Why not: one sentence.
+  public var error: String?
+  /// The kind of failure.
+  public var code: DiskFailure.Code?
+  /// For `status`.
+  public var disks: [DiskStatus]?
+  /// For `attach`.
+  public var device: Device?
+  /// For `version`.
+  public var version: String?
+  /// For `version`: the daemon's process id.
+  public var pid: Int32?
+
+  /// Success with nothing to tell.
+  public static var done: ControlReply { ControlReply(ok: true) }
+
+  /// A failure as a reply.
+  public static func failure(_ failure: DiskFailure) -> ControlReply {
+    ControlReply(ok: false, error: failure.sentence, code: failure.code)
+  }
+}
+
+/// One JSON object as a line, without the newline.
+public enum ControlLine {
+  /// The longest request, in bytes. A reply may be longer.
+  public static let longestRequest = 16384
+
+  /// Writes a value.
+  public static func encode(_ value: some Encodable) throws -> [UInt8] {
+    let encoder = JSONEncoder()
+    encoder.outputFormatting = [.sortedKeys, .withoutEscapingSlashes]
+    return Array(try encoder.encode(value))
+  }
+
+  /// Writes a value for people and scripts, over several lines.
+  public static func pretty(_ value: some Encodable) throws -> String {
+    let encoder = JSONEncoder()
+    encoder.outputFormatting = [.prettyPrinted, .sortedKeys, .withoutEscapingSlashes]
+    return String(decoding: try encoder.encode(value), as: UTF8.self)
+  }
+
+  /// Reads a value.
+  public static func decode<Value: Decodable>(_ type: Value.Type, _ bytes: [UInt8]) throws -> Value
+  {
+    try JSONDecoder().decode(type, from: Data(bytes))
+  }
+}

@@ -1,0 +1,227 @@
+// The control socket: a Unix socket for root, one JSON object a line each way.
+//
+// Invariants:
+// - Only root is listened to, and whoever the daemon itself runs as (in tests it is not
+//   root); the kernel says who connected.
+// - A line has a longest length, a connection has a longest life without a word, there is
+//   a most number of connections, and a client that does not read its reply is cut off:
+//   nobody but itself waits for a client.
+
+internal import FoundationEssentials
+internal import Logging
+internal import NIOCore
+internal import NIOPosix
+internal import Posix
+internal import ServiceLifecycle
+import Glibc
+import Synchronization
+
+/// Answers the admin's commands and the block scripts.
+struct ControlServer: Service {
+  /// More connections than these are closed at once.
+  static let mostConnections = 256
+  /// A connection that says nothing for so long is closed; a reply may take so long to read.
+  static let patience = TimeAmount.seconds(60)
+
+  let path: String
+  let reconciler: Reconciler
+  let log: Logger
+
+  func run() async throws {
+    let group = MultiThreadedEventLoopGroup(numberOfThreads: 1)
+    let result: Result<Void, any Error>
+    do {
+      try await serve(group)
+      result = .success(())
+    } catch { result = .failure(error) }
+    try await group.shutdownGracefully()
+    try result.get()
+  }
+
+  private func serve(_ group: MultiThreadedEventLoopGroup) async throws {
+    let listener = try UnixSocket.listen(at: path, kind: .stream, mode: 0o600)
+    let server = try await ServerBootstrap(group: group)
+      .serverChannelOption(.backlog, value: 64)
+      .bind(listener.release()) { channel in
+        channel.eventLoop.makeCompletedFuture {
+          try channel.pipeline.syncOperations.addHandlers(
+            ByteToMessageHandler(LineDecoder()), LineEncoder(),
+            IdleStateHandler(allTimeout: ControlServer.patience), IdleCloser())
+          return try NIOAsyncChannel<[UInt8], [UInt8]>(wrappingChannelSynchronously: channel)
+        }
+      }
+    log.debug("listening", metadata: ["path": "\(path)"])
+    let open = OpenConnections()
+    try await withGracefulShutdownHandler {
+      try await withThrowingDiscardingTaskGroup { tasks in
+        try await server.executeThenClose { connections in
+          for try await connection in connections {
+            let number = open.count.add(1, ordering: .relaxed).newValue
+            tasks.addTask {
+              await self.handle(connection, isOneTooMany: number > ControlServer.mostConnections)
+              open.count.subtract(1, ordering: .relaxed)
+            }
+          }
+        }
+      }
+    } onGracefulShutdown: {
+      server.channel.close(promise: nil)
+    }
+    guard unlink(path) == 0 || errno == ENOENT else { throw Posix.IOError.last("remove", path) }
+  }
+
+  private func handle(
+    _ connection: NIOAsyncChannel<[UInt8], [UInt8]>, isOneTooMany: Bool
+  ) async {
+    do {
+      try await connection.executeThenClose { lines, replies in
+        guard !isOneTooMany else {
+          log.warning("too many connections on the control socket")
+          return
+        }
+        guard try await isAllowed(connection.channel) else { return }
+        for try await line in lines {
+          try await replies.write(try ControlLine.encode(try await answer(line)) + [10])
+        }
+      }
+    } catch is LineTooLong {
+      log.warning("a client sent too long a line and was cut off")
+    } catch let error as Posix.IOError {
+      log.warning("a client was cut off", metadata: ["error": "\(error)"])
+    } catch {
+      // Clients come and go: one that leaves in the middle is nobody's trouble.
+      log.debug("a client has gone", metadata: ["reason": "\(error)"])
+    }
+  }
+
+  private func isAllowed(_ channel: any Channel) async throws -> Bool {
+    guard let provider = channel as? any SocketOptionProvider else {
+      throw Posix.IOError(ENOTSUP, "examine the peer of", path)
+    }
+    let peer: PeerWords = try await provider.unsafeGetSocketOption(
+      level: .socket, name: .init(rawValue: SO_PEERCRED)
+    ).get()
+    if peer.uid == 0 || peer.uid == geteuid() { return true }
+    log.warning(
+      "refused a client that is not root",
+      metadata: ["uid": "\(peer.uid)", "pid": "\(peer.pid)"])
+    return false
+  }
+
+  private func answer(_ line: [UInt8]) async throws -> ControlReply {
+    let request: ControlRequest
+    do { request = try ControlLine.decode(ControlRequest.self, line) } catch {
+      let commands = ControlRequest.Command.allCases.map(\.rawValue).joined(separator: ", ")
+      return ControlReply(
+        ok: false, error: "this is not a request: send {\"command\":...} with one of \(commands)")
+    }
+    switch request.command {
+    case .version:
+      var reply = ControlReply.done
+      reply.version = DMUXen.version
+      reply.pid = getpid()
+      return reply
+    case .status:
+      var reply = ControlReply.done
+      reply.disks = await reconciler.status(domain: request.domain)
+      return reply
+    case .reload:
+      do throws(ConfigurationError) { try await reconciler.reload() } catch {
+        return ControlReply(
+          ok: false, error: "\(error): the running configuration stays in force")
+      }
+      return .done
+    case .attach, .detach: return await hotplug(request)
+    }
+  }
+
+  private func hotplug(_ request: ControlRequest) async -> ControlReply {
+    guard let path = request.path, let id = DiskID(path: path) else {
+      return ControlReply(
+        ok: false,
+        error: "'\(SpecError.shown(request.path ?? ""))' is not a disk's path in xenstore:"
+          + " give backend/vbd/DOMAIN/DEVICE")
+    }
+    guard request.command == .attach else {
+      await reconciler.detach(id)
+      return .done
+    }
+    switch await reconciler.attach(id) {
+    case .failure(let failure): return .failure(failure)
+    case .success(let device):
+      var reply = ControlReply.done
+      reply.device = ControlReply.Device(path: device.path, number: device.hexadecimal)
+      return reply
+    }
+  }
+}
+
+/// How many connections are open.
+private final class OpenConnections: Sendable {
+  let count = Atomic(0)
+}
+
+/// What SO_PEERCRED answers. Source: unix(7), struct ucred.
+private struct PeerWords: Sendable {
+  var pid: Int32
+  var uid: UInt32
+  var gid: UInt32
+}
+
+/// A client's line is longer than any request.
+struct LineTooLong: Error {}
+
+/// Cuts the stream of bytes at newlines.
+private struct LineDecoder: ByteToMessageDecoder {
+  typealias InboundOut = [UInt8]
+
+  mutating func decode(
+    context: ChannelHandlerContext, buffer: inout ByteBuffer
+  ) throws -> DecodingState {
+    guard let length = buffer.readableBytesView.firstIndex(of: 10) else {
+      guard buffer.readableBytes <= ControlLine.longestRequest else { throw LineTooLong() }
+      return .needMoreData
+    }
+    let count = length - buffer.readerIndex
+    guard count <= ControlLine.longestRequest, let line = buffer.readBytes(length: count) else {
+      throw LineTooLong()
+    }
+    buffer.moveReaderIndex(forwardBy: 1)
+    context.fireChannelRead(wrapInboundOut(line))
+    return .continue
+  }
+
+  mutating func decodeLast(
+    context: ChannelHandlerContext, buffer: inout ByteBuffer, seenEOF: Bool
+  ) throws -> DecodingState {
+    // A line without its newline is half a request.
+    .needMoreData
+  }
+}
+
+/// Puts replies into buffers.
+private final class LineEncoder: ChannelOutboundHandler, Sendable {
+  typealias OutboundIn = [UInt8]
+  typealias OutboundOut = ByteBuffer
+
+  func write(
+    context: ChannelHandlerContext, data: NIOAny, promise: EventLoopPromise<Void>?
+  ) {
+    let buffer = context.channel.allocator.buffer(bytes: unwrapOutboundIn(data))
+    context.write(wrapOutboundOut(buffer), promise: promise)
+  }
+}
+
+/// Closes a connection on which nothing has happened for long.
+private final class IdleCloser: ChannelInboundHandler, Sendable {
+  typealias InboundIn = [UInt8]
+  typealias InboundOut = [UInt8]
+
+  func userInboundEventTriggered(context: ChannelHandlerContext, event: Any) {
+    if event is IdleStateHandler.IdleStateEvent {
+      context.close(promise: nil)
+    } else {
+      context.fireUserInboundEventTriggered(event)
+    }
+  }
+}

@@ -1,0 +1,168 @@
+// Why a disk cannot be served, as one sentence for the admin: the thing, the reason, the
+// remedy. The words stand here and nowhere else; hotplug-error, status and log all show
+// the same sentence.
+
+internal import Posix
+import Glibc
+
+/// A disk that failed, and why.
+public struct DiskFailure: Error, Sendable, Hashable, CustomStringConvertible {
+  /// What kind of trouble; for programs.
+  public enum Code: String, Sendable, Codable {
+    /// The spec cannot be read.
+    case malformed
+    /// No worker knows the format, or one of its options.
+    case format
+    /// The store does not exist, and there is no base to create it from.
+    case storeMissing = "store-missing"
+    /// The base does not exist, or none is known.
+    case baseMissing = "base-missing"
+    /// The base is not the one that the store was made from.
+    case baseChanged = "base-changed"
+    /// The configuration does not let an image name its base.
+    case baseRefused = "base-refused"
+    /// Somebody else has the store.
+    case inUse = "in-use"
+    /// A system call failed.
+    case io
+    /// The worker reported something that has no code of its own here.
+    case image
+    /// The worker could not be started, or died too often.
+    case worker
+    /// The nbd device could not be attached.
+    case device
+    /// It took too long.
+    case timeout
+    /// The disk is not wanted (any more).
+    case gone
+    /// The daemon cannot be reached.
+    case daemon
+  }
+
+  /// The kind.
+  public let code: Code
+  /// One line, no final stop, at most 1000 characters.
+  public let sentence: String
+
+  /// A failure from its parts.
+  public init(_ code: Code, _ sentence: String) {
+    self.code = code
+    self.sentence = SpecError.shown(sentence, limit: 1000)
+  }
+
+  /// The sentence.
+  public var description: String { sentence }
+}
+
+extension DiskFailure {
+  static func malformed(_ error: SpecError) -> DiskFailure {
+    DiskFailure(.malformed, error.description)
+  }
+
+  static func formatUnknown(_ name: String) -> DiskFailure {
+    let known = KnownFormat.all.map(\.name)
+    let hint = NearestMatch.hint(for: name, among: known)
+    return DiskFailure(
+      .format,
+      "format '\(name)' is unknown: this dmu-xen has \(known.joined(separator: ", "))\(hint)")
+  }
+
+  static func optionUnknown(_ name: String, _ format: KnownFormat) -> DiskFailure {
+    let known = format.options.map(\.name)
+    let hint = NearestMatch.hint(for: name, among: known)
+    return DiskFailure(
+      .format,
+      "option '\(name)' is unknown: format \(format.name) has"
+        + " \(known.joined(separator: ", "))\(hint)")
+  }
+
+  static func optionBad(_ name: String, _ value: String, wanted: String) -> DiskFailure {
+    DiskFailure(.format, "option '\(name)' cannot be '\(value)': give \(wanted)")
+  }
+
+  static func storeMissing(_ path: String) -> DiskFailure {
+    DiskFailure(
+      .storeMissing,
+      "store \(path) does not exist and the spec names no base to create it from:"
+        + " correct the path, or add ':BASE' to the spec")
+  }
+
+  static func storeDirectoryMissing(_ path: String) -> DiskFailure {
+    DiskFailure(
+      .storeMissing,
+      "store \(path) does not exist and cannot be created, since its directory does not exist:"
+        + " correct the path or make the directory")
+  }
+
+  static func baseMissing(_ path: String) -> DiskFailure {
+    DiskFailure(
+      .baseMissing, "base \(path) does not exist: correct the path or bring the base back")
+  }
+
+  static func baseUnnamed(store: String) -> DiskFailure {
+    DiskFailure(
+      .baseMissing, "store \(store) names no base and the spec has none: add ':BASE' to the spec")
+  }
+
+  static func baseChanged(_ base: String, store: String, detail: String) -> DiskFailure {
+    let why = detail.isEmpty ? "" : " (\(detail))"
+    return DiskFailure(
+      .baseChanged,
+      "base \(base) has changed since store \(store) was made from it\(why): bring the old base"
+        + " back, or make a new store; '?force=yes' in the spec uses it all the same")
+  }
+
+  static func baseRefused(_ base: String, store: String, configuration: String) -> DiskFailure {
+    DiskFailure(
+      .baseRefused,
+      "store \(store) names base \(base), which the configuration does not allow: name the base"
+        + " in the spec, or add its directory to base.directories in \(configuration)")
+  }
+
+  static func inUse(_ store: String, by holder: DiskID, vdev: String) -> DiskFailure {
+    DiskFailure(
+      .inUse,
+      "store \(store) is in use by domain \(holder.domain) (\(vdev)): detach it there first,"
+        + " or give this disk a store of its own")
+  }
+
+  static func inUseElsewhere(_ role: SpecError.Role, _ path: String) -> DiskFailure {
+    DiskFailure(
+      .inUse, "\(role.rawValue) \(path) is in use by another program: end that program first")
+  }
+
+  static func storeIsBase(_ path: String, of holder: DiskID, vdev: String) -> DiskFailure {
+    DiskFailure(
+      .inUse,
+      "store \(path) is in use by domain \(holder.domain) (\(vdev)) as its base: give this disk"
+        + " a store of its own")
+  }
+
+  static func sameStoreTwice(_ path: String) -> DiskFailure {
+    DiskFailure(
+      .inUse, "base \(path) is in use as the store of another disk: give this disk another base")
+  }
+
+  static func timeout(_ what: String, _ limit: Duration, remedy: String) -> DiskFailure {
+    DiskFailure(.timeout, "\(what) within \(limit.components.seconds) seconds: \(remedy)")
+  }
+
+  static func device(_ error: IOError) -> DiskFailure {
+    let remedy =
+      switch error.code {
+      case ENOENT: "load the nbd driver (modprobe nbd)"
+      case EPERM, EACCES: "dmu-xend has to run as root"
+      default: "look at the kernel's log (dmesg)"
+      }
+    return DiskFailure(.device, "\(error.description): \(remedy)")
+  }
+
+  static func worker(_ what: String) -> DiskFailure { DiskFailure(.worker, what) }
+
+  static let daemonNotRunning = DiskFailure(
+    .daemon,
+    "dmu-xend is not running: start it (systemctl start dmu-xend) and attach the disk again")
+
+  static let gone = DiskFailure(
+    .gone, "the disk was detached while it was being started: attach it again if it is wanted")
+}

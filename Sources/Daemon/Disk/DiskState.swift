@@ -1,0 +1,129 @@
+// The states of a disk, as a value that cannot hold what does not belong together, and the
+// decision that follows from a state and from what is wanted. Both are pure: everything
+// that touches the world is in Reconcile/.
+
+/// The states that everybody is told: `dmu/state` in xenstore, and status.
+public enum PublicState: String, Sendable, Codable, CaseIterable {
+  /// On its way to being served, for the first time or with a new worker.
+  case starting
+  /// Served.
+  case ready
+  /// Served with an error that an admin should see to.
+  case degraded
+  /// Served, but the store's file system is full.
+  case noSpace = "no-space"
+  /// Not served; the reason says why.
+  case failed
+  /// On its way out.
+  case stopping
+}
+
+/// What xenstore says of a disk.
+public struct WantedDisk: Sendable, Equatable {
+  /// The params as they stand, beginning "dmu:".
+  public var params: String
+  /// Whether the guest may only read.
+  public var readOnly: Bool
+  /// Whether the toolstack or the guest has begun to take the disk away.
+  public var going: Bool
+
+  /// A wish from its parts.
+  public init(params: String, readOnly: Bool, going: Bool) {
+    self.params = params
+    self.readOnly = readOnly
+    self.going = going
+  }
+}
+
+/// Where a disk stands between "not there" and "served".
+public enum DiskPhase: Sendable {
+  /// Nothing is held.
+  case idle
+  /// Another disk that is going still holds the store.
+  case waiting(holder: DiskID)
+  /// A worker is being started for the first time.
+  case starting
+  /// Served. `trouble` is what the worker reported, nil when all is well.
+  case serving(Trouble?)
+  /// The worker has died; its successor starts then.
+  case restarting(at: ContinuousClock.Instant)
+  /// Failed. `attached` when the device is still there, its requests waiting.
+  case failed(DiskFailure, attached: Bool)
+  /// Being taken down.
+  case stopping
+
+  /// What a worker that still serves reports.
+  public struct Trouble: Sendable, Hashable {
+    /// `degraded` or `noSpace`.
+    public var state: PublicState
+    /// The reason, one line.
+    public var error: String
+
+    /// A report from its parts.
+    public init(state: PublicState, error: String) {
+      self.state = state
+      self.error = error
+    }
+  }
+
+  /// What everybody is told.
+  public var publicState: PublicState {
+    switch self {
+    case .idle, .waiting, .starting, .restarting: .starting
+    case .serving(let trouble): trouble?.state ?? .ready
+    case .failed: .failed
+    case .stopping: .stopping
+    }
+  }
+
+  /// The reason that goes with the state, if there is one.
+  public var error: String? {
+    switch self {
+    case .serving(let trouble): trouble?.error
+    case .failed(let failure, _): failure.sentence
+    case .waiting(let holder):
+      "waiting for domain \(holder.domain) (\(holder.vdev)) to let go of the store"
+    default: nil
+    }
+  }
+}
+
+/// The next step for a disk.
+public enum DiskStep: Sendable, Equatable {
+  /// Nothing now.
+  case none
+  /// Open, lock, start a worker, attach.
+  case start
+  /// Start a new worker for the device that is there.
+  case restart
+  /// Wait until then, and look again.
+  case wait(until: ContinuousClock.Instant)
+  /// Take everything down that is held.
+  case stop
+  /// Nothing is held and nothing is wanted: drop the entry.
+  case forget
+}
+
+extension DiskPhase {
+  /// The step that leads from here to what is wanted (nil: the disk is not wanted).
+  public func step(
+    wanted: WantedDisk?, holderGone: Bool = false, now: ContinuousClock.Instant
+  ) -> DiskStep {
+    switch self {
+    case .idle:
+      guard let wanted else { return .forget }
+      return wanted.going ? .none : .start
+    case .waiting:
+      guard let wanted else { return .forget }
+      return holderGone && !wanted.going ? .start : .none
+    case .failed(_, let attached):
+      if wanted == nil { return attached ? .stop : .forget }
+      return .none
+    case .serving: return wanted == nil ? .stop : .none
+    case .restarting(let instant):
+      if wanted == nil { return .stop }
+      return instant <= now ? .restart : .wait(until: instant)
+    case .starting, .stopping: return .none
+    }
+  }
+}

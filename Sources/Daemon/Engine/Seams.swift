@@ -1,0 +1,202 @@
+// Where the daemon touches the machine: starting workers and attaching devices. Both have
+// a real implementation and stand-ins in the tests, so that the whole daemon runs on a
+// machine without Xen and without the nbd driver.
+
+internal import Logging
+public import Posix
+import Glibc
+
+/// Starts workers.
+public protocol WorkerLauncher: Sendable {
+  /// Starts a worker for a disk with the listening end of its link. Blocks. The process is
+  /// a child of this one. Throws: the errno of posix_spawn(3).
+  func launch(
+    disk: DiskID, listener: Int32, configuration: Configuration
+  ) throws(IOError) -> ProcessHandle
+}
+
+/// What a device has to be made with.
+public struct DeviceWish: Sendable {
+  /// Length in bytes.
+  public var size: UInt64
+  /// NBD transmission flags of the worker.
+  public var flags: UInt16
+  /// Time that one request may take, at least a second.
+  public var requestTimeout: Duration
+  /// Time that requests wait for a new worker.
+  public var deadConnectionTimeout: Duration
+  /// A name by which the device is known again.
+  public var identifier: String
+}
+
+/// A device that is attached.
+public struct DeviceNode: Sendable, Hashable {
+  /// Its number among its kind.
+  public var index: UInt32
+  /// Path of its node.
+  public var path: String
+  /// Major and minor number.
+  public var major: UInt32
+  /// Minor number.
+  public var minor: UInt32
+
+  /// A node from its parts.
+  public init(index: UInt32, path: String, major: UInt32, minor: UInt32) {
+    self.index = index
+    self.path = path
+    self.major = major
+    self.minor = minor
+  }
+
+  /// "2b:20": as the toolstack wants `physical-device`.
+  public var hexadecimal: String { String(major, radix: 16) + ":" + String(minor, radix: 16) }
+}
+
+/// Makes block devices that are served from a socket. All calls block, and may come from
+/// any thread.
+public protocol DeviceAttacher: Sendable {
+  /// Makes a device of a connected socket whose other end serves NBD's transmission phase.
+  /// The socket stays the caller's, who closes it.
+  func attach(_ wish: DeviceWish, socket: Int32) throws(IOError) -> DeviceNode
+  /// Gives a device another socket after the death of the old one. It may be dropped without
+  /// a word when that death has not been noticed yet: then its other end reads the end of
+  /// the stream at once, and the caller tries again.
+  func reattach(_ node: DeviceNode, socket: Int32, identifier: String) throws(IOError)
+  /// Ends a device. One that is not there is no error.
+  func detach(_ node: DeviceNode) throws(IOError)
+  /// Whether a device made earlier, perhaps by an earlier daemon, is there and ours.
+  func isAttached(_ node: DeviceNode, identifier: String) throws(IOError) -> Bool
+  /// Every device that a daemon like this one has made.
+  func devices() throws(IOError) -> [DeviceNode]
+}
+
+/// The kernel's nbd driver.
+public struct KernelAttacher: DeviceAttacher {
+  /// The attacher.
+  public init() {}
+
+  /// Connects a free /dev/nbdN.
+  public func attach(_ wish: DeviceWish, socket: Int32) throws(IOError) -> DeviceNode {
+    let configuration = NBDConfiguration(
+      size: wish.size, blockSize: 512, flags: wish.flags,
+      timeout: UInt64(wish.requestTimeout.components.seconds),
+      deadConnectionTimeout: UInt64(wish.deadConnectionTimeout.components.seconds),
+      identifier: wish.identifier)
+    let index = try NBDDevice.connect(configuration, socket: socket)
+    do throws(IOError) {
+      return try node(index)
+    } catch {
+      // Without its numbers the device is of no use; an error of undoing would hide the first.
+      do { try NBDDevice.disconnect(index) } catch let second {
+        throw IOError(error.code, error.operation, "\(error.subject) (and \(second))")
+      }
+      throw error
+    }
+  }
+
+  /// Replaces the socket.
+  public func reattach(
+    _ node: DeviceNode, socket: Int32, identifier: String
+  ) throws(IOError) {
+    do {
+      try NBDDevice.reconfigure(node.index, socket: socket, identifier: identifier)
+    } catch let error where error.code == ENOSPC {
+      throw IOError(EAGAIN, error.operation, error.subject)
+    }
+  }
+
+  /// Disconnects the device.
+  public func detach(_ node: DeviceNode) throws(IOError) {
+    do {
+      try NBDDevice.disconnect(node.index)
+    } catch let error where error.code == EINVAL || error.code == ENOENT {}
+  }
+
+  /// Looks for the device in /sys, where a connected one has its owner's name.
+  public func isAttached(_ node: DeviceNode, identifier: String) throws(IOError) -> Bool {
+    guard try NBDDevice.status()[node.index] == true else { return false }
+    do {
+      let name = try TextFile.read("/sys/block/nbd\(node.index)/backend")
+      return name.trimmingNewline == identifier
+    } catch let error where error.code == ENOENT {
+      return true  // A kernel before 5.14 has no such name.
+    }
+  }
+
+  /// Every connected device that bears one of our names.
+  public func devices() throws(IOError) -> [DeviceNode] {
+    var found: [DeviceNode] = []
+    for (index, connected) in try NBDDevice.status() where connected {
+      do throws(IOError) {
+        let name = try TextFile.read("/sys/block/nbd\(index)/backend")
+        if name.hasPrefix(KernelAttacher.mark) { found.append(try node(index)) }
+      } catch {
+        guard error.code == ENOENT else { throw error }
+      }
+    }
+    return found
+  }
+
+  /// How the identifiers of our devices begin.
+  static let mark = "dmu-xen "
+
+  private func node(_ index: UInt32) throws(IOError) -> DeviceNode {
+    let path = "/sys/block/nbd\(index)/dev"
+    let numbers = try TextFile.read(path).trimmingNewline.split(separator: ":").map { UInt32($0) }
+    guard numbers.count == 2, let major = numbers[0], let minor = numbers[1] else {
+      throw IOError(EPROTO, "read", path)
+    }
+    return DeviceNode(index: index, path: NBDDevice.path(index), major: major, minor: minor)
+  }
+}
+
+/// Starts cowd.
+public struct ProcessLauncher: WorkerLauncher {
+  /// The launcher.
+  public init() {}
+
+  /// Starts cowd with the link's listener as descriptor 3.
+  public func launch(
+    disk: DiskID, listener: Int32, configuration: Configuration
+  ) throws(IOError) -> ProcessHandle {
+    var command = Command(
+      try ProcessLauncher.program(configuration),
+      [
+        "--supervised", "--uid", String(configuration.workerUser), "--gid",
+        String(configuration.workerGroup),
+      ] + (configuration.logLevel <= .debug ? ["--verbose"] : []))
+    command.descriptors = [3: listener]
+    command.newSession = true
+    return try command.start()
+  }
+
+  /// Where cowd is: as configured, else beside this program, else along PATH. Throws ENOENT.
+  public static func program(_ configuration: Configuration) throws(IOError) -> String {
+    if !configuration.workerProgram.isEmpty {
+      guard access(configuration.workerProgram, X_OK) == 0 else {
+        throw IOError.last("start", configuration.workerProgram)
+      }
+      return configuration.workerProgram
+    }
+    var places: [String] = []
+    if let own = ownPath, let slash = own.lastIndex(of: "/") {
+      places.append(String(own[..<slash]))
+    }
+    places +=
+      getenv("PATH").map { String(cString: $0).split(separator: ":").map(String.init) } ?? []
+    for place in places where access(place + "/cowd", X_OK) == 0 { return place + "/cowd" }
+    throw IOError(ENOENT, "find", "cowd (beside dmu-xend or along PATH)")
+  }
+
+  private static var ownPath: String? {
+    var buffer = [CChar](repeating: 0, count: 4096)
+    let count = readlink("/proc/self/exe", &buffer, buffer.count)
+    guard count > 0 else { return nil }
+    return String(decoding: buffer[..<count].map { UInt8(bitPattern: $0) }, as: UTF8.self)
+  }
+}
+
+extension String {
+  /// Without the newline at its end.
+  var trimmingNewline: String { hasSuffix("\n") ? String(dropLast()) : self }
+}

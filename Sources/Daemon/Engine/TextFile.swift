@@ -1,0 +1,49 @@
+// Small text files: the configuration, state files, files of /proc and /sys.
+
+internal import Posix
+import Glibc
+
+/// Reads and replaces small text files.
+enum TextFile {
+  /// The largest file that is read, in bytes.
+  static let limit = 1 << 20
+
+  /// Reads a whole file. Throws the errno of open(2) or read(2), EFBIG past the limit and
+  /// EILSEQ for what is not UTF-8.
+  static func read(_ path: String) throws(IOError) -> String {
+    let descriptor = try Descriptor(path: path, flags: O_RDONLY)
+    var bytes: [UInt8] = []
+    var buffer = [UInt8](repeating: 0, count: 4096)
+    while true {
+      let count = Glibc.read(descriptor.raw, &buffer, buffer.count)
+      if count < 0 {
+        if errno == EINTR { continue }
+        throw IOError.last("read", path)
+      }
+      if count == 0 { break }
+      bytes += buffer[..<count]
+      guard bytes.count <= limit else { throw IOError(EFBIG, "read", path) }
+    }
+    guard let text = String(validating: bytes, as: UTF8.self) else {
+      throw IOError(EILSEQ, "read", path)
+    }
+    return text
+  }
+
+  /// Replaces a file whole: a reader sees the old text or the new one.
+  static func replace(_ path: String, with text: String) throws(IOError) {
+    let new = path + ".new"
+    let descriptor = try Descriptor(path: new, flags: O_WRONLY | O_CREAT | O_TRUNC, mode: 0o600)
+    var rest = Array(text.utf8)[...]
+    while !rest.isEmpty {
+      let count = rest.withUnsafeBytes { write(descriptor.raw, $0.baseAddress, $0.count) }
+      if count < 0 {
+        if errno == EINTR { continue }
+        throw IOError.last("write", new)
+      }
+      rest = rest.dropFirst(count)
+    }
+    try descriptor.close()
+    guard rename(new, path) == 0 else { throw IOError.last("replace", path) }
+  }
+}

@@ -1,0 +1,80 @@
+// The log, to stderr: under systemd with the journal's priorities, on a terminal with the
+// time. Facts follow the message as KEY=VALUE, in the order of their keys.
+
+public import Logging
+import Glibc
+import Synchronization
+
+/// The least serious level that is logged, for the whole process.
+public enum LogLevel {
+  private static let stored = Mutex(Logger.Level.info)
+
+  /// Read at every message, changed by a reload.
+  public static var current: Logger.Level {
+    get { stored.withLock { $0 } }
+    set { stored.withLock { $0 = newValue } }
+  }
+}
+
+/// Writes each message as one line.
+public struct JournalLog: LogHandler {
+  /// Facts that stand in every line.
+  public var metadata: Logger.Metadata = [:]
+  /// The level of the whole process: setting it here sets it everywhere.
+  public var logLevel: Logger.Level {
+    get { LogLevel.current }
+    set { LogLevel.current = newValue }
+  }
+
+  private let isTerminal: Bool
+
+  /// A handler that looks by itself whether a person is reading.
+  public init() { isTerminal = isatty(2) == 1 }
+
+  /// Facts by key.
+  public subscript(metadataKey key: String) -> Logger.Metadata.Value? {
+    get { metadata[key] }
+    set { metadata[key] = newValue }
+  }
+
+  /// Writes one line, in one write(2), so that lines of several threads stay whole.
+  public func log(event: LogEvent) {
+    let facts = metadata.merging(event.metadata ?? [:]) { $1 }
+    var line = isTerminal ? StatusTable.time(Int64(time(nil))) + " " : "<\(event.level.priority)>"
+    line += JournalLog.render("\(event.message)", facts)
+    let bytes = Array(line.utf8)
+    // There is nobody to tell that the log itself cannot be written.
+    _ = bytes.withUnsafeBytes { write(2, $0.baseAddress, $0.count) }
+  }
+
+  /// "message key=value key=\"a value\"", with a newline.
+  static func render(_ message: String, _ facts: Logger.Metadata) -> String {
+    var line = SpecError.shown(message, limit: 4000)
+    for (key, value) in facts.sorted(by: { $0.key < $1.key }) {
+      line += " \(key)=\(quoted("\(value)"))"
+    }
+    return line + "\n"
+  }
+
+  private static func quoted(_ text: String) -> String {
+    let shown = SpecError.shown(text, limit: 4000)
+    guard shown.isEmpty || shown.contains(where: { $0 == " " || $0 == "\"" || $0 == "=" }) else {
+      return shown
+    }
+    return "\"" + shown.map { $0 == "\"" || $0 == "\\" ? "\\\($0)" : "\($0)" }.joined() + "\""
+  }
+}
+
+extension Logger.Level {
+  /// The priority of syslog(3) that stands for the level.
+  fileprivate var priority: Int {
+    switch self {
+    case .trace, .debug: 7
+    case .info: 6
+    case .notice: 5
+    case .warning: 4
+    case .error: 3
+    case .critical: 2
+    }
+  }
+}

@@ -1,0 +1,95 @@
+// One row of the reconciler's table: everything that is held for a disk. Not Sendable on
+// purpose: only the reconciler, an actor, touches it.
+
+internal import Posix
+internal import WorkerLink
+
+/// A disk that the daemon knows.
+final class Disk {
+  let id: DiskID
+  /// Where it stands.
+  var phase = DiskPhase.idle
+  /// What the last look at xenstore found.
+  var sight: Sight?
+  /// The disk's name in the guest.
+  var vdev: String
+  /// Params as they stood when the disk was taken up.
+  var params = ""
+  /// The same, understood.
+  var spec: Spec?
+  /// Whether the guest may only read.
+  var readOnly = false
+
+  var store: OpenImage?
+  var base: OpenImage?
+  /// The base that the image named, when the spec names none.
+  var imageBase: String?
+  var pending: FileStore?
+  /// Whether this attempt made the store, which then goes again if the attempt fails.
+  var madeStore = false
+  /// Whether the store has yet to be formatted.
+  var needsFormat = false
+
+  var worker: Worker?
+  /// Counts the workers, so that late news of an earlier one is told apart.
+  var generation = 0
+  /// What the worker said last.
+  var report: DiskReport?
+  var device: DeviceNode?
+  /// The kernel and the worker have lost their socket, the worker lives.
+  var socketLost = false
+  /// How often in a row a new socket did not help.
+  var socketRetries = 0
+  var backOff: BackOff
+
+  /// Unix time of the last change of state.
+  var since: Int64
+  /// The toolstack has said that it is done with the disk.
+  var released = false
+  /// xenstored lost its memory; the disk is kept until it says something of it again.
+  var orphaned = false
+
+  /// Something may have changed since the last look.
+  var due = false
+  /// A task is taking steps for this disk.
+  var busy = false
+  var timer: Task<Void, Never>?
+  var waiters: [UInt64: CheckedContinuation<Result<DeviceNode, DiskFailure>, Never>] = [:]
+  /// What was written to xenstore last.
+  var published: DiskNodes?
+
+  init(_ id: DiskID, configuration: Configuration, now: Int64) {
+    self.id = id
+    vdev = id.vdev
+    backOff = BackOff(limit: configuration.restartLimit, window: configuration.restartWindow)
+    since = now
+  }
+
+  /// What is wanted of it as far as is known.
+  var wanted: WantedDisk? {
+    guard !released else { return nil }
+    if orphaned { return WantedDisk(params: params, readOnly: readOnly, going: false) }
+    return sight?.wanted
+  }
+
+  /// Whether it is about to let go of its store.
+  var isLeaving: Bool {
+    if case .stopping = phase { return true }
+    return wanted?.going ?? true
+  }
+
+  /// The name by which its device is known again.
+  var identifier: String { KernelAttacher.mark + "\(id)" }
+
+  /// The path of the base that is used, if any.
+  var basePath: String? { spec?.base ?? imageBase }
+
+  /// What has to be remembered; nil before there is a worker.
+  var record: DiskRecord? {
+    guard let worker else { return nil }
+    return DiskRecord(
+      params: params, readOnly: readOnly, vdev: vdev, imageBase: imageBase,
+      worker: worker.process.pid, workerStart: worker.process.startTime, device: device,
+      since: since)
+  }
+}

@@ -1,0 +1,169 @@
+// Taking over what an earlier daemon left running: workers, devices, state files.
+//
+// A worker is taken over when its process is the very one that was started (id and start
+// time), when it answers on its link, and when it gives the descriptors back. In any other
+// case it is ended and replaced, which a guest sees as a pause at most.
+
+internal import Logging
+internal import Posix
+internal import WorkerLink
+import Glibc
+
+extension Reconciler {
+  /// Takes over every disk that has a directory, and ends devices that belong to none.
+  func adopt() async throws(IOError) {
+    let configuration = configuration
+    let found = try await offload.run { () throws(IOError) in
+      try DiskDirectory.all(configuration)
+    }
+    await withTaskGroup { group in
+      for id in found { group.addTask { await self.adopt(id) } }
+    }
+    await endStrayDevices()
+    if !table.isEmpty { log.notice("took over disks", metadata: ["disks": "\(table.count)"]) }
+  }
+
+  private func adopt(_ id: DiskID) async {
+    let directory = DiskDirectory(configuration, id)
+    let disk = Disk(id, configuration: configuration, now: Reconciler.unixTime)
+    let log = log(for: disk)
+    do throws(IOError) {
+      let record = try await offload.run { () throws(IOError) in try directory.load() }
+      guard let record, let device = record.device, let spec = Reconciler.spec(record.params)
+      else {
+        // It was not yet served, or its file was not written to the end.
+        if let record { try await end(record) }
+        try await offload.run { () throws(IOError) in try directory.remove() }
+        return
+      }
+      disk.params = record.params
+      disk.spec = spec
+      disk.readOnly = record.readOnly
+      disk.vdev = record.vdev
+      disk.imageBase = record.imageBase
+      disk.since = record.since
+      let (attacher, identifier) = (attacher, disk.identifier)
+      let attached = try await offload.run { () throws(IOError) in
+        try attacher.isAttached(device, identifier: identifier)
+      }
+      guard attached else {
+        log.error("the device has gone", metadata: ["device": "\(device.path)"])
+        try await end(record)
+        try await offload.run { () throws(IOError) in try directory.remove() }
+        return
+      }
+      disk.device = device
+      table[id] = disk
+      if await !takeOver(disk, record) {
+        try await end(record)
+        disk.phase = .restarting(at: .now)
+        log.error("the worker is gone and is replaced", metadata: ["worker": "\(record.worker)"])
+      }
+    } catch {
+      table[id] = disk
+      disk.phase = .failed(DiskFailure(error), attached: disk.device != nil)
+      log.error("cannot take the disk over", metadata: ["error": "\(error)"])
+    }
+  }
+
+  private static func spec(_ params: String) -> Spec? {
+    do { return try Spec(params) } catch { return nil }
+  }
+
+  /// Connects to a worker that runs and asks the descriptors back. False when that fails.
+  private func takeOver(_ disk: Disk, _ record: DiskRecord) async -> Bool {
+    let directory = DiskDirectory(configuration, disk.id)
+    let log = log(for: disk)
+    do {
+      let (process, link) = try await offload.run { () throws(IOError) in
+        let process = try ProcessHandle(pid: record.worker, startTime: record.workerStart)
+        return (process, try LinkConnection(path: directory.link))
+      }
+      let worker = follow(disk, process, link)
+      let patience = Duration.seconds(5)
+      let answer = try await worker.channel.ask(.status, within: patience) { report in
+        switch report {
+        case .status, .failed: true
+        case .refused(let order, _): order == "status"
+        default: false
+        }
+      }
+      guard case .status(let report) = answer.report else {
+        throw WorkerSilence.closed("it is not serving")
+      }
+      let handed = try await worker.channel.ask(.descriptors, within: patience) { report in
+        switch report {
+        case .descriptors, .failed: true
+        case .refused(let order, _): order == "descriptors"
+        default: false
+        }
+      }
+      guard case .descriptors = handed.report, let spec = disk.spec,
+        let store = handed.descriptors.take(.store), let pending = handed.descriptors.take(.pending)
+      else { throw WorkerSilence.closed("it does not give the descriptors back") }
+      disk.store = try OpenImage(store, name: spec.store)
+      disk.pending = try FileStore(pending, name: directory.pending)
+      if let base = handed.descriptors.take(.base) {
+        disk.base = try OpenImage(base, name: disk.basePath ?? "base")
+      }
+      disk.report = report
+      disk.socketLost = !report.attached
+      disk.phase = .serving(DiskPhase.Trouble(report))
+      log.info("took the worker over", metadata: ["worker": "\(record.worker)"])
+      return true
+    } catch {
+      let reason = (error as? WorkerSilence)?.words ?? "\(error)"
+      log.warning("cannot take the worker over", metadata: ["reason": "\(reason)"])
+      disk.worker?.channel.close()
+      let (device, imageBase) = (disk.device, disk.imageBase)
+      release(disk)
+      disk.device = device
+      disk.imageBase = imageBase
+      return false
+    }
+  }
+
+  /// Ends the process of a record, if it still runs.
+  private func end(_ record: DiskRecord) async throws(IOError) {
+    try await offload.run { () throws(IOError) in
+      let process: ProcessHandle
+      do throws(IOError) {
+        process = try ProcessHandle(pid: record.worker, startTime: record.workerStart)
+      } catch {
+        if error.code == ESRCH || error.code == ENOENT { return }
+        throw error
+      }
+      try process.send(SIGKILL)
+      for _ in 0..<500 where !process.hasEnded { usleep(10_000) }
+      guard process.hasEnded else { throw IOError(EBUSY, "end", "process \(record.worker)") }
+      // A child of ours when the earlier daemon lived in this very process.
+      do throws(IOError) { _ = try process.reap() } catch {
+        guard error.code == ECHILD else { throw error }
+      }
+    }
+  }
+
+  /// Ends devices with our name that no disk has: an earlier daemon died between making a
+  /// device and writing it down.
+  private func endStrayDevices() async {
+    let attacher = attacher
+    let known = Set(table.values.compactMap { $0.device?.index })
+    do throws(IOError) {
+      let strays = try await offload.run { () throws(IOError) in
+        try attacher.devices().filter { !known.contains($0.index) }
+      }
+      for stray in strays {
+        log.warning("ends a device of no disk", metadata: ["device": "\(stray.path)"])
+        try await offload.run { () throws(IOError) in try attacher.detach(stray) }
+      }
+    } catch { log.error("cannot look for stray devices", metadata: ["error": "\(error)"]) }
+  }
+}
+
+extension OpenImage {
+  /// Takes over a descriptor that is open and locked.
+  init(_ descriptor: consuming Descriptor, name: String) throws(IOError) {
+    let identity = try FileIdentity(descriptor.raw, name: name)
+    self.init(file: try FileStore(descriptor, name: name), identity: identity)
+  }
+}

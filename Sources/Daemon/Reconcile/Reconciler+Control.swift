@@ -1,0 +1,164 @@
+// What the control socket asks of the reconciler.
+
+internal import Logging
+internal import Posix
+internal import WorkerLink
+internal import XenStore
+
+extension Reconciler {
+  /// A block script's `add`: takes the disk up and waits until it is served or has failed.
+  func attach(_ id: DiskID) async -> Result<DeviceNode, DiskFailure> {
+    let limit = configuration.attachTimeout
+    if let disk = table[id] {
+      disk.released = false
+      // Taken up at its first event it may have failed before the script came to ask.
+      if case .failed(_, attached: false) = disk.phase { enter(disk, .idle) }
+    }
+    mark(id)
+    guard let disk = table[id] else { return .failure(.ending) }
+    let number = nextWaiter
+    nextWaiter += 1
+    let clock = Task { [weak self] in
+      do { try await Task.sleep(for: limit) } catch { return }
+      await self?.overdue(id, number, limit)
+    }
+    defer { clock.cancel() }
+    return await withCheckedContinuation { continuation in
+      disk.waiters[number] = continuation
+      if !disk.due, !disk.busy { settle(disk) }
+    }
+  }
+
+  private func overdue(_ id: DiskID, _ number: UInt64, _ limit: Duration) {
+    guard let disk = table[id], let waiter = disk.waiters.removeValue(forKey: number) else {
+      return
+    }
+    let why = disk.phase.error.map { " (\($0))" } ?? ""
+    waiter.resume(
+      returning: .failure(
+        .timeout(
+          "the disk is still \(disk.phase.publicState.rawValue)\(why) and was not ready", limit,
+          remedy: "look at dmu-xend's log and attach the disk again")))
+  }
+
+  /// A block script's `remove`: the toolstack is done with the disk, whatever xenstore says.
+  func detach(_ id: DiskID) {
+    guard let disk = table[id] else { return }
+    disk.released = true
+    mark(id)
+  }
+
+  /// Reads the configuration anew; an error leaves the running one in force. Failed disks
+  /// are tried again.
+  func reload() async throws(ConfigurationError) {
+    let path = configurationPath
+    var new = try await offload.run { () throws(ConfigurationError) in
+      try Configuration.load(path)
+    }
+    if new.runDirectory != configuration.runDirectory {
+      log.warning("run-directory changes when dmu-xend is started again")
+      new.runDirectory = configuration.runDirectory
+    }
+    configuration = new
+    LogLevel.current = new.logLevel
+    log.notice("configuration reloaded", metadata: ["file": "\(path)"])
+    for disk in table.values {
+      disk.backOff.limit = new.restartLimit
+      disk.backOff.window = new.restartWindow
+      guard case .failed(_, let attached) = disk.phase else { continue }
+      disk.backOff.reset()
+      enter(disk, attached ? .restarting(at: .now) : .idle)
+      mark(disk.id)
+    }
+  }
+
+  /// What is known of the disks of a domain, by number or name, or of all. Workers are asked
+  /// for their counters now, and only now.
+  func status(domain: String?) async -> [DiskStatus] {
+    var answers: [DiskStatus] = []
+    await withTaskGroup(of: DiskStatus?.self) { group in
+      for id in table.keys { group.addTask { await self.status(of: id) } }
+      for await answer in group {
+        guard let answer else { continue }
+        if let domain, String(answer.domain) != domain, answer.domainName != domain { continue }
+        answers.append(answer)
+      }
+    }
+    return answers.sorted { ($0.domain, $0.number) < ($1.domain, $1.number) }
+  }
+
+  private func status(of id: DiskID) async -> DiskStatus? {
+    if let disk = table[id], case .serving = disk.phase, let worker = disk.worker {
+      await refresh(disk, worker)
+    }
+    var name: String?
+    do throws(XenStoreError) { name = try await view.name(of: id.domain) } catch {
+      log.warning("cannot read a domain's name", metadata: ["error": "\(error)"])
+    }
+    guard let disk = table[id], disk.wanted != nil || disk.spec != nil else { return nil }
+    var status = DiskStatus(
+      domain: id.domain, vdev: disk.vdev, number: id.device, state: disk.phase.publicState,
+      since: disk.since, readOnly: disk.readOnly,
+      restarts: disk.backOff.recent(at: .now))
+    status.domainName = name
+    status.format = disk.spec?.format
+    status.store = disk.spec?.store
+    status.base = disk.basePath ?? disk.report?.basePath
+    status.device = disk.device?.path
+    status.error = disk.phase.error
+    status.worker = disk.worker?.process.pid
+    if let report = disk.report {
+      status.size = report.size
+      status.allocated = report.allocated
+      status.blockSize = report.blockSize
+      status.uncommitted = report.uncommitted
+      status.reads = report.reads
+      status.writes = report.writes
+      status.flushes = report.flushes
+      status.faults = report.faults
+      status.memory = report.memory
+    }
+    return status
+  }
+
+  private func refresh(_ disk: Disk, _ worker: Worker) async {
+    do throws(WorkerSilence) {
+      let reply = try await worker.channel.ask(.status, within: .seconds(2)) { report in
+        switch report {
+        case .status: true
+        case .refused(let order, _): order == "status"
+        default: false
+        }
+      }
+      guard case .status(let report) = reply.report, disk.worker === worker else { return }
+      disk.report = report
+      if case .serving = disk.phase { enter(disk, .serving(DiskPhase.Trouble(report))) }
+    } catch {
+      log(for: disk).warning("no status from the worker", metadata: ["reason": "\(error.words)"])
+    }
+  }
+
+  /// The end of the daemon: workers and devices stay as they are, for the next one.
+  func end() async {
+    for disk in table.values {
+      for waiter in disk.waiters.values { waiter.resume(returning: .failure(.ending)) }
+      disk.waiters = [:]
+    }
+    ending = true
+    // Whoever is in the middle of a step may finish it, within reason: what is not finished
+    // is ended and begun anew by the next daemon.
+    for _ in 0..<300 where table.values.contains(where: \.busy) {
+      do { try await Task.sleep(for: .milliseconds(10)) } catch { break }
+    }
+    await announce("stopped")
+    for disk in table.values {
+      disk.timer?.cancel()
+      disk.worker?.channel.close()
+    }
+  }
+}
+
+extension DiskFailure {
+  static let ending = DiskFailure(
+    .daemon, "dmu-xend is being stopped: start it again and attach the disk again")
+}

@@ -1,0 +1,325 @@
+// Workers: starting one, hearing its news, replacing it when it dies.
+
+internal import Logging
+internal import Posix
+internal import WorkerLink
+
+extension Reconciler {
+  /// Starts a worker with the disk's descriptors and waits until its image is open.
+  func launch(_ disk: Disk, create: Bool) async throws(DiskFailure) {
+    guard let spec = disk.spec, let store = disk.store, let pending = disk.pending else { return }
+    let options = try FormatOptions(spec)
+    let worker = try await startProcess(disk)
+    // Before the worker gets the store and its lock: should this daemon die now, the next
+    // one knows whom to end.
+    try await save(disk)
+    var order = StartOrder(disk: "\(disk.id)", format: spec.format)
+    order.create = create
+    order.blockSize = options.blockSize
+    order.basePath = disk.basePath
+    order.readOnly = disk.readOnly
+    order.force = options.force
+    var lent: [LinkRole: Int32] = [.store: store.file.raw, .pending: pending.raw]
+    lent[.base] = disk.base?.file.raw
+    var next = WorkerOrder.start(order)
+    while true {
+      let reply: WorkerReply
+      do {
+        reply = try await worker.channel.ask(
+          next, lending: lent, within: configuration.readyTimeout, Reconciler.answersStart)
+      } catch { throw await silence(worker, error) }
+      switch reply.report {
+      case .ready(let report):
+        disk.report = report
+        return
+      case .needBase(let path):
+        if let refusal = await findBase(disk, spec, path) {
+          try refuse(worker, refusal)
+        }
+        next = .base
+        lent = [:]
+        lent[.base] = disk.base?.file.raw
+      case .failed(let code, let message):
+        throw DiskFailure(worker: code, message, disk)
+      case .refused(let order, let message):
+        throw .worker("the worker refused '\(order)': \(message): is cowd of this version?")
+      default: throw .worker("the worker's answer makes no sense: is cowd of this version?")
+      }
+    }
+  }
+
+  private static let answersStart: WorkerChannel.Matcher = { report in
+    switch report {
+    case .ready, .needBase, .failed: true
+    case .refused(let order, _): order == "start" || order == "base"
+    default: false
+    }
+  }
+
+  /// Tells the worker and the admin. The worker ends either way, told or not.
+  private func refuse(_ worker: Worker, _ refusal: DiskFailure) throws(DiskFailure) {
+    do { try worker.channel.send(.refuseBase(reason: refusal.sentence)) } catch { throw refusal }
+    throw refusal
+  }
+
+  /// Opens the base that an image names, if that is allowed; else says why not.
+  private func findBase(_ disk: Disk, _ spec: Spec, _ path: String) async -> DiskFailure? {
+    let directories = configuration.baseDirectories
+    let file = configurationPath
+    do throws(DiskFailure) {
+      let (real, base) = try await offload.run { () throws(DiskFailure) in
+        guard let real = Images.allowed(path, in: directories) else {
+          throw DiskFailure.baseRefused(path, store: spec.store, configuration: file)
+        }
+        let base = try Images.openBase(real)
+        guard try Images.lock(base, .base) else { throw DiskFailure.sameStoreTwice(real) }
+        return (real, base)
+      }
+      disk.base = base
+      disk.imageBase = real
+      return nil
+    } catch { return error }
+  }
+
+  private func startProcess(_ disk: Disk) async throws(DiskFailure) -> Worker {
+    let directory = DiskDirectory(configuration, disk.id)
+    let (launcher, configuration, id) = (launcher, configuration, disk.id)
+    let (process, link) = try await offload.run { () throws(DiskFailure) in
+      do throws(IOError) {
+        try directory.removeLink()
+        let listener = try UnixSocket.listen(at: directory.link, kind: .packets)
+        let process = try launcher.launch(
+          disk: id, listener: listener.raw, configuration: configuration)
+        do throws(IOError) {
+          return (process, try LinkConnection(path: directory.link))
+        } catch {
+          try process.send(9)
+          throw error
+        }
+      } catch { throw DiskFailure.start(error) }
+    }
+    let worker = follow(disk, process, link)
+    log(for: disk).debug("worker started", metadata: ["worker": "\(process.pid)"])
+    return worker
+  }
+
+  /// Takes a process as the disk's worker.
+  func follow(_ disk: Disk, _ process: ProcessHandle, _ link: LinkConnection) -> Worker {
+    disk.generation += 1
+    let (id, generation) = (disk.id, disk.generation)
+    let channel = WorkerChannel(link, poller: poller)
+    let worker = Worker(process: process, channel: channel, poller: poller) { [weak self] how in
+      channel.close()
+      Task { await self?.ended(id, generation, how) }
+    }
+    disk.worker = worker
+    Task { [weak self] in
+      for await news in channel.news { await self?.hear(id, generation, news) }
+    }
+    return worker
+  }
+
+  /// What it means that a worker did not answer.
+  private func silence(_ worker: Worker, _ why: WorkerSilence) async -> DiskFailure {
+    switch why {
+    case .overdue:
+      return .timeout(
+        "the worker was not ready", configuration.readyTimeout,
+        remedy: "look at its log, or raise worker.ready-timeout")
+    case .closed(let reason):
+      // The link ends a moment before the process does.
+      _ = await worker.waitForEnd(.seconds(1))
+      let how = worker.ended.map { "it ended with \($0)" } ?? reason
+      return .worker("the worker was lost while it started (\(how)): look at its log")
+    }
+  }
+
+  // MARK: - News
+
+  private func current(_ id: DiskID, _ generation: Int) -> Disk? {
+    guard !ending, let disk = table[id], disk.generation == generation else { return nil }
+    return disk
+  }
+
+  /// A worker has ended.
+  func ended(_ id: DiskID, _ generation: Int, _ how: String) {
+    guard let disk = current(id, generation), case .serving = disk.phase else { return }
+    died(disk, "it ended with \(how)")
+  }
+
+  /// A worker says something unasked.
+  func hear(_ id: DiskID, _ generation: Int, _ news: WorkerNews) async {
+    guard let disk = current(id, generation) else { return }
+    switch news {
+    case .event(let state, let error):
+      guard case .serving = disk.phase else { return }
+      disk.report?.state = state
+      disk.report?.error = error
+      enter(disk, .serving(DiskPhase.Trouble(state, error)))
+      await publish(disk)
+    case .detached:
+      guard case .serving = disk.phase else { return }
+      disk.socketLost = true
+      mark(id)
+    case .complaint(let text):
+      log(for: disk).warning("the worker complains", metadata: ["complaint": "\(text)"])
+    case .closed:
+      guard case .serving = disk.phase, let worker = disk.worker, worker.ended == nil,
+        await !worker.waitForEnd(.seconds(1)), current(id, generation) != nil
+      else { return }
+      // A worker that cannot be spoken to is replaced: that is always safe.
+      log(for: disk).error("the worker has closed its link and is replaced")
+      do throws(IOError) { _ = try await worker.kill() } catch {
+        log(for: disk).error("cannot kill the worker", metadata: ["error": "\(error)"])
+      }
+    }
+  }
+
+  // MARK: - Replacing
+
+  /// The worker is gone: another one, later and later, or no more.
+  func died(_ disk: Disk, _ why: String) {
+    disk.worker?.channel.close()
+    disk.worker = nil
+    disk.generation += 1
+    disk.socketLost = false
+    let now = ContinuousClock.now
+    if let delay = disk.backOff.next(at: now) {
+      log(for: disk).error(
+        "the worker died and is replaced", metadata: ["reason": "\(why)", "in": "\(delay)"])
+      enter(disk, .restarting(at: now + delay))
+    } else {
+      let failure = DiskFailure.worker(
+        "the worker died \(disk.backOff.limit + 1) times within"
+          + " \(disk.backOff.window.components.seconds) seconds, at last because \(why):"
+          + " see to it, then run 'dmu-xen reload'")
+      enter(disk, .failed(failure, attached: true))
+    }
+    mark(disk.id)
+  }
+
+  /// Starts a new worker for a device that is there.
+  func restart(_ disk: Disk) async {
+    do throws(DiskFailure) {
+      try await reopen(disk)
+      try await launch(disk, create: false)
+      try await replaceSocketOnce(disk)
+      try await save(disk)
+      enter(disk, .serving(DiskPhase.Trouble(disk.report)))
+      if let worker = disk.worker, worker.ended != nil { died(disk, "it ended at once") }
+    } catch {
+      if let worker = disk.worker {
+        do throws(IOError) { _ = try await worker.kill() } catch {
+          log(for: disk).error("cannot kill the worker", metadata: ["error": "\(error)"])
+        }
+      }
+      died(disk, error.sentence)
+    }
+  }
+
+  /// Opens what an earlier daemon and its worker took with them.
+  private func reopen(_ disk: Disk) async throws(DiskFailure) {
+    guard let spec = disk.spec, disk.store == nil || disk.pending == nil else { return }
+    let (readOnly, imageBase) = (disk.readOnly, disk.imageBase)
+    let directory = DiskDirectory(configuration, disk.id)
+    let (outcome, named, pending) = try await offload.run { () throws(DiskFailure) in
+      let outcome = try Images.open(spec, readOnly: readOnly, mayCreate: false)
+      var named: OpenImage?
+      if spec.base == nil, let imageBase { named = try Images.openBase(imageBase) }
+      if let named, try !Images.lock(named, .base) {
+        throw DiskFailure.sameStoreTwice(named.file.name)
+      }
+      do throws(IOError) { return (outcome, named, try directory.openPending(new: false)) } catch {
+        throw DiskFailure(error)
+      }
+    }
+    guard case .opened(let store, let base, _) = outcome else {
+      throw .inUseElsewhere(.store, spec.store)
+    }
+    disk.store = store
+    disk.base = base ?? named
+    disk.pending = pending
+  }
+
+  /// Makes a new socket between the kernel and the worker.
+  func replaceSocketOnce(_ disk: Disk) async throws(DiskFailure) {
+    guard let worker = disk.worker, let device = disk.device else { return }
+    let (channel, attacher, identifier) = (worker.channel, attacher, disk.identifier)
+    disk.socketLost = false
+    try await offload.run { () throws(DiskFailure) in
+      let ends = try Reconciler.socketPair()
+      try Reconciler.hand(ends.first.raw, to: channel)
+      do throws(IOError) {
+        try attacher.reattach(device, socket: ends.second.raw, identifier: identifier)
+      } catch { throw DiskFailure.device(error) }
+    }
+  }
+
+  /// The same for a worker that lives. The kernel may drop the new socket without a word
+  /// when it has not noticed the old one's death; the worker then reports it lost again, and
+  /// after a pause the next one is tried.
+  func replaceSocket(_ disk: Disk) async {
+    let waits = BackOff.delays
+    disk.socketRetries = min(disk.socketRetries + 1, waits.count - 1)
+    do throws(DiskFailure) {
+      do { try await Task.sleep(for: waits[disk.socketRetries - 1]) } catch { return }
+      try await replaceSocketOnce(disk)
+      log(for: disk).notice("the device got a new socket")
+      let retries = disk.socketRetries
+      let id = disk.id
+      Task { [weak self] in
+        do { try await Task.sleep(for: .seconds(5)) } catch { return }
+        await self?.socketHeld(id, retries)
+      }
+    } catch {
+      disk.socketLost = true
+      log(for: disk).error("cannot replace the socket", metadata: ["error": "\(error)"])
+      wake(disk, after: .seconds(1))
+    }
+  }
+
+  private func socketHeld(_ id: DiskID, _ retries: Int) {
+    guard let disk = table[id], disk.socketRetries == retries else { return }
+    disk.socketRetries = 0
+  }
+}
+
+extension DiskPhase.Trouble {
+  /// What a worker reports; nil when all is well.
+  init?(_ state: DiskState, _ error: String) {
+    switch state {
+    case .ready: return nil
+    case .degraded: self.init(state: .degraded, error: SpecError.shown(error, limit: 1000))
+    case .noSpace: self.init(state: .noSpace, error: SpecError.shown(error, limit: 1000))
+    }
+  }
+
+  /// The same from a report.
+  init?(_ report: DiskReport?) {
+    guard let report else { return nil }
+    self.init(report.state, report.error)
+  }
+}
+
+extension DiskFailure {
+  /// What a worker failed with, as a sentence for the admin.
+  init(worker code: String, _ message: String, _ disk: Disk) {
+    let store = disk.spec?.store ?? ""
+    switch code {
+    case "base-changed":
+      self = .baseChanged(disk.basePath ?? "", store: store, detail: message)
+    case "base-missing": self = .baseUnnamed(store: store)
+    case "unknown-format": self = .formatUnknown(disk.spec?.format ?? "")
+    default:
+      self.init(.image, "store \(store) cannot be used: \(message)")
+    }
+  }
+
+  /// A worker that could not be started.
+  static func start(_ error: IOError) -> DiskFailure {
+    DiskFailure(
+      .worker,
+      "the worker cannot be started: \(error.description): install cowd beside dmu-xend,"
+        + " or set worker.program")
+  }
+}

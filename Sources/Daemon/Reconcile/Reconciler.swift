@@ -1,0 +1,287 @@
+// The table of disks and the loop over it: an event marks a disk, and for a marked disk
+// one task reads what is wanted, looks at what is, and takes the next step, until the
+// disk is where it should be. Events may be lost, repeated or late.
+//
+// Invariants:
+// - At most one task takes steps for a disk at any time; another disk never waits for it.
+// - Whatever blocks is done on Offload's threads, never on the actor.
+// - A disk is only taken down after a look at xenstore that succeeded.
+
+internal import Logging
+internal import Posix
+internal import XenStore
+import Glibc
+
+/// Owns every disk.
+public actor Reconciler {
+  /// So many workers are started at the same time; the others wait their turn.
+  static let startsAtOnce = 8
+
+  var configuration: Configuration
+  let configurationPath: String
+  let view: XenStoreView
+  let launcher: any WorkerLauncher
+  let attacher: any DeviceAttacher
+  let poller: Poller
+  let offload = Offload()
+  let log: Logger
+  var table: [DiskID: Disk] = [:]
+  var nextWaiter: UInt64 = 1
+  var ending = false
+  private var freeStarts = Reconciler.startsAtOnce
+  private var startQueue: [CheckedContinuation<Void, Never>] = []
+  private var announced: Int?
+
+  init(
+    configuration: Configuration, configurationPath: String, view: XenStoreView,
+    launcher: any WorkerLauncher, attacher: any DeviceAttacher, log: Logger
+  ) throws(IOError) {
+    self.configuration = configuration
+    self.configurationPath = configurationPath
+    self.view = view
+    self.launcher = launcher
+    self.attacher = attacher
+    self.log = log
+    poller = try Poller()
+  }
+
+  /// The log with a disk's name in every line.
+  func log(for disk: Disk) -> Logger {
+    var log = log
+    log[metadataKey: "disk"] = "\(disk.id)"
+    return log
+  }
+
+  // MARK: - Marks
+
+  /// Something may have changed for this disk.
+  func mark(_ id: DiskID) {
+    guard !ending else { return }
+    let disk =
+      table[id] ?? Disk(id, configuration: configuration, now: Reconciler.unixTime)
+    table[id] = disk
+    disk.due = true
+    guard !disk.busy else { return }
+    disk.busy = true
+    Task { await drive(id) }
+  }
+
+  /// Looks at everything at once and marks the disks for which something has changed.
+  func lookAtEverything() async throws(XenStoreError) {
+    let sights = try await view.lookAll(and: Array(table.keys))
+    for (id, sight) in sights {
+      guard let disk = table[id] else {
+        mark(id)
+        continue
+      }
+      if disk.sight != sight || !disk.isSettled { mark(id) }
+    }
+  }
+
+  /// After xenstored was away. A store that has forgotten us is a new one: its silence about
+  /// a disk says nothing, so disks in use are kept until it speaks of them again.
+  func storeCameBack() async throws(XenStoreError) {
+    if try await !view.remembersUs() {
+      let kept = table.values.filter { $0.worker != nil || $0.device != nil }
+      for disk in kept { disk.orphaned = true }
+      for disk in table.values { disk.published = nil }
+      if !kept.isEmpty {
+        log.error(
+          "xenstored has lost its store: disks in use are kept",
+          metadata: ["disks": "\(kept.count)"])
+      }
+    }
+    announced = nil
+    try await lookAtEverything()
+    await announce("running")
+  }
+
+  // MARK: - The loop of one disk
+
+  private func drive(_ id: DiskID) async {
+    guard let disk = table[id] else { return }
+    while disk.due, !ending {
+      disk.due = false
+      do throws(XenStoreError) {
+        let sight = try await view.look(id)
+        disk.sight = sight
+        if sight.exists { disk.orphaned = false }
+        if let vdev = sight.vdev { disk.vdev = vdev }
+      } catch {
+        log(for: disk).warning("cannot look at the disk", metadata: ["error": "\(error)"])
+        wake(disk, after: .seconds(1))
+        break
+      }
+      guard !ending else { break }
+      await takeStep(disk)
+      await publish(disk)
+    }
+    disk.busy = false
+    settle(disk)
+  }
+
+  private func takeStep(_ disk: Disk) async {
+    let now = ContinuousClock.now
+    let step = disk.phase.step(
+      wanted: disk.wanted, holderGone: holderIsGone(disk.phase), now: now)
+    switch step {
+    case .none:
+      if case .serving = disk.phase, disk.socketLost { await replaceSocket(disk) }
+    case .start:
+      guard let wanted = disk.wanted else { return }
+      await inTurn { await self.start(disk, wanted) }
+      disk.due = true
+    case .restart:
+      await inTurn { await self.restart(disk) }
+      disk.due = true
+    case .wait(let until): wake(disk, after: until - now)
+    case .stop:
+      await stop(disk)
+      disk.due = true
+    case .forget: forget(disk)
+    }
+  }
+
+  private func holderIsGone(_ phase: DiskPhase) -> Bool {
+    guard case .waiting(let holder) = phase else { return false }
+    guard let other = table[holder], other.store != nil else { return true }
+    // One that has come back to life is not waited for: starting says that it is in use.
+    return !other.isLeaving
+  }
+
+  /// Marks the disk later.
+  func wake(_ disk: Disk, after delay: Duration) {
+    disk.timer?.cancel()
+    let id = disk.id
+    disk.timer = Task { [weak self] in
+      do { try await Task.sleep(for: delay) } catch { return }
+      await self?.mark(id)
+    }
+  }
+
+  /// Runs one of the starts when it is its turn.
+  private func inTurn(_ body: () async -> Void) async {
+    if freeStarts == 0 {
+      await withCheckedContinuation { startQueue.append($0) }
+    } else {
+      freeStarts -= 1
+    }
+    await body()
+    if startQueue.isEmpty {
+      freeStarts += 1
+    } else {
+      startQueue.removeFirst().resume()
+    }
+  }
+
+  private func forget(_ disk: Disk) {
+    // What the toolstack has let go of stays known until its entry goes, or it would be
+    // taken up again at the next look.
+    let lingers = disk.released && disk.sight?.wanted != nil
+    guard !disk.due, !lingers else { return }
+    disk.timer?.cancel()
+    table[disk.id] = nil
+    refuseWaiters(
+      disk,
+      DiskFailure(
+        .gone,
+        "xenstore has no dmu disk that is wanted at \(disk.id.backendPath): attach the disk anew"))
+    wakeThoseWaiting(for: disk.id)
+  }
+
+  /// Marks the disks that wait for this one's store.
+  func wakeThoseWaiting(for id: DiskID) {
+    for other in table.values {
+      if case .waiting(let holder) = other.phase, holder == id { mark(other.id) }
+    }
+  }
+
+  // MARK: - Telling
+
+  /// Goes over to another phase.
+  func enter(_ disk: Disk, _ phase: DiskPhase) {
+    let before = disk.phase.publicState
+    disk.phase = phase
+    if case .idle = phase { return }
+    if before != phase.publicState {
+      disk.since = Reconciler.unixTime
+      var facts: Logger.Metadata = ["state": "\(phase.publicState.rawValue)"]
+      if let error = phase.error { facts["error"] = "\(error)" }
+      if let device = disk.device { facts["device"] = "\(device.path)" }
+      if let worker = disk.worker { facts["worker"] = "\(worker.process.pid)" }
+      let level: Logger.Level =
+        [.failed, .degraded, .noSpace].contains(phase.publicState) ? .error : .info
+      log(for: disk).log(level: level, "the disk is \(phase.publicState.rawValue)", metadata: facts)
+    }
+    settle(disk)
+  }
+
+  /// Answers those who wait for a disk that has come to rest.
+  func settle(_ disk: Disk) {
+    guard !disk.waiters.isEmpty else { return }
+    switch disk.phase {
+    case .serving:
+      guard let device = disk.device else { return }
+      for waiter in disk.waiters.values { waiter.resume(returning: .success(device)) }
+      disk.waiters = [:]
+    case .failed(let failure, _): refuseWaiters(disk, failure)
+    default: return
+    }
+  }
+
+  private func refuseWaiters(_ disk: Disk, _ failure: DiskFailure) {
+    for waiter in disk.waiters.values { waiter.resume(returning: .failure(failure)) }
+    disk.waiters = [:]
+  }
+
+  /// Writes a disk's nodes if they are not what they should be.
+  func publish(_ disk: Disk) async {
+    guard table[disk.id] === disk else { return }
+    do throws(XenStoreError) {
+      if case .idle = disk.phase {
+        if disk.published != nil { try await view.withdraw(disk.id) }
+        disk.published = nil
+      } else if disk.sight?.exists == true {
+        let nodes = DiskNodes(
+          state: disk.phase.publicState, format: disk.spec?.format ?? "",
+          device: disk.device?.path ?? "",
+          worker: disk.worker.map { String($0.process.pid) } ?? "",
+          error: disk.phase.error ?? "", since: String(disk.since))
+        if disk.published != nodes {
+          try await view.publish(disk.id, nodes)
+          disk.published = nodes
+        }
+      }
+    } catch {
+      log(for: disk).warning("cannot tell of the disk", metadata: ["error": "\(error)"])
+    }
+    await announce("running")
+  }
+
+  /// Writes the daemon's own nodes if the number of disks has changed.
+  func announce(_ state: String) async {
+    let count = table.values.count { $0.spec != nil }
+    guard announced != count || state != "running" else { return }
+    announced = count
+    do throws(XenStoreError) {
+      try await view.publishSelf(state: state, disks: count)
+    } catch {
+      announced = nil
+      log.warning("cannot tell of the daemon", metadata: ["error": "\(error)"])
+    }
+  }
+
+  /// Seconds since 1970.
+  static var unixTime: Int64 { Int64(time(nil)) }
+}
+
+extension Disk {
+  /// Whether nothing is to be done until something happens.
+  fileprivate var isSettled: Bool {
+    switch phase {
+    case .serving: !socketLost
+    case .failed: true
+    case .idle, .waiting, .starting, .restarting, .stopping: false
+    }
+  }
+}

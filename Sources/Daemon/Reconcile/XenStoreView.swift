@@ -1,0 +1,156 @@
+// What the daemon reads of xenstore and writes into it.
+//
+// Invariants:
+// - Nothing is read from a frontend's tree, which the guest can write.
+// - `dmu/` nodes are written only under a backend entry that exists, in one transaction
+//   with the look at it: an entry that the toolstack has deleted is never made again.
+// - A look that failed says nothing: no disk is taken down because xenstored was silent.
+
+internal import XenStore
+
+/// What one look found out about a disk.
+struct Sight: Sendable, Equatable {
+  /// What is wanted; nil when it is not a disk of ours or not wanted any more.
+  var wanted: WantedDisk?
+  /// Whether the backend entry exists, wanted or not.
+  var exists: Bool
+  /// The disk's name in the guest as the toolstack wrote it.
+  var vdev: String?
+}
+
+/// What everybody is told of a disk.
+struct DiskNodes: Sendable, Equatable {
+  var state: PublicState
+  var format: String
+  var device: String
+  var worker: String
+  var error: String
+  var since: String
+
+  var all: [(String, String)] {
+    [
+      ("state", state.rawValue), ("format", format), ("device", device), ("worker", worker),
+      ("error", error), ("since", since),
+    ]
+  }
+}
+
+/// The daemon's window on xenstore.
+struct XenStoreView: Sendable {
+  /// Where the disks are, below this domain's own path.
+  static let root = "backend/vbd"
+  /// Where the daemon tells of itself, below this domain's own path.
+  static let own = "dmu-xen"
+  /// Longest sentence in a node, in bytes: a request has room for 4096 with its path.
+  static let longest = 2048
+
+  let client: XenStoreClient
+
+  /// Looks at one disk.
+  func look(_ id: DiskID) async throws(XenStoreError) -> Sight {
+    try await client.perform { session throws(XenStoreError) in
+      try XenStoreView.look(id, session)
+    }
+  }
+
+  /// Looks at every backend entry whose params are ours, and at these disks whether or not
+  /// they have one.
+  func lookAll(and known: [DiskID]) async throws(XenStoreError) -> [DiskID: Sight] {
+    try await client.perform { session throws(XenStoreError) in
+      var sights: [DiskID: Sight] = [:]
+      for domain in try session.listIfPresent(XenStoreView.root) ?? [] {
+        for device in try session.listIfPresent(XenStoreView.root + "/" + domain) ?? [] {
+          guard let id = DiskID(domain + "-" + device) else { continue }
+          let sight = try XenStoreView.look(id, session)
+          if sight.wanted != nil || known.contains(id) { sights[id] = sight }
+        }
+      }
+      for id in known where sights[id] == nil {
+        sights[id] = Sight(wanted: nil, exists: false, vdev: nil)
+      }
+      return sights
+    }
+  }
+
+  /// Writes a disk's nodes, readable by this domain only. Nothing happens when the entry
+  /// has gone.
+  func publish(_ id: DiskID, _ nodes: DiskNodes) async throws(XenStoreError) {
+    try await client.transaction { session throws(XenStoreError) in
+      let entry = id.backendPath
+      guard try session.readIfPresent(entry + "/params") != nil else { return }
+      let folder = entry + "/dmu"
+      try session.makeDirectory(folder)
+      let permissions = try session.permissions(of: folder)
+      // New nodes take over the permissions of their parent.
+      try session.setPermissions(XenStorePermissions(owner: permissions.owner), of: folder)
+      for (name, value) in nodes.all {
+        try session.write(folder + "/" + name, XenStoreView.cut(value))
+      }
+    }
+  }
+
+  /// Takes a disk's nodes back.
+  func withdraw(_ id: DiskID) async throws(XenStoreError) {
+    try await client.remove(id.backendPath + "/dmu")
+  }
+
+  /// Tells of the daemon itself.
+  func publishSelf(state: String, disks: Int) async throws(XenStoreError) {
+    try await client.transaction { session throws(XenStoreError) in
+      try session.write(XenStoreView.own + "/version", DMUXen.version)
+      try session.write(XenStoreView.own + "/state", state)
+      try session.write(XenStoreView.own + "/disks", String(disks))
+    }
+  }
+
+  /// Whether a changed path below `root` is one of those that the daemon writes itself.
+  static func isOurs(_ path: String) -> Bool {
+    path.split(separator: "/").dropFirst(4).first == "dmu"
+  }
+
+  /// Whether xenstored still has what we told of ourselves: if not it is a new store, and
+  /// what is missing in it says nothing about what was taken away.
+  func remembersUs() async throws(XenStoreError) -> Bool {
+    try await client.readIfPresent(XenStoreView.own + "/version") != nil
+  }
+
+  /// The domain's name, nil when it has none.
+  func name(of domain: Int) async throws(XenStoreError) -> String? {
+    try await client.perform { session throws(XenStoreError) in
+      try XenStoreView.text(session, "/local/domain/\(domain)/name")
+    }
+  }
+
+  private static func look(
+    _ id: DiskID, _ session: borrowing XenStoreSession
+  ) throws(XenStoreError) -> Sight {
+    let entry = id.backendPath
+    guard let params = try text(session, entry + "/params") else {
+      return Sight(wanted: nil, exists: false, vdev: nil)
+    }
+    guard Spec.isOurs(params) else { return Sight(wanted: nil, exists: true, vdev: nil) }
+    let vdev = try text(session, entry + "/dev")
+    let state = try text(session, entry + "/state")
+    let online = try text(session, entry + "/online")
+    let hotplug = try text(session, entry + "/hotplug-status")
+    let mode = try text(session, entry + "/mode")
+    let closed = state == "6" && online == "0"
+    guard !closed, hotplug != "error",
+      try session.readIfPresent("/local/domain/\(id.domain)") != nil
+    else { return Sight(wanted: nil, exists: true, vdev: vdev) }
+    let going = online == "0" || state == "5" || state == "6"
+    let wanted = WantedDisk(params: params, readOnly: mode?.first == "r", going: going)
+    return Sight(wanted: wanted, exists: true, vdev: vdev)
+  }
+
+  /// A node as text; one that is not UTF-8 as if it were not there.
+  private static func text(
+    _ session: borrowing XenStoreSession, _ path: String
+  ) throws(XenStoreError) -> String? {
+    try session.readIfPresent(path).flatMap { String(validating: $0, as: UTF8.self) }
+  }
+
+  private static func cut(_ text: String) -> String {
+    String(decoding: text.utf8.prefix(longest), as: UTF8.self)
+  }
+}

@@ -1,0 +1,222 @@
+// The whole daemon as a group of services: xenstore's events, the reconciler's looks, the
+// control socket, signals. They start in this order and end in the reverse one.
+
+internal import Logging
+internal import Posix
+internal import ServiceLifecycle
+internal import UnixSignals
+internal import XenStore
+import Glibc
+
+/// dmu-xend.
+public struct Daemon: Sendable {
+  /// What a run needs besides its configuration; the defaults are the real things.
+  public struct Surroundings: Sendable {
+    /// Starts workers.
+    public var launcher: any WorkerLauncher = ProcessLauncher()
+    /// Makes devices.
+    public var attacher: any DeviceAttacher = KernelAttacher()
+    /// xenstored's socket; nil: where libxenstore finds it.
+    public var xenStoreSocket: String?
+    /// What ends the daemon; nil: the signals of the process.
+    public var stop: AsyncStream<Void>?
+
+    /// The real things.
+    public init() {}
+  }
+
+  private let configuration: Configuration
+  private let configurationPath: String
+  private let surroundings: Surroundings
+
+  /// A daemon with the configuration of a file. Throws what is wrong with the file.
+  public init(
+    configurationPath: String, surroundings: Surroundings = Surroundings()
+  ) throws(ConfigurationError) {
+    configuration = try Configuration.load(configurationPath)
+    self.configurationPath = configurationPath
+    self.surroundings = surroundings
+  }
+
+  /// Runs until a signal ends it. Workers and devices stay.
+  public func run() async throws {
+    LogLevel.current = configuration.logLevel
+    var log = Logger(label: "dmu-xend") { _ in JournalLog() }
+    log.notice("dmu-xend starts", metadata: ["version": "\(DMUXen.version)"])
+    log.logLevel = configuration.logLevel
+    try raiseLimits(log)
+    let lock = try RunDirectory.prepare(configuration)
+    var wish = XenStoreClient.Configuration(socketPath: surroundings.xenStoreSocket)
+    let connectionLog = log
+    wish.onConnectionChange = { state in
+      switch state {
+      case .connecting(let failure?):
+        connectionLog.warning("xenstored cannot be reached", metadata: ["reason": "\(failure)"])
+      case .connected: connectionLog.info("connected to xenstored")
+      case .connecting(nil), .closed: break
+      }
+    }
+    let client = try XenStoreClient(wish)
+    defer { client.close() }
+    let reconciler = try Reconciler(
+      configuration: configuration, configurationPath: configurationPath,
+      view: XenStoreView(client: client), launcher: surroundings.launcher,
+      attacher: surroundings.attacher, log: log)
+    let takesSignals = surroundings.stop == nil
+    let services: [any Service] = [
+      ReconcileService(reconciler: reconciler, client: client, log: log),
+      ControlServer(path: configuration.controlSocket, reconciler: reconciler, log: log),
+      ReloadService(reconciler: reconciler, log: log, isActive: takesSignals),
+    ]
+    // Its failures are thrown; its steps are nobody's concern.
+    let quiet = Logger(label: "services") { _ in SwiftLogNoOpLogHandler() }
+    var members = services.map { ServiceGroupConfiguration.ServiceConfiguration(service: $0) }
+    if let stop = surroundings.stop {
+      members.append(
+        ServiceGroupConfiguration.ServiceConfiguration(
+          service: StopService(stop: stop), successTerminationBehavior: .gracefullyShutdownGroup))
+    }
+    let group = ServiceGroup(
+      configuration: ServiceGroupConfiguration(
+        services: members, gracefulShutdownSignals: takesSignals ? [.sigterm, .sigint] : [],
+        logger: quiet))
+    try await group.run()
+    log.notice("dmu-xend ends; disks and their workers go on")
+    lock.keepUntilHere()
+  }
+
+  /// Five descriptors a disk: the usual soft limit of 1024 is soon reached.
+  private func raiseLimits(_ log: Logger) throws {
+    var limits = rlimit()
+    guard getrlimit(__rlimit_resource_t(RLIMIT_NOFILE.rawValue), &limits) == 0 else {
+      throw IOError.last("read the limit of open files")
+    }
+    limits.rlim_cur = limits.rlim_max
+    guard setrlimit(__rlimit_resource_t(RLIMIT_NOFILE.rawValue), &limits) == 0 else {
+      throw IOError.last("raise the limit of open files")
+    }
+    log.debug("open files", metadata: ["limit": "\(limits.rlim_cur)"])
+  }
+}
+
+/// The run directory, which one daemon has to itself.
+final class RunDirectory: Sendable {
+  private let lock: FileStore
+
+  private init(_ lock: FileStore) { self.lock = lock }
+
+  /// Makes it if it is missing, and locks it. Throws EAGAIN when a daemon runs already.
+  static func prepare(_ configuration: Configuration) throws(IOError) -> RunDirectory {
+    for path in [configuration.runDirectory, configuration.disksDirectory] {
+      guard mkdir(path, 0o700) == 0 || errno == EEXIST else { throw IOError.last("make", path) }
+      guard chmod(path, 0o700) == 0 else { throw IOError.last("set the mode of", path) }
+    }
+    let path = configuration.runDirectory + "/lock"
+    let descriptor = try Descriptor(path: path, flags: O_RDWR | O_CREAT, mode: 0o600)
+    let lock = try FileStore(descriptor, name: path)
+    do throws(IOError) { try lock.lock(exclusive: true) } catch {
+      guard error.code == EAGAIN else { throw error }
+      throw IOError(EAGAIN, "start a second dmu-xend in", configuration.runDirectory)
+    }
+    return RunDirectory(lock)
+  }
+
+  /// Says that the lock is held up to this place.
+  func keepUntilHere() {}
+}
+
+/// Hears xenstore's events and looks at everything now and then.
+private struct ReconcileService: Service {
+  let reconciler: Reconciler
+  let client: XenStoreClient
+  let log: Logger
+
+  func run() async throws {
+    try await reconciler.adopt()
+    try await cancelWhenGracefulShutdown {
+      try await withThrowingDiscardingTaskGroup { tasks in
+        tasks.addTask { try await watchDisks() }
+        tasks.addTask { try await watchDomains() }
+        tasks.addTask { await look() }
+      }
+    }
+    await reconciler.end()
+  }
+
+  /// Each event under backend/vbd marks a disk.
+  private func watchDisks() async throws {
+    while !Task.isCancelled {
+      do throws(XenStoreError) {
+        for try await event in try await client.watch(XenStoreView.root) {
+          switch event {
+          case .resync: try await reconciler.storeCameBack()
+          case .changed(let path):
+            if let id = DiskID(path: path) {
+              if !XenStoreView.isOurs(path) { await reconciler.mark(id) }
+            } else {
+              try await reconciler.lookAtEverything()
+            }
+          }
+        }
+        return
+      } catch { try await pause(error) }
+    }
+  }
+
+  /// A domain that has gone takes its disks with it.
+  private func watchDomains() async throws {
+    while !Task.isCancelled {
+      do throws(XenStoreError) {
+        for try await _ in try await client.watch("@releaseDomain") {
+          try await reconciler.lookAtEverything()
+        }
+        return
+      } catch { try await pause(error) }
+    }
+  }
+
+  private func look() async {
+    while !Task.isCancelled {
+      let interval = await reconciler.configuration.lookInterval
+      do { try await Task.sleep(for: interval) } catch { return }
+      do throws(XenStoreError) { try await reconciler.lookAtEverything() } catch {
+        log.warning("cannot look at xenstore", metadata: ["error": "\(error)"])
+      }
+    }
+  }
+
+  private func pause(_ error: XenStoreError) async throws {
+    if Task.isCancelled { return }
+    log.warning("cannot watch xenstore", metadata: ["error": "\(error)"])
+    try await Task.sleep(for: .seconds(1))
+  }
+}
+
+/// Ends the group when it is told to.
+private struct StopService: Service {
+  let stop: AsyncStream<Void>
+
+  func run() async throws {
+    for await _ in stop.cancelOnGracefulShutdown() { return }
+  }
+}
+
+/// SIGHUP means: read the configuration anew.
+private struct ReloadService: Service {
+  let reconciler: Reconciler
+  let log: Logger
+  let isActive: Bool
+
+  func run() async throws {
+    guard isActive else {
+      try await gracefulShutdown()
+      return
+    }
+    for await _ in await UnixSignalsSequence(trapping: .sighup).cancelOnGracefulShutdown() {
+      do throws(ConfigurationError) { try await reconciler.reload() } catch {
+        log.error(
+          "the running configuration stays in force", metadata: ["error": "\(error)"])
+      }
+    }
+  }
+}

@@ -1,0 +1,101 @@
+// The formats that this daemon's workers know, and their options. The daemon never reads
+// an image: it knows a format by name only.
+
+/// A format by name, with the options that a spec may give it.
+public struct KnownFormat: Sendable, Hashable {
+  /// Its name in a spec.
+  public let name: String
+  /// Its options: name and meaning.
+  public let options: [(name: String, meaning: String)]
+
+  /// All of them.
+  public static let all: [KnownFormat] = [
+    KnownFormat(
+      name: "dscow",
+      options: [
+        (
+          "block-size",
+          "size of a block of a store that is created, 4K to 4M, a power of two"
+        ),
+        ("force", "yes: use the store although its base has changed (default: no)"),
+      ])
+  ]
+
+  /// The format of that name.
+  public static func named(_ name: String) -> KnownFormat? { all.first { $0.name == name } }
+
+  /// Formats are equal by name.
+  public static func == (one: KnownFormat, other: KnownFormat) -> Bool { one.name == other.name }
+
+  /// Hashes the name.
+  public func hash(into hasher: inout Hasher) { hasher.combine(name) }
+}
+
+/// The options of a spec, understood.
+public struct FormatOptions: Sendable, Hashable {
+  /// Bytes of a block of a store that is created; nil: the format's own choice.
+  public var blockSize: UInt32?
+  /// Whether to use a store although its base has changed.
+  public var force = false
+
+  /// The smallest and the largest block, in bytes.
+  public static let blockSizes: ClosedRange<UInt32> = 4096...4_194_304
+
+  /// Understands the options of a spec. Throws: unknown format, unknown option, bad value.
+  public init(_ spec: Spec) throws(DiskFailure) {
+    guard let format = KnownFormat.named(spec.format) else {
+      throw .formatUnknown(spec.format)
+    }
+    for option in spec.options {
+      switch option.name {
+      case "block-size":
+        guard let size = ByteCount.parse(option.value), let small = UInt32(exactly: size),
+          FormatOptions.blockSizes.contains(small), small.nonzeroBitCount == 1
+        else {
+          throw .optionBad(
+            option.name, option.value, wanted: "a power of two from 4K to 4M")
+        }
+        blockSize = small
+      case "force":
+        guard let value = ["yes": true, "no": false][option.value] else {
+          throw .optionBad(option.name, option.value, wanted: "yes or no")
+        }
+        force = value
+      default: throw .optionUnknown(option.name, format)
+      }
+    }
+  }
+}
+
+/// Numbers of bytes as people write them.
+public enum ByteCount {
+  /// "4096", "64K", "1M", "2G", "1T": powers of 1024. Nil for anything else.
+  public static func parse(_ text: String) -> UInt64? {
+    let units: [Character: UInt64] = [
+      "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40,
+    ]
+    guard let last = text.last else { return nil }
+    let unit = units[Character(last.uppercased())]
+    let digits = unit == nil ? text[...] : text.dropLast()
+    guard !digits.isEmpty, digits.allSatisfy({ $0.isASCII && $0.isNumber }),
+      let number = UInt64(digits)
+    else { return nil }
+    let (product, overflow) = number.multipliedReportingOverflow(by: unit ?? 1)
+    return overflow ? nil : product
+  }
+
+  /// "512", "4K", "1.5G": three or four digits and the unit.
+  public static func short(_ bytes: UInt64) -> String {
+    let units = ["", "K", "M", "G", "T", "P", "E"]
+    var value = Double(bytes)
+    var unit = 0
+    while value >= 1024 && unit < units.count - 1 {
+      value /= 1024
+      unit += 1
+    }
+    if unit == 0 { return String(bytes) }
+    let tenths = Int((value * 10).rounded())
+    return value < 100 && tenths % 10 != 0
+      ? "\(tenths / 10).\(tenths % 10)\(units[unit])" : "\(Int(value.rounded()))\(units[unit])"
+  }
+}

@@ -1,0 +1,135 @@
+// The string after `dmu:` that says which image a disk is made of.
+//
+//     dmu:FORMAT[?OPTION=VALUE&...]:STORE[:BASE]
+//
+// Invariants:
+// - The characters : , % ? & = stand in a path or a value only as percent codes, so that
+//   there is one way to read a spec and the toolstack's own separators never occur.
+// - A path is absolute, is UTF-8 and holds no control character: it can be shown in one line.
+// - A spec that was parsed and written out again is equal to itself.
+
+/// What a disk is made of: a format, its options, a store, and perhaps a base.
+public struct Spec: Sendable, Hashable, CustomStringConvertible {
+  /// One option of a format.
+  public struct Option: Sendable, Hashable {
+    /// Its name.
+    public let name: String
+    /// Its value, decoded.
+    public let value: String
+
+    /// An option from its parts.
+    public init(name: String, value: String) {
+      self.name = name
+      self.value = value
+    }
+  }
+
+  /// How a spec begins.
+  public static let prefix = "dmu:"
+  /// The longest path, in bytes. Source: PATH_MAX in linux/limits.h, less the final zero.
+  public static let longestPath = 4095
+
+  /// The image format's name, as written; whether anybody knows it is not decided here.
+  public let format: String
+  /// The options, in the order written, each name once.
+  public let options: [Option]
+  /// Absolute path of the store.
+  public let store: String
+  /// Absolute path of the base, nil when the image is to name it.
+  public let base: String?
+
+  /// A spec from its parts.
+  public init(format: String, options: [Option] = [], store: String, base: String? = nil) {
+    self.format = format
+    self.options = options
+    self.store = store
+    self.base = base
+  }
+
+  /// Whether a disk's `params` are meant for this daemon at all.
+  public static func isOurs(_ params: String) -> Bool { params.hasPrefix(prefix) }
+
+  /// Reads a spec. Throws the first thing that is wrong with it.
+  public init(_ text: String) throws(SpecError) {
+    guard Spec.isOurs(text) else { throw SpecError(text, .noPrefix) }
+    let parts = text.dropFirst(Spec.prefix.count)
+      .split(separator: ":", omittingEmptySubsequences: false)
+    guard parts.count >= 2 else { throw SpecError(text, .noStore) }
+    guard parts.count <= 3 else { throw SpecError(text, .tooManyParts(parts.count)) }
+    let head = parts[0].split(separator: "?", maxSplits: 1, omittingEmptySubsequences: false)
+    format = try Spec.format(head[0], in: text)
+    options = head.count > 1 ? try Spec.options(head[1], in: text) : []
+    store = try Spec.path(parts[1], .store, in: text)
+    base = parts.count > 2 ? try Spec.path(parts[2], .base, in: text) : nil
+    guard store != base else { throw SpecError(text, .sameTwice) }
+  }
+
+  /// The value of an option, nil when it is not given.
+  public func option(_ name: String) -> String? {
+    options.first { $0.name == name }?.value
+  }
+
+  /// The spec as it is written in a disk line, percent codes and all.
+  public var description: String {
+    var text = Spec.prefix + format
+    for (index, option) in options.enumerated() {
+      text += (index == 0 ? "?" : "&") + option.name + "=" + PercentCode.encode(option.value)
+    }
+    text += ":" + PercentCode.encode(store)
+    if let base { text += ":" + PercentCode.encode(base) }
+    return text
+  }
+
+  private static func isNameCharacter(_ character: Character) -> Bool {
+    guard let code = character.asciiValue else { return false }
+    return character.isLetter || character.isNumber || code == UInt8(ascii: "-")
+      || code == UInt8(ascii: "_") || code == UInt8(ascii: "+")
+  }
+
+  private static func format(_ part: Substring, in text: String) throws(SpecError) -> String {
+    guard !part.isEmpty else { throw SpecError(text, .noFormat) }
+    guard part.allSatisfy(isNameCharacter) else {
+      throw SpecError(text, .badFormat(String(part)))
+    }
+    return String(part)
+  }
+
+  private static func options(_ part: Substring, in text: String) throws(SpecError) -> [Option] {
+    var options: [Option] = []
+    for piece in part.split(separator: "&", omittingEmptySubsequences: false) {
+      let halves = piece.split(separator: "=", maxSplits: 1, omittingEmptySubsequences: false)
+      guard !halves[0].isEmpty else { throw SpecError(text, .noOptionName) }
+      let name = String(halves[0])
+      guard name.allSatisfy(isNameCharacter) else { throw SpecError(text, .badOptionName(name)) }
+      guard halves.count == 2, !halves[1].isEmpty else {
+        throw SpecError(text, .noOptionValue(name))
+      }
+      guard !options.contains(where: { $0.name == name }) else {
+        throw SpecError(text, .optionTwice(name))
+      }
+      let value = try decode(halves[1], what: "option '\(name)'", in: text)
+      options.append(Option(name: name, value: value))
+    }
+    return options
+  }
+
+  private static func path(
+    _ part: Substring, _ role: SpecError.Role, in text: String
+  ) throws(SpecError) -> String {
+    guard !part.isEmpty else { throw SpecError(text, role == .store ? .noStore : .emptyBase) }
+    let path = try decode(part, what: role.rawValue, in: text)
+    guard path.hasPrefix("/") else { throw SpecError(text, .notAbsolute(role, path)) }
+    guard path.utf8.count <= longestPath else { throw SpecError(text, .tooLong(role)) }
+    return path
+  }
+
+  private static func decode(
+    _ part: Substring, what: String, in text: String
+  ) throws(SpecError) -> String {
+    do {
+      return try PercentCode.decode(part)
+    } catch {
+      throw SpecError(text, .badCode(what: what, error))
+    }
+  }
+}

@@ -1,0 +1,60 @@
+// Status as a table for a terminal: one line a disk, columns as wide as they need to be,
+// and below it a line for every disk that has something to tell.
+
+import Glibc
+
+/// Renders status for people.
+public enum StatusTable {
+  private static let headings = [
+    "DOMAIN", "VDEV", "FORMAT", "STORE", "BASE", "DEVICE", "SIZE", "ALLOCATED", "STATE",
+    "WORKER", "SINCE",
+  ]
+  private static let right: Set<Int> = [6, 7]
+
+  /// The whole text, a newline at the end of each line.
+  public static func render(_ disks: [DiskStatus]) -> String {
+    guard !disks.isEmpty else { return "no disks\n" }
+    let rows = [headings] + disks.map(row)
+    let widths = headings.indices.map { column in
+      rows.map { $0[column].count }.max() ?? 0
+    }
+    var text = ""
+    for row in rows {
+      let cells = row.enumerated().map { column, cell in
+        let gap = String(repeating: " ", count: widths[column] - cell.count)
+        return right.contains(column) ? gap + cell : cell + gap
+      }
+      var line = cells.joined(separator: "  ")
+      while line.last == " " { line.removeLast() }
+      text += line + "\n"
+    }
+    for disk in disks {
+      guard let error = disk.error else { continue }
+      text += "\(domain(disk)) \(disk.vdev): \(error)\n"
+    }
+    return text
+  }
+
+  private static func domain(_ disk: DiskStatus) -> String {
+    disk.domainName.map { "\($0) (\(disk.domain))" } ?? String(disk.domain)
+  }
+
+  private static func row(_ disk: DiskStatus) -> [String] {
+    [
+      domain(disk), disk.vdev, disk.format ?? "-", disk.store ?? "-", disk.base ?? "-",
+      disk.device ?? "-", disk.size.map(ByteCount.short) ?? "-",
+      disk.allocated.map(ByteCount.short) ?? "-", disk.state.rawValue,
+      disk.worker.map { String($0) } ?? "-", time(disk.since),
+    ]
+  }
+
+  /// "2026-01-31 17:05:09", in the local time zone.
+  static func time(_ seconds: Int64) -> String {
+    var instant = time_t(seconds)
+    var parts = tm()
+    localtime_r(&instant, &parts)
+    var buffer = [CChar](repeating: 0, count: 32)
+    let count = strftime(&buffer, buffer.count, "%Y-%m-%d %H:%M:%S", &parts)
+    return String(decoding: buffer[..<count].map { UInt8(bitPattern: $0) }, as: UTF8.self)
+  }
+}

@@ -1,0 +1,114 @@
+// Opening stores and bases by path, for the tools: with the locks that keep a tool and a
+// running disk from each other's feet.
+
+import Glibc
+public import Posix
+
+/// Opens what a tool works on.
+public enum ImageFile {
+  /// Opens a store and locks it: exclusively for writing, shared for reading, not at all with
+  /// `evenInUse`. Throws `io`, `badRequest` when it is in use.
+  public static func store(
+    _ path: String, writable: Bool, evenInUse: Bool = false
+  ) throws(ImageError) -> FileStore {
+    let file = try open(path, as: "store", writable: writable)
+    if !evenInUse { try lock(store: file, exclusive: writable) }
+    return file
+  }
+
+  static func lock(store: FileStore, exclusive: Bool) throws(ImageError) {
+    let remedy = exclusive ? "" : ", or look at it while it changes (-U)"
+    try lock(
+      store, exclusive: exclusive,
+      inUse: "store \(store.name) is in use by another program: stop that first\(remedy)")
+  }
+
+  /// Opens a base for reading, with a shared lock. Throws `io`, `badRequest` when somebody
+  /// writes to it.
+  public static func base(_ path: String) throws(ImageError) -> FileStore {
+    let file = try open(path, as: "base", writable: false)
+    try lock(base: file)
+    return file
+  }
+
+  static func lock(base: FileStore) throws(ImageError) {
+    try lock(
+      base, exclusive: false,
+      inUse: "base \(base.name) is in use as a store by another program: stop that first")
+  }
+
+  private static func lock(
+    _ file: FileStore, exclusive: Bool, inUse message: String
+  ) throws(ImageError) {
+    do throws(IOError) {
+      try file.lock(exclusive: exclusive)
+    } catch {
+      guard error.code == EAGAIN else { throw ImageError(error) }
+      throw ImageError(.badRequest, message, cause: error)
+    }
+  }
+
+  /// Opens without a lock.
+  static func open(
+    _ path: String, as role: String, writable: Bool
+  ) throws(ImageError) -> FileStore {
+    do throws(IOError) {
+      return try FileStore(path: path, writable: writable)
+    } catch {
+      guard error.code == ENOENT else { throw ImageError(error) }
+      throw ImageError(.io, "\(role) \(path) does not exist: check the path", cause: error)
+    }
+  }
+
+  /// Makes a new file for a store, readable by its owner only; opens the file or device that
+  /// is there already. Takes no lock. Returns whether it is new.
+  static func create(_ path: String) throws(ImageError) -> (store: FileStore, isNew: Bool) {
+    let flags = O_RDWR | O_CREAT | O_EXCL
+    do throws(IOError) {
+      let file = try Descriptor(path: path, flags: flags, mode: 0o600)
+      return (try FileStore(file, name: path), true)
+    } catch {
+      guard error.code == EEXIST else { throw ImageError(error) }
+    }
+    return (try open(path, as: "store", writable: true), false)
+  }
+
+  /// Takes back `create`. The error that led here is the one worth telling, so an error of
+  /// unlink(2) is not.
+  static func remove(_ path: String) { _ = unlink(path) }
+
+  /// Makes the entry of a new file durable. Source: fsync(2).
+  static func flushDirectory(of path: String) throws(ImageError) {
+    let parent = path.lastIndex(of: "/").map { String(path[...$0]) } ?? "."
+    try io { () throws(IOError) in
+      let directory = try Descriptor(path: parent, flags: O_RDONLY | O_DIRECTORY)
+      guard fsync(directory.raw) == 0 else { throw IOError.last("flush", parent) }
+    }
+  }
+
+  /// A path from the root on, its links as they are. Throws `io`.
+  static func absolute(_ path: String) throws(ImageError) -> String {
+    guard !path.hasPrefix("/") else { return path }
+    guard let here = getcwd(nil, 0) else {
+      throw ImageError(IOError.last("find the working directory"))
+    }
+    defer { free(here) }
+    let directory = String(cString: here)
+    return directory == "/" ? "/" + path : directory + "/" + path
+  }
+}
+
+extension ImageFile {
+  /// Reads a size: a number of bytes, or one followed by K, M, G or T (powers of 1024, "KiB"
+  /// and the like too). nil for anything else.
+  public static func bytes(_ text: String) -> UInt64? {
+    let digits = text.prefix { $0.isASCII && $0.isNumber }
+    guard let number = UInt64(digits) else { return nil }
+    let units = ["": 0, "B": 0, "K": 10, "M": 20, "G": 30, "T": 40]
+    var unit = text.dropFirst(digits.count).uppercased()
+    if unit.hasSuffix("IB"), unit.count == 3 { unit = String(unit.prefix(1)) }
+    guard let shift = units[unit] else { return nil }
+    let (bytes, overflow) = number.multipliedReportingOverflow(by: 1 << UInt64(shift))
+    return overflow ? nil : bytes
+  }
+}

@@ -1,0 +1,58 @@
+// JSON as text, as much of it as the tools print.
+
+/// A JSON value.
+public enum JSON: Sendable {
+  /// A whole number.
+  case number(UInt64)
+  /// A string.
+  case string(String)
+  /// True or false.
+  case bool(Bool)
+  /// Nothing.
+  case null
+  /// Values in order.
+  case array([JSON])
+  /// Members in order.
+  case object([(String, JSON)])
+
+  /// A string, or null.
+  public static func text(_ text: String?) -> JSON { text.map { .string($0) } ?? .null }
+
+  /// The value on one line.
+  public var text: String {
+    switch self {
+    case .number(let number): "\(number)"
+    case .string(let string): Self.quoted(string)
+    case .bool(let bool): bool ? "true" : "false"
+    case .null: "null"
+    case .array(let values): "[" + values.map(\.text).joined(separator: ", ") + "]"
+    case .object(let members): "{" + Self.members(members, separator: ", ") + "}"
+    }
+  }
+
+  /// An object with a member a line.
+  public var lines: String {
+    guard case .object(let members) = self else { return text }
+    return "{\n  " + Self.members(members, separator: ",\n  ") + "\n}"
+  }
+
+  private static func members(_ members: [(String, JSON)], separator: String) -> String {
+    members.map { quoted($0.0) + ": " + $0.1.text }.joined(separator: separator)
+  }
+
+  /// Source: RFC 8259, section 7.
+  private static func quoted(_ string: String) -> String {
+    var text = "\""
+    for scalar in string.unicodeScalars {
+      switch scalar {
+      case "\"", "\\": text += "\\\(scalar)"
+      case "\n": text += "\\n"
+      case "\u{0}"..."\u{1F}", "\u{7F}":
+        let digits = String(scalar.value, radix: 16)
+        text += "\\u" + String(repeating: "0", count: 4 - digits.count) + digits
+      default: text.unicodeScalars.append(scalar)
+      }
+    }
+    return text + "\""
+  }
+}

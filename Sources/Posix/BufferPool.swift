@@ -1,0 +1,67 @@
+// Memory for I/O, in sizes of powers of two, used again and again. What lies idle is bounded
+// and can be given back.
+
+internal import CLinux
+
+/// A pool of page-aligned buffers. Used from one thread.
+public final class BufferPool {
+  /// The smallest and the largest size of a buffer in bytes.
+  public static let minimum = 64 << 10
+  /// The largest size of a buffer in bytes.
+  public static let maximum = 64 << 20
+
+  private var idle: [[UnsafeMutableRawPointer]]
+  private var idleBytes = 0
+  private let keep: Int
+
+  /// A pool that keeps at most so many bytes idle.
+  public init(keep: Int) {
+    self.keep = keep
+    let classes = (BufferPool.maximum / BufferPool.minimum).trailingZeroBitCount + 1
+    idle = Array(repeating: [], count: classes)
+  }
+
+  deinit {
+    trim()
+  }
+
+  /// The size of the buffer that is taken for so many bytes.
+  public static func size(for count: Int) -> Int {
+    var size = minimum
+    while size < count { size <<= 1 }
+    return size
+  }
+
+  private static func index(_ size: Int) -> Int { (size / minimum).trailingZeroBitCount }
+
+  /// Lends a buffer; `size` is one that `size(for:)` has told. Its contents are undefined.
+  public func take(_ size: Int) -> UnsafeMutableRawPointer {
+    precondition(size <= BufferPool.maximum, "a buffer beyond every limit")
+    if let pointer = idle[BufferPool.index(size)].popLast() {
+      idleBytes -= size
+      return pointer
+    }
+    return .allocate(byteCount: size, alignment: 4096)
+  }
+
+  /// Takes a buffer back.
+  public func give(_ pointer: UnsafeMutableRawPointer, _ size: Int) {
+    guard idleBytes + size <= keep else {
+      pointer.deallocate()
+      return
+    }
+    idle[BufferPool.index(size)].append(pointer)
+    idleBytes += size
+  }
+
+  /// Gives everything idle back to the system.
+  public func trim() {
+    guard idleBytes > 0 else { return }
+    for index in idle.indices {
+      for pointer in idle[index] { pointer.deallocate() }
+      idle[index].removeAll()
+    }
+    idleBytes = 0
+    dmu_trim_memory()
+  }
+}

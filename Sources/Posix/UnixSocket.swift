@@ -1,0 +1,148 @@
+// Unix sockets: streams for NBD, sequenced packets for the worker link. Source: unix(7).
+
+internal import CLinux
+import Glibc
+
+/// Two sockets that are connected to each other.
+@frozen public struct SocketPair: ~Copyable, Sendable {
+  /// One end.
+  public let first: Descriptor
+  /// The other end.
+  public let second: Descriptor
+}
+
+/// Who connected to a Unix socket, as the kernel noted it at that time.
+public struct PeerCredentials: Sendable, Equatable {
+  /// Process id.
+  public let pid: Int32
+  /// Effective user id.
+  public let uid: UInt32
+  /// Effective group id.
+  public let gid: UInt32
+}
+
+/// Opening and examining Unix sockets. Every descriptor is close-on-exec.
+public enum UnixSocket {
+  /// What a socket carries.
+  public enum Kind: Sendable {
+    /// Bytes.
+    case stream
+    /// Packets, whole and in order.
+    case packets
+
+    var type: Int32 {
+      let kind = self == .stream ? SOCK_STREAM : SOCK_SEQPACKET
+      return Int32(kind.rawValue) | Int32(SOCK_CLOEXEC.rawValue)
+    }
+  }
+
+  /// Makes a connected pair. Throws: the errno of socketpair(2).
+  public static func pair(_ kind: Kind) throws(IOError) -> SocketPair {
+    var ends: [Int32] = [-1, -1]
+    guard socketpair(AF_UNIX, kind.type, 0, &ends) == 0 else {
+      throw IOError.last("make a socket pair")
+    }
+    return SocketPair(first: Descriptor(owning: ends[0]), second: Descriptor(owning: ends[1]))
+  }
+
+  /// Listens at a path. A socket file that nobody listens on any more is replaced; one in
+  /// use throws EADDRINUSE, and so does any other file there. `mode` are the permission
+  /// bits of the socket file.
+  public static func listen(
+    at path: String, kind: Kind, mode: UInt32 = 0o600, backlog: Int32 = 64
+  ) throws(IOError) -> Descriptor {
+    let listener = try make(kind)
+    do {
+      try bind(listener.raw, path, mode)
+    } catch {
+      guard error.code == EADDRINUSE, try isStale(path, kind) else { throw error }
+      guard unlink(path) == 0 || errno == ENOENT else { throw IOError.last("replace", path) }
+      try bind(listener.raw, path, mode)
+    }
+    guard Glibc.listen(listener.raw, backlog) == 0 else { throw IOError.last("listen on", path) }
+    return listener
+  }
+
+  /// Connects to a path. Throws: the errno of connect(2).
+  public static func connect(to path: String, kind: Kind) throws(IOError) -> Descriptor {
+    let socket = try make(kind)
+    let code = try withAddress(path) { Glibc.connect(socket.raw, $0, $1) == 0 ? 0 : errno }
+    guard code == 0 else { throw IOError(code, "connect to", path) }
+    return socket
+  }
+
+  /// Takes the next connection of a listening socket that is waiting; nil when there is none
+  /// (which only a non-blocking listener says) or it has gone. Throws: the errno of accept(2).
+  public static func accept(from listener: Int32) throws(IOError) -> Descriptor? {
+    while true {
+      let raw = dmu_accept(listener)
+      if raw >= 0 { return Descriptor(owning: raw) }
+      switch errno {
+      case EINTR: continue
+      case EAGAIN, ECONNABORTED: return nil
+      default: throw IOError.last("accept a connection")
+      }
+    }
+  }
+
+  /// Who is at the other end. Throws: the errno of getsockopt(2).
+  public static func peer(of socket: Int32) throws(IOError) -> PeerCredentials {
+    var pid: pid_t = 0
+    var uid: uid_t = 0
+    var gid: gid_t = 0
+    guard dmu_peer_credentials(socket, &pid, &uid, &gid) == 0 else {
+      throw IOError.last("examine the peer of a socket")
+    }
+    return PeerCredentials(pid: pid, uid: uid, gid: gid)
+  }
+
+  /// Makes reads and writes of a descriptor return at once instead of waiting.
+  public static func setNonBlocking(_ raw: Int32) throws(IOError) {
+    let flags = fcntl(raw, F_GETFL)
+    guard flags >= 0, fcntl(raw, F_SETFL, flags | O_NONBLOCK) == 0 else {
+      throw IOError.last("make a socket non-blocking")
+    }
+  }
+
+  private static func make(_ kind: Kind) throws(IOError) -> Descriptor {
+    let raw = socket(AF_UNIX, kind.type, 0)
+    guard raw >= 0 else { throw IOError.last("make a socket") }
+    return Descriptor(owning: raw)
+  }
+
+  /// Binds with the wanted permission bits from the first moment on: on Linux the bits of
+  /// the socket itself, less the umask, become those of the file.
+  private static func bind(_ socket: Int32, _ path: String, _ mode: UInt32) throws(IOError) {
+    guard fchmod(socket, mode) == 0 else { throw IOError.last("set the mode of", path) }
+    let code = try withAddress(path) { Glibc.bind(socket, $0, $1) == 0 ? 0 : errno }
+    guard code == 0 else { throw IOError(code, "listen on", path) }
+    guard chmod(path, mode) == 0 else { throw IOError.last("set the mode of", path) }
+  }
+
+  private static func isStale(_ path: String, _ kind: Kind) throws(IOError) -> Bool {
+    var status = stat()
+    guard lstat(path, &status) == 0, status.st_mode & S_IFMT == S_IFSOCK else { return false }
+    do {
+      _ = try connect(to: path, kind: kind)
+      return false
+    } catch { return error.code == ECONNREFUSED }
+  }
+
+  private static func withAddress(
+    _ path: String, _ body: (UnsafePointer<sockaddr>, socklen_t) -> Int32
+  ) throws(IOError) -> Int32 {
+    var address = sockaddr_un()
+    address.sun_family = sa_family_t(AF_UNIX)
+    let bytes = Array(path.utf8)
+    let room = MemoryLayout.size(ofValue: address.sun_path)
+    guard !bytes.isEmpty, bytes.count < room, !bytes.contains(0) else {
+      throw IOError(ENAMETOOLONG, "use as a socket's path", path)
+    }
+    withUnsafeMutableBytes(of: &address.sun_path) { $0.copyBytes(from: bytes) }
+    return withUnsafePointer(to: &address) { pointer in
+      pointer.withMemoryRebound(to: sockaddr.self, capacity: 1) {
+        body($0, socklen_t(MemoryLayout<sockaddr_un>.size))
+      }
+    }
+  }
+}

@@ -1,0 +1,304 @@
+// The engine of the contract in user space: what the device-mapper target does in the
+// kernel, done for the requests of an NBD client.
+//
+// How a request goes: what can be done without waiting (a mapped range in the page cache)
+// is done within `submit` and leaves no trace. Everything else takes a slot, and goes on in
+// steps: look the block up, do a piece of I/O, ask the worker, wait.
+//
+// Invariants:
+// - One thread. Nothing here is locked.
+// - A slot has at most one backing operation or one fault at a time, and is stepped only
+//   when it has neither.
+// - Requests whose bytes overlap, unless both only read, are served in the order of arrival.
+//   A block that is being moved is held: who needs it otherwise waits and looks again.
+// - A placement enters the map and the pending log after its data has been written and
+//   before its request is acknowledged.
+// - The room for its record is kept from the moment a write fault is raised.
+
+public import Posix
+import Glibc
+
+/// Bounds of a target's memory.
+public struct TargetLimits: Sendable {
+  /// Runs of blocks to remember; committed ones beyond are forgotten.
+  public var extents = 32768
+  /// Requests under way at once.
+  public var requests = 4096
+  /// Bytes for putting blocks together; room for two blocks at least.
+  public var scratch = 2 << 20
+
+  /// The defaults.
+  public init() {}
+}
+
+/// The contract in user space: one disk over its backing devices.
+public final class UserTarget: TargetEngine {
+  /// What has happened since the start.
+  public struct Counters: Sendable, Equatable {
+    /// Requests of each kind.
+    public var reads: UInt64 = 0
+    /// Write requests.
+    public var writes: UInt64 = 0
+    /// Flush requests, forced writes not included.
+    public var flushes: UInt64 = 0
+    /// Discards and write-zeroes.
+    public var discards: UInt64 = 0
+    /// Bytes that reads asked for.
+    public var bytesRead: UInt64 = 0
+    /// Bytes that writes brought.
+    public var bytesWritten: UInt64 = 0
+    /// Questions to the worker, flushes included.
+    public var faults: UInt64 = 0
+    /// Blocks that were put together from a copy and a write.
+    public var copies: UInt64 = 0
+    /// Requests that failed.
+    public var errors: UInt64 = 0
+  }
+
+  /// How the disk is.
+  public enum Health: Sendable, Equatable {
+    /// All is well.
+    case ready
+    /// The store has no space for new blocks; goes by itself once it has.
+    case noSpace(Int32)
+    /// Something failed with this errno; an admin has to act.
+    case degraded(Int32, String)
+  }
+
+  // MARK: What is known from the start
+
+  /// Bytes of a block.
+  public let blockSize: UInt32
+  /// Length in 512-byte sectors.
+  public var sectors: UInt64 { size / 512 }
+  /// Length in bytes.
+  public let size: UInt64
+  /// Whether writes are refused.
+  public let isReadOnly: Bool
+  let shift: UInt64
+  let sectorShift: UInt64
+  let blocks: UInt64
+  let limits: TargetLimits
+  let executor: any IOExecutor
+  let log: PendingLog
+
+  // MARK: What changes
+
+  /// Counts since the start.
+  public internal(set) var counters = Counters()
+  /// How the disk is.
+  public internal(set) var health = Health.ready
+  let map: ExtentMap
+  let slots: UnsafeMutablePointer<Slot>
+  var slotsUsed = 0
+  var freeSlots: [Int32] = []
+  /// Requests under way.
+  public internal(set) var outstanding = 0
+  let order: UnsafeMutablePointer<Order>
+  var orderCount = 0
+  let holds: UnsafeMutablePointer<Hold>
+  var holdCount = 0
+  var lastSequence: UInt64 = 0
+  var lastFault: UInt64 = 0
+  var ready: [Int32] = []
+  var isDraining = false
+  var parked: [Int32] = []
+  /// Slots that are ready only to fail with this errno.
+  var failed: [Int32: Int32] = [:]
+  var invalidations: [BlockRange] = []
+  var faults: [Fault] = []
+  var faultsTaken = 0
+  var owners: [(any RequestOwner)?] = []
+  var scratchFree: [UnsafeMutableRawPointer] = []
+  var scratchUsed = 0
+  /// Write and discard faults that may yet need a record in the log.
+  var reserved = 0
+  var highestMark: Mark = 0
+  var recordedMark: Mark = 0
+  var rounds = FlushRounds()
+
+  /// A target of a disk of `size` bytes. Placements in the log are mapped at once. Throws
+  /// when the log holds what cannot be of this disk. `executor` has at least the store.
+  public init(
+    size: UInt64, blockSize: UInt32, executor: any IOExecutor, log: PendingLog,
+    readOnly: Bool = false, limits: TargetLimits = TargetLimits()
+  ) throws(PendingLogError) {
+    precondition(blockSize >= 512 && blockSize & (blockSize - 1) == 0, "a block's size")
+    precondition(size > 0 && size % 512 == 0 && size < 1 << 56, "a disk's size")
+    self.size = size
+    self.blockSize = blockSize
+    self.executor = executor
+    self.log = log
+    self.limits = limits
+    isReadOnly = readOnly
+    shift = UInt64(blockSize.trailingZeroBitCount)
+    sectorShift = shift - 9
+    blocks = (size + UInt64(blockSize) - 1) >> shift
+    map = ExtentMap(sectorShift: sectorShift, cap: limits.extents)
+    slots = .allocate(capacity: limits.requests)
+    order = .allocate(capacity: limits.requests)
+    holds = .allocate(capacity: limits.requests)
+    map.committed = log.committed
+    for extent in log.extents() {
+      map.set(run(extent))
+      highestMark = max(highestMark, extent.mark)
+    }
+    recordedMark = highestMark
+    if log.flushFailed != 0 {
+      health = .degraded(log.flushFailed, UserTarget.flushReason)
+    }
+    executor.completion = { [unowned self] token, code in operationEnded(token, code) }
+  }
+
+  deinit {
+    for pointer in scratchFree { pointer.deallocate() }
+    slots.deallocate()
+    order.deallocate()
+    holds.deallocate()
+  }
+
+  /// Placements that are not committed, in the log.
+  public var uncommittedCount: Int { log.count }
+
+  /// Every uncommitted mapping, in the order of the marks.
+  public func uncommitted() -> [Extent] { log.extents() }
+
+  /// An admin has seen to the store: flushes may succeed again.
+  public func clearFailure() {
+    log.clearFlushFailure()
+    health = .ready
+  }
+
+  /// Names an owner for `submit`. It is kept alive until dismissed.
+  public func enroll(_ owner: any RequestOwner) -> Int32 {
+    if let index = owners.firstIndex(where: { $0 == nil }) {
+      owners[index] = owner
+      return Int32(index)
+    }
+    owners.append(owner)
+    return Int32(owners.count - 1)
+  }
+
+  /// Forgets an owner that has no request under way.
+  public func dismiss(_ owner: Int32) {
+    owners[Int(owner)] = nil
+  }
+
+  /// Runs `work` off the loop's thread, then `then` with its result on it. A flush that
+  /// fails in it stands, as any failed flush of the store does.
+  public func run(_ work: @escaping @Sendable () -> IOError?, then: @escaping (IOError?) -> Void) {
+    executor.run(work) { [unowned self] error in
+      if let error, error.operation == "flush" { flushFailed(error.code) }
+      then(error)
+    }
+  }
+
+  // MARK: Requests
+
+  /// Takes a request. The errno when it is complete, 0 for success; nil when the owner will
+  /// be told. The buffer is lent until then.
+  public func submit(_ request: TargetRequest, owner: Int32) -> Int32? {
+    count(request)
+    if request.operation == .flush { return submitFlush(request, owner) }
+    if let code = refusal(request) {
+      if code != 0 { counters.errors += 1 }
+      return code
+    }
+    var cursor = request.offset
+    if request.operation.rawValue <= TargetRequest.Operation.write.rawValue, !request.isForced,
+      orderCount == 0 || !isContended(request)
+    {
+      cursor = serveAtOnce(request)
+      if cursor == request.offset + request.count { return 0 }
+    }
+    guard let index = takeSlot() else {
+      counters.errors += 1
+      return ENOMEM
+    }
+    fill(index, request, owner, cursor)
+    enter(index)
+    drain()
+    return nil
+  }
+
+  private func count(_ request: TargetRequest) {
+    switch request.operation {
+    case .read:
+      counters.reads += 1
+      counters.bytesRead += request.count
+    case .write:
+      counters.writes += 1
+      counters.bytesWritten += request.count
+    case .discard, .zero: counters.discards += 1
+    case .flush: counters.flushes += 1
+    case .status: break
+    }
+  }
+
+  private func refusal(_ request: TargetRequest) -> Int32? {
+    let writes = request.operation != .read && request.operation != .status
+    if writes && isReadOnly { return EROFS }
+    guard request.offset <= size, request.count <= size - request.offset else {
+      return request.operation == .write ? ENOSPC : EINVAL
+    }
+    return request.count == 0 && !request.isForced ? 0 : nil
+  }
+
+  private func isContended(_ request: TargetRequest) -> Bool {
+    if !invalidations.isEmpty { return true }
+    let mine = Order(
+      offset: request.offset, end: request.offset + request.count, sequence: 0, slot: 0,
+      isRead: request.operation == .read)
+    for index in 0..<orderCount where order[index].conflicts(mine) { return true }
+    return false
+  }
+
+  /// Does what can be done without waiting and without asking: how far it came.
+  private func serveAtOnce(_ request: TargetRequest) -> UInt64 {
+    guard let buffer = request.buffer else { return request.offset }
+    let end = request.offset + request.count
+    var cursor = request.offset
+    while cursor < end {
+      guard let run = map.find(cursor >> shift) else { return cursor }
+      let pieceEnd = min(end, run.end << shift)
+      let pointer = buffer + Int(cursor - request.offset)
+      let length = Int(pieceEnd - cursor)
+      let isRead = request.operation == .read
+      if run.isZero || (isRead && address(run, cursor) >= executor.end(run.device)) {
+        guard isRead else { return cursor }
+        memset(pointer, 0, length)
+        cursor = pieceEnd
+        continue
+      }
+      guard isRead || run.writable else { return cursor }
+      if !isRead { rounds.dirty = true }
+      let done = executor.attempt(
+        BackingIO(
+          isRead ? .read : .write, device: run.device, offset: address(run, cursor),
+          count: length, buffer: pointer))
+      guard done > 0 else { return cursor }
+      cursor += UInt64(done)
+    }
+    return cursor
+  }
+
+  /// Whether a range is known, without asking anybody, to read as zeroes.
+  func isHole(offset: UInt64, count: UInt64) -> Bool {
+    guard orderCount == 0, count > 0, let run = map.find(offset >> shift),
+      (offset + count - 1) >> shift < run.end
+    else { return false }
+    return run.isZero || address(run, offset) >= executor.end(run.device)
+  }
+
+  /// The byte of its device where a byte of the disk lives.
+  @inline(__always)
+  func address(_ run: Run, _ byte: UInt64) -> UInt64 {
+    run.sector << 9 + (byte - run.first << shift)
+  }
+
+  func run(_ extent: Extent) -> Run {
+    Run(
+      first: extent.blocks.first, end: extent.blocks.end, place: Run.pack(extent.place),
+      mark: extent.mark, writable: extent.writable)
+  }
+}

@@ -1,0 +1,202 @@
+// A disk that is served in user space: an open image, the engine, its NBD export and the
+// worker between them, on one loop.
+//
+// Invariants:
+// - A new nbd socket is served only after the old one has ended and nothing that came by it
+//   is under way: the kernel sends unanswered requests again, and an old copy of a write
+//   must not land after the new one and what followed it.
+// - After `finish` has answered 0 everything that was acknowledged is durable.
+
+import Glibc
+public import ImageFormats
+public import Posix
+public import Target
+public import WorkerLink
+
+/// An image that is open, and what it lives in.
+public struct OpenImage {
+  /// Name of its format.
+  public let formatName: String
+  /// The image.
+  public let format: any ImageFormat
+  /// The store.
+  public let store: any ByteStore
+  /// The base, if it has one.
+  public let base: (any ByteStore)?
+  /// The base as it stands in the image.
+  public let basePath: String?
+  /// Whether the disk is only read.
+  public let readOnly: Bool
+
+  /// Opens or makes an image. Throws what the format says of it.
+  public init(
+    _ name: FormatName, store: any ByteStore, base: (any ByteStore)?, _ request: ImageRequest
+  ) throws(WorkerError) {
+    do throws(ImageError) {
+      format = try name.open(store: store, base: base, request)
+      basePath = try name.basePath(of: store)
+    } catch { throw WorkerError(error) }
+    formatName = name.rawValue
+    self.store = store
+    self.base = base
+    readOnly = request.readOnly
+  }
+}
+
+/// A disk, from its opening to its end. Used from the loop's thread.
+public final class Disk {
+  /// How it is now.
+  public private(set) var condition = Condition.ready
+  /// Called when that changes.
+  public var conditionChanged: (Condition) -> Void = { _ in }
+  /// Called when the attached nbd socket has ended and no other waits.
+  public var detached: (NBDEnd) -> Void = { _ in }
+  /// Whether an nbd socket is attached or waits to be.
+  public var isAttached: Bool { session != nil || next != nil }
+  /// Length in bytes.
+  public var size: UInt64 { image.format.size }
+
+  let image: OpenImage
+  let pool: ThreadPool
+  let target: UserTarget
+  private let loop: EventLoop
+  private let export: NBDExport
+  private let worker: Worker
+  private let log: Log
+  private var session: NBDSession?
+  private var next: Descriptor?
+
+  /// Builds the engine over an image and takes up what the pending file holds; without one,
+  /// nothing outlives this process but what was flushed. The file's descriptor is lent for
+  /// as long as the disk lives.
+  public init(
+    _ image: OpenImage, pending: Int32?, loop: EventLoop, log: Log
+  ) throws(WorkerError) {
+    self.image = image
+    self.loop = loop
+    self.log = log
+    let format = image.format
+    do throws(IOError) {
+      pool = try ThreadPool(loop: loop)
+    } catch { throw WorkerError(error) }
+    let devices = [image.store] + (image.base.map { [$0] } ?? [])
+    do throws(PendingLogError) {
+      let pendingLog =
+        if let pending {
+          try PendingLog(mapping: pending, size: format.size, blockSize: format.blockSize)
+        } else {
+          try PendingLog(anonymousFor: format.size, blockSize: format.blockSize)
+        }
+      target = try UserTarget(
+        size: format.size, blockSize: format.blockSize,
+        executor: PoolExecutor(pool: pool, devices: devices), log: pendingLog,
+        readOnly: image.readOnly)
+    } catch { throw WorkerError("pending", "the record of uncommitted blocks: \(error)") }
+    var options = NBDExport.Options()
+    options.readOnly = image.readOnly
+    export = NBDExport(target: target, loop: loop, options: options)
+    let target = target
+    worker = Worker(
+      target: target, format: format, store: image.store, log: log,
+      offload: { target.run($0, then: $1) })
+    do throws(ImageError) { try worker.restore() } catch { throw WorkerError(error) }
+    let worker = worker
+    loop.addStage(.answer) { worker.pump() }
+  }
+
+  /// Serves NBD with its handshake to whoever connects to a listening socket.
+  public func listen(_ socket: consuming Descriptor) throws(IOError) {
+    try export.listen(socket)
+  }
+
+  /// Serves an nbd socket that is past its handshake, in place of any before it. What is no
+  /// such socket ends at once: `detached` is called.
+  public func attach(_ socket: consuming Descriptor) {
+    next = consume socket
+    if let session { export.drop(session) }
+    attachNext()
+  }
+
+  private func attachNext() {
+    guard session == nil, target.outstanding == 0, let socket = next.take() else { return }
+    do throws(IOError) {
+      session = try export.serve(socket) { [weak self] end in
+        guard let self else { return }
+        session = nil
+        log(.info, "the nbd socket has ended", ["how": "\(end)"])
+        if next == nil { detached(end) }
+      }
+      log(.info, "an nbd socket is attached")
+    } catch {
+      log(.error, "cannot serve the nbd socket", ["error": "\(error)"])
+      detached(.failed(error.code))
+    }
+  }
+
+  /// One turn of the loop, and what follows from it.
+  public func turn(timeout: Int32 = -1) throws(IOError) {
+    // Whether the last request of the old socket has ended is seen after a turn only.
+    try loop.turn(timeout: next != nil ? 20 : timeout)
+    attachNext()
+    let now = worker.condition.worse(Condition(target.health))
+    guard now != condition else { return }
+    condition = now
+    log(
+      now.state == .ready ? .info : .error, "the disk's state has changed",
+      ["state": now.state.rawValue, "error": now.reason])
+    conditionChanged(now)
+  }
+
+  /// Ends serving, lets what is under way come to its end, flushes and commits. Turns the
+  /// loop meanwhile. Answers 0, or the errno of the flush. Nothing may be asked after it.
+  public func finish() throws(IOError) -> Int32 {
+    next = nil
+    export.close()
+    while target.outstanding > 0 { try turn(timeout: 100) }
+    var result: Int32?
+    target.flush { result = $0 }
+    while result == nil { try turn(timeout: 100) }
+    pool.shutdown()
+    return result ?? 0
+  }
+
+  /// What there is to tell of the disk now.
+  public func report(disk: String, version: String) -> DiskReport {
+    var report = DiskReport()
+    report.disk = disk
+    report.format = image.formatName
+    report.version = version
+    report.pid = getpid()
+    report.size = size
+    report.blockSize = image.format.blockSize
+    report.allocated = image.format.allocatedBlocks * UInt64(image.format.blockSize)
+    report.basePath = image.basePath
+    report.flags = NBDExport.transmissionFlags(readOnly: image.readOnly)
+    report.readOnly = image.readOnly
+    report.state = condition.state
+    report.error = condition.reason
+    report.attached = isAttached
+    report.uncommitted = UInt64(target.uncommittedCount)
+    report.reads = target.counters.reads
+    report.writes = target.counters.writes
+    report.flushes = target.counters.flushes
+    report.faults = worker.faults
+    do throws(IOError) {
+      report.memory = try Hardening.residentMemory()
+    } catch { log(.warning, "cannot tell the memory in use", ["error": "\(error)"]) }
+    return report
+  }
+}
+
+extension Condition {
+  /// How an engine is.
+  init(_ health: UserTarget.Health) {
+    switch health {
+    case .ready: self = .ready
+    case .noSpace(let code):
+      self.init(.noSpace, "no space for a write (\(String(cString: strerror(code))))")
+    case .degraded(let code, let what):
+      self.init(.degraded, "\(what) (\(String(cString: strerror(code))))")
+    }
+  }
+}

@@ -1,0 +1,227 @@
+// The loop between a target and an image format: takes the target's faults, asks the
+// format, gives its answers, and has commit plans run.
+//
+// Invariants:
+// - One thread. Nothing here waits, reads or writes guest data; what blocks (a commit
+//   plan) goes through `offload`, and its end comes back on the same thread.
+// - A flush is answered `flushDone` only after its commit plan has run to its end. When it
+//   fails the flush fails, the marks stay uncommitted, and the next flush tries them again.
+// - One commit plan at a time; flushes that come meanwhile wait their turn.
+// - A placement that the target refuses is taken back from the format at once.
+
+import Glibc
+public import ImageFormats
+public import Posix
+public import Target
+public import WorkerLink
+
+/// How a disk is, and why.
+public struct Condition: Sendable, Equatable {
+  /// The state.
+  public var state: DiskState
+  /// One sentence; empty when ready.
+  public var reason: String
+
+  /// All is well.
+  public static let ready = Condition(.ready, "")
+
+  /// A condition from its parts.
+  public init(_ state: DiskState, _ reason: String) {
+    self.state = state
+    self.reason = reason
+  }
+
+  /// The graver of two; degraded is graver than no-space.
+  func worse(_ other: Condition) -> Condition {
+    func gravity(_ state: DiskState) -> Int {
+      switch state {
+      case .ready: 0
+      case .noSpace: 1
+      case .degraded: 2
+      }
+    }
+    return gravity(other.state) > gravity(state) ? other : self
+  }
+}
+
+/// Serves the faults of one target from one image.
+public final class Worker {
+  /// Runs blocking work elsewhere, and `then` on the worker's thread with its failure.
+  public typealias Offload = (
+    _ work: @escaping @Sendable () -> IOError?, _ then: @escaping (IOError?) -> Void
+  ) -> Void
+
+  /// How many blocks a read fault is answered with at most: what lies beside is often read
+  /// next, and an extent costs the same however long it is.
+  static let readAhead: UInt64 = 1 << 20
+
+  /// Faults answered so far.
+  public private(set) var faults: UInt64 = 0
+  /// How the disk is, as far as the format and the commits tell.
+  public private(set) var condition = Condition.ready
+  /// Whether a commit plan is being run.
+  public var isCommitting: Bool { !flushes.isEmpty }
+
+  private let target: any TargetEngine
+  private let format: any ImageFormat
+  private let store: any ByteStore
+  private let offload: Offload
+  private let log: Log
+  /// The greatest mark that the target has been given. What bears one up to it is no news to
+  /// the target, which takes only marks that grow.
+  private var lastMark: Mark = 0
+  /// Flush faults not yet answered; the first one's plan is being run.
+  private var flushes: [(id: FaultID, upTo: Mark)] = []
+
+  /// A worker from its parts.
+  public init(
+    target: any TargetEngine, format: any ImageFormat, store: any ByteStore, log: Log,
+    offload: @escaping Offload
+  ) {
+    self.target = target
+    self.format = format
+    self.store = store
+    self.log = log
+    self.offload = offload
+  }
+
+  /// Takes up what a former worker left uncommitted. Before the first `pump`.
+  public func restore() throws(ImageError) {
+    let extents = target.uncommitted()
+    guard !extents.isEmpty else { return }
+    try format.restore(extents)
+    lastMark = extents.reduce(0) { max($0, $1.mark) }
+    log(.info, "took up uncommitted placements", ["count": String(extents.count)])
+  }
+
+  /// Answers every fault that is there; whether there were any.
+  public func pump() -> Bool {
+    var any = false
+    while let fault = target.nextFault() {
+      any = true
+      faults += 1
+      handle(fault)
+    }
+    return any
+  }
+
+  private func handle(_ fault: Fault) {
+    switch fault {
+    case .read(let id, let blocks):
+      resolve(id, blocks) { () throws(ImageError) in
+        let limit = max(blocks.count, Self.readAhead)
+        return .map(id, fresh(Placement(try format.find(blocks.first, limit: limit))))
+      }
+    case .write(let id, let blocks, let whole):
+      resolve(id, blocks) { () throws(ImageError) in
+        .map(id, fresh(try format.place(blocks, whole: whole)))
+      }
+    case .discard(let id, let blocks, let zeroing):
+      resolve(id, blocks) { () throws(ImageError) in
+        switch try format.discard(blocks, zeroing: zeroing) {
+        case .zero(let extent): .map(id, fresh(Placement(extent, .zero)))
+        case .nothing(let count): .done(id, blocks: count)
+        }
+      }
+    case .flush(let id, let upTo):
+      flushes.append((id, upTo))
+      if flushes.count == 1 { commit() }
+    case .mapError(let block, let mark, let code):
+      if mark != 0 { format.abandon(mark) }
+      log(.warning, "a placement failed", ["block": String(block), "errno": reason(code)])
+    case .invalidateDone:
+      break
+    }
+  }
+
+  /// A placement without its mark when the target has it already.
+  private func fresh(_ placement: Placement) -> Placement {
+    var placement = placement
+    if placement.extent.mark <= lastMark { placement.extent.mark = 0 }
+    return placement
+  }
+
+  /// Answers with what the format says, or fails the fault with the format's error.
+  private func resolve(
+    _ id: FaultID, _ blocks: BlockRange, _ ask: () throws(ImageError) -> Answer
+  ) {
+    let answer: Answer
+    do throws(ImageError) {
+      answer = try ask()
+    } catch {
+      let what = "block \(blocks.first): \(error)"
+      log(.error, "the image cannot answer", ["block": String(blocks.first), "error": "\(error)"])
+      degrade(error.cause?.code == ENOSPC ? .noSpace : .degraded, what)
+      give(.fail(id, code: error.cause?.code ?? EIO))
+      return
+    }
+    let mark: Mark = if case .map(_, let placement, _) = answer { placement.extent.mark } else { 0 }
+    guard !give(answer) else {
+      lastMark = max(lastMark, mark)
+      return
+    }
+    if mark != 0 { format.abandon(mark) }
+    degrade(.degraded, "the target refused the answer for block \(blocks.first)")
+    give(.fail(id, code: EIO))
+  }
+
+  /// Whether the target took it.
+  @discardableResult private func give(_ answer: Answer) -> Bool {
+    do throws(AnswerRefusal) {
+      try target.answer(answer)
+      return true
+    } catch {
+      log(.error, "the target refused an answer", ["refusal": "\(error)", "answer": "\(answer)"])
+      return false
+    }
+  }
+
+  /// Runs the plan of the first flush that waits.
+  private func commit() {
+    guard let flush = flushes.first else { return }
+    let plan: CommitPlan
+    do throws(ImageError) {
+      plan = try format.commitPlan(upTo: flush.upTo)
+    } catch {
+      log(.error, "the image cannot be committed", ["error": "\(error)"])
+      degrade(.degraded, "cannot commit: \(error)")
+      return finish(.fail(flush.id, code: error.cause?.code ?? EIO))
+    }
+    guard !plan.stages.isEmpty else { return committed(flush) }
+    let store = store
+    offload(
+      {
+        do throws(IOError) {
+          try plan.run(on: store)
+          return nil
+        } catch { return error }
+      },
+      { [self] failure in
+        guard let failure else { return committed(flush) }
+        log(.error, "a commit failed", ["error": "\(failure)"])
+        degrade(failure.code == ENOSPC ? .noSpace : .degraded, "cannot commit: \(failure)")
+        finish(.fail(flush.id, code: failure.code))
+      })
+  }
+
+  private func committed(_ flush: (id: FaultID, upTo: Mark)) {
+    format.committed(upTo: flush.upTo)
+    // A disk that ran out of space and can commit again has found some.
+    if condition.state == .noSpace { condition = .ready }
+    finish(.flushDone(flush.id))
+  }
+
+  private func finish(_ answer: Answer) {
+    flushes.removeFirst()
+    give(answer)
+    commit()
+  }
+
+  /// Degradation goes one way: what is degraded stays so, with its first reason.
+  private func degrade(_ state: DiskState, _ reason: String) {
+    let next = Condition(state, reason)
+    if condition.worse(next) != condition { condition = next }
+  }
+
+  private func reason(_ code: Int32) -> String { String(cString: strerror(code)) }
+}

@@ -1,0 +1,125 @@
+// What the daemon says to a worker.
+
+/// The disk that a worker shall serve.
+public struct StartOrder: Sendable, Equatable {
+  /// What the daemon calls the disk, "DOMAIN-VDEV"; for the log.
+  public var disk: String
+  /// Name of the image format.
+  public var format: String
+  /// The store's path, only for what is said to people; the worker opens nothing.
+  public var storePath: String?
+  /// Whether the store is new and empty, and the image shall be made in it.
+  public var create = false
+  /// For a new image: bytes of a block; nil: the format's own choice.
+  public var blockSize: UInt32?
+  /// The base's path, for what is said to people and, in a new image, for the header.
+  public var basePath: String?
+  /// Whether the guest may only read.
+  public var readOnly = false
+  /// Whether a base that has changed is accepted and noted anew.
+  public var force = false
+
+  /// An order from what every disk needs.
+  public init(disk: String, format: String) {
+    self.disk = disk
+    self.format = format
+  }
+}
+
+/// What the daemon wants of a worker. Descriptors travel beside it, as each case says.
+public enum WorkerOrder: Sendable, Equatable {
+  /// The first order, once. Roles: store; base if known; pending; nbd unless handed later.
+  case start(StartOrder)
+  /// The answer to `needBase`. Role: base.
+  case base
+  /// The other answer to `needBase`; the worker fails with it as its message.
+  case refuseBase(reason: String)
+  /// Serve this nbd socket from now on, in place of any former. Role: nbd.
+  case attach
+  /// Tell your state and counters.
+  case status
+  /// Give the descriptors back, for a daemon that has forgotten them.
+  case descriptors
+  /// Finish what is under way, commit, end.
+  case stop
+
+  /// As a message.
+  public var message: LinkMessage {
+    switch self {
+    case .start(let order):
+      var fields = ["disk": order.disk, "format": order.format]
+      if order.create { fields["create"] = "1" }
+      if order.readOnly { fields["readonly"] = "1" }
+      if order.force { fields["force"] = "1" }
+      fields["block-size"] = order.blockSize.map(String.init)
+      fields["store-path"] = order.storePath
+      fields["base-path"] = order.basePath
+      return LinkMessage("start", fields)
+    case .base: return LinkMessage("base")
+    case .refuseBase(let reason): return LinkMessage("base", ["refused": reason])
+    case .attach: return LinkMessage("attach")
+    case .status: return LinkMessage("status")
+    case .descriptors: return LinkMessage("descriptors")
+    case .stop: return LinkMessage("stop")
+    }
+  }
+
+  /// From a message. Fields that are not known are skipped: a newer daemon may send them.
+  public init(_ message: LinkMessage) throws(LinkFault) {
+    switch message.verb {
+    case "start":
+      var order = StartOrder(disk: try message.text("disk"), format: try message.text("format"))
+      order.create = try message.flag("create")
+      order.readOnly = try message.flag("readonly")
+      order.force = try message.flag("force")
+      order.blockSize = try message.optionalNumber("block-size")
+      order.storePath = message.fields["store-path"]
+      order.basePath = message.fields["base-path"]
+      self = .start(order)
+    case "base":
+      self = message.fields["refused"].map { .refuseBase(reason: $0) } ?? .base
+    case "attach": self = .attach
+    case "status": self = .status
+    case "descriptors": self = .descriptors
+    case "stop": self = .stop
+    default: throw .unknownVerb(message.verb)
+    }
+  }
+}
+
+extension LinkConnection {
+  /// Sends an order. Throws as `send(_:lending:)` of a message.
+  public func send(
+    _ order: WorkerOrder, lending descriptors: [LinkRole: Int32] = [:]
+  ) throws(LinkError) {
+    try send(order.message, lending: descriptors)
+  }
+}
+
+extension LinkMessage {
+  func text(_ field: String) throws(LinkFault) -> String {
+    guard let value = fields[field] else { throw .badField(verb: verb, field: field) }
+    return value
+  }
+
+  func flag(_ field: String) throws(LinkFault) -> Bool {
+    switch fields[field] {
+    case nil, "0": return false
+    case "1": return true
+    default: throw .badField(verb: verb, field: field)
+    }
+  }
+
+  func optionalNumber<T: FixedWidthInteger>(_ field: String) throws(LinkFault) -> T? {
+    guard let text = fields[field] else { return nil }
+    guard let value = T(text) else { throw .badField(verb: verb, field: field) }
+    return value
+  }
+
+  func number<T: FixedWidthInteger>(_ field: String) throws(LinkFault) -> T {
+    guard let value: T = try optionalNumber(field) else {
+      throw .badField(verb: verb, field: field)
+    }
+    return value
+  }
+}

@@ -1,0 +1,171 @@
+// What a worker says to the daemon.
+
+/// How a disk is.
+public enum DiskState: String, Sendable {
+  /// It serves.
+  case ready
+  /// It serves, but something has failed; see the error.
+  case degraded
+  /// A write found no space; others may still succeed.
+  case noSpace = "no-space"
+}
+
+/// A disk that is served, as its worker sees it.
+public struct DiskReport: Sendable, Equatable {
+  /// What the daemon calls the disk.
+  public var disk = ""
+  /// Name of the image format.
+  public var format = ""
+  /// The worker's version.
+  public var version = ""
+  /// The worker's process id.
+  public var pid: Int32 = 0
+  /// Length of the disk in bytes.
+  public var size: UInt64 = 0
+  /// Bytes of a block.
+  public var blockSize: UInt32 = 0
+  /// Bytes of the blocks that have a place in the store.
+  public var allocated: UInt64 = 0
+  /// The base as it stands in the image; nil: it has none.
+  public var basePath: String?
+  /// NBD transmission flags to tell the kernel.
+  public var flags: UInt16 = 0
+  /// Whether the guest may only read.
+  public var readOnly = false
+  /// How it is.
+  public var state = DiskState.ready
+  /// Why it is not ready; empty when it is.
+  public var error = ""
+  /// Whether an nbd socket is served now.
+  public var attached = false
+  /// Placements that are not durable yet.
+  public var uncommitted: UInt64 = 0
+  /// Requests since the worker started.
+  public var reads: UInt64 = 0
+  /// Write requests.
+  public var writes: UInt64 = 0
+  /// Flush requests.
+  public var flushes: UInt64 = 0
+  /// Faults that the format was asked for.
+  public var faults: UInt64 = 0
+  /// Resident memory of the worker in bytes.
+  public var memory: UInt64 = 0
+
+  /// An empty report.
+  public init() {}
+
+  var fields: [String: String] {
+    var fields = [
+      "disk": disk, "format": format, "version": version, "pid": String(pid),
+      "size": String(size), "block-size": String(blockSize), "allocated": String(allocated),
+      "flags": String(flags), "readonly": readOnly ? "1" : "0", "state": state.rawValue,
+      "error": error, "attached": attached ? "1" : "0", "uncommitted": String(uncommitted),
+      "reads": String(reads), "writes": String(writes), "flushes": String(flushes),
+      "faults": String(faults), "memory": String(memory),
+    ]
+    fields["base-path"] = basePath
+    return fields
+  }
+
+  init(_ message: LinkMessage) throws(LinkFault) {
+    disk = try message.text("disk")
+    format = try message.text("format")
+    version = try message.text("version")
+    pid = try message.number("pid")
+    size = try message.number("size")
+    blockSize = try message.number("block-size")
+    allocated = try message.number("allocated")
+    basePath = message.fields["base-path"]
+    flags = try message.number("flags")
+    readOnly = try message.flag("readonly")
+    state = try message.state()
+    error = message.fields["error"] ?? ""
+    attached = try message.flag("attached")
+    uncommitted = try message.number("uncommitted")
+    reads = try message.number("reads")
+    writes = try message.number("writes")
+    flushes = try message.number("flushes")
+    faults = try message.number("faults")
+    memory = try message.number("memory")
+    // What is not so in any honest report, and what other programs may divide by.
+    guard size % 512 == 0, size <= 1 << 62 else {
+      throw .badField(verb: message.verb, field: "size")
+    }
+    guard blockSize >= 512, blockSize & (blockSize - 1) == 0 else {
+      throw .badField(verb: message.verb, field: "block-size")
+    }
+  }
+}
+
+/// What a worker tells. Descriptors travel beside it, as each case says.
+public enum WorkerReport: Sendable, Equatable {
+  /// The image is open and the disk can be served. Once, after `start`.
+  case ready(DiskReport)
+  /// The image names this base: answer `base` or `refuseBase`.
+  case needBase(path: String)
+  /// The disk cannot be served; the worker ends with exit status 1. The code is one of
+  /// `ImageError.Code`, or "io", "unknown-format", "protocol", "base-refused".
+  case failed(code: String, message: String)
+  /// The answer to `status`.
+  case status(DiskReport)
+  /// The answer to `descriptors`. Roles: store; base and pending if there are any.
+  case descriptors
+  /// The nbd socket has ended; the disk is kept and waits for another.
+  case detached
+  /// Unasked: the state has changed.
+  case event(DiskState, error: String)
+  /// An order that was not understood or came at a wrong time; the worker goes on.
+  case refused(order: String, message: String)
+
+  /// As a message.
+  public var message: LinkMessage {
+    switch self {
+    case .ready(let report): LinkMessage("ready", report.fields)
+    case .needBase(let path): LinkMessage("need-base", ["path": path])
+    case .failed(let code, let text): LinkMessage("failed", ["code": code, "message": text])
+    case .status(let report): LinkMessage("status", report.fields)
+    case .descriptors: LinkMessage("descriptors")
+    case .detached: LinkMessage("detached")
+    case .event(let state, let error):
+      LinkMessage("event", ["state": state.rawValue, "error": error])
+    case .refused(let order, let text):
+      LinkMessage("refused", ["order": order, "message": text])
+    }
+  }
+
+  /// From a message. Fields that are not known are skipped.
+  public init(_ message: LinkMessage) throws(LinkFault) {
+    switch message.verb {
+    case "ready": self = .ready(try DiskReport(message))
+    case "need-base": self = .needBase(path: try message.text("path"))
+    case "failed":
+      self = .failed(code: try message.text("code"), message: try message.text("message"))
+    case "status": self = .status(try DiskReport(message))
+    case "descriptors": self = .descriptors
+    case "detached": self = .detached
+    case "event":
+      self = .event(try message.state(), error: message.fields["error"] ?? "")
+    case "refused":
+      self = .refused(order: try message.text("order"), message: try message.text("message"))
+    default: throw .unknownVerb(message.verb)
+    }
+  }
+}
+
+extension LinkConnection {
+  /// Sends a report. Throws as `send(_:lending:)` of a message.
+  public func send(
+    _ report: WorkerReport, lending descriptors: [LinkRole: Int32] = [:]
+  ) throws(LinkError) {
+    try send(report.message, lending: descriptors)
+  }
+}
+
+extension LinkMessage {
+  fileprivate func state() throws(LinkFault) -> DiskState {
+    guard let state = DiskState(rawValue: try text("state")) else {
+      throw .badField(verb: verb, field: "state")
+    }
+    return state
+  }
+}

@@ -1,0 +1,103 @@
+// cowd: one disk, served from its image. Arguments only; the work is in Worker.
+
+import ArgumentParser
+import Glibc
+import Worker
+
+@main
+struct Cowd: ParsableCommand {
+  static let configuration = CommandConfiguration(
+    commandName: "cowd",
+    abstract: "Serves a disk image as a block device.",
+    usage: """
+      cowd -p FORMAT NAME STORE
+      cowd -p FORMAT --nbd unix:PATH STORE
+      """,
+    discussion: """
+      With NAME the disk appears as /dev/mapper/NAME, through the kernel's nbd driver \
+      (needs root). With --nbd it is served on a Unix socket, which needs no rights:
+
+        dscow_tool -c my.dscow base.img
+        cowd -p dscow --nbd unix:/tmp/my.sock my.dscow
+
+      cowd stays in the foreground. SIGTERM or SIGINT ends it: everything written is made \
+      durable first, and the device or the socket is removed. What a flush has confirmed \
+      survives even SIGKILL and a power cut. See cowd(8).
+      """,
+    version: Version.text)
+
+  @Option(name: [.customShort("p"), .customLong("format")], help: "The image's format: dscow.")
+  var format: String?
+
+  @Option(
+    name: .long,
+    help: ArgumentHelp("Serve NBD on a Unix socket at PATH.", valueName: "unix:PATH"))
+  var nbd: String?
+
+  @Option(
+    name: .long,
+    help: ArgumentHelp("The base, instead of the one that the store names.", valueName: "path"))
+  var base: String?
+
+  @Flag(name: .long, help: "Accept a base that has changed, and note it anew.")
+  var force = false
+
+  @Flag(name: .long, help: "Serve the disk for reading only.")
+  var readOnly = false
+
+  @Flag(name: [.customShort("v"), .long], help: "Log more; twice, much more.")
+  var verbose: Int
+
+  @Flag(name: .long, help: ArgumentHelp("Started by dmu-xend.", visibility: .private))
+  var supervised = false
+
+  @Option(name: .long, help: ArgumentHelp("The user to become.", visibility: .private))
+  var uid: UInt32 = 65534
+
+  @Option(name: .long, help: ArgumentHelp("The group to become.", visibility: .private))
+  var gid: UInt32 = 65534
+
+  @Argument(help: "NAME (not with --nbd), and the path of the STORE.")
+  var operands: [String] = []
+
+  func validate() throws {
+    guard !supervised else { return }
+    guard format != nil else { throw ValidationError("Say the image's format: -p dscow.") }
+    if let nbd {
+      guard nbd.hasPrefix("unix:"), nbd != "unix:" else {
+        throw ValidationError("'\(nbd)' is no place to serve at: write --nbd unix:PATH.")
+      }
+      guard operands.count == 1 else { throw ValidationError("With --nbd, say only the STORE.") }
+    } else {
+      guard operands.count == 2 else {
+        throw ValidationError("Say the NAME of the device and the STORE, or --nbd unix:PATH.")
+      }
+    }
+  }
+
+  func run() throws {
+    guard !supervised else {
+      var options = SupervisedOptions()
+      options.uid = uid
+      options.gid = gid
+      options.level = verbose > 0 ? .debug : .info
+      throw ExitCode(Supervised.run(options, version: Version.text))
+    }
+    let service: ByHandOptions.Service =
+      if let nbd { .socket(path: String(nbd.dropFirst("unix:".count))) } else {
+        .device(name: operands[0])
+      }
+    var options = ByHandOptions(
+      format: format ?? "", store: operands[operands.count - 1], service: service)
+    options.base = base
+    options.force = force
+    options.readOnly = readOnly
+    options.level = verbose > 1 ? .debug : verbose > 0 ? .info : .warning
+    do {
+      try ByHand.run(options)
+    } catch {
+      Log(level: .error, journal: Log.underJournal)(.error, "\(error)")
+      throw ExitCode.failure
+    }
+  }
+}

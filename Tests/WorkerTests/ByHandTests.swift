@@ -1,0 +1,112 @@
+// cowd by hand on a Unix socket: what it says, what it refuses, what it leaves.
+
+import Glibc
+import Posix
+import TestSupport
+import Testing
+
+@Suite("By hand") struct ByHandTests {
+  private func run(_ arguments: [String], _ folder: TemporaryFolder) throws
+    -> (status: Posix.ExitStatus?, messages: String)
+  {
+    let cowd = try CowdProcess(arguments, folder: folder)
+    let status = try cowd.process.wait(milliseconds: 10_000)
+    return (status, try cowd.messages())
+  }
+
+  @Test func itIsReadyAtOnceAndLeavesNothing() throws {
+    let image = try TestImage(sectors: 256, blockSize: 4096)
+    let path = image.folder.file("a b.sock")
+    let begin = milliseconds()
+    let cowd = try CowdProcess(
+      ["-p", "dscow", "--nbd", "unix:\(path)", image.store], folder: image.folder)
+    let line = try #require(cowd.line())
+    let taken = milliseconds() - begin
+    #expect(line.hasSuffix("nbdinfo 'nbd+unix:///?socket=\(image.folder.path)/a%20b.sock'"))
+    #expect(taken < 1000, "\(taken) ms to be ready")
+    let client = try TestNBDClient(path: path)
+    try client.run(.write, offset: 1024, length: 512, data: Stamp.sectors(1, 5))
+    #expect(try client.run(.read, offset: 1024, length: 512) == Stamp.sectors(1, 5))
+    try cowd.stop()
+    #expect(access(path, F_OK) != 0, "the socket is removed")
+    #expect(try cowd.messages() == "")
+    print("cowd --nbd was ready after \(taken) ms")
+
+    // Not flushed by the client, and there all the same.
+    let again = try CowdProcess(
+      ["-p", "dscow", "--nbd", "unix:\(path)", image.store, "--read-only"], folder: image.folder)
+    #expect(again.line() != nil)
+    let reader = try TestNBDClient(path: path)
+    #expect(try reader.run(.read, offset: 1024, length: 512) == Stamp.sectors(1, 5))
+    #expect(throws: IOError.self) {
+      try reader.run(.write, offset: 0, length: 512, data: Stamp.sectors(1, 6))
+    }
+    try again.stop()
+  }
+
+  @Test func whatItCannotDoItSaysInASentence() throws {
+    let image = try TestImage(sectors: 256, blockSize: 4096)
+    let socket = "unix:" + image.folder.file("s")
+    func expect(
+      _ sentence: String, _ arguments: [String], status: Int32 = 1,
+      from location: SourceLocation = #_sourceLocation
+    ) throws {
+      let result = try run(arguments, image.folder)
+      #expect(result.status == .exited(status), sourceLocation: location)
+      #expect(
+        result.messages.contains(sentence), "it says \(result.messages)", sourceLocation: location)
+    }
+    try expect(
+      "cowd: format 'foo' is unknown: this dmu-xen has dscow\n",
+      ["-p", "foo", "--nbd", socket, image.store])
+    let missing = image.folder.file("none")
+    try expect(
+      "store \(missing) does not exist: make it with 'dscow_tool -c \(missing) BASE'\n",
+      ["-p", "dscow", "--nbd", socket, missing])
+    try expect(
+      "base \(missing) does not exist: put it back, or say with --base where it is\n",
+      ["-p", "dscow", "--nbd", socket, image.store, "--base", missing])
+    try expect("Say the image's format", ["--nbd", socket, image.store], status: 64)
+    try expect("write --nbd unix:PATH", ["-p", "dscow", "--nbd", "/x", image.store], status: 64)
+    try expect("say only the STORE", ["-p", "dscow", "--nbd", socket, "a", "b"], status: 64)
+    try expect("Say the NAME", ["-p", "dscow", image.store], status: 64)
+    try expect("cannot be the name of a device", ["-p", "dscow", "a/b", image.store])
+  }
+
+  @Test func oneWorkerAStoreAndOnePathASocket() throws {
+    let image = try TestImage(sectors: 256, blockSize: 4096)
+    let other = try TestImage(sectors: 256, blockSize: 4096)
+    let path = image.folder.file("s")
+    let cowd = try CowdProcess(
+      ["-p", "dscow", "--nbd", "unix:\(path)", image.store], folder: image.folder)
+    #expect(cowd.line() != nil)
+    let second = try run(
+      ["-p", "dscow", "--nbd", "unix:\(path)2", image.store], other.folder)
+    #expect(second.status == .exited(1))
+    #expect(second.messages.contains("store \(image.store) is in use by another program"))
+    let third = try run(["-p", "dscow", "--nbd", "unix:\(path)", other.store], other.folder)
+    #expect(third.status == .exited(1))
+    #expect(third.messages.contains("\(path) is in use"))
+    _ = try TestNBDClient(path: path).run(.read, offset: 0, length: 512)
+    try cowd.stop()
+  }
+
+  /// Judges from elsewhere: libnbd and QEMU read the same disk.
+  @Test(.enabled(if: access("/usr/bin/nbdcopy", X_OK) == 0))
+  func otherClientsReadIt() throws {
+    let image = try TestImage(sectors: 2048, blockSize: 4096)
+    let path = image.folder.file("s")
+    let cowd = try CowdProcess(
+      ["-p", "dscow", "--nbd", "unix:\(path)", image.store], folder: image.folder)
+    #expect(cowd.line() != nil)
+    let copy = image.folder.file("copy")
+    let uri = "nbd+unix:///?socket=\(path)"
+    #expect(
+      try Command("/usr/bin/nbdcopy", [uri, copy]).start().wait(milliseconds: 30_000)
+        == .exited(0))
+    #expect(
+      try Command("/usr/bin/cmp", [copy, image.base]).start().wait(milliseconds: 30_000)
+        == .exited(0))
+    try cowd.stop()
+  }
+}

@@ -1,0 +1,103 @@
+// The daemon's part, played by a test: it opens the files, keeps the pending file, starts
+// workers, and plays the kernel's nbd driver at the other end of the socket.
+
+import Glibc
+import Posix
+import TestSupport
+import Testing
+import WorkerLink
+
+/// One disk and its worker of the moment.
+final class TestDaemon {
+  let image: TestImage
+  let linkPath: String
+  private(set) var worker: CowdProcess
+  private(set) var link: LinkConnection
+  private let listener: Descriptor
+  private let store: Descriptor
+  private let base: Descriptor
+  private let pending: Descriptor
+
+  init(_ image: TestImage) throws {
+    self.image = image
+    linkPath = image.folder.file("link")
+    listener = try UnixSocket.listen(at: linkPath, kind: .packets)
+    store = try Descriptor(path: image.store, flags: O_RDWR)
+    base = try Descriptor(path: image.base, flags: O_RDONLY)
+    pending = try Descriptor(
+      path: image.folder.file("pending"), flags: O_RDWR | O_CREAT, mode: 0o600)
+    worker = try Self.spawn(listener.raw, image.folder)
+    link = try LinkConnection(path: linkPath)
+  }
+
+  private static func spawn(_ listener: Int32, _ folder: TemporaryFolder) throws -> CowdProcess {
+    try CowdProcess(["--supervised"], descriptors: [3: listener], folder: folder)
+  }
+
+  /// Another process in place of a dead one.
+  func replaceWorker() throws {
+    link = try LinkConnection(path: linkPath)
+    worker = try Self.spawn(listener.raw, image.folder)
+  }
+
+  /// Another link, as a daemon that has been restarted makes.
+  func relink() throws { link = try LinkConnection(path: linkPath) }
+
+  var order: StartOrder {
+    var order = StartOrder(disk: "1-51712", format: "dscow")
+    order.storePath = image.store
+    order.basePath = image.base
+    return order
+  }
+
+  /// Sends `start`, with the descriptors of these roles.
+  func start(_ order: StartOrder? = nil, roles: Set<LinkRole> = [.store, .base, .pending]) throws {
+    var lent: [LinkRole: Int32] = [:]
+    if roles.contains(.store) { lent[.store] = store.raw }
+    if roles.contains(.base) { lent[.base] = base.raw }
+    if roles.contains(.pending) { lent[.pending] = pending.raw }
+    try link.send(.start(order ?? self.order), lending: lent)
+  }
+
+  func answerBase() throws { try link.send(.base, lending: [.base: base.raw]) }
+
+  /// Gives the worker a socket and answers the client at its other end.
+  func attach() throws -> TestNBDClient {
+    let pair = try UnixSocket.pair(.stream)
+    try link.send(.attach, lending: [.nbd: pair.second.raw])
+    return try TestNBDClient(transmission: pair.first)
+  }
+
+  /// The next report that is not an event, within ten seconds.
+  func report() throws -> (WorkerReport, LinkDescriptors) {
+    for _ in 0..<100 {
+      switch try link.receive(milliseconds: 100) {
+      case .none: continue
+      case .end: throw IOError(EPIPE, "hear", "the worker: \(try worker.messages())")
+      case .message(let message, let descriptors):
+        let report = try WorkerReport(message)
+        if case .event = report { continue }
+        return (report, descriptors)
+      }
+    }
+    throw IOError(ETIMEDOUT, "hear", "the worker: \(try worker.messages())")
+  }
+
+  /// Starts the disk and expects it to be ready.
+  func startReady() throws -> DiskReport {
+    try start()
+    guard case .ready(let report) = try report().0 else {
+      throw IOError(EPROTO, "start", "the worker: \(try worker.messages())")
+    }
+    return report
+  }
+
+  func status() throws -> DiskReport {
+    try link.send(.status)
+    while true {
+      let report = try report().0
+      if case .status(let status) = report { return status }
+      guard report == .detached else { throw IOError(EPROTO, "ask for", "\(report)") }
+    }
+  }
+}

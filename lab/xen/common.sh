@@ -1,0 +1,60 @@
+# shellcheck shell=bash
+# common.sh: what the host side of the Xen lab shares: the cache, and booting dom0.
+#
+# The cache is ${XDG_CACHE_HOME:-~/.cache}/dmu-xen/xen. `prepare` leaves two links there:
+#
+#   base/xen.elf        the hypervisor
+#   base/vmlinux        the kernel of dom0 and of the guests, uncompressed
+#   base/dom0.cpio.gz   dom0's first root: finds the disk and the share, and leaves
+#   base/dom0.ext4      dom0's root (never written to: QEMU keeps a snapshot)
+#   guest/guest.cpio.gz the guests' whole world: labio as init, and xen-blkfront
+#   guest/labio         the same program for use in dom0 and on this computer
+
+lab_dir=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+cache=${XDG_CACHE_HOME:-$HOME/.cache}/dmu-xen/xen
+
+say() { printf 'lab: %s\n' "$*" >&2; }
+die() {
+  say "$*"
+  exit 1
+}
+
+# new_share DIST: makes a folder to be given to dom0 and prints its name.
+new_share() {
+  local share
+  share=$(mktemp -d "${TMPDIR:-/tmp}/dmu-xen-lab.XXXXXX")
+  mkdir -p "$share/out" "$share/dist" "$share/guest"
+  cp -a "$lab_dir/dom0" "$lab_dir/scenarios" "$share/"
+  cp "$cache/guest/guest.cpio.gz" "$cache/guest/labio" "$share/guest/"
+  if [ -n "$1" ]; then
+    [ -d "$1" ] || die "no install tree at $1: make install DESTDIR=$1 makes one"
+    cp -a "$1/." "$share/dist/"
+  fi
+  printf '%s\n' "$share"
+}
+
+# boot_dom0 SHARE SERIAL...: runs the machine in the foreground of the calling shell (exec),
+# so that the caller's $! is the emulator's own process id. Two machines at a time would
+# take three times as long, so they queue.
+boot_dom0() {
+  local share=$1
+  shift
+  exec qemu-system-x86_64 -name dmu-xen-lab \
+    -accel tcg,thread=multi -cpu qemu64,+svm,+npt,-rdtscp -m 3072 -smp 2 \
+    -no-reboot -nodefaults -display none "$@" \
+    -kernel "$cache/base/xen.elf" \
+    -append "console=com1 com1=115200 dom0_mem=1024M,max:1024M bootscrub=0 loglvl=warning" \
+    -initrd "$cache/base/vmlinux console=hvc0 quiet panic=-1,$cache/base/dom0.cpio.gz" \
+    -drive "file=$cache/base/dom0.ext4,if=virtio,format=raw,snapshot=on" \
+    -virtfs "local,path=$share,mount_tag=share,security_model=none"
+}
+
+# one_machine COMMAND...: waits for its turn on this computer.
+lock_machine() {
+  mkdir -p "$cache"
+  exec 9>"$cache/machine.lock"
+  if ! flock -n 9; then
+    say "another lab machine is running; waiting for it to end"
+    flock 9
+  fi
+}

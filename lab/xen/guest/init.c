@@ -1,0 +1,78 @@
+/*
+ * init.c: process 1 of a guest. Mounts what there is to mount, loads xen-blkfront, and obeys
+ * the kernel's command line first and then, line by line, the console.
+ */
+#include "labio.h"
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/mount.h>
+#include <sys/syscall.h>
+#include <termios.h>
+#include <unistd.h>
+
+static void load_modules(void)
+{
+	FILE *order = fopen("/lib/modules/order", "r");
+	char path[256];
+
+	while (order && fgets(path, sizeof(path), order)) {
+		path[strcspn(path, "\n")] = 0;
+		int fd = open(path, O_RDONLY | O_CLOEXEC);
+
+		if (fd < 0 || syscall(SYS_finit_module, fd, "", 0))
+			printf("LAB error module %s: %s\n", path, strerror(errno));
+		close(fd);
+	}
+	if (order)
+		fclose(order);
+}
+
+static void open_console(void)
+{
+	struct termios t;
+	int fd = open("/dev/hvc0", O_RDWR);
+
+	if (fd < 0)
+		fd = open("/dev/console", O_RDWR);
+	for (int i = 0; i < 3; i++)
+		dup2(fd, i);
+	if (tcgetattr(0, &t) == 0) {
+		t.c_lflag &= ~ECHO;	/* an order must not look like its answer */
+		tcsetattr(0, TCSANOW, &t);
+	}
+	setvbuf(stdout, NULL, _IOLBF, 0);
+	setvbuf(stdin, NULL, _IONBF, 0);
+}
+
+_Noreturn void guest_main(void)
+{
+	char line[1024] = "", *orders, *order;
+	FILE *f;
+
+	is_init = true;
+	mount("proc", "/proc", "proc", 0, "");
+	mount("sysfs", "/sys", "sysfs", 0, "");
+	mount("dev", "/dev", "devtmpfs", 0, "");
+	open_console();
+	load_modules();
+	puts("LAB up");
+	f = fopen("/proc/cmdline", "r");
+	if (f && fgets(line, sizeof(line), f) && (orders = strstr(line, "lab="))) {
+		orders += 4;
+		orders[strcspn(orders, " \n")] = 0;
+		while ((order = strsep(&orders, ",")))
+			obey(order);
+	}
+	puts("LAB listening");
+	for (;;) {
+		if (!fgets(line, sizeof(line), stdin)) {
+			clearerr(stdin);
+			sleep(1);
+			continue;
+		}
+		line[strcspn(line, "\r\n")] = 0;
+		obey(line);
+	}
+}
