@@ -268,8 +268,8 @@ struct Qcow2Life {
 }
 
 @Suite struct Qcow2MatrixTests {
-  @Test(arguments: Qcow2Case.all) func asQEMU(_ test: Qcow2Case) throws {
-    for seed in 0..<3 {
+  @Test(arguments: Depth.some(7, of: Qcow2Case.all)) func asQEMU(_ test: Qcow2Case) throws {
+    for seed in 0..<max(1, Depth.factor / 10) {
       var life = try Qcow2Life(test, seed: UInt64(seed))
       try life.make()
       let before = try life.judge.contents("disk.img", "qcow2")

@@ -43,7 +43,7 @@ import Testing
 
   @Test(arguments: ["dynamic", "fixed", "dynamic,force_size=on", "fixed,force_size=on"])
   func asQEMU(options: String) throws {
-    for seed in 0..<4 {
+    for seed in 0..<max(1, Depth.factor / 7) {
       let judge = try Judge()
       let options = "subformat=" + options
       try judge.must(
@@ -142,7 +142,8 @@ import Testing
       uuid: [UInt8](repeating: 1, count: 16))
     var image = fresh.contents()
     image += [UInt8](repeating: 0, count: (1 << 20) - image.count)
-    for seed in 0..<1200 {
+    let seeds = Depth.times(40)
+    for seed in 0..<seeds {
       var random = SplitMix64(seed: UInt64(seed))
       var model = DiskModel(sectors: sectors) { _ in 0 }
       var disk = SimulatedDisk("store", contents: image)
@@ -185,7 +186,7 @@ import Testing
         model.settle(found)
       }
     }
-    print("vhd: 3600 power cuts")
+    print("vhd: \(seeds * 3) power cuts")
   }
 
   @Test func hostile() throws {
@@ -211,15 +212,15 @@ import Testing
         try attempt { try engine.flush() }
       }
     }
-    for length in Array(0..<1600) + [image.count - 1, image.count - 512] {
+    for length in Depth.some(54, of: Array(0..<1600)) + [image.count - 1, image.count - 512] {
       try use([UInt8](image[..<length]))
     }
-    for offset in 0..<1536 {
+    for offset in Depth.some(52, of: Array(0..<1536)) {
       var bytes = image
       bytes[offset] ^= 0xFF
       try use(bytes)
     }
-    for seed in 0..<500 {
+    for seed in 0..<Depth.times(17) {
       var random = SplitMix64(seed: UInt64(seed))
       var bytes = image
       for _ in 0...random.below(6) {
