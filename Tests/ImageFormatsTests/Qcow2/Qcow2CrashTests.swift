@@ -192,14 +192,16 @@ struct Qcow2CrashRun {
   @Test func brokenOrderIsFound() throws {
     let image = try CrashSeedImage.fresh512.make()
     var violations = 0
-    let most = Depth.times(20)
-    for seed in 0..<most {
+    let least = Depth.times(20)
+    var tried = 0
+    for seed in 0..<max(600, least) where seed < least || violations == 0 {
+      tried += 1
       var run = Qcow2CrashRun(seed: UInt64(seed), image: image)
       run.keepsOrder = false
       do { try run.live(cuts: 3) } catch is Qcow2CrashRun.Violation { violations += 1 }
     }
     #expect(violations > 0)
-    print("stages run together: \(violations) of \(most) seeds found it")
+    print("stages run together: \(violations) of \(tried) seeds found it")
   }
 
   /// Whichever call to the store fails, what a flush confirmed is there and nothing is

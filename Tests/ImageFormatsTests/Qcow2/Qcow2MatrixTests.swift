@@ -268,7 +268,7 @@ struct Qcow2Life {
 }
 
 @Suite struct Qcow2MatrixTests {
-  @Test(arguments: Depth.some(7, of: Qcow2Case.all)) func asQEMU(_ test: Qcow2Case) throws {
+  @Test(arguments: Depth.some(4, of: Qcow2Case.all)) func asQEMU(_ test: Qcow2Case) throws {
     for seed in 0..<max(1, Depth.factor / 10) {
       var life = try Qcow2Life(test, seed: UInt64(seed))
       try life.make()

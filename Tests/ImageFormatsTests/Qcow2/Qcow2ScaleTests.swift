@@ -31,7 +31,8 @@ import Testing
     let engine = DeviceEngine(fresh, store: other)
     var random = SplitMix64(seed: 1)
     let blocks = size / 65536
-    for _ in 0..<60 {
+    let rounds = Depth.times(2)
+    for _ in 0..<rounds {
       for _ in 0..<2000 { _ = try full.find(random.next() % blocks, limit: 1) }
       for _ in 0..<400 {
         let extent = try fresh.place(BlockRange(random.next() % blocks), whole: true).extent
@@ -42,8 +43,8 @@ import Testing
     }
     let grown = try Self.resident() - before
     print(
-      "qcow2 of 2 TiB: 120000 finds in a full one, 24000 first writes in 60 commits: "
-        + "\(grown >> 20) MiB more resident")
+      "qcow2 of 2 TiB: \(rounds * 2000) finds in a full one, \(rounds * 400) first writes in "
+        + "\(rounds) commits: \(grown >> 20) MiB more resident")
     #expect(grown < 64 << 20)
     let report = try Qcow2.check(store: other)
     #expect(report.corruptions == 0)
