@@ -36,7 +36,7 @@ run: ## boot a real Xen and run a guest from a dmu disk (10 minutes once, then u
 test: ## every suite: unit, xenstored, NBD clients, the Xen lab (under 40 minutes cold)
 	@lab/prerequisites build test xen
 	@$(MAKE) --no-print-directory dist
-	$(SWIFT) test
+	$(SWIFT) test --no-parallel
 	lab/xen/run --dist $(DIST)
 
 kernel-lab: ## the module's scenarios in a checked kernel (15 minutes once, then 5)
