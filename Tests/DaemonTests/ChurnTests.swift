@@ -61,11 +61,21 @@ struct ChurnTests {
     let workers = try await world.status().compactMap(\.worker)
     #expect(Set(workers).count == wanted.count)
     #expect(try World.pids(world.runDirectory + "/disks").sorted() == workers.sorted())
-    try await eventually("the right processes") {
-      try await world.workers().sorted() == workers.sorted()
+    do {
+      try await eventually("the right processes") {
+        try await world.workers().sorted() == workers.sorted()
+      }
+    } catch {
+      let strangers = Set(try await world.workers()).subtracting(workers)
+      Issue.record("workers of no disk: \(strangers), of \(workers.count)")
+      throw error
     }
     #expect(try world.devices <= wanted.count)
-    for disk in wanted { #expect(try world.node(disk, "state") == "ready") }
-    #expect(try world.toolstack.read("/local/domain/0/dmu-xen/disks") == "\(wanted.count)")
+    for disk in wanted {
+      try await eventually("its node") { try world.node(disk, "state") == "ready" }
+    }
+    try await eventually("the count") {
+      try world.toolstack.read("/local/domain/0/dmu-xen/disks") == "\(wanted.count)"
+    }
   }
 }

@@ -132,6 +132,28 @@ struct LifeTests {
     }
   }
 
+  @Test("An entry that is made anew between two looks: the same disk goes on, another replaces it")
+  func madeAnew() async throws {
+    try await inWorld { world in
+      let disk = try world.attach(5, world.spec("g5.dscow"))
+      try await world.add(disk)
+      let worker = try await world.worker(disk)
+      try await eventually("it is told") { try world.node(disk, "state") == "ready" }
+      try world.toolstack.attach(disk)
+      try await eventually("it is told again") { try world.node(disk, "state") == "ready" }
+      #expect(try await world.worker(disk) == worker)
+      var other = disk
+      other.params = world.spec("other.dscow")
+      try world.toolstack.attach(other)
+      try await eventually("the other is served") {
+        let status = try await world.status(5).first
+        return status?.state == .ready && status?.store == world.folder.file("other.dscow")
+      }
+      #expect(kill(worker, 0) != 0)
+      #expect(try world.devices == 1)
+    }
+  }
+
   @Test("xenstored loses its memory: disks in use stay, and go when it speaks of them again")
   func amnesia() async throws {
     try await inWorld { world in

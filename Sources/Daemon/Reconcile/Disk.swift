@@ -69,8 +69,14 @@ final class Disk {
   var wanted: WantedDisk? {
     guard !released else { return nil }
     if orphaned { return WantedDisk(params: params, readOnly: readOnly, going: false) }
-    return sight?.wanted
+    guard let wanted = sight?.wanted else { return nil }
+    // Taken away and attached anew as something else between two looks: first the one goes.
+    if holdsSomething, wanted.params != params || wanted.readOnly != readOnly { return nil }
+    return wanted
   }
+
+  /// Whether there is a worker or a device.
+  var holdsSomething: Bool { worker != nil || device != nil }
 
   /// Whether it is about to let go of its store.
   var isLeaving: Bool {

@@ -32,7 +32,7 @@ extension Reconciler {
       guard let record, let device = record.device, let spec = Reconciler.spec(record.params)
       else {
         // It was not yet served, or its file was not written to the end.
-        if let record { try await end(record) }
+        try await end(record, directory)
         try await offload.run { () throws(IOError) in try directory.remove() }
         return
       }
@@ -48,14 +48,14 @@ extension Reconciler {
       }
       guard attached else {
         log.error("the device has gone", metadata: ["device": "\(device.path)"])
-        try await end(record)
+        try await end(record, directory)
         try await offload.run { () throws(IOError) in try directory.remove() }
         return
       }
       disk.device = device
       table[id] = disk
       if await !takeOver(disk, record) {
-        try await end(record)
+        try await end(record, directory)
         disk.phase = .restarting(at: .now)
         log.error("the worker is gone and is replaced", metadata: ["worker": "\(record.worker)"])
       }
@@ -123,7 +123,29 @@ extension Reconciler {
     }
   }
 
-  /// Ends the process of a record, if it still runs.
+  /// Ends every worker of a disk that still runs: the one of the record, and one that a
+  /// daemon started and did not live to write down.
+  private func end(_ record: DiskRecord?, _ directory: DiskDirectory) async throws(IOError) {
+    if let record { try await end(record) }
+    try await offload.run { () throws(IOError) in
+      let link: LinkConnection
+      do throws(IOError) { link = try LinkConnection(path: directory.link) } catch {
+        if error.code == ENOENT || error.code == ECONNREFUSED { return }
+        throw error
+      }
+      do throws(LinkError) {
+        try link.send(.stop)
+        for _ in 0..<64 {
+          if case .end = try link.receive(milliseconds: 10_000) { return }
+        }
+      } catch {
+        // Gone in the middle of a word is gone, too.
+        if case .io = error { return }
+      }
+      throw IOError(EBUSY, "end", "the worker at \(directory.link)")
+    }
+  }
+
   private func end(_ record: DiskRecord) async throws(IOError) {
     try await offload.run { () throws(IOError) in
       let process: ProcessHandle

@@ -16,6 +16,7 @@ extension Reconciler {
     var order = StartOrder(disk: "\(disk.id)", format: spec.format)
     order.create = create
     order.blockSize = options.blockSize
+    order.storePath = spec.store
     order.basePath = disk.basePath
     order.readOnly = disk.readOnly
     order.force = options.force
@@ -315,7 +316,8 @@ extension DiskFailure {
     case "base-missing": self = .baseUnnamed(store: store)
     case "unknown-format": self = .formatUnknown(disk.spec?.format ?? "")
     default:
-      self.init(.image, "store \(store) cannot be used: \(message)")
+      let named = ["store \(store): ", "\(store): "].first { message.hasPrefix($0) } ?? ""
+      self.init(.image, "store \(store) cannot be used: \(message.dropFirst(named.count))")
     }
   }
 

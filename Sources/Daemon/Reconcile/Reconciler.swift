@@ -113,6 +113,13 @@ public actor Reconciler {
         disk.sight = sight
         if sight.exists { disk.orphaned = false }
         if let vdev = sight.vdev { disk.vdev = vdev }
+        // The entry was made anew, or somebody has written in our nodes.
+        if sight.told != disk.published?.state.rawValue { disk.published = nil }
+        if case .failed(_, attached: false) = disk.phase, let wanted = sight.wanted,
+          wanted.params != disk.params
+        {
+          enter(disk, .idle)
+        }
       } catch {
         log(for: disk).warning("cannot look at the disk", metadata: ["error": "\(error)"])
         wake(disk, after: .seconds(1))
@@ -254,8 +261,9 @@ public actor Reconciler {
           worker: disk.worker.map { String($0.process.pid) } ?? "",
           error: disk.phase.error ?? "", since: String(disk.since))
         if disk.published != nodes {
-          try await view.publish(disk.id, nodes)
-          disk.published = nodes
+          let written = try await view.publish(disk.id, nodes)
+          disk.published = written ? nodes : nil
+          disk.sight?.told = written ? nodes.state.rawValue : nil
         }
       }
     } catch {

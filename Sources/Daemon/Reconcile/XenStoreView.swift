@@ -18,6 +18,8 @@ struct Sight: Sendable, Equatable {
   var exists: Bool
   /// The disk's name in the guest as the toolstack wrote it.
   var vdev: String?
+  /// The state that stands in our own nodes; nil when they are not there.
+  var told: String?
 }
 
 /// What everybody is told of a disk.
@@ -79,12 +81,12 @@ struct XenStoreView: Sendable {
     }
   }
 
-  /// Writes a disk's nodes, readable by this domain only. Nothing happens when the entry
-  /// has gone.
-  func publish(_ id: DiskID, _ nodes: DiskNodes) async throws(XenStoreError) {
+  /// Writes a disk's nodes, readable by this domain only. False, and nothing happens, when
+  /// the entry has gone.
+  func publish(_ id: DiskID, _ nodes: DiskNodes) async throws(XenStoreError) -> Bool {
     try await client.transaction { session throws(XenStoreError) in
       let entry = id.backendPath
-      guard try session.readIfPresent(entry + "/params") != nil else { return }
+      guard try session.readIfPresent(entry + "/params") != nil else { return false }
       let folder = entry + "/dmu"
       try session.makeDirectory(folder)
       let permissions = try session.permissions(of: folder)
@@ -93,6 +95,7 @@ struct XenStoreView: Sendable {
       for (name, value) in nodes.all {
         try session.write(folder + "/" + name, XenStoreView.cut(value))
       }
+      return true
     }
   }
 
@@ -155,7 +158,8 @@ struct XenStoreView: Sendable {
       }
     let going = online == "0" || state == "5" || state == "6"
     let wanted = WantedDisk(params: params, readOnly: readOnly, going: going)
-    return Sight(wanted: wanted, exists: true, vdev: vdev)
+    let told = try text(session, entry + "/dmu/state")
+    return Sight(wanted: wanted, exists: true, vdev: vdev, told: told)
   }
 
   /// A node as text; one that is not UTF-8 as if it were not there.
