@@ -12,7 +12,7 @@ SHELL_FILES = $(shell git grep -lE '^\#!/bin/(ba)?sh|^\# shellcheck shell=' -- .
 
 export DMU_BIN_DIR = $(CURDIR)/$(BIN)
 
-.PHONY: help build dist test check run lab-shell install bench clean format
+.PHONY: help build dist test kernel-lab check run lab-shell install bench clean format
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -36,8 +36,15 @@ run: ## boot a real Xen and run a guest from a dmu disk (10 minutes once, then u
 test: ## every suite: unit, xenstored, NBD clients, the Xen lab (under 40 minutes cold)
 	@lab/prerequisites build test xen
 	@$(MAKE) --no-print-directory dist
-	$(SWIFT) test
+	$(SWIFT) test --no-parallel
 	lab/xen/run --dist $(DIST)
+
+kernel-lab: ## the module's scenarios in a checked kernel (15 minutes once, then 5)
+	@lab/prerequisites build kernel
+	lab/kernel/prepare
+	$(SWIFT) build --product kernel-worker
+	$(SWIFT) build --product dscow_tool
+	lab/kernel/run --programs .build/debug
 
 check: ## format, lint, warnings as errors, shellcheck
 	@lab/prerequisites build check

@@ -33,6 +33,7 @@ let nioPosix = Target.Dependency.product(name: "NIOPosix", package: "swift-nio")
 
 let package = Package(
   name: "dmu-xen",
+  products: [.library(name: "DMU", targets: ["DMU"])],
   dependencies: [
     .package(url: "https://github.com/apple/swift-argument-parser", from: "1.8.2"),
     .package(url: "https://github.com/apple/swift-log", from: "1.16.2"),
@@ -45,14 +46,19 @@ let package = Package(
     .systemLibrary(name: "CXenStore", pkgConfig: "xenstore", providers: [.apt(["libxen-dev"])]),
     room("Posix", ["CLinux"]),
     room("XenStore", ["CXenStore", "Posix"]),
-    room("ImageFormats", ["Posix"]),
-    room("Target", ["Posix"]),
+    .systemLibrary(name: "CZlib", pkgConfig: "zlib", providers: [.apt(["zlib1g-dev"])]),
+    .systemLibrary(name: "CZstd", pkgConfig: "libzstd", providers: [.apt(["libzstd-dev"])]),
+    room("ImageFormats", ["CZlib", "CZstd", "Posix"]),
+    .target(name: "DMUProtocol"),
+    room("DMU", ["DMUProtocol", "Posix"]),
+    room("Target", ["DMU", "Posix"]),
     room("WorkerLink", ["Posix"]),
-    room("Worker", ["Target", "ImageFormats", "WorkerLink", "Posix"]),
+    room("Worker", ["Target", "DMU", "ImageFormats", "WorkerLink", "Posix"]),
     room(
       "Daemon",
       ["XenStore", "WorkerLink", "Posix", logging, lifecycle, signals, toml, nio, nioPosix]),
     program("cowd", ["Worker", argumentParser]),
+    program("kernel-worker", ["Worker"]),
     program("dmu-xend", ["Daemon", argumentParser]),
     program("dmu-xen", ["Daemon", argumentParser]),
     program("dscow_tool", ["ImageFormats", "Posix", argumentParser]),

@@ -17,11 +17,21 @@ public struct CommitPlan: Sendable {
     public let offset: UInt64
     /// The bytes.
     public let bytes: [UInt8]
+    /// When there are no bytes: so many zeroes.
+    public let zeroes: UInt64
 
     /// A write from its parts.
     public init(offset: UInt64, bytes: [UInt8]) {
       self.offset = offset
       self.bytes = bytes
+      self.zeroes = 0
+    }
+
+    /// A run of zeroes, within the store's length.
+    public init(offset: UInt64, zeroes: UInt64) {
+      self.offset = offset
+      self.bytes = []
+      self.zeroes = zeroes
     }
   }
 
@@ -39,7 +49,13 @@ public struct CommitPlan: Sendable {
   /// Runs the plan. Blocks; may run on any thread, one plan at a time for a store.
   public func run(on store: any ByteStore) throws(IOError) {
     for stage in stages {
-      for write in stage { try store.write(write.bytes, at: write.offset) }
+      for write in stage {
+        if write.zeroes > 0 {
+          try store.zero(at: write.offset, count: write.zeroes)
+        } else {
+          try store.write(write.bytes, at: write.offset)
+        }
+      }
       try store.flush()
     }
   }
@@ -61,6 +77,13 @@ public protocol ImageFormat: AnyObject {
   var blockSize: UInt32 { get }
   /// Blocks that have a place in the store, committed or not.
   var allocatedBlocks: UInt64 { get }
+
+  /// The backing devices by the numbers that extents bear, when the format has more or others
+  /// than the store (0) and the base (1) that it was opened with; nil when it has just those.
+  /// Device 0 is where first writes go. The list stays the same while the image is open. Some
+  /// devices have no descriptor: they read through user space (compressed clusters, a base that
+  /// is itself an image) and are never written.
+  var devices: [any ByteStore]? { get }
 
   /// Where a block lives for reading: the longest run from it on that is mapped alike, up to
   /// `limit` blocks. `writable` when writes may go there without asking.
@@ -85,4 +108,9 @@ public protocol ImageFormat: AnyObject {
 
   /// Placements that a former worker made and did not commit, in the order of their marks.
   func restore(_ extents: [Extent]) throws(ImageError)
+}
+
+extension ImageFormat {
+  /// The store and the base, as they were given.
+  public var devices: [any ByteStore]? { nil }
 }

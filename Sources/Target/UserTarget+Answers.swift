@@ -106,10 +106,14 @@ extension UserTarget {
     if !isTemporary {
       guard agrees(run) else { throw .overlap(extent.blocks) }
     }
+    let asked = slots[index].holdEnd
     slots[index].fault = 0
     release(index)
     if !isTemporary { learn(run, except: index) }
-    // The answer itself serves this request, whether or not the map has kept it.
+    // The answer itself serves this request, whether or not the map has kept it; but only the
+    // blocks that were asked for, since those beyond may be in the hands of a write whose
+    // data is not at their place yet.
+    run.end = min(run.end, asked)
     slots[index].state = .ready
     if isInvalidating(run.first, run.end) || moveRead(index, run) { makeReady(index) }
   }

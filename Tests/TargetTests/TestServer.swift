@@ -90,7 +90,7 @@ final class TestServer: @unchecked Sendable {
   private func serve() {
     do {
       let parts = try TestServerParts(folder: folder, size: size, medium: medium, options: options)
-      _ = try parts.loop.add(bell.raw, for: .readable) { [unowned parts] _ in
+      let registration = try parts.loop.add(bell.raw, for: .readable) { [unowned parts] _ in
         var byte: UInt8 = 0
         guard read(self.bell.raw, &byte, 1) == 1 else { return }
         let errand = self.errands.withLock { $0.isEmpty ? nil : $0.removeFirst() }
@@ -100,6 +100,8 @@ final class TestServer: @unchecked Sendable {
       parts.export.close()
       while parts.target.outstanding > 0 { try parts.loop.turn(timeout: 10) }
       for _ in 0..<3 { try parts.loop.turn(timeout: 0) }
+      // The loop's handlers hold this server, and with it the folder.
+      parts.loop.remove(registration)
       parts.pool.shutdown()
     } catch {
       preconditionFailure("\(error)")

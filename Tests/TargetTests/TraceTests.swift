@@ -252,13 +252,16 @@ private final class Trace: RequestOwner {
 }
 
 @Suite struct TraceTests {
+  /// A read was served from a place beyond what it had asked for, before the data was there.
+  static let known: [UInt64] = [636_325_554_291_061]
+
   /// DMU_SEED replays one seed.
   static let seeds: [UInt64] = {
     if let text = getenv("DMU_SEED"), let seed = UInt64(String(cString: text)) { return [seed] }
     var time = timespec()
     clock_gettime(CLOCK_REALTIME, &time)
     let start = UInt64(time.tv_nsec) << 20
-    return (0..<800).map { start + $0 }
+    return known + (0..<800).map { start + $0 }
   }()
 
   @Test func anyOrderOfEverything() throws {

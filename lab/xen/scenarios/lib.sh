@@ -210,7 +210,14 @@ nbd_in_use() { find /sys/block/nbd*/pid 2>/dev/null | wc -l; }
 no_nbd() { [ "$(nbd_in_use)" = 0 ]; }
 
 # table_has WORD: whether a line of `dmu-xen status` has it.
-table_has() { dmu-xen status | tee /dev/stderr | grep -q -- "$1"; }
+table_has() { has_line "$1" dmu-xen status; }
+
+# has_line PATTERN COMMAND...: whether it succeeds and prints such a line; shows all of it.
+has_line() {
+  local pattern=$1 output
+  shift
+  output=$("$@") && echo "$output" && grep -qE -- "$pattern" <<<"$output"
+}
 
 # acked NAME: how many operations of its loop the guest has been told of.
 acked() { sed -n 's/^LAB acked \([0-9]*\) of.*/\1/p' "$(console "$1")" | tail -n 1; }
@@ -230,7 +237,7 @@ end_loop() {
   acked "$1"
 }
 
-has_block_size() { dscow_tool info "$1" | tee /dev/stderr | grep -qE "^Block size: +$2\$"; }
+has_block_size() { has_line "^Block size: +$2\$" dscow_tool info "$1"; }
 workers_are() { [ "$(pidof cowd | wc -w)" = "$1" ]; }
 
 # has_other_worker OLD: whether the disk of the scenario's guest has another worker by now.

@@ -1,0 +1,121 @@
+// What a worker says to /dev/dmu/NAME, as values.
+
+internal import DMUProtocol
+
+/// One answer to the device-mapper target `userspace`. Source: dmu.h.
+public struct Answer: Sendable {
+  /// The place that is no device: blocks read as zeroes.
+  public static let zeroDevice = UInt16(DMU_DEVICE_ZERO)
+
+  /// Where blocks live: a backing device by number, and the sector of the first of them.
+  public struct Place: Sendable, Hashable {
+    /// The device, or `Answer.zeroDevice`.
+    public var device: UInt16
+    /// The sector there.
+    public var sector: UInt64
+
+    /// A place from its parts.
+    public init(device: UInt16, sector: UInt64) {
+      self.device = device
+      self.sector = sector
+    }
+
+    /// Nowhere: zeroes.
+    public static let zero = Place(device: Answer.zeroDevice, sector: 0)
+  }
+
+  /// What precedes a first write.
+  public enum Preparation: Sendable, Hashable {
+    /// Nothing.
+    case none
+    /// What the write does not cover is copied from there.
+    case copy(from: Place)
+    /// What the write does not cover is zeroed.
+    case zero
+  }
+
+  var raw: dmu_answer
+
+  private init(_ type: dmu_answer_type, id: UInt64 = 0) {
+    raw = dmu_answer()
+    raw.type = type.rawValue
+    raw.id = id
+  }
+
+  /// The blocks are there. `id` 0: nobody asked. A mark other than 0 makes the placement
+  /// uncommitted: the next flush is held for it, and it has to be the greatest so far.
+  public static func map(
+    id: UInt64, block: UInt64, count: UInt64, at place: Place, writable: Bool,
+    preparation: Preparation = .none, mark: UInt64 = 0, temporary: Bool = false,
+    sync: Bool = false
+  ) -> Answer {
+    var answer = Answer(DMU_MAP, id: id)
+    var flags: Int32 = writable ? DMU_WRITABLE : 0
+    switch preparation {
+    case .none: break
+    case .zero: flags |= DMU_ZERO_FIRST
+    case .copy(let from):
+      flags |= DMU_COPY_FIRST
+      answer.raw.from_device = from.device
+      answer.raw.from_sector = from.sector
+    }
+    if mark != 0 { flags |= DMU_HOLD_FLUSH }
+    if temporary { flags |= DMU_TEMPORARY }
+    if sync { flags |= DMU_SYNC }
+    answer.raw.flags = UInt32(flags)
+    answer.raw.block = block
+    answer.raw.count = count
+    answer.raw.device = place.device
+    answer.raw.sector = place.sector
+    answer.raw.mark = mark
+    return answer
+  }
+
+  /// A read: zeroes, not remembered.
+  public static func zero(id: UInt64) -> Answer { Answer(DMU_ZERO, id: id) }
+
+  /// Fails what waits with this errno, greater than 0.
+  public static func fail(id: UInt64, code: Int32) -> Answer {
+    var answer = Answer(DMU_FAIL, id: id)
+    answer.raw.code = code
+    return answer
+  }
+
+  /// Keeps what waits until `retry`.
+  public static func wait(id: UInt64) -> Answer { Answer(DMU_WAIT, id: id) }
+
+  /// Asks again what was told to wait; 0 is all of it.
+  public static func retry(id: UInt64 = 0) -> Answer { Answer(DMU_RETRY, id: id) }
+
+  /// A discard: so many blocks from its first need nothing more.
+  public static func done(id: UInt64, count: UInt64) -> Answer {
+    var answer = Answer(DMU_DONE, id: id)
+    answer.raw.count = count
+    return answer
+  }
+
+  /// Everything up to the flush's mark is durable.
+  public static func flushDone(id: UInt64) -> Answer { Answer(DMU_FLUSH_DONE, id: id) }
+
+  /// Forget these blocks; `Message.invalidateDone` says when nothing can reach the old place.
+  public static func invalidate(block: UInt64, count: UInt64) -> Answer {
+    var answer = Answer(DMU_INVALIDATE)
+    answer.raw.block = block
+    answer.raw.count = count
+    return answer
+  }
+
+  /// Say `Message.version`.
+  public static var getVersion: Answer { Answer(DMU_GET_VERSION) }
+  /// Say `Message.statistic` for each counter.
+  public static var statistics: Answer { Answer(DMU_STATS) }
+  /// Say every `Message.uncommitted`, then `Message.dumpDone`.
+  public static var dump: Answer { Answer(DMU_DUMP) }
+
+  /// The next answer belongs to this one: they happen in order, before the request ends.
+  public func linked() -> Answer {
+    var answer = self
+    answer.raw.flags |= UInt32(DMU_LINKED)
+    return answer
+  }
+}

@@ -1,0 +1,201 @@
+/* SPDX-License-Identifier: (GPL-2.0-only WITH Linux-syscall-note) OR Apache-2.0 */
+/*
+ * The messages of /dev/dmu/NAME: what the device-mapper target "userspace" and its
+ * worker say to each other. The one place where the layout is written down; the module
+ * and user space both include this file.
+ *
+ * read(2) hands out whole struct dmu_message records, as many as fit. DMU_IOC_ANSWER takes
+ * a batch of struct dmu_answer records and gives each its own result; write(2) takes the
+ * same records, stops at the first that is refused and returns the bytes before it, or
+ * the refusal when that was the first. poll(2) says when there is something to read.
+ *
+ * Units: a block is the device's block size, a sector is 512 bytes. Byte order and
+ * alignment are the machine's own. What is reserved is zero, and checked to be.
+ */
+#ifndef DMU_H
+#define DMU_H
+
+#include <linux/ioctl.h>
+#include <linux/types.h>
+
+#define DMU_VERSION		1
+
+/* The most backing devices of a device, and the place that is no device: zeroes. */
+#define DMU_MAX_DEVICES		15
+#define DMU_DEVICE_ZERO		0xffff
+
+/* The longest NAME, without its closing zero. */
+#define DMU_MAX_NAME		63
+
+/* The most answers that one DMU_IOC_ANSWER may carry. */
+#define DMU_MAX_BATCH		4096
+
+/* The most bytes that one DMU_DATA may carry. */
+#define DMU_MAX_DATA		(1 << 20)
+
+/* From the kernel: struct dmu_message.type. */
+enum dmu_message_type {
+	/* A request finds no mapping for block, or none with the right it needs. */
+	DMU_FAULT = 1,
+	/* A flush is held; every mapping with a mark up to mark may be made durable. */
+	DMU_FLUSH = 2,
+	/* A discard (or, with DMU_ZEROING, a write of zeroes) of whole blocks. */
+	DMU_DISCARD = 3,
+	/* The placement of block that asked for DMU_SYNC is copied and written. */
+	DMU_SYNC_DONE = 4,
+	/* The placement of block with this mark came to nothing; code says why. */
+	DMU_MAP_ERROR = 5,
+	/* No request can reach the old place of block, count any more. */
+	DMU_INVALIDATE_DONE = 6,
+	/* The reply to DMU_GET_VERSION. */
+	DMU_VERSION_IS = 7,
+	/* One reply to DMU_STATS; id says which counter, mark its value. */
+	DMU_STATS_ARE = 8,
+	/* One reply to DMU_DUMP: an uncommitted placement, in the order of marks. */
+	DMU_UNCOMMITTED_IS = 9,
+	/* The end of a dump; mark is the highest so far: new marks must be greater. */
+	DMU_DUMP_DONE = 10,
+};
+
+/* From the kernel: struct dmu_message.flags. */
+#define DMU_READ		0x01	/* fault: a read wants block */
+#define DMU_WRITE		0x02	/* fault: a write wants block; dump: writable */
+#define DMU_WHOLE		0x04	/* fault: the write covers the block entirely */
+#define DMU_ZEROING		0x08	/* discard: the blocks must read as zeroes */
+#define DMU_IN_FLIGHT		0x10	/* dump: its data is still being written */
+#define DMU_AGAIN		0x20	/* an earlier opener was told this already */
+
+/* One record of read(2). */
+struct dmu_message {
+	__u32 type;		/* enum dmu_message_type */
+	__u32 flags;
+	__u64 id;		/* what an answer has to name; 0 where none is due */
+	__u64 block;		/* the first block */
+	__u64 count;		/* how many blocks; version: length in sectors */
+	__u64 mark;		/* flush, errors, dump: a mark */
+	__u64 sector;		/* dump: the place of the first block */
+	__u16 device;		/* dump: its device; version: how many devices */
+	__u16 version;		/* version: DMU_VERSION */
+	__s32 code;		/* errors: a positive errno */
+	__u32 block_sectors;	/* version: sectors of a block */
+	__u32 reserved;
+};
+
+/* To the kernel: struct dmu_answer.type. */
+enum dmu_answer_type {
+	DMU_MAP = 1,		/* the extent; id 0: not asked for */
+	DMU_DATA = 2,		/* the bytes of a read, or (id 0) bytes to write */
+	DMU_ZERO = 3,		/* a read: zeroes, not remembered */
+	DMU_FAIL = 4,		/* fail what waits with errno code */
+	DMU_WAIT = 5,		/* keep what waits until DMU_RETRY */
+	DMU_RETRY = 6,		/* ask again what was told to wait; id 0: all of it */
+	DMU_DONE = 7,		/* a discard: count blocks need nothing more */
+	DMU_FLUSH_DONE = 8,	/* everything up to the flush's mark is durable */
+	DMU_INVALIDATE = 9,	/* forget block, count */
+	DMU_GET_VERSION = 10,
+	DMU_STATS = 11,
+	DMU_DUMP = 12,		/* every uncommitted placement, please */
+};
+
+/* To the kernel: struct dmu_answer.flags. */
+#define DMU_WRITABLE		0x01	/* map: writes may go there too */
+#define DMU_COPY_FIRST		0x02	/* map: carry the block along from from_* */
+#define DMU_ZERO_FIRST		0x04	/* map: what the write does not cover is zeroes */
+#define DMU_TEMPORARY		0x08	/* map: for this request only */
+#define DMU_HOLD_FLUSH		0x10	/* map: uncommitted, mark is its mark */
+#define DMU_SYNC		0x20	/* map: say DMU_SYNC_DONE */
+#define DMU_LINKED		0x40	/* the next answer belongs to this one */
+#define DMU_ALL_ANSWER_FLAGS	0x7f
+
+/* One answer. */
+struct dmu_answer {
+	__u32 type;		/* enum dmu_answer_type */
+	__u32 flags;
+	__u64 id;		/* the fault that is answered, or 0 */
+	__u64 block;		/* map, invalidate: the first block */
+	__u64 count;		/* map, invalidate, done: how many blocks */
+	__u64 sector;		/* map: the place of the first; data with id 0: where */
+	__u64 from_sector;	/* map with DMU_COPY_FIRST */
+	__u64 mark;		/* map with DMU_HOLD_FLUSH: greater than all before */
+	__u64 address;		/* data: where the bytes are, in the caller's memory */
+	__u32 length;		/* data: how many bytes, whole sectors */
+	__u32 offset;		/* data: where in the block they begin, in bytes */
+	__u16 device;		/* map; data with id 0 */
+	__u16 from_device;	/* map with DMU_COPY_FIRST */
+	__s32 code;		/* fail: a positive errno */
+	__s32 result;		/* set by DMU_IOC_ANSWER: 0 or a negative errno */
+	__u32 reserved[3];
+};
+
+/* The argument of DMU_IOC_ANSWER. */
+struct dmu_batch {
+	__u64 answers;		/* address of an array of struct dmu_answer */
+	__u32 count;		/* how many, at most DMU_MAX_BATCH */
+	__u32 refused;		/* set: how many have a result other than 0 */
+};
+
+#define DMU_IOC_ANSWER		_IOWR('u', 0xd0, struct dmu_batch)
+
+/* Which counter a DMU_STATS_ARE carries: its id. */
+enum dmu_stat {
+	DMU_STAT_FAULTS = 1,	/* faults raised */
+	DMU_STAT_ANSWERS,	/* answers taken */
+	DMU_STAT_REFUSED,	/* answers refused */
+	DMU_STAT_COPIES,	/* blocks copied or zeroed before a first write */
+	DMU_STAT_FLUSHES,	/* flushes that the worker was asked about */
+	DMU_STAT_INVALIDATES,	/* invalidations completed */
+	DMU_STAT_UNCOMMITTED,	/* placements uncommitted now */
+	DMU_STAT_WAITING,	/* blocks with a question or a preparation now */
+	DMU_STAT_ERRORS,	/* placements that came to nothing */
+	DMU_STAT_LAST = DMU_STAT_ERRORS,
+};
+
+#if !defined(__cplusplus) && !defined(__KERNEL__)
+#define DMU_ASSERT(what)	_Static_assert(what, #what)
+#elif defined(__cplusplus)
+#define DMU_ASSERT(what)	static_assert(what, #what)
+#else
+#define DMU_ASSERT(what)	_Static_assert(what, #what)
+#endif
+
+#define DMU_AT(record, field, offset) \
+	DMU_ASSERT(__builtin_offsetof(struct record, field) == (offset))
+
+DMU_ASSERT(sizeof(struct dmu_message) == 64);
+DMU_AT(dmu_message, type, 0);
+DMU_AT(dmu_message, flags, 4);
+DMU_AT(dmu_message, id, 8);
+DMU_AT(dmu_message, block, 16);
+DMU_AT(dmu_message, count, 24);
+DMU_AT(dmu_message, mark, 32);
+DMU_AT(dmu_message, sector, 40);
+DMU_AT(dmu_message, device, 48);
+DMU_AT(dmu_message, version, 50);
+DMU_AT(dmu_message, code, 52);
+DMU_AT(dmu_message, block_sectors, 56);
+DMU_AT(dmu_message, reserved, 60);
+
+DMU_ASSERT(sizeof(struct dmu_answer) == 96);
+DMU_AT(dmu_answer, type, 0);
+DMU_AT(dmu_answer, flags, 4);
+DMU_AT(dmu_answer, id, 8);
+DMU_AT(dmu_answer, block, 16);
+DMU_AT(dmu_answer, count, 24);
+DMU_AT(dmu_answer, sector, 32);
+DMU_AT(dmu_answer, from_sector, 40);
+DMU_AT(dmu_answer, mark, 48);
+DMU_AT(dmu_answer, address, 56);
+DMU_AT(dmu_answer, length, 64);
+DMU_AT(dmu_answer, offset, 68);
+DMU_AT(dmu_answer, device, 72);
+DMU_AT(dmu_answer, from_device, 74);
+DMU_AT(dmu_answer, code, 76);
+DMU_AT(dmu_answer, result, 80);
+DMU_AT(dmu_answer, reserved, 84);
+
+DMU_ASSERT(sizeof(struct dmu_batch) == 16);
+DMU_AT(dmu_batch, answers, 0);
+DMU_AT(dmu_batch, count, 8);
+DMU_AT(dmu_batch, refused, 12);
+
+#endif

@@ -1,0 +1,66 @@
+// What a check of an image found. The words of `problems` are for people.
+
+/// The outcome of a check, and of a repair.
+public struct CheckReport: Sendable, Equatable {
+  /// So many problems are put in words; the rest is only counted.
+  public static let mostWords = 100
+  /// Things that are wrong and may cost data.
+  public var corruptions: UInt64 = 0
+  /// Clusters that are counted and not used.
+  public var leaks: UInt64 = 0
+  /// Problems that a repair has mended.
+  public var repaired: UInt64 = 0
+  /// Bytes of a cluster that leaks.
+  public var clusterSize: UInt64 = 0
+  /// Where what is in use ends, in bytes.
+  public var imageEnd: UInt64 = 0
+  /// The first problems in words.
+  public var problems: [String] = []
+  /// Whether nothing is wrong.
+  public var isClean: Bool { corruptions == 0 && leaks == 0 }
+
+  /// A report of nothing.
+  public init() {}
+
+  mutating func corruption(_ words: String) {
+    corruptions += 1
+    if problems.count < Self.mostWords { problems.append(words) }
+  }
+
+  mutating func leak(_ words: String) {
+    leaks += 1
+    if problems.count < Self.mostWords { problems.append(words) }
+  }
+}
+
+/// What a repair may do.
+public enum Repair: Sendable {
+  /// Give back clusters that nothing uses.
+  case leaks
+  /// That, and count everything anew.
+  case all
+}
+
+/// An image in words: what `info` prints.
+public struct ImageInfo: Sendable, Equatable {
+  /// The format's name.
+  public var format: String
+  /// Length of the disk in bytes.
+  public var size: UInt64
+  /// Bytes of a cluster or block.
+  public var clusterSize: UInt64
+  /// The base's path and format as the image has them.
+  public var basePath: String?
+  /// The base's format by name, if the image says it.
+  public var baseFormat: String?
+  /// What else there is to say, in order.
+  public var details: [(name: String, value: String)]
+
+  /// Whether two are the same.
+  public static func == (one: ImageInfo, other: ImageInfo) -> Bool {
+    one.format == other.format && one.size == other.size
+      && one.clusterSize == other.clusterSize && one.basePath == other.basePath
+      && one.baseFormat == other.baseFormat
+      && one.details.elementsEqual(other.details, by: ==)
+  }
+}

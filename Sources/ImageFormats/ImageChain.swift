@@ -1,0 +1,153 @@
+// Opening an image with everything under it: its data file, its base, the base of that, and so
+// on, of whatever formats. Paths that stand in images are not opened here: whoever calls is
+// asked for each, and may refuse.
+
+public import Posix
+
+/// The formats that are built in, by the names that images and `qemu-img` give them.
+public enum ImageKind: String, Sendable, CaseIterable {
+  /// A file or device as it is.
+  case raw
+  /// The project's own.
+  case dscow
+  /// Versions 2 and 3 of qcow.
+  case qcow2
+  /// VHD, which QEMU calls vpc.
+  case vhd = "vpc"
+
+  /// What a store's first bytes say it is; `raw` for everything else.
+  public static func probe(_ store: any ByteStore) throws(ImageError) -> ImageKind {
+    let bytes = try io { () throws(IOError) in try store.read(at: 0, count: 8192) }
+    if Qcow2Header.isMagic(bytes) { return .qcow2 }
+    let size = DscowHeader.copySize
+    do throws(ImageError) {
+      _ = try DscowHeader.choose(
+        [UInt8](bytes[..<size]), [UInt8](bytes[size...]), writable: false)
+      return .dscow
+    } catch {
+      guard error.code == .notThisFormat else { return .dscow }
+    }
+    return try VhdHeader.footer(of: store) == nil ? .raw : .vhd
+  }
+}
+
+/// Opens images with what is under them.
+public enum ImageChain {
+  /// A path that stands in an image.
+  public struct Request: Sendable, Equatable {
+    /// What it is for.
+    public enum Role: String, Sendable {
+      /// The image under the image.
+      case base
+      /// The file that holds the image's data.
+      case dataFile = "data-file"
+    }
+    /// What it is for.
+    public var role: Role
+    /// The path as it stands in the image; a relative one is meant from the image's folder.
+    public var path: String
+    /// The store that names it.
+    public var from: String
+  }
+
+  /// Answers requests for paths.
+  public typealias Resolver = (Request) throws(ImageError) -> any ByteStore
+
+  /// So many images in a row unless asked otherwise.
+  public static let usualDepth = 32
+
+  /// Opens an image and everything under it.
+  ///
+  /// - Parameters:
+  ///   - kind: the format; nil to look at the first bytes, which is not safe for a store that
+  ///     a guest could write as a raw disk.
+  ///   - depth: how many images there may be in a row.
+  ///   - resolve: opens paths for reading (a data file of a writable image: for writing).
+  /// - Throws: what the formats throw; `corrupt` for a loop or too long a chain.
+  public static func open(
+    _ store: any ByteStore, kind: ImageKind? = nil, writable: Bool, depth: Int = usualDepth,
+    snapshot: String? = nil, resolve: Resolver
+  ) throws(ImageError) -> any ImageFormat {
+    try open(
+      store, kind, writable: writable, snapshot: snapshot, above: [], depth: depth,
+      resolve: resolve
+    ).image
+  }
+
+  /// An image that is open, and the base it was opened with.
+  private typealias Opened = (image: any ImageFormat, base: (any ByteStore)?)
+
+  private static func open(
+    _ store: any ByteStore, _ kind: ImageKind?, writable: Bool, snapshot: String?,
+    above: [any ByteStore], depth: Int, resolve: Resolver
+  ) throws(ImageError) -> Opened {
+    guard above.count < depth else {
+      throw ImageError(
+        .unsupported, "more than \(depth) images in a row, down to \(store.name): merge some")
+    }
+    func base(_ path: String?, _ format: String?) throws(ImageError) -> (any ByteStore)? {
+      guard let path else { return nil }
+      let below = try resolve(Request(role: .base, path: path, from: store.name))
+      return try flat(below, format, above: above + [store], depth: depth, resolve: resolve)
+    }
+    let known: ImageKind
+    if let kind { known = kind } else { known = try .probe(store) }
+    switch known {
+    case .raw: return (try Raw(store: store, writable: writable), nil)
+    case .dscow:
+      let header = try Dscow.header(of: store).header
+      let base = try base(header.base?.path, nil)
+      return (try Dscow.open(store: store, base: base, writable: writable), base)
+    case .vhd:
+      let base = try base(try VhdHeader.read(from: store).basePath, nil)
+      return (try Vhd.open(store: store, base: base, writable: writable), base)
+    case .qcow2:
+      let header = try Qcow2Header.read(from: store)
+      let data = try dataFile(store, header, resolve)
+      let base = try base(header.basePath, header.baseFormat)
+      return (
+        try Qcow2.open(
+          store: store, base: base, dataFile: data, writable: writable, snapshot: snapshot),
+        base
+      )
+    }
+  }
+
+  private static func dataFile(
+    _ store: any ByteStore, _ header: Qcow2Header, _ resolve: Resolver
+  ) throws(ImageError) -> (any ByteStore)? {
+    guard header.hasDataFile else { return nil }
+    guard let path = header.dataFilePath else {
+      throw ImageError(.baseMissing, "store \(store.name) does not name its data file")
+    }
+    return try resolve(Request(role: .dataFile, path: path, from: store.name))
+  }
+
+  /// A base as a flat byte store.
+  private static func flat(
+    _ store: any ByteStore, _ format: String?, above: [any ByteStore], depth: Int,
+    resolve: Resolver
+  ) throws(ImageError) -> any ByteStore {
+    for upper in above {
+      guard try !Dscow.same(upper, store) else {
+        throw ImageError(.corrupt, "store \(store.name) is, through others, its own base")
+      }
+    }
+    var kind: ImageKind?
+    if let format {
+      // What only says where the bytes come from is raw.
+      let isPlain = format == "file" || format == "host_device"
+      kind = isPlain ? .raw : ImageKind(rawValue: format)
+      guard kind != nil else {
+        throw ImageError(.unsupported, "base \(store.name) is of format '\(format)'")
+      }
+    }
+    let known: ImageKind
+    if let kind { known = kind } else { known = try .probe(store) }
+    guard known != .raw else { return store }
+    let opened = try open(
+      store, known, writable: false, snapshot: nil, above: above, depth: depth,
+      resolve: resolve)
+    return ImageStore(alone: opened.image, store: store, base: opened.base)
+  }
+}

@@ -1,0 +1,208 @@
+// Changing the length of a qcow2 disk. Nothing may be pending; no target may serve the disk.
+//
+// Growing: a longer L1 table is written and counted, then one sector of the header changes
+// size and table at once, then the old table's clusters are given back. Whatever lies past
+// the old end (the rest of its last cluster, a base that is longer, what an earlier shrinking
+// left) is zeroed before that as far as it is the disk's own, and after that where it shows
+// from elsewhere.
+//
+// Shrinking: one sector of the header changes the size; then tables lose what lies past the
+// end, and then the clusters are given back.
+
+import Posix
+
+extension Qcow2 {
+  /// Gives the disk another length, rounded up to 512.
+  ///
+  /// - Throws: `badRequest` when it cannot be that long, has uncommitted placements or, for
+  ///   version 2, has snapshots; `io`.
+  public func resize(to newSize: UInt64) throws(ImageError) {
+    guard isWritable, pending.isEmpty else {
+      throw ImageError(.badRequest, "\(store.name) is in use or open for reading only")
+    }
+    guard header.version > 2 || header.snapshotCount == 0 else {
+      throw ImageError(
+        .badRequest,
+        "\(store.name) has snapshots and is of version 2, which cannot remember "
+          + "their lengths: delete them, or convert the image to version 3")
+    }
+    guard let newSize = roundedUp(newSize, to: 512), newSize <= 1 << 61,
+      header.l1Entries(for: newSize) <= Qcow2Header.mostL1Entries
+    else {
+      throw ImageError(.badRequest, "\(newSize) bytes are too many for \(store.name)")
+    }
+    let old = size
+    if newSize > old {
+      try zeroTail(from: old)
+      try grow(to: newSize)
+      if header.hasDataFile, data.size < newSize {
+        try io { () throws(IOError) in try data.resize(to: newSize) }
+      }
+      try hide(from: old)
+    } else if newSize < old {
+      try shrink(to: newSize)
+    }
+  }
+
+  private func run(_ plan: Qcow2InFlight) throws(ImageError) {
+    try io { () throws(IOError) in
+      try CommitPlan(upTo: plan.mark, stages: plan.draft.stages).run(on: store)
+    }
+    inFlight = plan
+    committed(upTo: plan.mark)
+  }
+
+  /// Zeroes the bytes of the last block that lie past the end, if they are the disk's own.
+  private func zeroTail(from old: UInt64) throws(ImageError) {
+    let tail = old % UInt64(blockSize)
+    guard tail > 0 else { return }
+    let extent = try find(old / UInt64(blockSize), limit: 1)
+    guard extent.writable, case .device(_, let sector) = extent.place else { return }
+    try io { () throws(IOError) in
+      try data.zero(at: sector * 512 + tail, count: UInt64(blockSize) - tail)
+      try data.flush()
+    }
+  }
+
+  private func grow(to newSize: UInt64) throws(ImageError) {
+    var plan = Qcow2InFlight(
+      mark: lastMark, draft: CommitDraft(cache, clusterSize: header.clusterSize))
+    let entries = header.l1Entries(for: newSize)
+    var table: UInt64?
+    if entries > UInt64(header.l1Size) {
+      let clusters = (entries * 8 + header.clusterSize - 1) / header.clusterSize
+      let first = try refcounts.allocateAtEnd(clusters).first
+      for cluster in first..<(first + clusters) {
+        plan.draft.begin(cluster: cluster * header.clusterSize)
+        plan.counted.insert(cluster)
+      }
+      for index in 0..<UInt64(header.l1Size) {
+        let entry = try cache.big(UInt64.self, at: header.l1Offset + index * 8)
+        let offset = first * header.clusterSize + index * 8
+        if entry != 0 { try plan.draft.putBig(entry, at: offset) }
+      }
+      let oldBytes = UInt64(header.l1Size) * 8
+      let oldFirst = header.l1Offset / header.clusterSize
+      // An empty table has a cluster all the same where one was made for it.
+      let oldClusters = (oldBytes + header.clusterSize - 1) / header.clusterSize
+      for cluster in oldFirst..<(oldFirst + oldClusters) { plan.dropped[cluster, default: 0] += 1 }
+      table = first * header.clusterSize
+    }
+    try count(&plan)
+    plan.draft.seal()
+    try putPlaces(&plan)
+    plan.draft.seal()
+    try plan.draft.putBig(newSize, at: 24)
+    if let table {
+      try plan.draft.putBig(UInt32(entries), at: 36)
+      try plan.draft.putBig(table, at: 40)
+    }
+    plan.draft.seal()
+    try drop(&plan)
+    plan.draft.seal()
+    try run(plan)
+    if let table {
+      refcounts.move(
+        table: table, bytes: entries * 8, from: header.l1Offset,
+        oldBytes: UInt64(header.l1Size) * 8)
+      header.l1Offset = table
+      header.l1Size = UInt32(entries)
+      l1 = (table, entries)
+    }
+    header.size = newSize
+    size = newSize
+  }
+
+  /// Makes what lies past the old end read as zeroes.
+  private func hide(from old: UInt64) throws(ImageError) {
+    let blockSize = UInt64(blockSize)
+    var block = old / blockSize
+    if old % blockSize != 0 {
+      // The rest of the block that held the old end.
+      let found = try find(block, limit: 1)
+      if found.place != .zero, !found.writable {
+        let bytes = try contents(of: found.place, count: Int(old % blockSize))
+        let placement = try place(BlockRange(block), whole: true)
+        guard case .device(_, let sector) = placement.extent.place else { return }
+        try io { () throws(IOError) in
+          try data.zero(at: sector * 512, count: blockSize)
+          try data.write(bytes, at: sector * 512)
+        }
+      }
+      block += 1
+    }
+    while block < blocks {
+      switch try discard(BlockRange(block, blocks - block), zeroing: true) {
+      case .nothing(let count): block += count
+      case .zero(let extent):
+        guard case .device(_, let sector) = extent.place else { return }
+        try io { () throws(IOError) in
+          try data.zero(at: sector * 512, count: extent.blocks.count * blockSize)
+        }
+        block += extent.blocks.count
+      }
+    }
+    let mark = lastMark
+    let plan = try commitPlan(upTo: mark)
+    try io { () throws(IOError) in
+      try data.flush()
+      try plan.run(on: store)
+    }
+    committed(upTo: mark)
+  }
+
+  private func contents(of place: Place, count: Int) throws(ImageError) -> [UInt8] {
+    switch place {
+    case .zero: return [UInt8](repeating: 0, count: count)
+    case .device(let device, let sector):
+      return try io { () throws(IOError) in
+        try base.devices[Int(device)].read(at: sector * 512, count: count)
+      }
+    }
+  }
+
+  private func shrink(to newSize: UInt64) throws(ImageError) {
+    var plan = Qcow2InFlight(
+      mark: lastMark, draft: CommitDraft(cache, clusterSize: header.clusterSize))
+    try plan.draft.putBig(newSize, at: 24)
+    plan.draft.seal()
+    try run(plan)
+    header.size = newSize
+    size = newSize
+    let firstCluster = (newSize + header.clusterSize - 1) / header.clusterSize
+    for index
+      in (firstCluster / header.l2Entries)..<max(
+        firstCluster / header.l2Entries, UInt64(header.l1Size))
+    {
+      try clear(table: index, from: max(firstCluster, index * header.l2Entries))
+    }
+  }
+
+  /// Takes every entry from a cluster on out of an L2 table, or the table out of the L1 table
+  /// when all of it goes.
+  private func clear(table index: UInt64, from first: UInt64) throws(ImageError) {
+    let (table, owned) = try table(index)
+    let isWhole = first == index * header.l2Entries
+    // Of a table that a snapshot shares a part cannot go; growing hides what it says.
+    guard table != 0, owned || isWhole else { return }
+    var plan = Qcow2InFlight(
+      mark: lastMark, draft: CommitDraft(cache, clusterSize: header.clusterSize))
+    for cluster in first..<((index + 1) * header.l2Entries) {
+      let entry = try entry(cluster, table: table)
+      guard entry.raw != 0 || entry.bitmap != 0 else { continue }
+      for used in entry.clusters(header) { plan.dropped[used, default: 0] += 1 }
+      guard !isWhole else { continue }
+      let offset = table + cluster % header.l2Entries * header.entrySize
+      try plan.draft.putBig(UInt64(0), at: offset)
+      if header.hasSubclusters { try plan.draft.putBig(UInt64(0), at: offset + 8) }
+    }
+    if isWhole {
+      plan.dropped[table / header.clusterSize, default: 0] += 1
+      try plan.draft.putBig(UInt64(0), at: l1.offset + index * 8)
+    }
+    plan.draft.seal()
+    try drop(&plan)
+    plan.draft.seal()
+    try run(plan)
+  }
+}

@@ -1,0 +1,136 @@
+// Making a VHD image, opening one, checking one.
+//
+// Order of creation: what was there is made unreadable and that is flushed; the table is
+// written and flushed; then both copies of the footer.
+
+public import Posix
+
+extension Vhd {
+  /// Makes an image. Differencing when there is a base, else as `kind` says.
+  ///
+  /// - Parameters:
+  ///   - size: length of the disk in bytes; is rounded up to 512.
+  ///   - uuid: sixteen bytes that no other image has.
+  ///   - base: the base's path and, when it is a VHD image itself, its identity.
+  /// - Throws: `badRequest`, or `io` when the store fails.
+  @discardableResult
+  public static func create(
+    store: any ByteStore, size: UInt64, kind: VhdKind = .dynamic, blockSize: UInt64 = 2 << 20,
+    uuid: [UInt8], timestamp: UInt32 = 0, base: (path: String, uuid: [UInt8])? = nil
+  ) throws(ImageError) -> VhdHeader {
+    guard let size = roundedUp(size, to: 512), size > 0, size <= 2040 << 30, uuid.count == 16
+    else { throw ImageError(.badRequest, "a VHD disk has 512 bytes to 2040 GiB, not \(size)") }
+    guard blockSize.nonzeroBitCount == 1, blockSize >= 4096, blockSize <= 256 << 20 else {
+      throw ImageError(.badRequest, "block size \(blockSize) is not from 4 KiB to 256 MiB")
+    }
+    guard (kind == .differencing) == (base != nil) else {
+      throw ImageError(.badRequest, "a differencing image, and only that, has a base")
+    }
+    if let base, base.path.utf8.count > VhdHeader.longestPath || base.uuid.count != 16 {
+      throw ImageError(.badRequest, "the base's path is longer than 480 bytes: shorten it")
+    }
+    var header = VhdHeader(
+      kind: kind, size: size, uuid: uuid, creator: Array("tap\0".utf8), timestamp: timestamp)
+    if kind != .fixed {
+      let entries = (size + blockSize - 1) / blockSize
+      guard entries <= UInt64(VhdHeader.mostEntries) else {
+        throw ImageError(.badRequest, "\(entries) blocks are too many: choose larger ones")
+      }
+      header.headerOffset = 512
+      header.tableOffset = 4096
+      header.tableEntries = UInt32(entries)
+      header.tableBlock = blockSize
+      header.basePath = base?.path
+      header.baseUUID = base?.uuid ?? header.baseUUID
+    }
+    header.footer = header.encodedFooter()
+    try io { () throws(IOError) in try write(header, to: store) }
+    return header
+  }
+
+  private static func write(_ header: VhdHeader, to store: any ByteStore) throws(IOError) {
+    try store.zero(at: 0, count: 512)
+    try store.flush()
+    try store.resize(to: 0)
+    guard header.kind != .fixed else {
+      try store.resize(to: header.size + 512)
+      try store.zero(at: 0, count: header.size)
+      try store.flush()
+      try store.write(header.footer, at: header.size)
+      return try store.flush()
+    }
+    let tableBytes = (UInt64(header.tableEntries) * 4 + 511) / 512 * 512
+    let end = header.tableOffset + tableBytes
+    try store.resize(to: end + 512)
+    try store.write(
+      [UInt8](repeating: 0xFF, count: Int(tableBytes)), at: header.tableOffset)
+    if let path = header.basePath {
+      try store.write(Array(("file://" + path).utf8), at: VhdHeader.locatorOffset)
+    }
+    try store.write(header.encodedDynamic(), at: header.headerOffset)
+    try store.flush()
+    try store.write(header.footer, at: end)
+    try store.write(header.footer, at: 0)
+    try store.flush()
+  }
+
+  /// Opens an image as a disk.
+  ///
+  /// - Parameter base: the base of a differencing image; one that is itself an image as
+  ///   `ImageStore`.
+  /// - Throws: what `VhdHeader.read(from:)` throws; `baseMissing`, `baseChanged`,
+  ///   `badRequest`.
+  public static func open(
+    store: any ByteStore, base: (any ByteStore)? = nil, writable: Bool
+  ) throws(ImageError) -> Vhd {
+    let header = try VhdHeader.read(from: store)
+    guard !writable || store.isWritable else {
+      throw ImageError(.badRequest, "\(store.name) is open for reading only")
+    }
+    if let path = header.basePath {
+      guard let base else {
+        throw ImageError(.baseMissing, "store \(store.name) needs its base \(path): give it")
+      }
+      if let image = base as? ImageStore, let footer = try VhdHeader.footer(of: image.store) {
+        guard [UInt8](footer[68..<84]) == header.baseUUID else {
+          throw ImageError(
+            .baseChanged,
+            "base \(base.name) is not the one that store \(store.name) was made "
+              + "from: its identity differs: put the old base back")
+        }
+      }
+    }
+    return try Vhd(
+      store: store, base: header.basePath == nil ? nil : base, header: header,
+      writable: writable)
+  }
+
+  /// Checks an image: footers, and that no two blocks share space.
+  ///
+  /// - Throws: what `VhdHeader.read(from:)` throws, `io`.
+  public static func check(store: any ByteStore) throws(ImageError) -> CheckReport {
+    let header = try VhdHeader.read(from: store)
+    var report = CheckReport()
+    report.clusterSize = UInt64(header.blockSize)
+    guard header.kind != .fixed else { return report }
+    let cache = MetadataCache(store)
+    var taken = HostRuns()
+    let tables = header.tableOffset + UInt64(header.tableEntries) * 4
+    taken.insert(0..<((tables + 511) / 512))
+    let length = (header.bitmapSize + header.tableBlock) / 512
+    for block in 0..<UInt64(header.tableEntries) {
+      let entry = try cache.big(UInt32.self, at: header.tableOffset + block * 4)
+      guard entry != VhdHeader.unused else { continue }
+      let range = UInt64(entry)..<(UInt64(entry) + length)
+      if taken.overlaps(range) {
+        report.corruption("block \(block) shares sector \(entry) with something else")
+      }
+      if range.upperBound * 512 > store.size {
+        report.corruption("block \(block) lies past the end of the file, at sector \(entry)")
+      }
+      taken.insert(range)
+      report.imageEnd = max(report.imageEnd, range.upperBound * 512)
+    }
+    return report
+  }
+}

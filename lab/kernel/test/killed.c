@@ -1,0 +1,259 @@
+// SPDX-License-Identifier: Apache-2.0
+/*
+ * Real loads on the device while its worker is killed, again and again: fio that verifies
+ * what it wrote, and ext4 that fsck has to find clean. The worker is a process of its own
+ * with the simplest format: a block's place is its own, a table (shared memory, so that it
+ * outlives the worker as a disk would) says which blocks are committed.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <unistd.h>
+#include "lab.h"
+
+#define BLOCK 128
+#define BLOCKS 384
+#define PLACE(block) (BLOCK + (block) * BLOCK)
+
+static struct table {
+	bool committed[BLOCKS];
+	volatile unsigned int commits, placed;
+} *table;
+
+static uint64_t marks[BLOCKS];		/* of this worker's life */
+static bool placed[BLOCKS];
+static uint64_t last_mark;
+
+static void tell(int node, struct dmu_answer a)
+{
+	int result = answer(node, a);
+
+	if (result)
+		printf("answer %u block %llu count %llu: %d\n", a.type,
+		       (unsigned long long)a.block, (unsigned long long)a.count, result);
+	if (result)
+		_exit(3);
+}
+
+static void place(int node, struct dmu_message *m)
+{
+	struct dmu_answer a = map(m->id, m->block, 1, 0, PLACE(m->block), DMU_WRITABLE);
+
+	if (!placed[m->block]) {
+		placed[m->block] = true;
+		table->placed++;
+		a.mark = marks[m->block] = ++last_mark;
+		a.flags |= DMU_HOLD_FLUSH;
+		if (m->type == DMU_FAULT && !(m->flags & DMU_WHOLE))
+			a.flags |= DMU_COPY_FIRST;
+		a.from_device = 1;
+		a.from_sector = m->block * BLOCK;
+	}
+	tell(node, a);
+}
+
+static void commit(int node, struct dmu_message *m)
+{
+	unsigned int i;
+
+	for (i = 0; i < BLOCKS; i++) {
+		if (marks[i] && marks[i] <= m->mark) {
+			table->committed[i] = true;
+			marks[i] = 0;
+		}
+	}
+	table->commits++;
+	tell(node, (struct dmu_answer){ .type = DMU_FLUSH_DONE, .id = m->id });
+}
+
+static void take_over(int node)
+{
+	struct dmu_message m;
+	unsigned int i;
+
+	memcpy(placed, table->committed, sizeof(placed));
+	tell(node, (struct dmu_answer){ .type = DMU_DUMP });
+	for (;;) {
+		if (!next_message(node, &m, 20000))
+			_exit(4);
+		if (m.type == DMU_DUMP_DONE)
+			break;
+		if (m.type != DMU_UNCOMMITTED_IS || m.sector != PLACE(m.block))
+			_exit(5);
+		placed[m.block] = true;
+		marks[m.block] = m.mark;
+	}
+	last_mark = m.mark;
+	for (i = 0; i < BLOCKS; i++)
+		if (placed[i] && !marks[i])
+			tell(node, map(0, i, 1, 0, PLACE(i), DMU_WRITABLE));
+}
+
+static const char *programs;		/* where the Swift worker is, when it is to serve */
+static struct rig rig;
+
+static void worker(void)
+{
+	struct dmu_message m;
+	char path[256];
+	int node;
+
+	if (programs) {
+		snprintf(path, sizeof(path), "%s/kernel-worker", programs);
+		execl(path, path, "lab", "dscow", rig.store, rig.base, NULL);
+		_exit(7);
+	}
+	while ((node = open(NODE, O_RDWR | O_CLOEXEC)) < 0 && errno == EBUSY)
+		sleep_ms(1);
+	if (node < 0)
+		_exit(2);
+	take_over(node);
+	for (;;) {
+		if (!next_message(node, &m, 60000))
+			continue;
+		if (m.type == DMU_FLUSH)
+			commit(node, &m);
+		else if (m.type == DMU_DISCARD && !(m.flags & DMU_ZEROING))
+			tell(node, (struct dmu_answer){
+				.type = DMU_DONE, .id = m.id, .count = m.count });
+		else if (m.type == DMU_DISCARD || (m.type == DMU_FAULT && m.flags & DMU_WRITE))
+			place(node, &m);
+		else if (m.type == DMU_FAULT && placed[m.block])
+			tell(node, map(m.id, m.block, 1, 0, PLACE(m.block), DMU_WRITABLE));
+		else if (m.type == DMU_FAULT)
+			tell(node, map(m.id, m.block, 1, 1, m.block * BLOCK, 0));
+		else
+			_exit(6);
+	}
+}
+
+/* Runs the load with a worker that is killed so many times, then with one that is left. */
+static void under_kills(const char *load, unsigned int kills)
+{
+	uint64_t state = strtoull(getenv("DMU_SEED") ?: "1", NULL, 10) + 7;
+	unsigned int done = 0;
+	int status, result = 0;
+	pid_t child, guest = fork();
+
+	if (!guest) {
+		status = run("%s", load);
+		if (status)
+			printf("%s\n", said());
+		fflush(stdout);
+		_exit(status != 0);
+	}
+	for (;;) {
+		bool last = done == kills;
+
+		child = fork();
+		if (!child)
+			worker();
+		state = state * 6364136223846793005ull + 1442695040888963407ull;
+		if (!last) {
+			sleep_ms(5 + (state >> 33) % 120);
+			last = waitpid(guest, &result, WNOHANG) == guest;
+		} else {
+			CHECK(waitpid(guest, &result, 0) == guest);
+		}
+		CHECK(waitpid(child, &status, WNOHANG) == 0, "the worker ended with %d",
+		      WEXITSTATUS(status));
+		kill(child, SIGKILL);
+		CHECK(waitpid(child, &status, 0) == child);
+		if (last)
+			break;
+		done++;
+	}
+	printf("# %u kills, %u placed, %u commits\n", done, table->placed, table->commits);
+	CHECK(result == 0, "the load failed");
+}
+
+static void begin_load(void)
+{
+	rig = (struct rig){ .block = BLOCK, .sectors = BLOCKS * BLOCK, .quiet = true };
+	table = mmap(NULL, sizeof(*table), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	CHECK(table != MAP_FAILED);
+	rig_up(&rig);
+}
+
+static unsigned int rounds(void)
+{
+	return atoi(getenv("DMU_ROUNDS") ?: "1");
+}
+
+/*
+ * fio, run after run: one run never writes a sector twice, because with blocks of many sizes
+ * fio itself confuses what it has written over (seen on a plain file).
+ */
+static void fio_kills(void)
+{
+	char load[1024];
+
+	begin_load();
+	run("rm -f /mnt/fio.*");
+	snprintf(load, sizeof(load),
+		 "for i in $(seq %u); do fio --name=v --filename=%s --direct=1 --ioengine=psync "
+		 "--rw=randrw --bsrange=512-96k --size=20m --io_size=12m --verify=crc32c "
+		 "--verify_fatal=1 --fsync=16 --randrepeat=0 --randseed=$((%s + i)) "
+		 "--output=/mnt/fio.$i || { cat /mnt/fio.$i; exit 1; }; done",
+		 2 * rounds(), DISK, getenv("DMU_SEED") ?: "1");
+	under_kills(load, 40 * rounds());
+	run("awk -F'[ (),=:]+' '/ clat \\(/ { m = $7 * ($3 == \"msec\" ? 1000 : $3 == \"nsec\" ? "
+	    ".001 : 1); if (m > most) most = m } END { printf \"%%d\", most / 1000 }' /mnt/fio.*");
+	printf("# the longest request took %s ms\n", said());
+	rig_down(&rig);
+}
+
+static void ext4_load(unsigned int kills)
+{
+	char load[1024];
+
+	snprintf(load, sizeof(load),
+		 "set -e; mkfs.ext4 -q -E nodiscard %s; mkdir -p /mnt/fs; mount %s /mnt/fs; "
+		 "for i in $(seq %u); do mkdir -p /mnt/fs/$i; cp -r /etc/apt /etc/default /etc/security "
+		 "/mnt/fs/$i/ 2>/dev/null || true; dd if=/dev/urandom of=/mnt/fs/$i/big bs=64k count=24 "
+		 "conv=fsync 2>/dev/null; md5sum /mnt/fs/$i/big >>/mnt/sums; "
+		 "if [ $i -gt 4 ]; then rm -rf /mnt/fs/$((i - 4)); sed -i '1d' /mnt/sums; fi; done; "
+		 "umount /mnt/fs; mount %s /mnt/fs; md5sum --quiet -c /mnt/sums; umount /mnt/fs; "
+		 "e2fsck -fn %s", DISK, DISK, 8 * rounds(), DISK, DISK);
+	run("rm -f /mnt/sums");
+	under_kills(load, kills);
+}
+
+static void ext4_kills(void)
+{
+	begin_load();
+	ext4_load(60 * rounds());
+	rig_down(&rig);
+}
+
+/* The same over the project's own worker and format; the image has to be sound afterwards. */
+static void dscow_kills(void)
+{
+	programs = getenv("DMU_PROGRAMS");
+	if (!programs) {
+		printf("# no programs were given\n");
+		return;
+	}
+	begin_load();
+	CHECK(run("%s/dscow_tool -c %s %s -b 64K -f", programs, rig.store, rig.base) == 0, "%s",
+	      said());
+	ext4_load(25 * rounds());
+	rig_down_but_loops(&rig);
+	CHECK(run("%s/dscow_tool check %s", programs, rig.store) == 0, "%s", said());
+	CHECK(run("%s/dscow_tool info %s | grep -i alloc", programs, rig.store) == 0, "%s", said());
+	printf("# %s", said());
+	run("losetup -d %s %s", rig.store_loop, rig.base_loop);
+}
+
+const struct scenario killed_scenarios[] = {
+	{ "fio-kills", fio_kills },
+	{ "ext4-kills", ext4_kills },
+	{ "dscow-kills", dscow_kills },
+	{ 0 },
+};

@@ -1,0 +1,370 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * dm-userspace: a device-mapper target whose mapping is decided in user space.
+ *
+ * Structures
+ *
+ *   dmu_device     one /dev/dmu/NAME. It outlives table reloads: mappings, questions and
+ *                  uncommitted placements belong to it, not to a table.
+ *   dmu_table      one loaded table of it: the references to backing devices. Its target
+ *                  is ti->private. The device uses that which resumed last.
+ *   extents        the remembered mapping: a maple tree from runs of blocks to one word
+ *                  (device, right, distance in sectors), so that looking up needs no lock
+ *                  and no reference, storing over a run trims what was there, and runs
+ *                  that continue each other, having the same word, become one.
+ *   dmu_cell       a block (for a discard: a run) that is in question: the requests that
+ *                  wait for it, in order, the fault that was raised, and, once answered,
+ *                  the preparation of its new place. While a cell stands every request to
+ *                  its blocks queues behind it.
+ *   dmu_placement  an answer that is not committed: listed by mark, found by block.
+ *   dmu_epoch      counts requests that were sent to a place; there are two, and an
+ *                  invalidation turns from one to the other and waits for the old one.
+ *   dmu_io         what we keep beside each bio.
+ *
+ * Hot paths
+ *
+ *   dmu_map(): enter the epoch, walk the tree, see that no cell stands (one atomic), send
+ *   the bio on. No lock, no memory, no shared cache line written.
+ *   dmu_end_io(): leave the epoch.
+ *
+ *   The walk comes before the look for cells, and a place enters the tree after its cell
+ *   stands and its cell goes after its data is there. So whoever finds a place in the tree
+ *   and no cell has found a place that is ready.
+ *
+ * Locks, outermost first
+ *
+ *   dmu_devices_mutex   the list of devices and their minors
+ *   answer_mutex        answers are taken one at a time; guards table and gone
+ *   map_mutex           changes of the extent tree
+ *   lock                (spin, any context) cells, placements, messages, marks, the flush,
+ *                       invalidations, opener
+ *
+ * Memory
+ *
+ *   A cell comes from a pool without waiting; when the pool is dry the bio goes to the list
+ *   of deferred ones, which needs none. What an answer needs it takes before it changes
+ *   anything, and is refused with ENOMEM otherwise; the worker asks again.
+ */
+#ifndef DMU_CORE_H
+#define DMU_CORE_H
+
+#include <linux/bio.h>
+#include <linux/completion.h>
+#include <linux/dm-kcopyd.h>
+#include <linux/kref.h>
+#include <linux/maple_tree.h>
+#include <linux/mempool.h>
+#include <linux/mutex.h>
+#include <linux/percpu-refcount.h>
+#include <linux/rbtree.h>
+#include <linux/wait.h>
+#include <linux/workqueue.h>
+#include "compat.h"
+#include "dmu.h"
+
+#define DM_MSG_PREFIX "userspace"
+
+#define DMU_HASH_BITS	10
+#define DMU_POOL_CELLS	256
+#define DMU_MAX_EVENTS	65536
+
+struct dmu_device;
+
+struct dmu_epoch {
+	struct percpu_ref ref;
+	struct dmu_device *dev;
+};
+
+struct dmu_io {
+	struct dmu_device *dev;
+	struct dmu_epoch *epoch;	/* entered while the bio is under way */
+	unsigned long since;		/* when it began to wait, in jiffies */
+	bio_end_io_t *saved_end_io;
+	struct dmu_cell *cell;		/* whose preparation it is the write of */
+	bool fua;			/* a commit has to follow */
+	bool flushed;			/* that commit is done */
+};
+
+struct dmu_backing {
+	struct dm_dev *dm_dev;
+	bool writable;
+};
+
+struct dmu_table {
+	struct dmu_device *dev;
+	struct dm_target *ti;
+	struct list_head list;		/* of dev->tables */
+	unsigned int fault_timeout;
+	unsigned int count;
+	unsigned int writable;		/* how many are */
+	struct dmu_backing devs[DMU_MAX_DEVICES];
+};
+
+/* A message that is not the question of a cell or of the flush. */
+struct dmu_event {
+	struct list_head list;
+	u64 session;			/* of the opener it is for */
+	struct dmu_message message;
+};
+
+enum dmu_cell_state {
+	DMU_ASKING,		/* in dev->unsent */
+	DMU_ASKED,		/* the worker has read it */
+	DMU_PARKED,		/* the worker said DMU_WAIT */
+	DMU_CLAIMED,		/* whoever claimed it works on its queue */
+	DMU_PREPARING,		/* copies or writes are under way */
+};
+
+struct dmu_cell {
+	struct dmu_device *dev;
+	struct hlist_node by_block;	/* faults */
+	struct hlist_node by_id;
+	struct list_head all;
+	struct list_head range;		/* discards */
+	struct list_head unsent;
+	struct bio_list bios;
+	u64 id;
+	u64 block;
+	u64 count;
+	u32 type;			/* DMU_FAULT or DMU_DISCARD */
+	u32 flags;			/* as in the message */
+	enum dmu_cell_state state;
+	bool orphan;			/* the request that raised the question has left */
+	bool told;			/* to an earlier opener */
+
+	/* The preparation. */
+	struct bio *active;
+	struct dmu_answer answer;
+	unsigned long word;		/* where the answer puts it */
+	struct dmu_epoch *epoch;
+	struct dmu_placement *placement;
+	struct dmu_event *event;
+	struct completion *linked;	/* someone decides when it may complete */
+	struct work_struct work;
+	atomic_t pending;
+	int error;			/* negative errno */
+};
+
+struct dmu_placement {
+	struct list_head list;		/* dev->placements, by mark */
+	struct rb_node node;		/* dev->placed, by block */
+	u64 block;
+	u64 count;
+	u64 mark;
+	u64 sector;
+	u16 device;
+	bool writable;
+	bool in_flight;
+};
+
+enum dmu_flush_state {
+	DMU_FLUSH_IDLE,
+	DMU_FLUSH_DATA,		/* waits for placements under way */
+	DMU_FLUSH_DEVICES,	/* flushes the backing devices */
+	DMU_FLUSH_ASKING,	/* the question has not been read */
+	DMU_FLUSH_ASKED,
+};
+
+struct dmu_flush {
+	enum dmu_flush_state state;
+	struct bio_list waiting;	/* for the next one */
+	struct bio_list active;
+	u64 id;
+	u64 upto;
+	unsigned long since;
+	bool told;
+	bool failed;			/* for good, until clear_error */
+	int error;
+	atomic_t pending;
+	struct work_struct work;
+};
+
+struct dmu_device {
+	struct kref ref;
+	struct list_head list;
+	char name[DMU_MAX_NAME + 1];
+	int major;
+	int minor;
+	struct mapped_device *md;
+	unsigned int users;		/* tables; under dmu_devices_mutex */
+	struct list_head tables;
+	struct dmu_table *table;
+	unsigned int block_sectors;
+	unsigned int block_shift;
+	u64 sectors;
+	u64 blocks;
+	unsigned int fault_timeout;
+
+	struct maple_tree extents;
+	struct mutex map_mutex;
+	struct mutex answer_mutex;
+
+	struct dmu_epoch epochs[2];
+	struct dmu_epoch *epoch;
+	struct list_head invalidations;	/* for the next turn */
+	struct list_head draining;	/* for this one */
+	bool turning;
+	struct work_struct epoch_work;
+
+	spinlock_t lock;
+	atomic_t busy;			/* cells and deferred bios */
+	struct hlist_head by_block[1 << DMU_HASH_BITS];
+	struct hlist_head by_id[1 << DMU_HASH_BITS];
+	struct list_head cells;
+	struct list_head ranges;
+	struct list_head unsent;
+	struct bio_list deferred;
+	struct delayed_work deferred_work;
+	mempool_t cell_pool;
+	u64 next_id;
+
+	struct list_head placements;
+	struct rb_root placed;
+	atomic_t uncommitted;
+	u64 last_mark;
+	struct dmu_flush flush;
+
+	struct list_head events;
+	unsigned int event_count;
+	bool dumping;
+	u64 dump_next;			/* marks from here on are still to be told */
+	u64 dump_last;
+
+	bool opened;
+	bool gone;
+	bool requeue;			/* a suspend wants every waiting bio back */
+	u64 session;
+	wait_queue_head_t wait;
+
+	struct workqueue_struct *wq;
+	struct dm_kcopyd_client *kcopyd;
+	struct bio_set bios;
+	struct delayed_work timeout_work;
+	atomic64_t stats[DMU_STAT_LAST + 1];
+};
+
+extern struct mutex dmu_devices_mutex;
+extern struct kmem_cache *dmu_cell_cache;
+extern struct kmem_cache *dmu_event_cache;
+extern struct kmem_cache *dmu_placement_cache;
+
+static inline void dmu_count(struct dmu_device *dev, enum dmu_stat which)
+{
+	atomic64_inc(&dev->stats[which]);
+}
+
+static inline struct dmu_io *dmu_io(struct bio *bio)
+{
+	return dm_per_bio_data(bio, sizeof(struct dmu_io));
+}
+
+static inline u64 dmu_block_of(struct dmu_device *dev, sector_t sector)
+{
+	return sector >> dev->block_shift;
+}
+
+/* Sectors of count blocks from block on: the last block of the device may be short. */
+static inline u64 dmu_run_sectors(struct dmu_device *dev, u64 block, u64 count)
+{
+	u64 start = block << dev->block_shift;
+
+	return min(count << dev->block_shift, dev->sectors - start);
+}
+
+/* dmu-extent.c: a word says where blocks are; 0 is nowhere. */
+unsigned long dmu_word(unsigned int device, bool writable, s64 shift);
+
+static inline bool dmu_word_writable(unsigned long word)
+{
+	return word & 2;
+}
+
+static inline unsigned int dmu_word_device(unsigned long word)
+{
+	return (word >> 2) & 15;
+}
+
+static inline s64 dmu_word_shift(unsigned long word)
+{
+	return (s64)word >> 6;
+}
+
+#define DMU_WORD_ZERO 15
+
+unsigned long dmu_extent_find(struct dmu_device *dev, u64 block, u64 *last);
+int dmu_extent_store(struct dmu_device *dev, u64 block, u64 count, unsigned long word);
+int dmu_extent_erase(struct dmu_device *dev, u64 block, u64 count);
+bool dmu_extent_conflict(struct dmu_device *dev, u64 block, u64 count, unsigned long word);
+u64 dmu_extent_count(struct dmu_device *dev);
+
+/* dmu-cell.c: requests that wait, and their questions. */
+struct dmu_epoch *dmu_epoch_enter(struct dmu_device *dev);
+void dmu_epoch_leave(struct dmu_epoch *epoch);
+void dmu_issue(struct dmu_device *dev, struct bio *bio, unsigned long word,
+	       struct dmu_epoch *epoch);
+bool dmu_try_issue(struct dmu_device *dev, struct bio *bio);
+bool dmu_hold(struct dmu_device *dev, struct bio *bio, bool *requeue);
+unsigned int dmu_free_run(struct dmu_device *dev, u64 block, unsigned int count);
+struct dmu_cell *dmu_cell_by_id(struct dmu_device *dev, u64 id);
+bool dmu_preparing_overlap(struct dmu_device *dev, u64 block, u64 count,
+			   struct dmu_cell *except, unsigned long word);
+void dmu_cell_remove(struct dmu_cell *cell);
+void dmu_process(struct dmu_cell *cell);
+void dmu_ask(struct dmu_cell *cell);
+void dmu_advance(struct dmu_cell *cell, u64 count);
+void dmu_deferred(struct work_struct *work);
+void dmu_end_bio(struct bio *bio, blk_status_t status);
+
+/* dmu-sweep.c: many of them at once. */
+void dmu_fail_cell(struct dmu_cell *cell, int error);
+void dmu_requeue_all(struct dmu_device *dev);
+void dmu_fail_all(struct dmu_device *dev, int error);
+void dmu_free_cells(struct dmu_device *dev);
+void dmu_reask_all(struct dmu_device *dev);
+unsigned int dmu_retry(struct dmu_device *dev, struct dmu_cell *only);
+void dmu_timeout(struct work_struct *work);
+
+/* dmu-place.c: the preparation of a place, and uncommitted placements. */
+void dmu_prepare(struct dmu_cell *cell);
+void dmu_place_work(struct work_struct *work);
+void dmu_zero_bio(struct dmu_device *dev, struct bio *bio, unsigned long word,
+		  struct dmu_epoch *epoch);
+bool dmu_placed_overlap(struct dmu_device *dev, u64 block, u64 count, unsigned long word,
+			bool same_allowed);
+void dmu_placed_add(struct dmu_device *dev, struct dmu_placement *placement);
+void dmu_placed_drop(struct dmu_device *dev, struct dmu_placement *placement);
+
+/* dmu-flush.c: commit on flush, and invalidations. */
+void dmu_flush_join(struct dmu_device *dev, struct bio *bio);
+void dmu_flush_work(struct work_struct *work);
+void dmu_flush_kick(struct dmu_device *dev);
+int dmu_flush_answer(struct dmu_device *dev, u64 id, int error);
+void dmu_epoch_work(struct work_struct *work);
+int dmu_epochs_init(struct dmu_device *dev);
+void dmu_epochs_exit(struct dmu_device *dev);
+
+/* dmu-node.c: /dev/dmu, and messages. */
+int dmu_node_init(void);
+void dmu_node_exit(void);
+int dmu_node_add(struct dmu_device *dev);
+void dmu_node_remove(struct dmu_device *dev);
+void dmu_device_put(struct dmu_device *dev);
+struct dmu_event *dmu_event_alloc(struct dmu_device *dev, gfp_t gfp);
+void dmu_event_free(struct dmu_device *dev, struct dmu_event *event);
+void dmu_event_post(struct dmu_device *dev, struct dmu_event *event);
+void dmu_map_error(struct dmu_device *dev, struct dmu_event *event, u64 block, u64 mark,
+		   int error);
+
+/* dmu-device.c: tables of one NAME. */
+int dmu_attach(struct dmu_table *table, const char *name, unsigned int block_sectors);
+void dmu_detach(struct dmu_table *table);
+
+/* dmu-map.c: the path of a request. */
+int dmu_map(struct dm_target *ti, struct bio *bio);
+int dmu_end_io(struct dm_target *ti, struct bio *bio, blk_status_t *error);
+
+/* dmu-answer.c */
+long dmu_answer_batch(struct dmu_device *dev, struct dmu_batch __user *argument);
+ssize_t dmu_answer_write(struct dmu_device *dev, const char __user *buffer, size_t size);
+
+#endif

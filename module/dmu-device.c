@@ -1,0 +1,206 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * The device behind the tables of one NAME: made with the first table, gone with the last.
+ */
+#include <linux/log2.h>
+#include <linux/slab.h>
+#include "dmu-core.h"
+
+DEFINE_MUTEX(dmu_devices_mutex);
+static LIST_HEAD(dmu_devices);		/* under dmu_devices_mutex */
+
+static void dmu_device_destroy(struct dmu_device *dev)
+{
+	struct dmu_placement *placement, *next;
+	struct dmu_event *event, *after;
+	LIST_HEAD(events);
+
+	dmu_node_remove(dev);
+	list_del(&dev->list);
+	mutex_lock(&dev->answer_mutex);
+	dev->table = NULL;
+	spin_lock_irq(&dev->lock);
+	dev->gone = true;
+	dev->fault_timeout = 0;
+	spin_unlock_irq(&dev->lock);
+	mutex_unlock(&dev->answer_mutex);
+	wake_up(&dev->wait);
+	cancel_delayed_work_sync(&dev->timeout_work);
+	cancel_delayed_work_sync(&dev->deferred_work);
+	cancel_work_sync(&dev->flush.work);
+	dmu_epochs_exit(dev);
+	dmu_free_cells(dev);
+	destroy_workqueue(dev->wq);
+	dm_kcopyd_client_destroy(dev->kcopyd);
+	spin_lock_irq(&dev->lock);
+	list_for_each_entry_safe(placement, next, &dev->placements, list)
+		dmu_placed_drop(dev, placement);
+	list_splice_init(&dev->events, &events);
+	spin_unlock_irq(&dev->lock);
+	list_for_each_entry_safe(event, after, &events, list)
+		dmu_event_free(dev, event);
+	WARN_ON(dev->event_count || atomic_read(&dev->busy));
+	bioset_exit(&dev->bios);
+	mempool_exit(&dev->cell_pool);
+	mtree_destroy(&dev->extents);
+	dmu_device_put(dev);
+}
+
+static void dmu_device_init(struct dmu_device *dev)
+{
+	unsigned int i;
+
+	kref_init(&dev->ref);
+	INIT_LIST_HEAD(&dev->tables);
+	mt_init_flags(&dev->extents, MT_FLAGS_USE_RCU);
+	mutex_init(&dev->map_mutex);
+	mutex_init(&dev->answer_mutex);
+	INIT_LIST_HEAD(&dev->invalidations);
+	INIT_LIST_HEAD(&dev->draining);
+	INIT_WORK(&dev->epoch_work, dmu_epoch_work);
+	spin_lock_init(&dev->lock);
+	for (i = 0; i < 1 << DMU_HASH_BITS; i++) {
+		INIT_HLIST_HEAD(&dev->by_block[i]);
+		INIT_HLIST_HEAD(&dev->by_id[i]);
+	}
+	INIT_LIST_HEAD(&dev->cells);
+	INIT_LIST_HEAD(&dev->ranges);
+	INIT_LIST_HEAD(&dev->unsent);
+	INIT_DELAYED_WORK(&dev->deferred_work, dmu_deferred);
+	INIT_DELAYED_WORK(&dev->timeout_work, dmu_timeout);
+	dev->next_id = 1;
+	INIT_LIST_HEAD(&dev->placements);
+	dev->placed = RB_ROOT;
+	INIT_WORK(&dev->flush.work, dmu_flush_work);
+	INIT_LIST_HEAD(&dev->events);
+	init_waitqueue_head(&dev->wait);
+}
+
+/* Makes the device and its node; under dmu_devices_mutex. */
+static struct dmu_device *dmu_device_create(struct dm_target *ti, const char *name,
+					    unsigned int block_sectors)
+{
+	struct dmu_device *dev = kzalloc(sizeof(*dev), GFP_KERNEL);
+	int error = -ENOMEM;
+
+	ti->error = "out of memory";
+	if (!dev)
+		return ERR_PTR(error);
+	dmu_device_init(dev);
+	strscpy(dev->name, name, sizeof(dev->name));
+	dev->md = dm_table_get_md(ti->table);
+	dev->block_sectors = block_sectors;
+	dev->block_shift = ilog2(block_sectors);
+	dev->sectors = ti->len;
+	dev->blocks = ((ti->len - 1) >> dev->block_shift) + 1;
+	error = mempool_init_slab_pool(&dev->cell_pool, DMU_POOL_CELLS, dmu_cell_cache);
+	if (error)
+		goto no_pool;
+	error = bioset_init(&dev->bios, BIO_POOL_SIZE, 0, BIOSET_NEED_BVECS | BIOSET_NEED_RESCUER);
+	if (error)
+		goto no_bios;
+	dev->wq = alloc_workqueue("dmu/%s", WQ_MEM_RECLAIM | WQ_UNBOUND, 0, name);
+	if (!dev->wq) {
+		error = -ENOMEM;
+		goto no_wq;
+	}
+	dev->kcopyd = dm_kcopyd_client_create(NULL);
+	if (IS_ERR(dev->kcopyd)) {
+		error = PTR_ERR(dev->kcopyd);
+		goto no_kcopyd;
+	}
+	error = dmu_epochs_init(dev);
+	if (error)
+		goto no_epochs;
+	error = dmu_node_add(dev);
+	if (error) {
+		ti->error = "the node in /dev/dmu cannot be made";
+		goto no_node;
+	}
+	list_add_tail(&dev->list, &dmu_devices);
+	return dev;
+
+no_node:
+	dmu_epochs_exit(dev);
+no_epochs:
+	dm_kcopyd_client_destroy(dev->kcopyd);
+no_kcopyd:
+	destroy_workqueue(dev->wq);
+no_wq:
+	bioset_exit(&dev->bios);
+no_bios:
+	mempool_exit(&dev->cell_pool);
+no_pool:
+	dmu_device_put(dev);
+	return ERR_PTR(error);
+}
+
+/* The device of that name, if a new table may join it. */
+static struct dmu_device *dmu_device_join(struct dm_target *ti, struct dmu_device *dev,
+					  unsigned int block_sectors, unsigned int count)
+{
+	struct dmu_table *table;
+
+	if (dev->md != dm_table_get_md(ti->table)) {
+		ti->error = "NAME is in use by another device";
+		return ERR_PTR(-EBUSY);
+	}
+	if (dev->block_sectors != block_sectors) {
+		ti->error = "BLOCK_SECTORS differs from the table before";
+		return ERR_PTR(-EINVAL);
+	}
+	list_for_each_entry(table, &dev->tables, list) {
+		if (table->ti->table == ti->table) {
+			ti->error = "NAME stands twice in this table";
+			return ERR_PTR(-EINVAL);
+		}
+		if (table == dev->table && (count < table->count || ti->len < dev->sectors)) {
+			ti->error = "a device neither shrinks nor loses backing devices";
+			return ERR_PTR(-EINVAL);
+		}
+	}
+	return dev;
+}
+
+int dmu_attach(struct dmu_table *table, const char *name, unsigned int block_sectors)
+{
+	struct dm_target *ti = table->ti;
+	struct dmu_device *dev = NULL, *at;
+
+	mutex_lock(&dmu_devices_mutex);
+	list_for_each_entry(at, &dmu_devices, list)
+		if (!strcmp(at->name, name))
+			dev = at;
+	if (dev)
+		dev = dmu_device_join(ti, dev, block_sectors, table->count);
+	else
+		dev = dmu_device_create(ti, name, block_sectors);
+	if (!IS_ERR(dev)) {
+		dev->users++;
+		table->dev = dev;
+		list_add_tail(&table->list, &dev->tables);
+		mutex_lock(&dev->answer_mutex);
+		if (!dev->table)
+			dev->table = table;
+		mutex_unlock(&dev->answer_mutex);
+	}
+	mutex_unlock(&dmu_devices_mutex);
+	return PTR_ERR_OR_ZERO(dev);
+}
+
+void dmu_detach(struct dmu_table *table)
+{
+	struct dmu_device *dev = table->dev;
+
+	mutex_lock(&dmu_devices_mutex);
+	list_del(&table->list);
+	if (!--dev->users) {
+		dmu_device_destroy(dev);
+	} else {
+		mutex_lock(&dev->answer_mutex);
+		if (dev->table == table)
+			dev->table = list_last_entry(&dev->tables, struct dmu_table, list);
+		mutex_unlock(&dev->answer_mutex);
+	}
+	mutex_unlock(&dmu_devices_mutex);
+}

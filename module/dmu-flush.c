@@ -1,0 +1,267 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Commit on flush, and invalidations: the two things that wait for others.
+ *
+ * One flush runs at a time; those that come meanwhile share the next one. It notes the highest
+ * mark, waits until the data of every placement up to there is written, flushes the devices,
+ * asks the worker to commit, and ends its requests. With nothing uncommitted it ends after the
+ * devices. All steps but the answer are taken by flush.work, which never runs twice at once.
+ *
+ * A device that failed a flush may have dropped what it was to write: every flush fails from
+ * then on, until the administrator says clear_error.
+ */
+#include "dmu-core.h"
+#include "dmu-trace.h"
+
+/* A flush, or a write with FUA that is written, waits for the next commit. */
+void dmu_flush_join(struct dmu_device *dev, struct bio *bio)
+{
+	unsigned long flags;
+	bool requeue;
+
+	dmu_io(bio)->since = jiffies;
+	spin_lock_irqsave(&dev->lock, flags);
+	requeue = dev->requeue;
+	if (!requeue)
+		bio_list_add(&dev->flush.waiting, bio);
+	spin_unlock_irqrestore(&dev->lock, flags);
+	if (requeue)
+		dmu_end_bio(bio, BLK_STS_DM_REQUEUE);
+	else
+		queue_work(dev->wq, &dev->flush.work);
+}
+
+void dmu_flush_kick(struct dmu_device *dev)
+{
+	if (READ_ONCE(dev->flush.state) == DMU_FLUSH_DATA)
+		queue_work(dev->wq, &dev->flush.work);
+}
+
+static void dmu_flush_end_io(struct bio *bio)
+{
+	struct dmu_device *dev = bio->bi_private;
+
+	if (bio->bi_status)
+		WRITE_ONCE(dev->flush.error, blk_status_to_errno(bio->bi_status));
+	bio_put(bio);
+	if (atomic_dec_and_test(&dev->flush.pending))
+		queue_work(dev->wq, &dev->flush.work);
+}
+
+static void dmu_flush_devices(struct dmu_device *dev)
+{
+	struct dmu_flush *flush = &dev->flush;
+	struct dmu_table *table = dev->table;
+	unsigned int i;
+
+	for (i = 0; i < table->count; i++) {
+		struct bio *bio;
+
+		if (!table->devs[i].writable)
+			continue;
+		atomic_inc(&flush->pending);
+		bio = dmu_bio_alloc(table->devs[i].dm_dev->bdev, 0,
+				    REQ_OP_WRITE | REQ_PREFLUSH | REQ_SYNC, &dev->bios);
+		bio->bi_private = dev;
+		bio->bi_end_io = dmu_flush_end_io;
+		dmu_submit_bio(bio);
+	}
+	if (atomic_dec_and_test(&flush->pending))
+		queue_work(dev->wq, &flush->work);
+}
+
+static bool dmu_flush_data_done(struct dmu_device *dev)
+{
+	struct dmu_placement *placement;
+
+	list_for_each_entry(placement, &dev->placements, list) {
+		if (placement->mark > dev->flush.upto)
+			break;
+		if (placement->in_flight)
+			return false;
+	}
+	return true;
+}
+
+static bool dmu_flush_uncommitted(struct dmu_device *dev)
+{
+	struct dmu_placement *placement;
+
+	placement = list_first_entry_or_null(&dev->placements, struct dmu_placement, list);
+	return placement && placement->mark <= dev->flush.upto;
+}
+
+/* The flush is over; its requests end with the lock dropped. */
+static void dmu_flush_end(struct dmu_device *dev, blk_status_t status)
+	__releases(&dev->lock) __acquires(&dev->lock)
+{
+	struct bio_list bios = dev->flush.active;
+	struct bio *bio;
+
+	bio_list_init(&dev->flush.active);
+	WRITE_ONCE(dev->flush.state, DMU_FLUSH_IDLE);
+	spin_unlock_irq(&dev->lock);
+	while ((bio = bio_list_pop(&bios)))
+		dmu_end_bio(bio, status);
+	spin_lock_irq(&dev->lock);
+}
+
+static void dmu_flush_devices_done(struct dmu_device *dev)
+{
+	struct dmu_flush *flush = &dev->flush;
+
+	if (flush->error) {
+		flush->failed = true;
+		DMERR("%s: flush of a backing device failed with %d", dev->name, flush->error);
+		dmu_flush_end(dev, BLK_STS_IOERR);
+	} else if (!dmu_flush_uncommitted(dev)) {
+		dmu_flush_end(dev, BLK_STS_OK);
+	} else if (dev->requeue) {
+		dmu_flush_end(dev, BLK_STS_DM_REQUEUE);
+	} else {
+		flush->id = dev->next_id++;
+		flush->told = false;
+		flush->since = jiffies;
+		WRITE_ONCE(flush->state, DMU_FLUSH_ASKING);
+		dmu_count(dev, DMU_STAT_FLUSHES);
+		trace_dmu_fault(dev->minor, DMU_FLUSH, 0, flush->id, 0, 0);
+		wake_up(&dev->wait);
+	}
+}
+
+void dmu_flush_work(struct work_struct *work)
+{
+	struct dmu_device *dev = container_of(work, struct dmu_device, flush.work);
+	struct dmu_flush *flush = &dev->flush;
+
+	spin_lock_irq(&dev->lock);
+	for (;;) {
+		if (flush->state == DMU_FLUSH_IDLE) {
+			if (bio_list_empty(&flush->waiting))
+				break;
+			flush->active = flush->waiting;
+			bio_list_init(&flush->waiting);
+			if (flush->failed) {
+				dmu_flush_end(dev, BLK_STS_IOERR);
+				continue;
+			}
+			flush->upto = dev->last_mark;
+			WRITE_ONCE(flush->state, DMU_FLUSH_DATA);
+		} else if (flush->state == DMU_FLUSH_DATA) {
+			if (!dmu_flush_data_done(dev))
+				break;
+			flush->error = 0;
+			atomic_set(&flush->pending, 1);
+			WRITE_ONCE(flush->state, DMU_FLUSH_DEVICES);
+			spin_unlock_irq(&dev->lock);
+			dmu_flush_devices(dev);
+			spin_lock_irq(&dev->lock);
+			break;
+		} else if (flush->state == DMU_FLUSH_DEVICES) {
+			if (atomic_read(&flush->pending))
+				break;
+			dmu_flush_devices_done(dev);
+		} else {
+			break;
+		}
+	}
+	spin_unlock_irq(&dev->lock);
+}
+
+/* FLUSH_DONE (error 0) or FAIL: -ENOENT when no such flush was asked about. */
+int dmu_flush_answer(struct dmu_device *dev, u64 id, int error)
+{
+	struct dmu_flush *flush = &dev->flush;
+	struct dmu_placement *placement;
+
+	spin_lock_irq(&dev->lock);
+	if (flush->state != DMU_FLUSH_ASKED || flush->id != id) {
+		spin_unlock_irq(&dev->lock);
+		return -ENOENT;
+	}
+	trace_dmu_commit(dev->minor, id, flush->upto, error);
+	while (!error && dmu_flush_uncommitted(dev)) {
+		placement = list_first_entry(&dev->placements, struct dmu_placement, list);
+		dmu_placed_drop(dev, placement);
+	}
+	dmu_flush_end(dev, errno_to_blk_status(error));
+	spin_unlock_irq(&dev->lock);
+	queue_work(dev->wq, &flush->work);
+	return 0;
+}
+
+static struct dmu_epoch *dmu_epoch_other(struct dmu_device *dev)
+{
+	return dev->epoch == &dev->epochs[0] ? &dev->epochs[1] : &dev->epochs[0];
+}
+
+static void dmu_epoch_release(struct percpu_ref *ref)
+{
+	struct dmu_epoch *epoch = container_of(ref, struct dmu_epoch, ref);
+
+	queue_work(epoch->dev->wq, &epoch->dev->epoch_work);
+}
+
+/* Turns the epoch for those invalidations that wait, and tells of those that are through. */
+void dmu_epoch_work(struct work_struct *work)
+{
+	struct dmu_device *dev = container_of(work, struct dmu_device, epoch_work);
+	struct dmu_event *event, *next;
+	struct dmu_epoch *old;
+	LIST_HEAD(done);
+
+	spin_lock_irq(&dev->lock);
+	if (dev->turning) {
+		spin_unlock_irq(&dev->lock);
+		old = dmu_epoch_other(dev);
+		if (!percpu_ref_is_zero(&old->ref))
+			return;
+		percpu_ref_reinit(&old->ref);
+		spin_lock_irq(&dev->lock);
+		list_splice_init(&dev->draining, &done);
+		dev->turning = false;
+	}
+	if (!list_empty(&dev->invalidations)) {
+		list_splice_init(&dev->invalidations, &dev->draining);
+		dev->turning = true;
+	}
+	spin_unlock_irq(&dev->lock);
+	if (dev->turning) {
+		old = dev->epoch;
+		/* See dmu_epoch_enter(). */
+		smp_store_release(&dev->epoch, dmu_epoch_other(dev));
+		percpu_ref_kill(&old->ref);
+	}
+	list_for_each_entry_safe(event, next, &done, list) {
+		dmu_count(dev, DMU_STAT_INVALIDATES);
+		dmu_event_post(dev, event);
+	}
+	wake_up(&dev->wait);
+}
+
+int dmu_epochs_init(struct dmu_device *dev)
+{
+	int error, i;
+
+	for (i = 0; i < 2; i++) {
+		dev->epochs[i].dev = dev;
+		error = percpu_ref_init(&dev->epochs[i].ref, dmu_epoch_release, DMU_REF_FLAGS,
+					GFP_KERNEL);
+		if (error) {
+			if (i)
+				percpu_ref_exit(&dev->epochs[0].ref);
+			return error;
+		}
+	}
+	dev->epoch = &dev->epochs[0];
+	return 0;
+}
+
+/* No request is left; a turn may still be under way. */
+void dmu_epochs_exit(struct dmu_device *dev)
+{
+	wait_event(dev->wait, !READ_ONCE(dev->turning) && list_empty(&dev->invalidations));
+	cancel_work_sync(&dev->epoch_work);
+	percpu_ref_exit(&dev->epochs[0].ref);
+	percpu_ref_exit(&dev->epochs[1].ref);
+}

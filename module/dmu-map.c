@@ -1,0 +1,189 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * The path of a request: through the tree if it can, into a queue if it must.
+ */
+#include "dmu-core.h"
+
+/* A bio that needs more than the tree: true when it is held, else as dmu_hold() says. */
+static int dmu_map_held(struct dmu_device *dev, struct bio *bio)
+{
+	bool requeue;
+
+	if (dmu_hold(dev, bio, &requeue))
+		return DM_MAPIO_SUBMITTED;
+	return requeue ? DM_MAPIO_REQUEUE : -1;
+}
+
+static int dmu_map_flush(struct dmu_table *table, struct bio *bio)
+{
+	struct dmu_device *dev = table->dev;
+	unsigned int i;
+
+	if (atomic_read(&dev->uncommitted) || table->writable != 1 || dev->flush.failed) {
+		if (dev->requeue)
+			return DM_MAPIO_REQUEUE;
+		dmu_flush_join(dev, bio);
+		return DM_MAPIO_SUBMITTED;
+	}
+	for (i = 0; !table->devs[i].writable; i++)
+		;
+	bio_set_dev(bio, table->devs[i].dm_dev->bdev);
+	return DM_MAPIO_REMAPPED;
+}
+
+/* Whole blocks are a run for the worker; a rest is ignored, or zeroed as a write is. */
+static int dmu_map_discard(struct dmu_device *dev, struct bio *bio)
+{
+	unsigned int mask = dev->block_sectors - 1, count = bio_sectors(bio);
+	u64 sector = bio->bi_iter.bi_sector, end = sector + count;
+	unsigned int offset = sector & mask;
+	int result;
+
+	if (offset || (count < dev->block_sectors && end != dev->sectors)) {
+		count = min(count, dev->block_sectors - offset);
+		dm_accept_partial_bio(bio, count);
+		if (bio_op(bio) == REQ_OP_DISCARD) {
+			bio_endio(bio);
+			return DM_MAPIO_SUBMITTED;
+		}
+	} else if (end & mask && end != dev->sectors) {
+		dm_accept_partial_bio(bio, count & ~mask);
+	}
+	for (;;) {
+		result = dmu_map_held(dev, bio);
+		if (result >= 0)
+			return result;
+		if (dmu_try_issue(dev, bio))
+			return DM_MAPIO_SUBMITTED;
+	}
+}
+
+/*
+ * The fast path: how many sectors of the bio go where word says, 0 when it has to wait.
+ * The caller has entered the epoch.
+ */
+static unsigned int dmu_lookup(struct dmu_table *table, struct bio *bio, unsigned long *word)
+{
+	struct dmu_device *dev = table->dev;
+	u64 sector = bio->bi_iter.bi_sector, block = dmu_block_of(dev, sector), last, size;
+	unsigned int count = bio_sectors(bio), blocks, free;
+
+	*word = dmu_extent_find(dev, block, &last);
+	if (!*word || (op_is_write(bio_op(bio)) && !dmu_word_writable(*word)))
+		return 0;
+	count = min_t(u64, count, ((last + 1) << dev->block_shift) - sector);
+	if (dmu_word_device(*word) != DMU_WORD_ZERO) {
+		size = dmu_bdev_sectors(table->devs[dmu_word_device(*word)].dm_dev->bdev);
+		sector += dmu_word_shift(*word);
+		if (unlikely(sector + count > size)) {
+			if (sector < size)
+				count = size - sector;
+			else
+				*word = dmu_word(DMU_WORD_ZERO, false, 0);
+		}
+	}
+	smp_rmb();	/* see dmu-core.h: the tree before the cells */
+	if (unlikely(atomic_read(&dev->busy))) {
+		blocks = dmu_block_of(dev, bio->bi_iter.bi_sector + count - 1) - block + 1;
+		free = dmu_free_run(dev, block, blocks);
+		if (!free)
+			return 0;
+		if (free < blocks)
+			count = ((block + free) << dev->block_shift) - bio->bi_iter.bi_sector;
+	}
+	return count;
+}
+
+static int dmu_remap(struct dmu_table *table, struct bio *bio, unsigned long word,
+		     struct dmu_epoch *epoch)
+{
+	struct dmu_io *io = dmu_io(bio);
+
+	io->epoch = epoch;
+	if (dmu_word_device(word) == DMU_WORD_ZERO) {
+		zero_fill_bio(bio);
+		bio_endio(bio);
+		return DM_MAPIO_SUBMITTED;
+	}
+	if (unlikely(bio->bi_opf & REQ_FUA) && atomic_read(&table->dev->uncommitted)) {
+		bio->bi_opf &= ~REQ_FUA;
+		io->fua = true;
+	}
+	bio_set_dev(bio, table->devs[dmu_word_device(word)].dm_dev->bdev);
+	bio->bi_iter.bi_sector += dmu_word_shift(word);
+	return DM_MAPIO_REMAPPED;
+}
+
+int dmu_map(struct dm_target *ti, struct bio *bio)
+{
+	struct dmu_table *table = ti->private;
+	struct dmu_device *dev = table->dev;
+	struct dmu_io *io = dmu_io(bio);
+	struct dmu_epoch *epoch;
+	unsigned int count, rest;
+	unsigned long word;
+	int result;
+
+	io->dev = dev;
+	io->epoch = NULL;
+	io->fua = false;
+	if (bio->bi_opf & REQ_PREFLUSH)
+		return dmu_map_flush(table, bio);
+	bio->bi_iter.bi_sector = dm_target_offset(ti, bio->bi_iter.bi_sector);
+	switch (bio_op(bio)) {
+	case REQ_OP_READ:
+	case REQ_OP_WRITE:
+		break;
+	case REQ_OP_DISCARD:
+	case REQ_OP_WRITE_ZEROES:
+		return dmu_map_discard(dev, bio);
+	default:
+		return DM_MAPIO_KILL;
+	}
+	for (;;) {
+		epoch = dmu_epoch_enter(dev);
+		count = dmu_lookup(table, bio, &word);
+		if (likely(count)) {
+			if (count < bio_sectors(bio))
+				dm_accept_partial_bio(bio, count);
+			return dmu_remap(table, bio, word, epoch);
+		}
+		dmu_epoch_leave(epoch);
+		rest = dev->block_sectors - (bio->bi_iter.bi_sector & (dev->block_sectors - 1));
+		if (rest < bio_sectors(bio))
+			dm_accept_partial_bio(bio, rest);
+		result = dmu_map_held(dev, bio);
+		if (result >= 0)
+			return result;
+	}
+}
+
+static void dmu_io_failed(struct dmu_device *dev, struct bio *bio, int error)
+{
+	struct dmu_event *event = dmu_event_alloc(dev, GFP_ATOMIC | __GFP_NOWARN);
+
+	if (!event)
+		return;
+	event->session = READ_ONCE(dev->session);
+	dmu_map_error(dev, event, ~0ULL, 0, error);
+}
+
+int dmu_end_io(struct dm_target *ti, struct bio *bio, blk_status_t *error)
+{
+	struct dmu_io *io = dmu_io(bio);
+	bool issued = io->epoch;
+
+	if (issued) {
+		dmu_epoch_leave(io->epoch);
+		io->epoch = NULL;
+	}
+	if (unlikely(*error)) {
+		if (issued && *error != BLK_STS_DM_REQUEUE && op_is_write(bio_op(bio)))
+			dmu_io_failed(io->dev, bio, -blk_status_to_errno(*error));
+	} else if (unlikely(io->fua)) {
+		io->fua = false;
+		dmu_flush_join(io->dev, bio);
+		return DM_ENDIO_INCOMPLETE;
+	}
+	return DM_ENDIO_DONE;
+}

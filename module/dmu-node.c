@@ -1,0 +1,387 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * /dev/dmu/NAME: the worker's end.
+ *
+ * read() hands out, in this order: a dump that was asked for, events, faults, the question of
+ * a flush. What is handed out is told; when its opener closes the node it is to be told again
+ * to the next one, events excepted, which were for that opener only.
+ */
+#include <linux/cdev.h>
+#include <linux/fs.h>
+#include <linux/idr.h>
+#include <linux/poll.h>
+#include <linux/slab.h>
+#include <linux/uaccess.h>
+#include "dmu-core.h"
+
+#define DMU_MINORS 4096
+
+static dev_t dmu_region;
+static struct class *dmu_class;
+static struct cdev dmu_cdev;
+static DEFINE_IDR(dmu_minors);		/* under dmu_devices_mutex */
+
+/* An event for the opener of now; NULL without memory, or when too many are unread. */
+struct dmu_event *dmu_event_alloc(struct dmu_device *dev, gfp_t gfp)
+{
+	struct dmu_event *event = kmem_cache_zalloc(dmu_event_cache, gfp);
+	unsigned long flags;
+	bool full;
+
+	if (!event)
+		return NULL;
+	spin_lock_irqsave(&dev->lock, flags);
+	full = dev->event_count >= DMU_MAX_EVENTS;
+	if (!full)
+		dev->event_count++;
+	event->session = dev->session;
+	spin_unlock_irqrestore(&dev->lock, flags);
+	if (full) {
+		kmem_cache_free(dmu_event_cache, event);
+		event = NULL;
+	}
+	return event;
+}
+
+void dmu_event_free(struct dmu_device *dev, struct dmu_event *event)
+{
+	unsigned long flags;
+
+	spin_lock_irqsave(&dev->lock, flags);
+	dev->event_count--;
+	spin_unlock_irqrestore(&dev->lock, flags);
+	kmem_cache_free(dmu_event_cache, event);
+}
+
+/* Queues the event, or drops it when its opener has gone. */
+void dmu_event_post(struct dmu_device *dev, struct dmu_event *event)
+{
+	unsigned long flags;
+	bool post;
+
+	spin_lock_irqsave(&dev->lock, flags);
+	post = dev->opened && !dev->gone && event->session == dev->session;
+	if (post)
+		list_add_tail(&event->list, &dev->events);
+	spin_unlock_irqrestore(&dev->lock, flags);
+	if (post)
+		wake_up(&dev->wait);
+	else
+		dmu_event_free(dev, event);
+}
+
+/*
+ * Reports that a placement came to nothing. Unlike other events this one concerns whoever is
+ * the worker by now: it may have been told of the placement in a dump.
+ */
+void dmu_map_error(struct dmu_device *dev, struct dmu_event *event, u64 block, u64 mark,
+		   int error)
+{
+	dmu_count(dev, DMU_STAT_ERRORS);
+	memset(&event->message, 0, sizeof(event->message));
+	event->message.type = DMU_MAP_ERROR;
+	event->message.block = block;
+	event->message.count = 1;
+	event->message.mark = mark;
+	event->message.code = error;
+	event->session = READ_ONCE(dev->session);
+	dmu_event_post(dev, event);
+}
+
+static void dmu_device_free(struct kref *ref)
+{
+	kfree(container_of(ref, struct dmu_device, ref));
+}
+
+void dmu_device_put(struct dmu_device *dev)
+{
+	kref_put(&dev->ref, dmu_device_free);
+}
+
+static int dmu_open(struct inode *inode, struct file *file)
+{
+	struct dmu_placement *last;
+	struct dmu_device *dev;
+	int error = 0;
+
+	if (!capable(CAP_SYS_ADMIN))
+		return -EPERM;
+	mutex_lock(&dmu_devices_mutex);
+	dev = idr_find(&dmu_minors, iminor(inode));
+	if (dev)
+		kref_get(&dev->ref);
+	mutex_unlock(&dmu_devices_mutex);
+	if (!dev)
+		return -ENODEV;
+	spin_lock_irq(&dev->lock);
+	if (dev->opened) {
+		error = -EBUSY;
+	} else {
+		dev->opened = true;
+		dev->session++;
+		dev->last_mark = 0;
+		if (!list_empty(&dev->placements)) {
+			last = list_last_entry(&dev->placements, struct dmu_placement, list);
+			dev->last_mark = last->mark;
+		}
+		if (dev->flush.state != DMU_FLUSH_IDLE)
+			dev->last_mark = max(dev->last_mark, dev->flush.upto);
+	}
+	spin_unlock_irq(&dev->lock);
+	if (error) {
+		dmu_device_put(dev);
+		return error;
+	}
+	file->private_data = dev;
+	return nonseekable_open(inode, file);
+}
+
+static int dmu_release(struct inode *inode, struct file *file)
+{
+	struct dmu_device *dev = file->private_data;
+	struct dmu_event *event, *next;
+	LIST_HEAD(events);
+
+	spin_lock_irq(&dev->lock);
+	dev->opened = false;
+	dev->dumping = false;
+	list_splice_init(&dev->events, &events);
+	dmu_reask_all(dev);
+	if (dev->flush.state == DMU_FLUSH_ASKED) {
+		dev->flush.state = DMU_FLUSH_ASKING;
+		dev->flush.told = true;
+	}
+	spin_unlock_irq(&dev->lock);
+	list_for_each_entry_safe(event, next, &events, list)
+		dmu_event_free(dev, event);
+	dmu_device_put(dev);
+	return 0;
+}
+
+static bool dmu_has_message(struct dmu_device *dev)
+{
+	return dev->dumping || !list_empty(&dev->events) || !list_empty(&dev->unsent) ||
+	       dev->flush.state == DMU_FLUSH_ASKING;
+}
+
+/* The next record of a dump: a placement, or that there are no more. */
+static void dmu_next_dump(struct dmu_device *dev, struct dmu_message *message)
+{
+	struct dmu_placement *placement;
+
+	list_for_each_entry(placement, &dev->placements, list) {
+		if (placement->mark <= dev->dump_next)
+			continue;
+		if (placement->mark > dev->dump_last)
+			break;
+		message->type = DMU_UNCOMMITTED_IS;
+		message->flags = (placement->writable ? DMU_WRITE : 0) |
+				 (placement->in_flight ? DMU_IN_FLIGHT : 0);
+		message->block = placement->block;
+		message->count = placement->count;
+		message->mark = placement->mark;
+		message->sector = placement->sector;
+		message->device = placement->device;
+		dev->dump_next = placement->mark;
+		return;
+	}
+	message->type = DMU_DUMP_DONE;
+	message->mark = dev->last_mark;
+	dev->dumping = false;
+}
+
+/* Takes the next message; an event is handed out with it, to be freed. */
+static bool dmu_next(struct dmu_device *dev, struct dmu_message *message,
+		     struct dmu_event **event)
+{
+	struct dmu_cell *cell;
+
+	memset(message, 0, sizeof(*message));
+	*event = NULL;
+	if (dev->dumping) {
+		dmu_next_dump(dev, message);
+	} else if (!list_empty(&dev->events)) {
+		*event = list_first_entry(&dev->events, struct dmu_event, list);
+		list_del(&(*event)->list);
+		*message = (*event)->message;
+	} else if (!list_empty(&dev->unsent)) {
+		cell = list_first_entry(&dev->unsent, struct dmu_cell, unsent);
+		list_del_init(&cell->unsent);
+		cell->state = DMU_ASKED;
+		message->type = cell->type;
+		message->flags = cell->flags | (cell->told ? DMU_AGAIN : 0);
+		message->id = cell->id;
+		message->block = cell->block;
+		message->count = cell->count;
+	} else if (dev->flush.state == DMU_FLUSH_ASKING) {
+		dev->flush.state = DMU_FLUSH_ASKED;
+		message->type = DMU_FLUSH;
+		message->flags = dev->flush.told ? DMU_AGAIN : 0;
+		message->id = dev->flush.id;
+		message->mark = dev->flush.upto;
+	} else {
+		return false;
+	}
+	return true;
+}
+
+/* The caller could not be given the message: as if it had not been taken. */
+static void dmu_untake(struct dmu_device *dev, struct dmu_message *message,
+		       struct dmu_event *event)
+{
+	struct dmu_cell *cell;
+
+	spin_lock_irq(&dev->lock);
+	if (event) {
+		list_add(&event->list, &dev->events);
+	} else if (message->type == DMU_UNCOMMITTED_IS) {
+		dev->dump_next = message->mark - 1;
+	} else if (message->type == DMU_DUMP_DONE) {
+		dev->dumping = true;
+	} else if (message->type == DMU_FLUSH) {
+		if (dev->flush.id == message->id && dev->flush.state == DMU_FLUSH_ASKED)
+			dev->flush.state = DMU_FLUSH_ASKING;
+	} else {
+		cell = dmu_cell_by_id(dev, message->id);
+		if (cell && cell->state == DMU_ASKED) {
+			cell->state = DMU_ASKING;
+			list_move(&cell->unsent, &dev->unsent);
+		}
+	}
+	spin_unlock_irq(&dev->lock);
+}
+
+static ssize_t dmu_read(struct file *file, char __user *buffer, size_t size, loff_t *offset)
+{
+	struct dmu_device *dev = file->private_data;
+	struct dmu_message message;
+	struct dmu_event *event;
+	size_t done = 0;
+	bool more;
+
+	if (size < sizeof(message))
+		return -EINVAL;
+	while (size - done >= sizeof(message)) {
+		spin_lock_irq(&dev->lock);
+		more = dev->gone ? false : dmu_next(dev, &message, &event);
+		spin_unlock_irq(&dev->lock);
+		if (dev->gone && !more)
+			return done ? done : -ENODEV;
+		if (!more) {
+			if (done)
+				return done;
+			if (file->f_flags & O_NONBLOCK)
+				return -EAGAIN;
+			if (wait_event_interruptible(dev->wait, READ_ONCE(dev->gone) ||
+						     dmu_has_message(dev)))
+				return -ERESTARTSYS;
+			continue;
+		}
+		if (copy_to_user(buffer + done, &message, sizeof(message))) {
+			dmu_untake(dev, &message, event);
+			return done ? done : -EFAULT;
+		}
+		if (event)
+			dmu_event_free(dev, event);
+		done += sizeof(message);
+	}
+	return done;
+}
+
+static ssize_t dmu_write(struct file *file, const char __user *buffer, size_t size,
+			 loff_t *offset)
+{
+	return dmu_answer_write(file->private_data, buffer, size);
+}
+
+static long dmu_ioctl(struct file *file, unsigned int command, unsigned long argument)
+{
+	if (command != DMU_IOC_ANSWER)
+		return -ENOTTY;
+	return dmu_answer_batch(file->private_data, (struct dmu_batch __user *)argument);
+}
+
+static __poll_t dmu_poll(struct file *file, poll_table *table)
+{
+	struct dmu_device *dev = file->private_data;
+	__poll_t mask = EPOLLOUT | EPOLLWRNORM;
+
+	poll_wait(file, &dev->wait, table);
+	spin_lock_irq(&dev->lock);
+	if (dev->gone)
+		mask = EPOLLHUP | EPOLLERR;
+	else if (dmu_has_message(dev))
+		mask |= EPOLLIN | EPOLLRDNORM;
+	spin_unlock_irq(&dev->lock);
+	return mask;
+}
+
+static const struct file_operations dmu_fops = {
+	.owner = THIS_MODULE,
+	.open = dmu_open,
+	.release = dmu_release,
+	.read = dmu_read,
+	.write = dmu_write,
+	.poll = dmu_poll,
+	.unlocked_ioctl = dmu_ioctl,
+	.compat_ioctl = dmu_ioctl,
+	.llseek = noop_llseek,
+};
+
+/* Shows the device to user space; under dmu_devices_mutex. */
+int dmu_node_add(struct dmu_device *dev)
+{
+	struct device *node;
+	int minor = idr_alloc(&dmu_minors, dev, 0, DMU_MINORS, GFP_KERNEL);
+
+	if (minor < 0)
+		return minor;
+	dev->minor = minor;
+	dev->major = MAJOR(dmu_region);
+	node = device_create(dmu_class, NULL, MKDEV(MAJOR(dmu_region), minor), NULL, "dmu!%s",
+			     dev->name);
+	if (IS_ERR(node)) {
+		idr_remove(&dmu_minors, minor);
+		return PTR_ERR(node);
+	}
+	return 0;
+}
+
+void dmu_node_remove(struct dmu_device *dev)
+{
+	device_destroy(dmu_class, MKDEV(MAJOR(dmu_region), dev->minor));
+	idr_remove(&dmu_minors, dev->minor);
+}
+
+int dmu_node_init(void)
+{
+	int error = alloc_chrdev_region(&dmu_region, 0, DMU_MINORS, "dmu");
+
+	if (error)
+		return error;
+	dmu_class = dmu_class_create("dmu");
+	if (IS_ERR(dmu_class)) {
+		error = PTR_ERR(dmu_class);
+		goto no_class;
+	}
+	cdev_init(&dmu_cdev, &dmu_fops);
+	dmu_cdev.owner = THIS_MODULE;
+	error = cdev_add(&dmu_cdev, dmu_region, DMU_MINORS);
+	if (error)
+		goto no_cdev;
+	return 0;
+
+no_cdev:
+	class_destroy(dmu_class);
+no_class:
+	unregister_chrdev_region(dmu_region, DMU_MINORS);
+	return error;
+}
+
+void dmu_node_exit(void)
+{
+	cdev_del(&dmu_cdev);
+	class_destroy(dmu_class);
+	unregister_chrdev_region(dmu_region, DMU_MINORS);
+	idr_destroy(&dmu_minors);
+}
