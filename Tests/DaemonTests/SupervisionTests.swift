@@ -106,7 +106,7 @@ struct SupervisionTests {
       let worker = try await world.worker(disk)
       let kernel = try world.wire()
       try await world.stopDaemon()
-      #expect(kill(worker, 0) == 0)
+      #expect(isAlive(worker))
       #expect(try world.toolstack.read("/local/domain/0/dmu-xen/state") == "stopped")
       // Served without a daemon.
       #expect(try kernel.write(block, at: 0) == 0)
@@ -156,7 +156,7 @@ struct SupervisionTests {
       try await world.startDaemon()
       try await eventually("it is gone") {
         let devices = try world.devices
-        return kill(worker, 0) != 0 && world.directories().isEmpty && devices == 0
+        return !isAlive(worker) && world.directories().isEmpty && devices == 0
       }
     }
   }

@@ -49,6 +49,16 @@ func eventually(
   }
 }
 
+/// Whether a process runs. One that has ended and was not collected yet does not: an
+/// orphan is collected by whoever has the time.
+func isAlive(_ pid: Int32) -> Bool {
+  guard kill(pid, 0) == 0 else { return false }
+  do {
+    let text = try SmallFile.read("/proc/\(pid)/stat")
+    return text.split(separator: ")").last?.dropFirst().first != "Z"
+  } catch { return false }
+}
+
 /// Runs what may block on a thread of its own, never on one of the few that tasks share.
 func blocking<Value: Sendable>(
   _ body: @escaping @Sendable () throws -> Value
@@ -87,11 +97,10 @@ final class World: Sendable {
   /// Writes the configuration file; keys as "table.key".
   func configure(_ settings: [String: String]) throws {
     var all = [
-      "daemon.run-directory": "\"\(runDirectory)\"", "daemon.log-level": "\"critical\"",
+      "daemon.run-directory": "\"\(runDirectory)\"", "daemon.log-level": "\"info\"",
       "worker.program": "\"\(folder.file("cowd"))\"", "worker.user": "\(World.workerUser)",
       "worker.group": "\(World.workerUser)",
     ]
-    if getenv("DMU_TEST_LOG") != nil { all["daemon.log-level"] = "\"debug\"" }
     all.merge(settings) { $1 }
     let text = all.sorted { $0.key < $1.key }.map { "\($0) = \($1)\n" }.joined()
     try file("dmu-xen.toml", Array(text.utf8))
@@ -303,6 +312,9 @@ func inWorld(
     if daemon { try await world.startDaemon() }
     try await body(world)
   } catch {
+    // What may explain it.
+    print("daemon.log:\n\(try SmallFile.read(world.folder.file("daemon.log")).suffix(4000))")
+    print("state: \(World.names(world.runDirectory + "/disks")), \(try await world.workers())")
     try await world.end()
     throw error
   }

@@ -120,9 +120,19 @@ final class RunDirectory: Sendable {
     let path = configuration.runDirectory + "/lock"
     let descriptor = try Descriptor(path: path, flags: O_RDWR | O_CREAT, mode: 0o600)
     let lock = try FileStore(descriptor, name: path)
-    do throws(IOError) { try lock.lock(exclusive: true) } catch {
-      guard error.code == EAGAIN else { throw error }
-      throw IOError(EAGAIN, "start a second dmu-xend in", configuration.runDirectory)
+    // A worker that is just being started by a daemon that was killed has the lock, too,
+    // until it closes what is not its own.
+    for attempt in 0... {
+      do throws(IOError) {
+        try lock.lock(exclusive: true)
+        break
+      } catch {
+        guard error.code == EAGAIN else { throw error }
+        guard attempt < 30 else {
+          throw IOError(EAGAIN, "start a second dmu-xend in", configuration.runDirectory)
+        }
+        usleep(100_000)
+      }
     }
     return RunDirectory(lock)
   }
