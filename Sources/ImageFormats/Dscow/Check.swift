@@ -47,11 +47,15 @@ extension Dscow {
 
   /// Checks a store, and with `repair` mends what it can.
   ///
-  /// - Parameter base: compared with what the header says of it, unless nil.
+  /// - Parameters:
+  ///   - base: compared with what the header says of it, unless nil.
+  ///   - leaksOnly: a repair gives back space and leaves everything else.
   /// - Throws: `notThisFormat`, `unsupported`, `io`, `badRequest`. Damage is a finding.
   public static func check(
-    store: any ByteStore, base: (any ByteStore)? = nil, repair: Bool = false
+    store: any ByteStore, base: (any ByteStore)? = nil, repair: Bool = false,
+    leaksOnly: Bool = false
   ) throws(ImageError) -> DscowCheck {
+    let repairAll = repair && !leaksOnly
     var result = DscowCheck()
     let header: DscowHeader
     let copies: DscowHeader.CopyState
@@ -62,8 +66,8 @@ extension Dscow {
       return result
     }
     result.header = header
-    try checkCopies(store, header, copies, repair, &result)
-    try checkTail(store, header, repair, &result)
+    try checkCopies(store, header, copies, repairAll, &result)
+    try checkTail(store, header, repairAll, &result)
     try checkLeaks(store, header, repair, &result)
     result.allocatedBlocks = try countBits(store, header)
     if let base, let known = header.base,
@@ -73,6 +77,30 @@ extension Dscow {
     }
     if repair { try io { () throws(IOError) in try store.flush() } }
     return result
+  }
+
+  /// As `check`, in the words that are common to all formats: leftovers are leaks. What was
+  /// mended is counted as repaired and not again.
+  public static func report(
+    store: any ByteStore, repair: Repair?
+  ) throws(ImageError) -> CheckReport {
+    let found = try check(store: store, repair: repair != nil, leaksOnly: repair == .leaks)
+    var report = CheckReport()
+    for finding in found.findings {
+      if finding.isDamage {
+        report.corruption(finding.message)
+      } else {
+        report.leak(finding.message)
+      }
+      if finding.isRepaired { report.repaired += 1 }
+    }
+    if let header = found.header {
+      report.clusterSize = UInt64(header.blockSize)
+      report.imageEnd = header.storeSize
+      report.totalClusters = header.blocks
+      report.allocatedClusters = found.allocatedBlocks
+    }
+    return report
   }
 
   private static func checkCopies(
@@ -185,8 +213,8 @@ extension Dscow {
     return min(bytes / UInt64(header.blockSize), header.blocks)
   }
 
-  /// How many blocks have a place in the store: reads the whole bitmap.
-  static func countBits(
+  /// How many blocks have a place in the store: reads the whole bitmap. Throws `io`.
+  public static func countBits(
     _ store: any ByteStore, _ header: DscowHeader
   ) throws(ImageError) -> UInt64 {
     try countBits(store, header, atMost: .max) ?? 0
