@@ -109,10 +109,13 @@ final class DiskReader {
   /// The first byte from one on that may be other than zero, `end` at most.
   func nextData(from start: UInt64, to end: UInt64) throws(ImageError) -> UInt64 {
     var offset = start
+    // Where data goes on nobody needs to know here how far.
+    var limit: UInt64 = 1 << 16
     while offset < end {
-      let (kind, count) = try run(at: offset, limit: end - offset)
+      let (kind, count) = try run(at: offset, limit: min(limit, end - offset))
       if case .data = kind { break }
       offset += count
+      limit = min(limit * 8, 1 << 40)
     }
     return offset
   }
