@@ -23,35 +23,39 @@ extension ImageTool {
       throw ImageError(.badRequest, "\(source.path) has no base to commit into")
     }
     try Kinds.checkCommit(store, kind, keep: keep)
-    let basePath = ImageSource.beside(source.path, path)
-    let base = try ImageFile.store(basePath, writable: true)
+    let base = try ImageFile.store(ImageSource.beside(source.path, path), writable: true)
     guard try !Dscow.same(base, store) else {
       throw ImageError(.corrupt, "\(source.path) is its own base")
     }
-    let baseKind = try ImageChain.kind(named: names.baseFormat, of: base)
-    let resolve = ImageSource.resolver(writableData: true)
-    // The image by itself: what it has of its own.
-    let under: any ByteStore =
+    try commit(
+      store, kind, into: base, try ImageChain.kind(named: names.baseFormat, of: base), keep: keep,
+      progress: progress, resolve: ImageSource.resolver(writableData: true))
+    progress.finish()
+    if !quiet { output.put("Image committed.\n") }
+  }
+
+  /// As the other, for stores that are open and locked.
+  static func commit(
+    _ store: any ByteStore, _ kind: ImageKind, into base: any ByteStore, _ baseKind: ImageKind,
+    keep: Bool, progress: Progress, resolve: ImageChain.Resolver
+  ) throws(ImageError) {
+    func disk() throws(ImageError) -> any ByteStore {
       baseKind == .raw
-      ? base : try LayerChain.open(base, kind: baseKind, resolve: resolve).flat()
-    let top = try ImageLayer(
-      store, kind: kind, below: under,
-      dataFile: try LayerChain.dataFile(of: store, names, resolve))
-    if try Kinds.info(base, baseKind).size < top.size {
-      try Kinds.beginCommit(store, kind)
-      try Kinds.resize(base, baseKind, to: top.size)
+        ? base : try LayerChain.open(base, kind: baseKind, resolve: resolve).flat()
+    }
+    let data = try LayerChain.dataFile(
+      of: store, try ImageLayer.names(in: store, kind: kind), resolve)
+    // The image by itself: what it has of its own.
+    let top = try ImageLayer(store, kind: kind, below: try disk(), dataFile: data)
+    try Kinds.beginCommit(store, kind)
+    if try disk().size < top.size {
+      try Kinds.resize(base, baseKind, to: top.size, resolve: resolve)
     }
     let target = try ImageChain.open(base, kind: baseKind, writable: true, resolve: resolve)
     let writer = ImageWriter(target, store: base, devices: target.devices ?? [base])
-    try Kinds.beginCommit(store, kind)
     try copyOwn(top, writer, progress)
     try writer.commit()
-    let after: any ByteStore =
-      baseKind == .raw
-      ? base : try LayerChain.open(base, kind: baseKind, resolve: resolve).flat()
-    try Kinds.endCommit(store, kind, base: after, keep: keep)
-    progress.finish()
-    if !quiet { output.put("Image committed.\n") }
+    try Kinds.endCommit(store, kind, dataFile: data, base: try disk(), keep: keep)
   }
 
   /// Writes what an image has of its own to another disk.
@@ -101,17 +105,28 @@ extension ImageTool {
     if let new, try Dscow.same(new.file, store) {
       throw ImageError(.badRequest, "\(source.path) cannot be its own base")
     }
-    if !unsafe { try inherit(store, kind, new?.disk, progress) }
-    try Kinds.rename(
-      base: new.map { ($0.path, $0.kind, $0.disk) }, of: store, kind, format: baseFormat)
+    let resolve = ImageSource.resolver(writableData: true)
+    try rebase(
+      store, kind, onto: new.map { ($0.path, $0.kind, $0.disk) }, format: baseFormat,
+      unsafe: unsafe, progress: progress, resolve: resolve)
     progress.finish()
+  }
+
+  /// As the other, for stores that are open and locked.
+  static func rebase(
+    _ store: any ByteStore, _ kind: ImageKind,
+    onto new: (path: String, kind: ImageKind, disk: any ByteStore)?, format: String?,
+    unsafe: Bool, progress: Progress, resolve: ImageChain.Resolver
+  ) throws(ImageError) {
+    if !unsafe { try inherit(store, kind, new?.disk, progress, resolve) }
+    try Kinds.rename(base: new, of: store, kind, format: format)
   }
 
   /// Copies into an image what it shows of its base and would not show of another.
   private static func inherit(
-    _ store: FileStore, _ kind: ImageKind, _ new: (any ByteStore)?, _ progress: Progress
+    _ store: any ByteStore, _ kind: ImageKind, _ new: (any ByteStore)?, _ progress: Progress,
+    _ resolve: ImageChain.Resolver
   ) throws(ImageError) {
-    let resolve = ImageSource.resolver(writableData: true)
     let names = try ImageLayer.names(in: store, kind: kind)
     let old = try LayerChain.below(store, kind: kind, resolve: resolve)?.flat()
     let image = try ImageLayer(

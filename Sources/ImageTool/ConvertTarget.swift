@@ -68,7 +68,8 @@ extension Kinds {
       let data = try options.dataFile.map { path throws(ImageError) in
         try files.make(ImageSource.beside(request.target, path))
       }
-      return try Qcow2Target(image, options, files, data, full: request.sparse == 0)
+      return try Qcow2Target(
+        image.size, options, files.store, data, isZero: files.isZero, full: request.sparse == 0)
     }
     if !request.intoExisting {
       try create(image, in: files.store) { path throws(ImageError) in
@@ -139,7 +140,7 @@ private final class RawTarget: ConvertTarget {
 }
 
 /// A qcow2 image that is made.
-private final class Qcow2Target: ConvertTarget {
+final class Qcow2Target: ConvertTarget {
   let unit: Int
   let wantsZeroes: Bool
   var compression: Qcow2Compression { builder.header.compression }
@@ -148,23 +149,20 @@ private final class Qcow2Target: ConvertTarget {
   private let fills: FileStore?
   private var done: UInt64 = 0
 
+  /// `isZero`: the store reads as zeroes. `full`: every cluster is placed.
   init(
-    _ image: NewImage, _ options: Qcow2Options, _ files: TargetFiles, _ data: FileStore?,
-    full: Bool
+    _ size: UInt64, _ options: Qcow2Options, _ store: any ByteStore, _ data: (any ByteStore)?,
+    isZero: Bool, full: Bool
   ) throws(ImageError) {
-    builder = try Qcow2Builder(
-      files.store, size: image.size, options: options, dataFile: data)
+    builder = try Qcow2Builder(store, size: size, options: options, dataFile: data)
     unit = Int(builder.header.clusterSize)
-    wantsZeroes = image.base != nil
+    wantsZeroes = options.base != nil
     laysOut = options.preallocation != .off || options.dataFileRaw || full
-    fills =
-      options.preallocation == .falloc || options.preallocation == .full || full
-      ? data ?? files.store : nil
-    if !files.isZero, laysOut {
+    let isFilled = options.preallocation == .falloc || options.preallocation == .full || full
+    fills = isFilled ? (data ?? store) as? FileStore : nil
+    if !isZero, laysOut {
       // A device shows what it held where clusters are placed and not written.
-      try toolIO { () throws(IOError) in
-        try files.store.zero(at: 0, count: files.store.size)
-      }
+      try toolIO { () throws(IOError) in try store.zero(at: 0, count: store.size) }
     }
   }
 

@@ -1,9 +1,10 @@
 // dmu-img map --svg: the disk as a field of cells, and under it the image's file as another.
 //
 // In the upper field a cell is a stretch of the disk, coloured by what has most of it: which
-// image of the chain, compressed or plain, zeroes, or nobody. In the lower one a cell is a
-// stretch of the file, coloured by where on the disk its bytes belong, from blue at the start
-// to red at the end: what lies in order is a smooth rainbow, what is scattered is confetti.
+// image of the chain, compressed or plain, zeroes, or nobody; the fuller the darker. In the
+// lower one a cell is a stretch of the file, coloured by where on the disk its longest run
+// belongs, from blue at the start to red at the end: what lies in order is a smooth rainbow,
+// what is scattered is confetti.
 
 import Glibc
 public import ImageFormats
@@ -44,8 +45,8 @@ private struct Picture {
   /// Bytes of each kind in each cell of the disk: nobody's, zeroes, then plain and compressed
   /// of every depth.
   private var disk: [[UInt64]]
-  /// For each cell of the file: bytes, and the sum of their places on the disk, each as a part
-  /// of the whole.
+  /// For each cell of the file: bytes of its longest run, and that run's place on the disk as a
+  /// part of the whole.
   private var file: [(bytes: UInt64, place: Double)]
   private var totals: [UInt64]
   private var extents: UInt64 = 0
@@ -82,9 +83,9 @@ private struct Picture {
     var done: UInt64 = 0
     Self.spread(offset, row.count, fileCell) { index, count in
       guard index < file.count else { return }
-      let place = Double(row.start + done + count / 2) / Double(chain.size)
-      file[index].bytes += count
-      file[index].place += place * Double(count)
+      if count > file[index].bytes {
+        file[index] = (count, Double(row.start + done + count / 2) / Double(chain.size))
+      }
       done += count
     }
   }
@@ -123,10 +124,30 @@ private struct Picture {
     }
   }
 
-  /// A colour of the rainbow for a part of the whole, from blue to red.
+  /// The rainbow from the start of the disk to its end: red, green and blue of each station.
+  private static let stations: [(Double, Double, Double)] = [
+    (38, 70, 160), (42, 140, 170), (86, 165, 110), (222, 190, 80), (232, 132, 60), (190, 50, 70),
+  ]
+
+  /// A colour of the rainbow for a part of the whole.
   private static func rainbow(_ part: Double) -> String {
-    let hue = Int(240 - 240 * max(0, min(1, part)))
-    return "hsl(\(hue),62%,\(part > 0.45 && part < 0.75 ? 42 : 52)%)"
+    let place = max(0, min(1, part)) * Double(stations.count - 1)
+    let index = min(Int(place), stations.count - 2)
+    let (one, other, rest) = (stations[index], stations[index + 1], place - Double(index))
+    // Sixty-four colours are enough, and more cells look the same.
+    func mix(_ a: Double, _ b: Double) -> Int { Int(a + (b - a) * (rest * 12).rounded() / 12) }
+    func hex(_ value: Int) -> String { (value < 16 ? "0" : "") + String(value, radix: 16) }
+    return "#" + hex(mix(one.0, other.0)) + hex(mix(one.1, other.1)) + hex(mix(one.2, other.2))
+  }
+
+  /// A colour so far on its way from white.
+  private static func tint(_ color: String, _ part: Double) -> String {
+    guard part < 1, let value = UInt32(color.dropFirst(), radix: 16) else { return color }
+    func hex(_ shift: UInt32) -> String {
+      let level = 255 - (255 - Double(value >> shift & 255)) * part
+      return (level < 16 ? "0" : "") + String(Int(level), radix: 16)
+    }
+    return "#" + hex(16) + hex(8) + hex(0)
   }
 
   func draw(to output: Output, title: String) {
@@ -237,7 +258,10 @@ private struct Picture {
       // Data is seen before zeroes, however little it is.
       let data = cell.indices.dropFirst(2).max { cell[$0] < cell[$1] } ?? 2
       let kind = cell[data] > 0 ? data : cell[1] > 0 ? 1 : 0
-      return (Self.color(kind), kind >= 2 && kind % 2 == 1)
+      guard kind >= 2 else { return (Self.color(kind), false) }
+      // The fuller, the darker, in six steps.
+      let full = Double(cell[2...].reduce(0, +)) / Double(diskCell)
+      return (Self.tint(Self.color(kind), 0.4 + 0.1 * (full * 6).rounded(.up)), kind % 2 == 1)
     }
   }
 
@@ -245,7 +269,7 @@ private struct Picture {
     drawCells(file.count, at: y, to: output) { index in
       let (bytes, place) = file[index]
       guard bytes > 0 else { return ("#e9e9e6", false) }
-      return (Self.rainbow(place / Double(bytes)), false)
+      return (Self.rainbow(place), false)
     }
   }
 

@@ -162,28 +162,27 @@ enum Kinds {
 
   /// Gives a disk another length.
   static func resize(
-    _ store: FileStore, _ kind: ImageKind, to size: UInt64
+    _ store: any ByteStore, _ kind: ImageKind, to size: UInt64,
+    resolve: ImageChain.Resolver = ImageSource.resolver(writableData: true)
   ) throws(ImageError) {
+    func base() throws(ImageError) -> (any ByteStore)? {
+      try LayerChain.below(store, kind: kind, resolve: resolve)?.flat()
+    }
     switch kind {
     case .raw:
-      guard !store.isBlockDevice else {
+      guard (store as? FileStore)?.isBlockDevice != true else {
         throw ImageError(.unsupported, "\(store.name) is a device: resize it with its own tools")
       }
       try toolIO { () throws(IOError) in
         try store.resize(to: size)
         try store.flush()
       }
-    case .dscow, .qcow2:
+    case .dscow: try Dscow.resize(store: store, base: try base(), to: size)
+    case .qcow2:
       let names = try ImageLayer.names(in: store, kind: kind)
-      let resolve = ImageSource.resolver(writableData: true)
-      let below = try LayerChain.below(store, kind: kind, resolve: resolve)?.flat()
-      if kind == .dscow {
-        try Dscow.resize(store: store, base: below, to: size)
-      } else {
-        let data = try LayerChain.dataFile(of: store, names, resolve)
-        try Qcow2.open(store: store, base: below, dataFile: data, writable: true)
-          .resize(to: size)
-      }
+      let data = try LayerChain.dataFile(of: store, names, resolve)
+      try Qcow2.open(store: store, base: try base(), dataFile: data, writable: true)
+        .resize(to: size)
     case .vhd:
       throw ImageError(
         .unsupported, "\(store.name): a vpc image cannot be resized: convert it to another format")
@@ -201,7 +200,7 @@ func toolIO<Result>(_ body: () throws(IOError) -> Result) throws(ImageError) -> 
 extension Kinds {
   /// Throws `unsupported` when an image cannot give up what it has.
   static func checkCommit(
-    _ store: FileStore, _ kind: ImageKind, keep: Bool
+    _ store: any ByteStore, _ kind: ImageKind, keep: Bool
   ) throws(ImageError) {
     switch kind {
     case .dscow, .qcow2: return
@@ -214,28 +213,26 @@ extension Kinds {
   }
 
   /// The base is about to be written.
-  static func beginCommit(_ store: FileStore, _ kind: ImageKind) throws(ImageError) {
+  static func beginCommit(_ store: any ByteStore, _ kind: ImageKind) throws(ImageError) {
     if kind == .dscow { try Dscow.beginCommit(of: store) }
   }
 
   /// The base has everything, durably: empties the image, unless `keep`.
   static func endCommit(
-    _ store: FileStore, _ kind: ImageKind, base: any ByteStore, keep: Bool
+    _ store: any ByteStore, _ kind: ImageKind, dataFile: (any ByteStore)?, base: any ByteStore,
+    keep: Bool
   ) throws(ImageError) {
     switch kind {
     case .raw, .vhd: return
     case .dscow: try Dscow.endCommit(of: store, base: base, emptying: !keep)
     case .qcow2:
       guard !keep else { return }
-      let names = try ImageLayer.names(in: store, kind: kind)
-      let data = try LayerChain.dataFile(
-        of: store, names, ImageSource.resolver(writableData: true))
-      try Qcow2.open(store: store, base: base, dataFile: data, writable: true).empty()
+      try Qcow2.open(store: store, base: base, dataFile: dataFile, writable: true).empty()
     }
   }
 
   /// Throws `unsupported` when an image cannot name another base.
-  static func checkRebase(_ store: FileStore, _ kind: ImageKind) throws(ImageError) {
+  static func checkRebase(_ store: any ByteStore, _ kind: ImageKind) throws(ImageError) {
     switch kind {
     case .dscow, .qcow2: return
     case .raw, .vhd:
@@ -247,7 +244,7 @@ extension Kinds {
 
   /// Has an image name another base, or none.
   static func rename(
-    base: (path: String, kind: ImageKind, disk: any ByteStore)?, of store: FileStore,
+    base: (path: String, kind: ImageKind, disk: any ByteStore)?, of store: any ByteStore,
     _ kind: ImageKind, format: String?
   ) throws(ImageError) {
     switch kind {
