@@ -8,6 +8,7 @@ RELEASE  = -c release --static-swift-stdlib --scratch-path .build-release
 BIN      = .build-release/release
 DIST     = .build-release/dist
 PROGRAMS = cowd dmu-xend dmu-xen
+TOOLS    = dmu-img dscow_tool
 SHELL_FILES = $(shell git grep -lE '^\#!/bin/(ba)?sh|^\# shellcheck shell=' -- . ':!*.md')
 
 export DMU_BIN_DIR = $(CURDIR)/$(BIN)
@@ -61,15 +62,16 @@ lab-shell: ## an interactive dom0 on a real Xen, the programs in place
 	@$(MAKE) --no-print-directory dist
 	@lab/xen/shell $(DIST)
 
-bench: build ## measure against qemu-nbd, in one run
+bench: build ## measure against qemu-nbd and qemu-img, in one run each
 	@lab/prerequisites bench
 	bench/nbd
+	bench/images
 
 install: ## install into $(DESTDIR)$(PREFIX), etc. into $(DESTDIR)/etc
 	install -d $(DESTDIR)$(PREFIX)/sbin $(DESTDIR)$(PREFIX)/bin $(DESTDIR)/etc/xen/scripts \
 	  $(DESTDIR)/lib/systemd/system $(DESTDIR)$(PREFIX)/share/bash-completion/completions
 	install -s -m 755 $(PROGRAMS:%=$(BIN)/%) $(DESTDIR)$(PREFIX)/sbin/
-	install -s -m 755 $(BIN)/dscow_tool $(DESTDIR)$(PREFIX)/bin/
+	install -s -m 755 $(TOOLS:%=$(BIN)/%) $(DESTDIR)$(PREFIX)/bin/
 	install -m 755 hotplug/block-dmu $(DESTDIR)/etc/xen/scripts/
 	install -m 644 etc/dmu-xen.toml $(DESTDIR)/etc/
 	install -m 644 etc/systemd/*.service $(DESTDIR)/lib/systemd/system/
