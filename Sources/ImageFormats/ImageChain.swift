@@ -10,6 +10,8 @@ public enum ImageKind: String, Sendable, CaseIterable {
   case raw
   /// The project's own.
   case dscow
+  /// Version 1 of qcow.
+  case qcow
   /// Versions 2 and 3 of qcow.
   case qcow2
   /// VHD, which QEMU calls vpc.
@@ -19,6 +21,7 @@ public enum ImageKind: String, Sendable, CaseIterable {
   public static func probe(_ store: any ByteStore) throws(ImageError) -> ImageKind {
     let bytes = try io { () throws(IOError) in try store.read(at: 0, count: 8192) }
     if Qcow2Header.isMagic(bytes) { return .qcow2 }
+    if QcowHeader.isMagic(bytes) { return .qcow }
     let size = DscowHeader.copySize
     do throws(ImageError) {
       _ = try DscowHeader.choose(
@@ -98,6 +101,9 @@ public enum ImageChain {
       let header = try Dscow.header(of: store).header
       let base = try base(header.base?.path, nil)
       return (try Dscow.open(store: store, base: base, writable: writable), base)
+    case .qcow:
+      let base = try base(try QcowHeader.read(from: store).basePath, nil)
+      return (try Qcow.open(store: store, base: base, writable: writable), base)
     case .vhd:
       let base = try base(try VhdHeader.read(from: store).basePath, nil)
       return (try Vhd.open(store: store, base: base, writable: writable), base)
