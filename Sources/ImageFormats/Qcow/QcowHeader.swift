@@ -23,6 +23,8 @@ public struct QcowHeader: Sendable, Equatable {
   public var l1Offset: UInt64
   /// The base's path, nil when there is none.
   public var basePath: String?
+  /// Where the header and the base's path end: what lies before is not the disk's to write.
+  private(set) var end = UInt64(Self.length)
 
   /// Bytes of a cluster, which is the disk's block.
   public var clusterSize: UInt64 { 1 << UInt64(clusterBits) }
@@ -69,6 +71,7 @@ public struct QcowHeader: Sendable, Equatable {
     let path = try io { () throws(IOError) in try store.read(at: offset, count: Int(count)) }
     var named = header
     named.basePath = text(path)
+    if offset < 4096 { named.end = max(named.end, offset + UInt64(count)) }
     return named
   }
 

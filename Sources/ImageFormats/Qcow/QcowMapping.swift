@@ -13,13 +13,13 @@ public final class Qcow: ImageFormat {
   private static let compressedDevice: UInt16 = 2
   private static let blocksPerFind: UInt64 = 65536
 
-  /// The header, as it was when the image was opened.
-  public let header: QcowHeader
-  private let store: any ByteStore
+  /// The header, as it is now.
+  public internal(set) var header: QcowHeader
+  let store: any ByteStore
   private let base: BaseView
-  private let cache: MetadataCache
-  private let isWritable: Bool
-  private var pending: PendingPlacements
+  let cache: MetadataCache
+  let isWritable: Bool
+  private(set) var pending: PendingPlacements
   private var planned: [UInt64: UInt64] = [:]
   private var inFlight: (mark: Mark, draft: CommitDraft, tables: [UInt64])?
   private var lastMark: Mark = 0
@@ -34,7 +34,7 @@ public final class Qcow: ImageFormat {
     self.header = header
     isWritable = writable
     cache = MetadataCache(store)
-    let decompressor = Qcow2Decompressor(
+    let decompressor = CompressedStore(
       store, clusterBits: UInt32(header.clusterBits), compression: .zlib)
     self.base = BaseView(
       base, blockSize: header.clusterSize, store: store, own: [decompressor])
@@ -55,15 +55,7 @@ public final class Qcow: ImageFormat {
   /// See `ImageFormat`.
   public var devices: [any ByteStore]? { base.devices }
   /// Estimated from the space that the image takes.
-  public var allocatedBlocks: UInt64 { min(blocks, durableBlocks + pending.blocks) }
-  private var blocks: UInt64 { (size + header.clusterSize - 1) / header.clusterSize }
-
-  private func check(_ range: BlockRange) throws(ImageError) {
-    guard range.count > 0, range.first < blocks, range.count <= blocks - range.first else {
-      throw ImageError(
-        .badRequest, "blocks \(range.first)+\(range.count) of a disk of \(blocks) blocks")
-    }
-  }
+  public var allocatedBlocks: UInt64 { min(blockCount, durableBlocks + pending.blocks) }
 
   private func checkWritable() throws(ImageError) {
     guard isWritable else {
@@ -71,7 +63,7 @@ public final class Qcow: ImageFormat {
     }
   }
 
-  private func table(_ index: UInt64) throws(ImageError) -> UInt64 {
+  func table(_ index: UInt64) throws(ImageError) -> UInt64 {
     let offset = try cache.big(UInt64.self, at: header.l1Offset + index * 8)
     guard offset % 512 == 0, offset < 1 << 56 else {
       throw ImageError(.corrupt, "\(store.name): L2 table \(index) at byte \(offset)")
@@ -80,7 +72,7 @@ public final class Qcow: ImageFormat {
   }
 
   /// The longest run from a block on that is mapped alike, within its table.
-  private func run(_ block: UInt64, limit: UInt64) throws(ImageError) -> Extent {
+  private func run(_ block: UInt64, _ limit: UInt64) throws(ImageError) -> Extent {
     let (run, next) = pending.find(block)
     if let run {
       let count = min(limit, run.blocks.end - block)
@@ -117,7 +109,7 @@ public final class Qcow: ImageFormat {
       let place = Place.device(Self.compressedDevice, sector: address / 512)
       return Extent(BlockRange(block), place, writable: false)
     }
-    guard entry % 512 == 0, entry < 1 << 56, entry >= 512 else {
+    guard entry % 512 == 0, entry < 1 << 56, entry >= header.end else {
       throw ImageError(.corrupt, "\(store.name): block \(block) at byte \(entry)")
     }
     let place = Place.device(0, sector: entry / 512)
@@ -126,32 +118,14 @@ public final class Qcow: ImageFormat {
 
   /// Where a block lives for reading; see `ImageFormat`.
   public func find(_ block: UInt64, limit: UInt64) throws(ImageError) -> Extent {
-    try check(BlockRange(block, 1))
-    let end = block + min(max(limit, 1), blocks - block)
-    var extent = try run(block, limit: end - block)
-    while extent.blocks.end < end, extent.blocks.count < Self.blocksPerFind {
-      let next = try run(extent.blocks.end, limit: end - extent.blocks.end)
-      let sectors = extent.blocks.count * UInt64(blockSize) / 512
-      guard next.mark == extent.mark, next.writable == extent.writable,
-        next.place == extent.place.advanced(by: sectors)
-      else { break }
-      extent.blocks.count += next.blocks.count
-    }
-    return extent
+    try merged(block, limit: limit, most: Self.blocksPerFind, run)
   }
 
   /// A place for a first write; see `ImageFormat`. The answer does not cross an L2 table.
   public func place(_ range: BlockRange, whole: Bool) throws(ImageError) -> Placement {
     try checkWritable()
-    try check(range)
-    let found = try run(range.first, limit: range.count)
-    guard !found.writable else { return Placement(found) }
-    let extent = try assign(found.blocks)
-    guard !whole else { return Placement(extent) }
-    switch found.place {
-    case .zero: return Placement(extent, .zero)
-    case .device: return Placement(extent, .copy(from: found.place))
-    }
+    try checkBounds(range)
+    return try placement(of: try run(range.first, range.count), whole: whole, assign)
   }
 
   /// A discard; see `ImageFormat`. What is here is zeroed and keeps its place.
@@ -159,14 +133,12 @@ public final class Qcow: ImageFormat {
     _ range: BlockRange, zeroing: Bool
   ) throws(ImageError) -> DiscardAnswer {
     try checkWritable()
-    try check(range)
-    let found = try run(range.first, limit: range.count)
-    if found.writable { return .zero(found) }
-    guard zeroing, found.place != .zero else { return .nothing(blocks: found.blocks.count) }
-    return .zero(try assign(found.blocks))
+    try checkBounds(range)
+    return try discardAnswer(of: try run(range.first, range.count), zeroing: zeroing, assign)
   }
 
-  private func take(_ bytes: UInt64) throws(ImageError) -> UInt64 {
+  /// Room at the end of the file; its first byte there.
+  func take(_ bytes: UInt64) throws(ImageError) -> UInt64 {
     let start = end
     guard start + bytes < 1 << UInt64(56 - header.clusterBits) else {
       throw ImageError(
@@ -240,7 +212,7 @@ public final class Qcow: ImageFormat {
   public func restore(_ extents: [Extent]) throws(ImageError) {
     try checkWritable()
     for extent in extents {
-      try check(extent.blocks)
+      try checkBounds(extent.blocks)
       let range = extent.blocks
       guard extent.writable, extent.mark > lastMark, case .device(0, let sector) = extent.place,
         sector < 1 << 40, sector > 0, pending.first(in: range) == nil,
