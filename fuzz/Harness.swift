@@ -45,11 +45,19 @@ struct Harness {
     }
   }
 
+  /// A base that is no image; files of data and extents with room to write in.
+  private func beside(_ path: String) -> FuzzStore {
+    FuzzStore(path, [UInt8](repeating: 0xB5, count: 65536), size: 1 << 20)
+  }
+
+  private func extents(_ store: FuzzStore) throws(ImageError) -> [any ByteStore] {
+    try VmdkLayout.read(from: store).extentPaths.prefix(64).map { beside($0) }
+  }
+
   private func open(_ store: FuzzStore) throws(ImageError) -> any ImageFormat {
     try ImageChain.open(store, kind: kind, writable: writes, depth: 4) {
       (request) throws(ImageError) in
-      // A base that is no image; files of data and extents with room to write in.
-      FuzzStore(request.path, [UInt8](repeating: 0xB5, count: 65536), size: 1 << 20)
+      beside(request.path)
     }
   }
 
@@ -95,7 +103,9 @@ struct Harness {
       case .qcow2:
         _ = try Qcow2.check(store: store)
         _ = try Qcow2.snapshots(of: store)
+      case .qcow: _ = try Qcow.check(store: store)
       case .vhd: _ = try Vhd.check(store: store)
+      case .vmdk: _ = try Vmdk.check(store: store, extents: try extents(store))
       }
     }
   }
@@ -103,9 +113,12 @@ struct Harness {
   private func mend(_ store: FuzzStore) {
     attempt {
       switch kind {
-      case .raw, .vhd: break
+      case .raw: break
       case .dscow: _ = try Dscow.check(store: store, repair: true)
+      case .qcow: _ = try Qcow.repair(store: store, .all)
       case .qcow2: _ = try Qcow2.repair(store: store, .all)
+      case .vhd: _ = try Vhd.repair(store: store, .all)
+      case .vmdk: _ = try Vmdk.repair(store: store, extents: try extents(store), .all)
       }
     }
   }
