@@ -24,6 +24,8 @@ public struct ByHandOptions: Sendable {
   public var service: Service
   /// Path of the base, instead of the one that the image names.
   public var base: String?
+  /// Name of the base's format, whatever the image says of it.
+  public var baseFormat: String?
   /// Whether the disk is only read.
   public var readOnly = false
   /// Whether a base that has changed is accepted.
@@ -65,7 +67,9 @@ public enum ByHand {
     var request = ImageRequest()
     request.readOnly = options.readOnly
     request.force = options.force
-    let image = try Opening.image(name, store: options.store, base: options.base, request)
+    request.basePath = options.base
+    if let format = options.baseFormat { request.baseFormat = try FormatName(named: format) }
+    let image = try Opening.image(name, store: options.store, request)
     let disk = try Disk(image, pending: nil, loop: loop, log: log)
     let service = try publish(disk, options, log)
     disk.detached = { [unowned disk] end in

@@ -26,7 +26,9 @@ struct Cowd: ParsableCommand {
       """,
     version: Version.text)
 
-  @Option(name: [.customShort("p"), .customLong("format")], help: "The image's format: dscow.")
+  @Option(
+    name: [.customShort("p"), .customLong("format")],
+    help: "The image's format, or a plugin's name.")
   var format: String?
 
   @Option(
@@ -38,6 +40,11 @@ struct Cowd: ParsableCommand {
     name: .long,
     help: ArgumentHelp("The base, instead of the one that the store names.", valueName: "path"))
   var base: String?
+
+  @Option(
+    name: .long,
+    help: ArgumentHelp("The base's format, whatever the store says.", valueName: "format"))
+  var baseFormat: String?
 
   @Flag(name: .long, help: "Accept a base that has changed, and note it anew.")
   var force = false
@@ -90,6 +97,7 @@ struct Cowd: ParsableCommand {
     var options = ByHandOptions(
       format: format ?? "", store: operands[operands.count - 1], service: service)
     options.base = base
+    options.baseFormat = baseFormat
     options.force = force
     options.readOnly = readOnly
     options.level = verbose > 1 ? .debug : verbose > 0 ? .info : .warning
