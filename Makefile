@@ -10,6 +10,7 @@ DIST     = .build-release/dist
 PROGRAMS = cowd dmu-xend dmu-xen
 SHELL_FILES = $(shell git grep -lE '^\#!/bin/(ba)?sh|^\# shellcheck shell=' -- . ':!*.md')
 
+export SWIFT
 export DMU_BIN_DIR = $(CURDIR)/$(BIN)
 
 .PHONY: help build dist test kernel-lab check run lab-shell install bench clean format
@@ -36,7 +37,7 @@ run: ## boot a real Xen and run a guest from a dmu disk (10 minutes once, then u
 test: ## every suite: unit, xenstored, NBD clients, the Xen lab (under 40 minutes cold)
 	@lab/prerequisites build test xen
 	@$(MAKE) --no-print-directory dist
-	$(SWIFT) test --no-parallel
+	Tests/run
 	lab/xen/run --dist $(DIST)
 
 kernel-lab: ## the module's scenarios in a checked kernel (15 minutes once, then 5)
@@ -75,6 +76,9 @@ install: ## install into $(DESTDIR)$(PREFIX), etc. into $(DESTDIR)/etc
 	install -m 644 etc/systemd/*.service $(DESTDIR)/lib/systemd/system/
 	install -d -m 755 $(DESTDIR)$(PREFIX)/lib/dmu-xen/plugins
 	install -D -m 644 Sources/CPlugin/include/dmu_plugin.h $(DESTDIR)$(PREFIX)/include/dmu_plugin.h
+	for program in $(PROGRAMS) dscow_tool; do \
+	  $(BIN)/$$program --generate-completion-script bash \
+	    >$(DESTDIR)$(PREFIX)/share/bash-completion/completions/$$program || exit 1; done
 	for page in man/man*/*; do \
 	  install -D -m 644 $$page $(DESTDIR)$(PREFIX)/share/$$page || exit 1; done
 

@@ -10,15 +10,21 @@ public enum ImageKind: String, Sendable, CaseIterable {
   case raw
   /// The project's own.
   case dscow
+  /// Version 1 of qcow.
+  case qcow
   /// Versions 2 and 3 of qcow.
   case qcow2
   /// VHD, which QEMU calls vpc.
   case vhd = "vpc"
+  /// VMware's.
+  case vmdk
 
   /// What a store's first bytes say it is; `raw` for everything else.
   public static func probe(_ store: any ByteStore) throws(ImageError) -> ImageKind {
     let bytes = try io { () throws(IOError) in try store.read(at: 0, count: 8192) }
     if Qcow2Header.isMagic(bytes) { return .qcow2 }
+    if QcowHeader.isMagic(bytes) { return .qcow }
+    if VmdkLayout.isMagic(bytes) { return .vmdk }
     let size = DscowHeader.copySize
     do throws(ImageError) {
       _ = try DscowHeader.choose(
@@ -41,6 +47,8 @@ public enum ImageChain {
       case base
       /// The file that holds the image's data.
       case dataFile = "data-file"
+      /// A file that holds a part of the image's data.
+      case extent
     }
     /// What it is for.
     public var role: Role
@@ -122,10 +130,19 @@ public enum ImageChain {
       let header = try Dscow.header(of: store).header
       let base = try base(header.base?.path, nil)
       return (try Dscow.open(store: store, base: base, writable: writable, force: force), base)
+    case .qcow:
+      let base = try base(try QcowHeader.read(from: store).basePath, nil)
+      return (try Qcow.open(store: store, base: base, writable: writable), base)
     case .vhd:
       let header = try VhdHeader.read(from: store)
       let base = try base(header.basePath, nil, identity: header.baseUUID)
       return (try Vhd.open(store: store, base: base, writable: writable), base)
+    case .vmdk:
+      let layout = try VmdkLayout.read(from: store)
+      let extents = try extents(of: store, layout, above: above, resolve)
+      let base = try base(layout.descriptor.basePath, ImageKind.vmdk.rawValue)
+      let image = try Vmdk.open(store: store, extents: extents, base: base, writable: writable)
+      return (image, base)
     case .qcow2:
       let header = try Qcow2Header.read(from: store)
       let data = try dataFile(store, header, resolve)
@@ -136,6 +153,33 @@ public enum ImageChain {
         base
       )
     }
+  }
+
+  /// The files of a VMDK image's extents. None may be the image, one above it, or another
+  /// extent.
+  private static func extents(
+    of store: any ByteStore, _ layout: VmdkLayout, above: [any ByteStore], _ resolve: Resolver
+  ) throws(ImageError) -> [any ByteStore] {
+    var extents: [any ByteStore] = []
+    var isFlat: [Bool] = []
+    for line in layout.descriptor.extents where layout.header == nil && line.kind != .zero {
+      let file = try resolve(Request(role: .extent, path: line.path, from: store.name))
+      let flat = line.kind == .flat || line.kind == .vmfs
+      for other in above + [store] {
+        guard try !Dscow.same(other, file) else {
+          throw ImageError(.corrupt, "store \(store.name): its extent \(line.path) is itself")
+        }
+      }
+      // Flat extents may be parts of one file.
+      for (other, otherIsFlat) in zip(extents, isFlat) where !(flat && otherIsFlat) {
+        guard try !Dscow.same(other, file) else {
+          throw ImageError(.corrupt, "store \(store.name): two extents are \(line.path)")
+        }
+      }
+      extents.append(file)
+      isFlat.append(flat)
+    }
+    return extents
   }
 
   private static func dataFile(
