@@ -74,6 +74,8 @@ install: ## install into $(DESTDIR)$(PREFIX), etc. into $(DESTDIR)/etc
 	install -m 755 hotplug/block-dmu $(DESTDIR)/etc/xen/scripts/
 	install -m 644 etc/dmu-xen.toml $(DESTDIR)/etc/
 	install -m 644 etc/systemd/*.service $(DESTDIR)/lib/systemd/system/
+	install -d -m 755 $(DESTDIR)$(PREFIX)/lib/dmu-xen/plugins
+	install -D -m 644 Sources/CPlugin/include/dmu_plugin.h $(DESTDIR)$(PREFIX)/include/dmu_plugin.h
 	for program in $(PROGRAMS) dscow_tool; do \
 	  $(BIN)/$$program --generate-completion-script bash \
 	    >$(DESTDIR)$(PREFIX)/share/bash-completion/completions/$$program || exit 1; done
