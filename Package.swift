@@ -48,7 +48,8 @@ let package = Package(
     room("XenStore", ["CXenStore", "Posix"]),
     .systemLibrary(name: "CZlib", pkgConfig: "zlib", providers: [.apt(["zlib1g-dev"])]),
     .systemLibrary(name: "CZstd", pkgConfig: "libzstd", providers: [.apt(["libzstd-dev"])]),
-    room("ImageFormats", ["CZlib", "CZstd", "Posix"]),
+    .target(name: "CPlugin"),
+    room("ImageFormats", ["CPlugin", "CZlib", "CZstd", "Posix"]),
     .systemLibrary(
       name: "CLibXML2", pkgConfig: "libxml-2.0", providers: [.apt(["libxml2-dev"])]),
     room("ImageTool", ["CLibXML2", "ImageFormats", "Posix"]),
@@ -74,7 +75,7 @@ let package = Package(
     tests("TargetTests", ["Target", "Posix", "TestSupport"]),
     tests(
       "WorkerTests", ["Worker", "Target", "ImageFormats", "WorkerLink", "Posix", "TestSupport"]),
-    tests("DaemonTests", ["Daemon", "Posix", "TestSupport", logging]),
+    tests("DaemonTests", ["Daemon", "WorkerLink", "Posix", "TestSupport", logging]),
   ],
   cLanguageStandard: .gnu11,
   cxxLanguageStandard: .cxx17

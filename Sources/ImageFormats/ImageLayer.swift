@@ -66,11 +66,12 @@ public final class ImageLayer {
   ///
   /// - Parameters:
   ///   - below: the disk under it, for what the image does by sectors, and to be known again.
-  ///   - dataFile: the data file, where the image has one.
+  ///   - files: the files that hold its data, where that is not the store; see
+  ///     `LayerChain.files`.
   /// - Throws: what the format throws; `baseChanged` where the image can tell.
   public init(
     _ store: any ByteStore, kind: ImageKind, below: (any ByteStore)?,
-    dataFile: (any ByteStore)? = nil, writable: Bool = false, snapshot: String? = nil
+    files: [any ByteStore] = [], writable: Bool = false, snapshot: String? = nil
   ) throws(ImageError) {
     self.store = store
     self.kind = kind
@@ -81,7 +82,13 @@ public final class ImageLayer {
     case .vhd: format = try Vhd.open(alone: store, over: below, under, writable: writable)
     case .qcow2:
       format = try Qcow2.open(
-        alone: store, over: under, dataFile: dataFile, writable: writable, snapshot: snapshot)
+        alone: store, over: under, dataFile: files.first, writable: writable, snapshot: snapshot)
+    case .qcow:
+      format = try Qcow(
+        store: store, base: under, header: try .read(from: store), writable: writable)
+    case .vmdk:
+      format = try Vmdk.open(
+        alone: store, extents: files, over: below, under, writable: writable)
     }
     devices = format.devices ?? [store, under]
   }
@@ -102,7 +109,13 @@ public final class ImageLayer {
     case .device(let device, let sector):
       let place = sector * 512 + (offset - first * blockSize)
       let store = devices[Int(device)]
-      return (device == 0 ? .data(store, place) : .made(store, place), count)
+      if let joined = store as? VmdkJoinedStore {
+        let (part, offset) = try io { () throws(IOError) in try joined.place(place) }
+        return (.data(part, offset), count)
+      }
+      // A flat part of a disk is as good as the image's own file.
+      let isPlain = device == 0 || !(store is CompressedStore || store is VhdMixedBlocks)
+      return (isPlain ? .data(store, place) : .made(store, place), count)
     }
   }
 
@@ -126,6 +139,10 @@ public final class ImageLayer {
     case .raw: return Names()
     case .dscow: return Names(base: try Dscow.header(of: store).header.base?.path)
     case .vhd: return Names(base: try VhdHeader.read(from: store).basePath)
+    case .qcow: return Names(base: try QcowHeader.read(from: store).basePath)
+    case .vmdk:
+      let base = try VmdkLayout.read(from: store).descriptor.basePath
+      return Names(base: base, baseFormat: base == nil ? nil : ImageKind.vmdk.rawValue)
     case .qcow2:
       let header = try Qcow2Header.read(from: store)
       return Names(

@@ -80,19 +80,28 @@ public final class LayerChain {
     let below = try base(of: store, names, above: above, depth: depth, resolve: resolve)
     let top = try ImageLayer(
       store, kind: known, below: below.isEmpty ? nil : LayerChain(below).flat(),
-      dataFile: try dataFile(of: store, names, resolve), snapshot: snapshot)
+      files: try files(of: store, kind: known, above: above, resolve: resolve),
+      snapshot: snapshot)
     return [top] + below
   }
 
-  /// The data file that an image names, opened; nil when it has none.
-  public static func dataFile(
-    of store: any ByteStore, _ names: ImageLayer.Names, _ resolve: ImageChain.Resolver
-  ) throws(ImageError) -> (any ByteStore)? {
-    guard names.hasDataFile else { return nil }
+  /// The files that hold an image's data where that is not the store, opened: the data file of
+  /// a qcow2 image, the extents of a VMDK image.
+  ///
+  /// - Throws: what the headers' readers throw; `baseMissing`, `corrupt`.
+  public static func files(
+    of store: any ByteStore, kind: ImageKind, above: [any ByteStore] = [],
+    resolve: ImageChain.Resolver
+  ) throws(ImageError) -> [any ByteStore] {
+    if kind == .vmdk {
+      return try ImageChain.extents(of: store, try .read(from: store), above: above, resolve)
+    }
+    let names = try ImageLayer.names(in: store, kind: kind)
+    guard names.hasDataFile else { return [] }
     guard let path = names.dataFile else {
       throw ImageError(.baseMissing, "store \(store.name) does not name its data file")
     }
-    return try resolve(ImageChain.Request(role: .dataFile, path: path, from: store.name))
+    return [try resolve(ImageChain.Request(role: .dataFile, path: path, from: store.name))]
   }
 
   private static func base(

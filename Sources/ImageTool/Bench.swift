@@ -97,7 +97,7 @@ private final class BenchJob: @unchecked Sendable {
     let store = try request.source.open(writable: true)
     let image = try ImageChain.open(
       store, kind: try request.source.kind(of: store), writable: true,
-      resolve: ImageSource.resolver(writableData: true))
+      resolve: ImageSource.resolver(writing: [store.name]))
     opened = image
     writer = ImageWriter(image, store: store, devices: image.devices ?? [store])
     reader = nil

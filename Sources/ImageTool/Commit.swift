@@ -29,7 +29,7 @@ extension ImageTool {
     }
     try commit(
       store, kind, into: base, try ImageChain.kind(named: names.baseFormat, of: base), keep: keep,
-      progress: progress, resolve: ImageSource.resolver(writableData: true))
+      progress: progress, resolve: ImageSource.resolver(writing: [store.name, base.name]))
     progress.finish()
     if !quiet { output.put("Image committed.\n") }
   }
@@ -43,10 +43,9 @@ extension ImageTool {
       baseKind == .raw
         ? base : try LayerChain.open(base, kind: baseKind, resolve: resolve).flat()
     }
-    let data = try LayerChain.dataFile(
-      of: store, try ImageLayer.names(in: store, kind: kind), resolve)
+    let files = try LayerChain.files(of: store, kind: kind, resolve: resolve)
     // The image by itself: what it has of its own.
-    let top = try ImageLayer(store, kind: kind, below: try disk(), dataFile: data)
+    let top = try ImageLayer(store, kind: kind, below: try disk(), files: files)
     try Kinds.beginCommit(store, kind)
     if try disk().size < top.size {
       try Kinds.resize(base, baseKind, to: top.size, resolve: resolve)
@@ -55,7 +54,7 @@ extension ImageTool {
     let writer = ImageWriter(target, store: base, devices: target.devices ?? [base])
     try copyOwn(top, writer, progress)
     try writer.commit()
-    try Kinds.endCommit(store, kind, dataFile: data, base: try disk(), keep: keep)
+    try Kinds.endCommit(store, kind, files: files, base: try disk(), keep: keep)
   }
 
   /// Writes what an image has of its own to another disk.
@@ -105,7 +104,7 @@ extension ImageTool {
     if let new, try Dscow.same(new.file, store) {
       throw ImageError(.badRequest, "\(source.path) cannot be its own base")
     }
-    let resolve = ImageSource.resolver(writableData: true)
+    let resolve = ImageSource.resolver(writing: [store.name])
     try rebase(
       store, kind, onto: new.map { ($0.path, $0.kind, $0.disk) }, format: baseFormat,
       unsafe: unsafe, progress: progress, resolve: resolve)
@@ -127,11 +126,10 @@ extension ImageTool {
     _ store: any ByteStore, _ kind: ImageKind, _ new: (any ByteStore)?, _ progress: Progress,
     _ resolve: ImageChain.Resolver
   ) throws(ImageError) {
-    let names = try ImageLayer.names(in: store, kind: kind)
     let old = try LayerChain.below(store, kind: kind, resolve: resolve)?.flat()
     let image = try ImageLayer(
-      store, kind: kind, below: old, dataFile: try LayerChain.dataFile(of: store, names, resolve),
-      writable: true)
+      store, kind: kind, below: old,
+      files: try LayerChain.files(of: store, kind: kind, resolve: resolve), writable: true)
     let writer = ImageWriter(image.format, store: store, devices: image.devices)
     let unit = max(4096, min(Int(image.format.blockSize), piece))
     let worker = try ChunkWorker(chunk: piece, unit: unit, compression: nil)

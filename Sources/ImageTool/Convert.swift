@@ -95,6 +95,8 @@ final class TargetFiles {
   let isZero: Bool
   private var pending: [PendingFile] = []
   private let sources: [any ByteStore]
+  /// What was made beside the image, by path: nobody else can open it yet.
+  private(set) var made: [String: FileStore] = [:]
 
   init(
     _ request: ImageTool.ConvertRequest, sources: [any ByteStore]
@@ -141,6 +143,7 @@ final class TargetFiles {
     if let there = try Self.existing(path) { try Self.refuse(there, sources) }
     let file = try toolIO { () throws(IOError) in try PendingFile(path: path) }
     pending.append(file)
+    made[path] = file.store
     return file.store
   }
 

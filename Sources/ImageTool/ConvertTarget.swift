@@ -71,6 +71,16 @@ extension Kinds {
       return try Qcow2Target(
         image.size, options, files.store, data, isZero: files.isZero, full: request.sparse == 0)
     }
+    if image.kind == .vmdk, !request.intoExisting {
+      var options = image.options
+      let vmdk = try vmdkOptions(image, &options, name: request.target)
+      if vmdk.subformat == .streamOptimized {
+        try options.checkAllUsed()
+        return StreamTarget(
+          try VmdkStreamWriter(
+            store: files.store, size: (image.size + 511) / 512 * 512, options: vmdk))
+      }
+    }
     if !request.intoExisting {
       try create(image, in: files.store) { path throws(ImageError) in
         try files.make(ImageSource.beside(request.target, path))
@@ -226,6 +236,30 @@ final class Qcow2Target: ConvertTarget {
   }
 }
 
+/// A stream-optimized VMDK image, which is written from its start to its end.
+private final class StreamTarget: ConvertTarget {
+  let unit = VmdkStreamWriter.grainBytes
+  let wantsZeroes = false
+  private let writer: VmdkStreamWriter
+
+  init(_ writer: VmdkStreamWriter) { self.writer = writer }
+
+  func place(_ chunk: Chunk) throws(ImageError) -> [ChunkWrite] {
+    for case .data(let start, let count) in chunk.parts {
+      for at in stride(from: start, to: start + count, by: unit) {
+        let grain = [UInt8](chunk.bytes[at..<(at + unit)])
+        guard let bytes = VmdkStreamWriter.compressed(grain) else { continue }
+        try writer.append((chunk.start + UInt64(at)) / UInt64(unit), compressed: bytes)
+      }
+    }
+    return []
+  }
+
+  func zero(at offset: UInt64, count: UInt64) {}
+
+  func finish(durable: Bool) throws(ImageError) { try writer.finish() }
+}
+
 /// An image that is there, or was made empty, and is written as a disk.
 private final class WrittenTarget: ConvertTarget {
   let unit: Int
@@ -243,7 +277,9 @@ private final class WrittenTarget: ConvertTarget {
       asked throws(ImageError) in
       // The base is open already, and may be locked.
       if asked.role == .base, let disk, disk is FileStore { return disk }
-      return try ImageSource.resolver(writableData: true)(asked)
+      let path = ImageSource.beside(asked.from, asked.path)
+      if let made = files.made[path] { return made }
+      return try ImageSource.resolver(writing: [files.store.name])(asked)
     }
     guard opened.size >= image.size else {
       throw ImageError(

@@ -124,7 +124,8 @@ extension ImageTool {
         "\(source.path) would lose everything from byte \(size) to \(old): "
           + "say --shrink if nothing there is needed")
     }
-    try Kinds.resize(store, kind, to: size)
+    try Kinds.resize(
+      store, kind, to: size, resolve: ImageSource.resolver(writing: [store.name]))
     if !quiet { output.put("Image resized.\n") }
   }
 

@@ -25,8 +25,8 @@ extension ImageTool {
     let names = try ImageLayer.names(in: store, kind: kind)
     let image = try ImageLayer(
       store, kind: kind, below: nil,
-      dataFile: try LayerChain.dataFile(
-        of: store, names, ImageSource.resolver(evenInUse: source.evenInUse)))
+      files: try LayerChain.files(
+        of: store, kind: kind, resolve: ImageSource.resolver(evenInUse: source.evenInUse)))
     // The unit in which everything can be said: a block, unless data lies at odder places.
     var unit = UInt64(image.format.blockSize)
     var mapped: UInt64 = 0
@@ -155,7 +155,7 @@ extension ImageTool {
       let image = NewImage(
         kind: kind, size: size, base: under, options: try ImageOptions([], for: kind))
       try Kinds.create(image, in: files.store) { path throws(ImageError) in
-        try files.make(path)
+        try files.make(ImageSource.beside(target, path))
       }
       try fill(image, files, from: reader, blocks, unit: unit)
       try files.publish(durable: true)
@@ -180,7 +180,8 @@ extension ImageTool {
     let disk = image.base?.disk
     let opened = try ImageChain.open(files.store, kind: image.kind, writable: true) {
       asked throws(ImageError) in
-      if let disk, disk is FileStore { return disk }
+      if asked.role == .base, let disk, disk is FileStore { return disk }
+      if let made = files.made[ImageSource.beside(asked.from, asked.path)] { return made }
       return try ImageSource.resolver()(asked)
     }
     let writer = ImageWriter(

@@ -46,7 +46,37 @@ enum Kinds {
       let blockSize = try options.bytes("block_size") ?? 2 << 20
       try options.checkAllUsed()
       try createVhd(image, in: store, kind, blockSize)
+    case .qcow:
+      try options.checkAllUsed()
+      try Qcow.create(store: store, size: image.size, base: image.base?.path)
+    case .vmdk:
+      let vmdk = try vmdkOptions(image, &options, name: store.name)
+      try options.checkAllUsed()
+      var extents: [any ByteStore] = []
+      for name in vmdk.extentNames(size: image.size) { extents.append(try open(name)) }
+      try Vmdk.create(store: store, size: image.size, options: vmdk, extents: extents)
     }
+  }
+
+  /// The options of a VMDK image; its extents are named after it.
+  static func vmdkOptions(
+    _ image: NewImage, _ options: inout ImageOptions, name: String
+  ) throws(ImageError) -> VmdkOptions {
+    var vmdk = VmdkOptions()
+    let kinds = VmdkSubformat.allCases.map { ($0.rawValue, $0) }
+    if let kind = try options.word("subformat", kinds) { vmdk.subformat = kind }
+    if let adapter = options.take("adapter_type") { vmdk.adapter = adapter }
+    vmdk.name = name.split(separator: "/").last.map(String.init) ?? name
+    if let base = image.base {
+      guard base.kind == .vmdk else {
+        throw ImageError(
+          .badRequest,
+          "base \(base.path) is of format \(base.kind.rawValue): that of a vmdk "
+            + "image has to be vmdk")
+      }
+      vmdk.base = (base.path, try Vmdk.contentID(of: base.file))
+    }
+    return vmdk
   }
 
   private static func refuseBase(_ image: NewImage) throws(ImageError) {
@@ -122,12 +152,9 @@ enum Kinds {
       return ImageInfo(
         format: kind.rawValue, size: header.size, clusterSize: UInt64(header.blockSize),
         basePath: header.base?.path, baseFormat: nil, details: details)
-    case .vhd:
-      let header = try VhdHeader.read(from: store)
-      return ImageInfo(
-        format: kind.rawValue, size: header.size,
-        clusterSize: header.kind == .fixed ? 0 : header.tableBlock, basePath: header.basePath,
-        baseFormat: nil, details: [("subformat", "\(header.kind)")])
+    case .qcow: return try Qcow.info(of: store)
+    case .vhd: return try Vhd.info(of: store)
+    case .vmdk: return try Vmdk.info(of: store)
     }
   }
 
@@ -137,7 +164,7 @@ enum Kinds {
   ) throws(ImageError) -> [Qcow2Snapshot] {
     switch kind {
     case .qcow2: try Qcow2.snapshots(of: store)
-    case .raw, .dscow, .vhd: []
+    case .raw, .dscow, .vhd, .qcow, .vmdk: []
     }
   }
 
@@ -151,23 +178,26 @@ enum Kinds {
       guard let repair else { return try Qcow2.check(store: store) }
       return try Qcow2.repair(store: store, repair)
     case .dscow: return try Dscow.report(store: store, repair: repair)
+    case .qcow:
+      guard let repair else { return try Qcow.check(store: store) }
+      return try Qcow.repair(store: store, repair)
     case .vhd:
-      guard repair == nil else {
-        throw ImageError(
-          .unsupported, "\(store.name): a vpc image cannot be repaired: convert what can be read")
-      }
-      return try Vhd.check(store: store)
+      guard let repair else { return try Vhd.check(store: store) }
+      return try Vhd.repair(store: store, repair)
+    case .vmdk:
+      let writing: Set<String> = repair == nil ? [] : [store.name]
+      let extents = try LayerChain.files(
+        of: store, kind: kind, resolve: ImageSource.resolver(writing: writing))
+      guard let repair else { return try Vmdk.check(store: store, extents: extents) }
+      return try Vmdk.repair(store: store, extents: extents, repair)
     }
   }
 
   /// Gives a disk another length.
   static func resize(
     _ store: any ByteStore, _ kind: ImageKind, to size: UInt64,
-    resolve: ImageChain.Resolver = ImageSource.resolver(writableData: true)
+    resolve: ImageChain.Resolver
   ) throws(ImageError) {
-    func base() throws(ImageError) -> (any ByteStore)? {
-      try LayerChain.below(store, kind: kind, resolve: resolve)?.flat()
-    }
     switch kind {
     case .raw:
       guard (store as? FileStore)?.isBlockDevice != true else {
@@ -177,15 +207,18 @@ enum Kinds {
         try store.resize(to: size)
         try store.flush()
       }
-    case .dscow: try Dscow.resize(store: store, base: try base(), to: size)
-    case .qcow2:
-      let names = try ImageLayer.names(in: store, kind: kind)
-      let data = try LayerChain.dataFile(of: store, names, resolve)
-      try Qcow2.open(store: store, base: try base(), dataFile: data, writable: true)
-        .resize(to: size)
-    case .vhd:
-      throw ImageError(
-        .unsupported, "\(store.name): a vpc image cannot be resized: convert it to another format")
+    case .dscow:
+      let base = try LayerChain.below(store, kind: kind, resolve: resolve)?.flat()
+      try Dscow.resize(store: store, base: base, to: size)
+    case .qcow, .qcow2, .vhd, .vmdk:
+      let image = try ImageChain.open(store, kind: kind, writable: true, resolve: resolve)
+      switch image {
+      case let image as Qcow2: try image.resize(to: size)
+      case let image as Qcow: try image.resize(to: size)
+      case let image as Vhd: try image.resize(to: size)
+      case let image as Vmdk: try image.resize(to: size)
+      default: preconditionFailure("an image of another kind than was opened")
+      }
     }
   }
 }
@@ -204,7 +237,7 @@ extension Kinds {
   ) throws(ImageError) {
     switch kind {
     case .dscow, .qcow2: return
-    case .raw, .vhd:
+    case .raw, .vhd, .qcow, .vmdk:
       guard !keep else { return }
       throw ImageError(
         .unsupported,
@@ -219,15 +252,15 @@ extension Kinds {
 
   /// The base has everything, durably: empties the image, unless `keep`.
   static func endCommit(
-    _ store: any ByteStore, _ kind: ImageKind, dataFile: (any ByteStore)?, base: any ByteStore,
+    _ store: any ByteStore, _ kind: ImageKind, files: [any ByteStore], base: any ByteStore,
     keep: Bool
   ) throws(ImageError) {
     switch kind {
-    case .raw, .vhd: return
+    case .raw, .vhd, .qcow, .vmdk: return
     case .dscow: try Dscow.endCommit(of: store, base: base, emptying: !keep)
     case .qcow2:
       guard !keep else { return }
-      try Qcow2.open(store: store, base: base, dataFile: dataFile, writable: true).empty()
+      try Qcow2.open(store: store, base: base, dataFile: files.first, writable: true).empty()
     }
   }
 
@@ -235,7 +268,7 @@ extension Kinds {
   static func checkRebase(_ store: any ByteStore, _ kind: ImageKind) throws(ImageError) {
     switch kind {
     case .dscow, .qcow2: return
-    case .raw, .vhd:
+    case .raw, .vhd, .qcow, .vmdk:
       throw ImageError(
         .unsupported,
         "\(store.name): a \(kind.rawValue) image cannot be given another base: convert it with -B")
@@ -251,7 +284,7 @@ extension Kinds {
     case .dscow: try Dscow.rename(base: base?.disk, path: base?.path, of: store)
     case .qcow2:
       try Qcow2.rename(base: base.map { ($0.path, format ?? $0.kind.rawValue) }, of: store)
-    case .raw, .vhd: try checkRebase(store, kind)
+    case .raw, .vhd, .qcow, .vmdk: try checkRebase(store, kind)
     }
   }
 }

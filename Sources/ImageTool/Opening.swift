@@ -49,15 +49,17 @@ public struct ImageSource: Sendable {
     return kind
   }
 
-  /// Opens the paths that stand in images: relative ones from the image's folder.
+  /// Opens the paths that stand in images: relative ones from the image's folder. The files
+  /// that hold the data of the stores in `writing`, by name, are opened for that.
   static func resolver(
-    evenInUse: Bool = false, writableData: Bool = false
+    evenInUse: Bool = false, writing: Set<String> = []
   ) -> ImageChain.Resolver {
     { request throws(ImageError) in
       let path = beside(request.from, request.path)
       do throws(ImageError) {
         guard request.role == .base else {
-          return try ImageFile.store(path, writable: writableData, evenInUse: evenInUse)
+          return try ImageFile.store(
+            path, writable: writing.contains(request.from), evenInUse: evenInUse)
         }
         return evenInUse
           ? try ImageFile.store(path, writable: false, evenInUse: true)

@@ -24,10 +24,18 @@ public struct ByHandOptions: Sendable {
   public var service: Service
   /// Path of the base, instead of the one that the image names.
   public var base: String?
+  /// Name of the base's format, whatever the image says of it.
+  public var baseFormat: String?
   /// Whether the disk is only read.
   public var readOnly = false
   /// Whether a base that has changed is accepted.
   public var force = false
+  /// The folder of plugins; nil: the usual one.
+  public var plugins: String?
+  /// Where every fault and answer is written as a line; "-" is standard error.
+  public var trace: String?
+  /// A named pipe by which held writes are let go.
+  public var hold: String?
   /// What is logged.
   public var level = Log.Level.warning
 
@@ -55,7 +63,6 @@ public enum ByHand {
   /// that was written is durable. Throws when the disk cannot be served or committed.
   public static func run(_ options: ByHandOptions) throws(WorkerError) {
     let log = Log(level: options.level, journal: Log.underJournal)
-    let name = try FormatName(named: options.format)
     let signals = try system { () throws(IOError) in
       try SignalSource([SIGTERM, SIGINT, SIGHUP])
     }
@@ -65,8 +72,11 @@ public enum ByHand {
     var request = ImageRequest()
     request.readOnly = options.readOnly
     request.force = options.force
-    let image = try Opening.image(name, store: options.store, base: options.base, request)
-    let disk = try Disk(image, pending: nil, loop: loop, log: log)
+    request.basePath = options.base
+    if let format = options.baseFormat { request.baseFormat = try FormatName(named: format) }
+    let disk = try Disk(
+      try image(options, request), pending: nil, loop: loop, log: log,
+      debugging: DiskDebugging(trace: options.trace, hold: options.hold))
     let service = try publish(disk, options, log)
     disk.detached = { [unowned disk] end in
       service.socketEnded(end, disk) { stopping = true }
@@ -78,6 +88,17 @@ public enum ByHand {
     guard code == 0 else {
       throw WorkerError(IOError(code, "make everything durable in", options.store))
     }
+  }
+
+  private static func image(
+    _ options: ByHandOptions, _ request: ImageRequest
+  ) throws(WorkerError) -> OpenImage {
+    guard let kind = FormatName.kind(options.format) else {
+      return try Opening.image(
+        plugin: options.format, in: options.plugins ?? PluginFolder.usual, store: options.store,
+        request)
+    }
+    return try Opening.image(FormatName(kind), store: options.store, request)
   }
 
   private static func publish(

@@ -18,8 +18,9 @@ public enum ByNode {
     format: String, store: String, base: String?, node name: String, level: Log.Level = .warning
   ) throws(WorkerError) {
     let log = Log(level: level, journal: Log.underJournal)
-    let image = try Opening.image(
-      try FormatName(named: format), store: store, base: base, ImageRequest())
+    var request = ImageRequest()
+    request.basePath = base
+    let image = try Opening.image(try FormatName(named: format), store: store, request)
     let target = try system { () throws(IOError) in try KernelTarget(Node(name: name)) }
     guard target.sectors * 512 == image.format.size, target.blockSize == image.format.blockSize
     else {
@@ -30,7 +31,7 @@ public enum ByNode {
       target: target, format: image.format, store: image.store, log: log,
       offload: { work, then in then(work()) })
     do throws(ImageError) { try worker.restore() } catch { throw WorkerError(error) }
-    try prime(target, image.format)
+    try prime(target, image, store)
     while target.failure == nil {
       while worker.pump() {}
       var wait = pollfd(fd: target.descriptor, events: Int16(POLLIN), revents: 0)
@@ -43,16 +44,22 @@ public enum ByNode {
 
   /// Tells the whole mapping, so that a read of what has a place never asks.
   private static func prime(
-    _ target: KernelTarget, _ format: any ImageFormat
+    _ target: KernelTarget, _ image: OpenImage, _ store: String
   ) throws(WorkerError) {
+    let format = image.format
     let blockSize = UInt64(format.blockSize)
     let blocks = (format.size + blockSize - 1) / blockSize
     var block: UInt64 = 0
     while block < blocks {
       let extent: Extent
       do throws(ImageError) {
-        extent = try format.find(block, limit: blocks - block)
+        extent = try format.findMerged(block, limit: blocks - block)
       } catch { throw WorkerError(error) }
+      if case .device(let number, _) = extent.place, !(image.devices[Int(number)] is FileStore) {
+        throw WorkerError(
+          "unsupported",
+          "block \(block) of store \(store) has to be read through user space: serve it over NBD")
+      }
       do throws(AnswerRefusal) {
         try target.answer(.prime(extent))
       } catch { throw WorkerError("protocol", "the device refuses the mapping: \(error)") }

@@ -26,7 +26,9 @@ struct Cowd: ParsableCommand {
       """,
     version: Version.text)
 
-  @Option(name: [.customShort("p"), .customLong("format")], help: "The image's format: dscow.")
+  @Option(
+    name: [.customShort("p"), .customLong("format")],
+    help: "The image's format, or a plugin's name.")
   var format: String?
 
   @Option(
@@ -39,8 +41,30 @@ struct Cowd: ParsableCommand {
     help: ArgumentHelp("The base, instead of the one that the store names.", valueName: "path"))
   var base: String?
 
+  @Option(
+    name: .long,
+    help: ArgumentHelp("The base's format, whatever the store says.", valueName: "format"))
+  var baseFormat: String?
+
   @Flag(name: .long, help: "Accept a base that has changed, and note it anew.")
   var force = false
+
+  @Option(
+    name: .long,
+    help: ArgumentHelp(
+      "Where plugins are (/usr/lib/dmu-xen/plugins).", valueName: "folder"))
+  var plugins: String?
+
+  @Option(
+    name: .long,
+    help: ArgumentHelp("Write every fault and answer to this file; - for here.", valueName: "file"))
+  var trace: String?
+
+  @Option(
+    name: .long,
+    help: ArgumentHelp(
+      "Hold every write until this named pipe lets it go.", valueName: "pipe"))
+  var hold: String?
 
   @Flag(name: .long, help: "Serve the disk for reading only.")
   var readOnly = false
@@ -90,7 +114,11 @@ struct Cowd: ParsableCommand {
     var options = ByHandOptions(
       format: format ?? "", store: operands[operands.count - 1], service: service)
     options.base = base
+    options.baseFormat = baseFormat
     options.force = force
+    options.plugins = plugins
+    options.trace = trace
+    options.hold = hold
     options.readOnly = readOnly
     options.level = verbose > 1 ? .debug : verbose > 0 ? .info : .warning
     do {

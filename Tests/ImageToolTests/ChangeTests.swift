@@ -129,7 +129,7 @@ extension LayerChain {
         trio.top, kind, into: trio.base, .raw, keep: false, progress: Self.quiet,
         resolve: trio.resolve)
     }
-    try cut(kind, rounds: 120, commit) { left, before, seed, done in
+    try cut(kind, rounds: 40, commit) { left, before, seed, done in
       let shown = try before.contents()
       #expect(try left.contents() == shown, "seed \(seed)")
       let report = try left.check()
@@ -148,7 +148,7 @@ extension LayerChain {
         trio.top, kind, onto: ("other", .raw, trio.other), format: "raw", unsafe: false,
         progress: Self.quiet, resolve: trio.resolve)
     }
-    try cut(kind, rounds: 120, rebase) { left, before, seed, done in
+    try cut(kind, rounds: 40, rebase) { left, before, seed, done in
       let shown = try before.contents()
       #expect(try left.contents() == shown, "seed \(seed)")
       #expect(try left.check().corruptions == 0, "seed \(seed)")
@@ -160,12 +160,12 @@ extension LayerChain {
   }
 
   /// The base is as long as the disk, longer or shorter.
-  @Test(arguments: [64 << 10, 192 << 10, 190_000, 400 << 10]) func dscowResizeAndPowerCuts(
+  @Test(arguments: [64 << 10, 150_000, 200_000, 400 << 10]) func dscowResizeAndPowerCuts(
     newSize: Int
   ) throws {
     let size = UInt64(newSize + 511) / 512 * 512
     try cut(
-      .dscow, rounds: 60,
+      .dscow, rounds: 30,
       { trio throws(ImageError) in
         try Dscow.resize(store: trio.top, base: trio.base, to: UInt64(newSize))
       }

@@ -15,7 +15,10 @@ import Testing
     ["-O", "qcow2", "-o", "preallocation=falloc"], ["-O", "qcow2", "-S", "0"],
     ["-O", "qcow2", "-o", "data_file=t.data"],
     ["-O", "qcow2", "-o", "data_file=t.data,data_file_raw=on"], ["-O", "vpc"],
-    ["-O", "vpc", "-o", "subformat=fixed"],
+    ["-O", "vpc", "-o", "subformat=fixed"], ["-O", "qcow"], ["-O", "vmdk"],
+    ["-O", "vmdk", "-o", "subformat=streamOptimized"],
+    ["-O", "vmdk", "-o", "subformat=monolithicFlat"],
+    ["-O", "vmdk", "-o", "subformat=twoGbMaxExtentSparse"],
   ]
 
   /// There and back, judged on both ways.

@@ -81,18 +81,15 @@ final class Bench {
       Descriptor(path: path(name), flags: O_RDWR | O_CREAT | O_TRUNC, mode: 0o644), name: name)
     try store.resize(to: UInt64(size))
     var random = SplitMix64(seed: seed)
+    let noise = (0..<20480).flatMap { _ in withUnsafeBytes(of: random.next()) { [UInt8]($0) } }
+    let words = (0..<9000).flatMap { Array("the same words again \($0 % 100) ".utf8) }
     var offset = 0
     while offset < size {
       let count = min(size - offset, (1 + random.below(40)) * 4096)
+      let start = random.below(noise.count - count + 1)
       switch random.below(4) {
-      case 0:
-        let bytes = (0..<(count / 8 + 1)).flatMap { _ in
-          withUnsafeBytes(of: random.next()) { [UInt8]($0) }
-        }
-        try store.write([UInt8](bytes[..<count]), at: UInt64(offset))
-      case 1:
-        let words = Array("the same words again \(random.below(100)) ".utf8)
-        try store.write((0..<count).map { words[$0 % words.count] }, at: UInt64(offset))
+      case 0: try store.write([UInt8](noise[start..<(start + count)]), at: UInt64(offset))
+      case 1: try store.write([UInt8](words[start..<(start + count)]), at: UInt64(offset))
       case 2: try store.write([UInt8](repeating: 0, count: count), at: UInt64(offset))
       default: break
       }

@@ -58,7 +58,10 @@ public struct Doctor: Sendable {
     var findings: [Finding] = [rights()]
     do throws(ConfigurationError) {
       configuration = try Configuration.load(configurationPath)
-      findings.append(Finding("the configuration \(configurationPath)", nil, remedy: ""))
+      let isThere = access(configurationPath, F_OK) == 0
+      let what = "the configuration \(configurationPath)"
+      findings.append(
+        Finding(isThere ? what : what + " (no such file: the defaults hold)", nil, remedy: ""))
     } catch {
       findings.append(
         Finding("configuration", "\(error)", remedy: "correct it, then run: dmu-xen reload"))

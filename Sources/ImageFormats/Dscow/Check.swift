@@ -14,6 +14,8 @@ public struct DscowCheck: Sendable {
   public struct Finding: Sendable, Equatable {
     /// Whether it is damage; otherwise it is a leftover and harms nobody.
     public let isDamage: Bool
+    /// Whether it is damage to a spare, which what is left makes up for: a power cut leaves that.
+    public var isSpare = false
     /// One sentence without a final stop.
     public let message: String
     /// Whether it was mended.
@@ -34,8 +36,11 @@ public struct DscowCheck: Sendable {
   /// Whether leftovers are left.
   public var hasLeftovers: Bool { findings.contains { !$0.isDamage && !$0.isRepaired } }
 
-  mutating func add(damage: Bool, _ message: String, repaired: Bool = false) {
-    findings.append(Finding(isDamage: damage, message: message, isRepaired: repaired))
+  mutating func add(
+    damage: Bool, _ message: String, repaired: Bool = false, spare: Bool = false
+  ) {
+    findings.append(
+      Finding(isDamage: damage, isSpare: spare, message: message, isRepaired: repaired))
   }
 }
 
@@ -79,15 +84,15 @@ extension Dscow {
     return result
   }
 
-  /// As `check`, in the words that are common to all formats: leftovers are leaks. What was
-  /// mended is counted as repaired and not again.
+  /// As `check`, in the words that are common to all formats: leftovers, and a spare that is
+  /// damaged, are leaks. What was mended is counted as repaired and not again.
   public static func report(
     store: any ByteStore, repair: Repair?
   ) throws(ImageError) -> CheckReport {
     let found = try check(store: store, repair: repair != nil, leaksOnly: repair == .leaks)
     var report = CheckReport()
     for finding in found.findings {
-      if finding.isDamage {
+      if finding.isDamage, !finding.isSpare {
         report.corruption(finding.message)
       } else {
         report.leak(finding.message)
@@ -115,7 +120,8 @@ extension Dscow {
         damage: false, "the \(names[copy]) copy of the header is out of date", repaired: repair)
     case .damaged(let copy):
       result.add(
-        damage: true, "the \(names[copy]) copy of the header is damaged", repaired: repair)
+        damage: true, "the \(names[copy]) copy of the header is damaged", repaired: repair,
+        spare: true)
     }
     if repair { _ = try rewrite(header, on: store) }
   }
@@ -178,7 +184,7 @@ extension Dscow {
   ) throws(ImageError) -> DscowHeader {
     let (header, copies) = try Self.header(of: store)
     let disk = Dscow(
-      store: store, baseSize: header.base?.size ?? 0, header: header, copies: copies,
+      store: store, baseSize: header.base?.size ?? 0, base: nil, header: header, copies: copies,
       writable: false, durableBlocks: 0)
     var last: Extent?
     var block: UInt64 = 0

@@ -141,7 +141,8 @@ extension Dscow {
       }
     }
     return Dscow(
-      store: store, baseSize: header.base == nil ? 0 : base?.size ?? 0, header: header,
+      store: store, baseSize: header.base == nil ? 0 : base?.size ?? 0,
+      base: header.base == nil ? nil : base, header: header,
       copies: copies, writable: writable, durableBlocks: try countAllocated(store, header))
   }
 
@@ -158,7 +159,8 @@ extension Dscow {
       throw changed.error
     }
     return Dscow(
-      store: store, baseSize: header.size, header: header, copies: copies, writable: writable,
+      store: store, baseSize: header.size, base: nil, header: header, copies: copies,
+      writable: writable,
       durableBlocks: 0)
   }
 
