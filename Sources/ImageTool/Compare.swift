@@ -76,7 +76,7 @@ private final class CompareJob: @unchecked Sendable {
 
   /// The first byte that differs; nil when none does.
   func run() throws(ImageError) -> UInt64? {
-    Crew.run(Crew.processors) { _ in self.work() }
+    Crew.run(Crew.usual) { _ in self.work() }
     if let failure = state.failure { throw failure }
     return state.difference
   }

@@ -5,6 +5,7 @@
 // left a place; and writes it, again at the same time. So the outcome does not depend on how
 // many threads there were. The target has no name, or is not an image, before it is whole.
 
+import Glibc
 public import ImageFormats
 import Posix
 
@@ -35,7 +36,7 @@ extension ImageTool {
     public var targetIsZero = false
     /// Whether the kernel copies, where both are plain files.
     public var offload = false
-    /// How many threads; nil: as many as there are processors.
+    /// How many threads; nil: one a processor, and four at least.
     public var threads: Int?
     /// Whether the target is on the medium on return.
     public var durable = true
@@ -76,7 +77,9 @@ extension ImageTool {
     do throws(ImageError) {
       let target = try Kinds.target(image, request, files)
       let job = try ConvertJob(request, chain, base: base.map { ($0.file, $0.disk) }, target)
-      try job.run()
+      let isCopied =
+        request.offload ? try offload(chain, image, files, request.progress) : false
+      if !isCopied { try job.run() }
       try target.finish(durable: request.durable)
       try files.publish(durable: request.durable)
     } catch {
@@ -84,6 +87,36 @@ extension ImageTool {
       throw error
     }
     request.progress.finish()
+  }
+
+  /// Has the kernel copy what of a plain file is no hole; false where it cannot.
+  private static func offload(
+    _ chain: LayerChain, _ image: NewImage, _ files: TargetFiles, _ progress: Progress
+  ) throws(ImageError) -> Bool {
+    guard image.kind == .raw, chain.layers[0].kind == .raw, files.isZero,
+      let source = chain.layers[0].store as? FileStore, !source.isBlockDevice
+    else {
+      throw ImageError(
+        .badRequest, "-C: the kernel copies from a raw file into a new raw file: leave it out")
+    }
+    var offset: UInt64 = 0
+    let piece: UInt64 = 64 << 20
+    do throws(IOError) {
+      while let data = try source.nextData(from: offset) {
+        offset = data.lowerBound
+        let count = min(piece, data.upperBound - offset)
+        try files.store.copy(from: source, at: offset, to: offset, count: count)
+        offset += count
+        progress.show(offset, of: chain.size)
+      }
+    } catch {
+      // Between these two file systems it does not go.
+      guard [EXDEV, EOPNOTSUPP, ENOSYS, EINVAL].contains(error.code) else {
+        throw ImageError(error)
+      }
+      return false
+    }
+    return true
   }
 }
 

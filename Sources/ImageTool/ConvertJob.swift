@@ -70,7 +70,7 @@ final class ConvertJob: @unchecked Sendable {
 
   /// Does all of it. Throws the first error.
   func run() throws(ImageError) {
-    let threads = max(1, request.threads ?? Crew.processors)
+    let threads = max(1, request.threads ?? Crew.usual)
     Crew.run(threads) { _ in self.work() }
     if let failure = state.failure { throw failure }
   }

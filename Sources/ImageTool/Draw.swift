@@ -45,9 +45,9 @@ private struct Picture {
   /// Bytes of each kind in each cell of the disk: nobody's, zeroes, then plain and compressed
   /// of every depth.
   private var disk: [[UInt64]]
-  /// For each cell of the file: bytes of its longest run, and that run's place on the disk as a
-  /// part of the whole.
-  private var file: [(bytes: UInt64, place: Double)]
+  /// For each cell of the file: bytes of its longest run (of equal ones the one nearest to its
+  /// middle), how far that is, and the run's place on the disk as a part of the whole.
+  private var file: [(bytes: UInt64, away: Int64, place: Double)]
   private var totals: [UInt64]
   private var extents: UInt64 = 0
 
@@ -62,8 +62,8 @@ private struct Picture {
     totals = [UInt64](repeating: 0, count: kinds)
     disk = [[UInt64]](repeating: [], count: Int((chain.size + diskCell - 1) / diskCell))
     for index in disk.indices { disk[index] = [UInt64](repeating: 0, count: kinds) }
-    file = [(bytes: UInt64, place: Double)](
-      repeating: (0, 0), count: Int((fileSize + fileCell - 1) / fileCell))
+    file = [(bytes: UInt64, away: Int64, place: Double)](
+      repeating: (0, 0, 0), count: Int((fileSize + fileCell - 1) / fileCell))
   }
 
   private static func kind(_ row: MapRow) -> Int {
@@ -83,8 +83,11 @@ private struct Picture {
     var done: UInt64 = 0
     Self.spread(offset, row.count, fileCell) { index, count in
       guard index < file.count else { return }
-      if count > file[index].bytes {
-        file[index] = (count, Double(row.start + done + count / 2) / Double(chain.size))
+      let middle = UInt64(index) * fileCell + fileCell / 2
+      let away = abs(Int64(offset + done + count / 2) - Int64(middle))
+      let old = file[index]
+      if count > old.bytes || (count == old.bytes && away < old.away) {
+        file[index] = (count, away, Double(row.start + done + count / 2) / Double(chain.size))
       }
       done += count
     }
@@ -267,7 +270,7 @@ private struct Picture {
 
   private func drawFile(at y: Int, to output: Output) {
     drawCells(file.count, at: y, to: output) { index in
-      let (bytes, place) = file[index]
+      let (bytes, _, place) = file[index]
       guard bytes > 0 else { return ("#e9e9e6", false) }
       return (Self.rainbow(place), false)
     }

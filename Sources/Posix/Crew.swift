@@ -18,6 +18,10 @@ public enum Crew {
   /// How many processors this process may use.
   public static var processors: Int { max(1, Int(sysconf(Int32(_SC_NPROCESSORS_ONLN)))) }
 
+  /// How many threads read, compute and write in turn: one a processor, and some so that none
+  /// of them is idle while others wait for a medium.
+  public static var usual: Int { max(4, processors) }
+
   /// Runs `work` on so many threads, the calling one among them, each with its number, and
   /// returns when all have. Where no more threads are to be had fewer do it.
   public static func run(_ count: Int, _ work: @escaping @Sendable (Int) -> Void) {

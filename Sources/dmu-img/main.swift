@@ -161,7 +161,7 @@ struct Convert: ParsableCommand {
   var sparse: Size?
   @Option(
     name: [.customShort("m"), .customShort("j")],
-    help: "Threads. (default: one a processor)")
+    help: "Threads. (default: one a processor, 4 at least)")
   var threads: Int?
   @Option(
     name: .customShort("t"),

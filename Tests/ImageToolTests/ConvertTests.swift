@@ -6,7 +6,8 @@ import Testing
 
 @Suite struct ConvertTests {
   static let targets: [[String]] = [
-    ["-O", "raw"], ["-O", "raw", "-S", "0"], ["-O", "qcow2"], ["-O", "qcow2", "-c"],
+    ["-O", "raw"], ["-O", "raw", "-S", "0"], ["-O", "raw", "-C"], ["-O", "qcow2"],
+    ["-O", "qcow2", "-c"],
     ["-O", "qcow2", "-c", "-o", "compression_type=zstd"],
     ["-O", "qcow2", "-o", "cluster_size=512"], ["-O", "qcow2", "-c", "-o", "cluster_size=512"],
     ["-O", "qcow2", "-o", "cluster_size=2M,extended_l2=on"], ["-O", "qcow2", "-o", "compat=0.10"],
