@@ -71,6 +71,7 @@ fuzz: build ## hostile images for every format, a minute for each target (20 min
 bench: build ## measure against qemu-nbd and qemu-img, in one run each
 	@lab/prerequisites bench
 	bench/nbd
+	FORMAT=qcow2 bench/nbd
 	bench/images
 
 install: ## install into $(DESTDIR)$(PREFIX), etc. into $(DESTDIR)/etc
