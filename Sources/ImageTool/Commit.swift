@@ -51,6 +51,7 @@ extension ImageTool {
       try Kinds.resize(base, baseKind, to: top.size, resolve: resolve)
     }
     let target = try ImageChain.open(base, kind: baseKind, writable: true, resolve: resolve)
+    try Kinds.adopt(base: base, of: store, kind)
     let writer = ImageWriter(target, store: base, devices: target.devices ?? [base])
     try copyOwn(top, writer, progress)
     try writer.commit()

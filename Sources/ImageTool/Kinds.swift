@@ -250,6 +250,13 @@ extension Kinds {
     if kind == .dscow { try Dscow.beginCommit(of: store) }
   }
 
+  /// The base, open for writing, tells so in a way that images over it notice: this one goes on.
+  static func adopt(
+    base: any ByteStore, of store: any ByteStore, _ kind: ImageKind
+  ) throws(ImageError) {
+    if kind == .vmdk { try Vmdk.adopt(base: base, of: store) }
+  }
+
   /// The base has everything, durably: empties the image, unless `keep`.
   static func endCommit(
     _ store: any ByteStore, _ kind: ImageKind, files: [any ByteStore], base: any ByteStore,

@@ -142,6 +142,32 @@ extension LayerChain {
     }
   }
 
+  /// What cannot be emptied is committed with -d, and keeps what it has.
+  @Test(arguments: ["qcow", "vpc", "vmdk"]) func commitOfWhatKeepsItsData(format: String) throws {
+    let bench = try Bench()
+    let baseFormat = format == "vmdk" ? "vmdk" : "raw"
+    try bench.makeRaw("a", size: 1 << 20, seed: 3)
+    try bench.makeRaw("b", size: 1 << 20, seed: 4)
+    try bench.must("dmu-img", "convert", "-f", "raw", "-O", baseFormat, "a", "base")
+    try bench.must("dmu-img", "create", "-f", format, "-b", "base", "-F", baseFormat, "top")
+    do {
+      let source = try FileStore(path: bench.path("b"), writable: false)
+      let file = try FileStore(path: bench.path("top"), writable: true)
+      let kind = try ImageKind.probe(file)
+      let image = try ImageChain.open(
+        file, kind: kind, writable: true, resolve: ImageSource.resolver(writing: [file.name]))
+      let writer = ImageWriter(image, store: file, devices: image.devices ?? [file])
+      try source.read(at: 0, count: 1 << 20).withUnsafeBytes { try writer.write($0, at: 0) }
+      try writer.commit()
+    }
+    let refused = try bench.tool("commit", "top")
+    #expect(refused.exit == 1 && refused.error.contains("commit it with -d"), "\(refused)")
+    try bench.must("dmu-img", "compare", "-f", "raw", "a", "-F", baseFormat, "base")
+    try bench.must("dmu-img", "commit", "-d", "top")
+    try bench.must("qemu-img", "compare", "-f", "raw", "b", "-F", baseFormat, "base")
+    try bench.must("dmu-img", "compare", "-f", "raw", "b", "top")
+  }
+
   @Test(arguments: [ImageKind.dscow, .qcow2]) func rebaseAndPowerCuts(kind: ImageKind) throws {
     func rebase(_ trio: Trio) throws(ImageError) {
       try ImageTool.rebase(

@@ -200,4 +200,15 @@ extension Vmdk {
   public static func contentID(of store: any ByteStore) throws(ImageError) -> UInt32 {
     try VmdkLayout.read(from: store).descriptor.contentID
   }
+
+  /// Takes a base that its own overlay has written for the one that the overlay stands on.
+  ///
+  /// - Parameter store: the overlay, open for writing.
+  /// - Throws: what `VmdkLayout.read(from:)` throws; `unsupported` when the new content ID does
+  ///   not fit where the old one stands.
+  public static func adopt(
+    base: any ByteStore, of store: any ByteStore
+  ) throws(ImageError) {
+    try VmdkLayout.read(from: store).adopt(parentContentID: contentID(of: base), in: store)
+  }
 }

@@ -67,6 +67,8 @@ public struct VmdkDescriptor: Sendable, Equatable {
   var otherLines: [String] = []
   /// Where the digits of the content ID stand in the text.
   var contentIDDigits: Range<Int> = 0..<0
+  /// Where those of the base's stand.
+  var parentDigits: Range<Int> = 0..<0
 
   /// Length of the disk in bytes.
   public var size: UInt64 { extents.reduce(0) { $0 + $1.sectors * 512 } }
@@ -106,6 +108,12 @@ public struct VmdkDescriptor: Sendable, Equatable {
       }
       let key = Self.trimmed(String(words[..<equals]))
       let value = Self.unquoted(Self.trimmed(String(words[words.index(after: equals)...])))
+      func digits() -> Range<Int> {
+        let from = line.firstIndex(of: 61).map { $0 - line.startIndex + 1 } ?? 0
+        let blanks = line.dropFirst(from).prefix { $0 == 32 || $0 == 9 }.count
+        let first = position + from + blanks
+        return first..<(first + value.utf8.count)
+      }
       switch key.lowercased() {
       case "version":
         guard ["1", "2", "3"].contains(value) else {
@@ -113,11 +121,10 @@ public struct VmdkDescriptor: Sendable, Equatable {
         }
       case "cid":
         contentID = try Self.identity(value, key)
-        let from = line.firstIndex(of: 61).map { $0 - line.startIndex + 1 } ?? 0
-        let blanks = line.dropFirst(from).prefix { $0 == 32 || $0 == 9 }.count
-        let first = position + from + blanks
-        contentIDDigits = first..<(first + value.utf8.count)
-      case "parentcid": parentContentID = try Self.identity(value, key)
+        contentIDDigits = digits()
+      case "parentcid":
+        parentContentID = try Self.identity(value, key)
+        parentDigits = digits()
       case "createtype": createType = value
       case "parentfilenamehint": parent = value
       default: otherLines.append(words)

@@ -76,11 +76,26 @@ public struct VmdkLayout: Sendable {
 
   /// Gives the image another content ID, durably: whoever has it as its base shall notice.
   func renewContentID(in store: any ByteStore) throws(ImageError) {
+    try put(descriptor.nextContentID(), at: descriptor.contentIDDigits, in: store)
+  }
+
+  /// Has the image remember this content ID of its base, durably.
+  func adopt(parentContentID: UInt32, in store: any ByteStore) throws(ImageError) {
+    let digits = VmdkDescriptor.digits(parentContentID)
+    let count = descriptor.parentDigits.count
+    guard count >= 8 - digits.prefix(while: { $0 == "0" }).count, count <= 8 else {
+      throw ImageError(
+        .unsupported, "store \(store.name): its descriptor has no room for parentCID=\(digits)")
+    }
+    try put(Array(digits.suffix(count).utf8), at: descriptor.parentDigits, in: store)
+  }
+
+  private func put(
+    _ digits: [UInt8], at range: Range<Int>, in store: any ByteStore
+  ) throws(ImageError) {
     guard let place else { return }
-    let digits = descriptor.nextContentID()
-    let offset = place.offset + UInt64(descriptor.contentIDDigits.lowerBound)
     try io { () throws(IOError) in
-      try store.write(digits, at: offset)
+      try store.write(digits, at: place.offset + UInt64(range.lowerBound))
       try store.flush()
     }
   }
