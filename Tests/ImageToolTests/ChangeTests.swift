@@ -168,6 +168,21 @@ extension LayerChain {
     try bench.must("dmu-img", "compare", "-f", "raw", "b", "top")
   }
 
+  /// Space that was asked for is there, and reads as zeroes whatever the file held before.
+  @Test(arguments: ["falloc", "full"]) func preallocatedSpaceIsThere(how: String) throws {
+    let bench = try Bench()
+    try bench.makeRaw("data", size: 6 << 20, seed: 5)
+    for options in ["preallocation=\(how)", "preallocation=\(how),data_file=data"] {
+      try bench.must("dmu-img", "create", "-f", "qcow2", "-o", options, "t", "8M")
+      let file = options.contains("data_file") ? "data" : "t"
+      let space = try FileStore(path: bench.path(file), writable: false).allocatedBytes()
+      #expect(space >= 8 << 20, "\(options): \(space) bytes")
+      try bench.must("dmu-img", "create", "-f", "raw", "zeroes", "8M")
+      try bench.must("qemu-img", "compare", "-f", "qcow2", "t", "-F", "raw", "zeroes")
+      try bench.must("qemu-img", "check", "-q", "t")
+    }
+  }
+
   @Test(arguments: [ImageKind.dscow, .qcow2]) func rebaseAndPowerCuts(kind: ImageKind) throws {
     func rebase(_ trio: Trio) throws(ImageError) {
       try ImageTool.rebase(

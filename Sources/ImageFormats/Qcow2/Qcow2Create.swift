@@ -4,6 +4,7 @@
 // tables are written and flushed; then the header. What a power cut left half made is no
 // qcow2 image.
 
+import Glibc
 public import Posix
 
 /// How much of a new image is laid out at once.
@@ -120,9 +121,12 @@ extension Qcow2 {
       if let dataFile { try dataFile.resize(to: header.size) }
       if options.preallocation == .full || options.preallocation == .falloc {
         let target = dataFile ?? store
-        try fill(
-          target, from: dataFile == nil ? layout.tablesEnd : 0,
-          to: dataFile == nil ? layout.end : header.size)
+        let (start, end) = dataFile == nil ? (layout.tablesEnd, layout.end) : (0, header.size)
+        var isReserved = false
+        if options.preallocation == .falloc {
+          isReserved = try reserve(target, from: start, to: end)
+        }
+        if !isReserved { try fill(target, from: start, to: end) }
         try target.flush()
       } else if options.dataFileRaw, let dataFile {
         try dataFile.zero(at: 0, count: header.size)
@@ -134,6 +138,21 @@ extension Qcow2 {
       try store.flush()
     }
     return header
+  }
+
+  /// Gives a range zeroes and their space; false where the store cannot.
+  private static func reserve(
+    _ store: any ByteStore, from start: UInt64, to end: UInt64
+  ) throws(IOError) -> Bool {
+    guard let file = store as? FileStore, !file.isBlockDevice else { return false }
+    try file.zero(at: start, count: end - start)
+    do throws(IOError) {
+      try file.allocate(at: start, count: end - start)
+      return true
+    } catch {
+      guard error.code == EOPNOTSUPP else { throw error }
+      return false
+    }
   }
 
   private static func fill(
