@@ -60,4 +60,10 @@ final class FuzzStore: ByteStore, @unchecked Sendable {
   }
 
   func flush() {}
+
+  /// What lies behind the bytes is a hole.
+  func nextData(from offset: UInt64) -> Range<UInt64>? {
+    let end = UInt64(bytes.count)
+    return offset < end ? offset..<end : nil
+  }
 }

@@ -118,10 +118,17 @@ public final class ImageWriter {
   private func zeroPart(at offset: UInt64, count: UInt64) throws(ImageError) {
     let extent = try format.find(offset / UInt64(format.blockSize), limit: 1)
     guard extent.place != .zero else { return }
-    let zeroes = [UInt8](repeating: 0, count: Int(count))
+    let zeroes = [UInt8](repeating: 0, count: Int(min(count, UInt64(Self.piece))))
     var failure: ImageError?
     zeroes.withUnsafeBytes { bytes in
-      do throws(ImageError) { try write(bytes, at: offset) } catch { failure = error }
+      do throws(ImageError) {
+        var done: UInt64 = 0
+        while done < count {
+          let length = Int(min(UInt64(bytes.count), count - done))
+          try write(UnsafeRawBufferPointer(rebasing: bytes[..<length]), at: offset + done)
+          done += UInt64(length)
+        }
+      } catch { failure = error }
     }
     if let failure { throw failure }
   }

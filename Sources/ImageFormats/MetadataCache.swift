@@ -99,6 +99,12 @@ final class MetadataCache {
     lastIndex = .max
   }
 
+  /// Bytes that are pinned nowhere were written by a plan that has run.
+  func drop(from start: UInt64, to end: UInt64) {
+    for page in (start / Self.pageSize)...((end - 1) / Self.pageSize) { drop(page: page) }
+    lastIndex = .max
+  }
+
   /// Forgets everything, because the store was written to directly.
   func dropAll() {
     precondition(pinned.isEmpty, "a plan is under way")

@@ -48,9 +48,19 @@ public protocol ByteStore: AnyObject, Sendable {
 
   /// Returns when everything written before the call is durable.
   func flush() throws(IOError)
+
+  /// The next range of bytes at or after an offset that is not known to be a hole, nil when
+  /// there is none.
+  func nextData(from offset: UInt64) throws(IOError) -> Range<UInt64>?
 }
 
 extension ByteStore {
+  /// A store that knows no holes: everything up to its end is data.
+  public func nextData(from offset: UInt64) throws(IOError) -> Range<UInt64>? {
+    let end = size
+    return offset < end ? offset..<end : nil
+  }
+
   /// Reads `count` bytes into a new array. For metadata, not for the path of I/O.
   public func read(at offset: UInt64, count: Int) throws(IOError) -> [UInt8] {
     var bytes = [UInt8](repeating: 0, count: count)

@@ -98,8 +98,10 @@ public final class FileStore: ByteStore {
   }
 
   /// The next range of bytes at or after an offset that is not a hole, nil when there is
-  /// none. Where the file system knows no holes everything is data. Source: lseek(2).
+  /// none. On a device, or where the file system knows no holes, everything is data.
+  /// Source: lseek(2).
   public func nextData(from offset: UInt64) throws(IOError) -> Range<UInt64>? {
+    guard !isBlockDevice else { return offset < deviceSize ? offset..<deviceSize : nil }
     let (seekData, seekHole): (Int32, Int32) = (3, 4)
     let start = lseek(raw, off_t(offset), seekData)
     if start < 0 && errno == ENXIO { return nil }

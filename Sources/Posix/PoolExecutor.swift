@@ -210,7 +210,10 @@ private final class StoreJob: PoolJob {
   private func zero(_ store: any ByteStore) throws(IOError) {
     if let file = store as? FileStore {
       if dmu_zero_range(file.raw, Int64(io.offset), Int64(io.count)) == 0 { return }
-      guard errno == EOPNOTSUPP || errno == ENODEV else { throw IOError.last("zero", store.name) }
+      // EINVAL: a device zeroes whole blocks of its own only.
+      guard errno == EOPNOTSUPP || errno == ENODEV || errno == EINVAL else {
+        throw IOError.last("zero", store.name)
+      }
     }
     let zeroes = [UInt8](repeating: 0, count: min(io.count, 1 << 16))
     var done = 0

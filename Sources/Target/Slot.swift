@@ -26,10 +26,10 @@ struct Slot {
   enum Phase: UInt8 {
     /// A piece of the request at a place that is mapped, or answered for once.
     case piece
-    /// Reading what a partial write does not cover.
+    /// Reading a piece of what a partial write does not cover.
     case copyRead
-    /// Writing a block that was put together.
-    case blockWrite
+    /// Writing a piece of a block that is put together.
+    case copyWrite
     /// Writing a placement that the request covers.
     case placedWrite
     /// Zeroing a placement or a discarded range.
@@ -76,8 +76,11 @@ struct Slot {
   var placement = Run(first: 0, end: 0, place: Run.zero, mark: 0, writable: false)
   var copies = false
   var source: UInt64 = Run.zero
-  /// A block put together.
+  /// A piece of a block that is put together.
   var scratch: UnsafeMutableRawPointer?
+  /// The piece, in bytes of the block: everything before it is at its new place.
+  var copied: UInt64 = 0
+  var copyEnd: UInt64 = 0
 
   /// What a slot may wait for beside a slot that holds a block.
   enum Wait {

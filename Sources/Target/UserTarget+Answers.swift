@@ -303,7 +303,8 @@ extension UserTarget {
       && range.first < holds[position].end
     {
       let slot = slots + Int(holds[position].slot)
-      if slot.pointee.fault == 0, slot.pointee.placement.mark != 0 { throw .overlap(range) }
+      let isPlacing = slot.pointee.placement.mark != 0 || slot.pointee.isAnswered
+      if slot.pointee.fault == 0, isPlacing { throw .overlap(range) }
     }
     map.remove(range.first, range.end)
     if isBusy(range) { invalidations.append(range) } else { faults.append(.invalidateDone(range)) }

@@ -1,5 +1,6 @@
 // A write's placement from the worker's answer to its entry in the map: read what the write
-// does not cover, put the block together, write it in one piece, record it.
+// does not cover, put the block together at its new place piece by piece, record it. Until it
+// is recorded the block is where it was, so that a copy that ends half-way has changed nothing.
 
 import Glibc
 import Posix
@@ -67,50 +68,113 @@ extension UserTarget {
       return
     }
     slot.pointee.scratch = scratch
+    slot.pointee.copied = 0
     counters.copies += 1
+    slot.pointee.pieceEnd = pieceEnd(slot.pointee, before: slot.pointee.placement.end)
+    copyPiece(index)
+  }
+
+  /// Bytes of a block that lie within the disk.
+  private func blockLength(_ block: UInt64) -> UInt64 {
+    min(UInt64(blockSize), size - block << shift)
+  }
+
+  /// Puts the next piece of a block together. The block is held and has no mapping of its own
+  /// yet, so nobody sees how far it has come.
+  private func copyPiece(_ index: Int) {
+    let slot = slots + index
     let run = slot.pointee.placement
-    slot.pointee.pieceEnd = pieceEnd(slot.pointee, before: run.end)
     let length = blockLength(run.first)
-    let source = slot.pointee.source
-    if source == Run.zero {
-      memset(scratch, 0, length)
+    let first = slot.pointee.copied
+    guard first < length else {
+      placed(index)
+      return
+    }
+    let end = min(length, first + UInt64(scratchSize))
+    slot.pointee.copyEnd = end
+    let written = written(slot.pointee)
+    if written.lowerBound <= first, end <= written.upperBound {
       overlay(index)
       return
     }
-    let from = Run(first: run.first, end: run.end, place: source, mark: 0, writable: false)
-    if from.sector << 9 >= executor.end(from.device) {
-      memset(scratch, 0, length)
-      overlay(index)
+    let from = Run(
+      first: run.first, end: run.end, place: slot.pointee.source, mark: 0, writable: false)
+    let place = from.sector << 9 + first
+    if slot.pointee.source == Run.zero || place >= executor.end(from.device) {
+      if end <= written.lowerBound || written.upperBound <= first {
+        // Up to the write, or from it on; devices zero whole pages.
+        let gap = first < written.lowerBound ? written.lowerBound & ~4095 : length
+        zeroGap(index, end: max(end, gap))
+      } else if let scratch = slot.pointee.scratch {
+        memset(scratch, 0, Int(end - first))
+        overlay(index)
+      }
       return
     }
-    switch transfer(index, .read, from.device, from.sector << 9, length, scratch, .copyRead) {
+    // The first piece may be all there is; others let the loop go on meanwhile.
+    switch transfer(
+      index, .read, from.device, place, Int(end - first), slot.pointee.scratch, .copyRead,
+      atOnce: first == 0)
+    {
     case .done: overlay(index)
     case .pending: break
     case .failed(let code): failIO(index, code)
     }
   }
 
-  /// Bytes of a block that lie within the disk.
-  private func blockLength(_ block: UInt64) -> Int {
-    Int(min(UInt64(blockSize), size - block << shift))
+  /// The bytes of its block that a write covers.
+  private func written(_ slot: Slot) -> Range<UInt64> {
+    let start = slot.placement.first << shift
+    return (slot.cursor - start)..<(slot.pieceEnd - start)
   }
 
-  /// Lays the write over the copy and writes the block in one piece.
+  /// Zeroes what comes before or after the write, where there is nothing to copy.
+  private func zeroGap(_ index: Int, end: UInt64) {
+    let slot = slots + index
+    let run = slot.pointee.placement
+    slot.pointee.copyEnd = end
+    let first = slot.pointee.copied
+    copiedAfter(
+      index,
+      transfer(
+        index, .zero, run.device, run.sector << 9 + first, Int(end - first), nil, .copyWrite))
+  }
+
+  /// Lays the write over a piece of the copy and writes the piece.
   func overlay(_ index: Int) {
     let slot = slots + index
     guard let scratch = slot.pointee.scratch else { preconditionFailure("a copy without room") }
     let run = slot.pointee.placement
-    let into = scratch + Int(slot.pointee.cursor - run.first << shift)
-    let length = Int(slot.pointee.pieceEnd - slot.pointee.cursor)
-    if slot.pointee.operation == .write, let buffer = slot.pointee.buffer {
-      memcpy(into, buffer + Int(slot.pointee.cursor - slot.pointee.offset), length)
-    } else {
-      memset(into, 0, length)
+    let (first, end) = (slot.pointee.copied, slot.pointee.copyEnd)
+    let written = written(slot.pointee).clamped(to: first..<end)
+    if !written.isEmpty {
+      let into = scratch + Int(written.lowerBound - first)
+      if slot.pointee.operation == .write, let buffer = slot.pointee.buffer {
+        let ahead = run.first << shift + written.lowerBound - slot.pointee.offset
+        memcpy(into, buffer + Int(ahead), written.count)
+      } else {
+        memset(into, 0, written.count)
+      }
     }
-    placedAfter(
+    copiedAfter(
       index,
       transfer(
-        index, .write, run.device, run.sector << 9, blockLength(run.first), scratch, .blockWrite))
+        index, .write, run.device, run.sector << 9 + first, Int(end - first), scratch,
+        .copyWrite, atOnce: first == 0))
+  }
+
+  private func copiedAfter(_ index: Int, _ progress: Progress) {
+    switch progress {
+    case .done: copiedPiece(index)
+    case .pending: break
+    case .failed(let code): failIO(index, code)
+    }
+  }
+
+  /// A piece is at its new place.
+  func copiedPiece(_ index: Int) {
+    slots[index].copied = slots[index].copyEnd
+    copyPiece(index)
   }
 
   private func placedAfter(_ index: Int, _ progress: Progress) {
@@ -134,7 +198,7 @@ extension UserTarget {
         recordedMark = max(recordedMark, run.mark)
         map.set(run)
         if case .noSpace = health { health = .ready }
-      } else {
+      } else if !isInvalidating(run.first, run.end) {
         learn(run, except: index)
       }
     }
@@ -177,8 +241,8 @@ extension UserTarget {
 
   private func takeScratch() -> UnsafeMutableRawPointer? {
     if let pointer = scratchFree.popLast() { return pointer }
-    guard scratchUsed < max(2, limits.scratch >> Int(shift)) else { return nil }
+    guard scratchUsed < max(2, limits.scratch / scratchSize) else { return nil }
     scratchUsed += 1
-    return .allocate(byteCount: Int(blockSize), alignment: 4096)
+    return .allocate(byteCount: scratchSize, alignment: 4096)
   }
 }

@@ -199,17 +199,17 @@ extension UserTarget {
 
   // MARK: Backing I/O
 
-  /// Moves bytes at once if that is possible, else starts it.
+  /// Moves bytes at once if that is possible and wanted, else starts it.
   func transfer(
     _ index: Int, _ operation: BackingIO.Operation, _ device: UInt16, _ offset: UInt64,
-    _ count: Int, _ buffer: UnsafeMutableRawPointer?, _ phase: Slot.Phase
+    _ count: Int, _ buffer: UnsafeMutableRawPointer?, _ phase: Slot.Phase, atOnce: Bool = true
   ) -> Progress {
     var io = BackingIO(
       operation, device: device, offset: offset, count: count, buffer: buffer,
       token: UInt32(index))
     if operation != .read { rounds.dirty = true }
     while io.count > 0 {
-      let done = executor.attempt(io)
+      let done = atOnce ? executor.attempt(io) : -Int(EAGAIN)
       if done <= 0 {
         guard done == -Int(EAGAIN) else { return .failed(Int32(-done)) }
         slots[index].phase = phase
@@ -246,8 +246,9 @@ extension UserTarget {
       precondition(slots[index].state == .io, "an operation that nobody started has ended")
       slots[index].state = .ready
       if slots[index].operation != .read { rounds.dirty = true }
-      if !invalidations.isEmpty { settleInvalidations() }
       resume(index, code)
+      // What goes on with its next piece still reaches its old place.
+      if !invalidations.isEmpty { settleInvalidations() }
     }
     drain()
   }
@@ -263,7 +264,8 @@ extension UserTarget {
       // Through the queue, so that a long request does not shut out the others.
       makeReady(index)
     case .copyRead: overlay(index)
-    case .blockWrite, .placedWrite, .zeroing: placed(index)
+    case .copyWrite: copiedPiece(index)
+    case .placedWrite, .zeroing: placed(index)
     }
   }
 

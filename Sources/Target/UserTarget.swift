@@ -24,8 +24,10 @@ public struct TargetLimits: Sendable {
   public var extents = 32768
   /// Requests under way at once.
   public var requests = 4096
-  /// Bytes for putting blocks together; room for two blocks at least.
+  /// Bytes for putting blocks together; room for two pieces at least.
   public var scratch = 2 << 20
+  /// A block is put together in pieces of at most so many bytes, however large it is.
+  public var piece = 1 << 20
 
   /// The defaults.
   public init() {}
@@ -111,6 +113,8 @@ public final class UserTarget: TargetEngine {
   var owners: [(any RequestOwner)?] = []
   var scratchFree: [UnsafeMutableRawPointer] = []
   var scratchUsed = 0
+  /// Bytes of each buffer for putting blocks together.
+  var scratchSize: Int { min(Int(blockSize), limits.piece) }
   /// Write and discard faults that may yet need a record in the log.
   var reserved = 0
   var highestMark: Mark = 0

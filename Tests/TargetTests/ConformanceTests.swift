@@ -90,7 +90,7 @@ import Testing
     driver.settle()
     #expect(stamps(all) == [1008, 1009, 7, 7, 1012, 1013, 1014, 1015])
     #expect(engine.uncommitted() == [place(1, mark: 1)])
-    // Written in one piece: the store holds the block, and nothing beside it.
+    // The store holds the block, and nothing beside it.
     let store = driver.contents(0)
     #expect(store[..<(16 * 512)].allSatisfy { $0 == 0 })
     #expect(store[(24 * 512)...].allSatisfy { $0 == 0 })

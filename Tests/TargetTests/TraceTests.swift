@@ -101,6 +101,7 @@ private final class Trace: RequestOwner {
     lateness = [0, 50, 90][random.below(3)]
     limits.extents = [4, 64, 32768][random.below(3)]
     limits.scratch = 0
+    limits.piece = [512, 1024, 1 << 20][random.below(3)]
     model = TraceModel(sectorCount)
     (executor, target, worker) = try Trace.assemble(
       store, base, medium, memory, sectorCount, blockSize, manners, limits, lateness, &random)

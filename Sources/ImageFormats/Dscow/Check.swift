@@ -257,9 +257,8 @@ extension Dscow {
   /// How long the hole at an offset is, in whole 64-bit words; 0 where a store cannot tell.
   /// A large disk's bitmap is mostly that.
   private static func hole(_ store: any ByteStore, at place: UInt64) throws(ImageError) -> UInt64 {
-    guard let file = store as? FileStore, !file.isBlockDevice else { return 0 }
-    let data = try io { () throws(IOError) in try file.nextData(from: place) }
-    let next = data?.lowerBound ?? max(file.size, place)
+    let data = try io { () throws(IOError) in try store.nextData(from: place) }
+    let next = data?.lowerBound ?? max(store.size, place)
     return (max(next, place) - place) / 8 * 8
   }
 }

@@ -18,6 +18,7 @@ public final class Vhd: ImageFormat {
   /// The device number of the store, of the base, and of the mixed blocks.
   private static let mixedDevice: UInt16 = 2
   private static let blocksPerFind: UInt64 = 4096
+  private typealias Run = PendingPlacements.Run
 
   /// The header, as it is now.
   public internal(set) var header: VhdHeader
@@ -26,7 +27,7 @@ public final class Vhd: ImageFormat {
   let cache: MetadataCache
   let isWritable: Bool
   private(set) var pending: PendingPlacements
-  private var inFlight: (mark: Mark, draft: CommitDraft, newEnd: UInt64)?
+  private var inFlight: (mark: Mark, draft: CommitDraft, runs: [Run], newEnd: UInt64)?
   private var lastMark: Mark = 0
   /// Where the last block ends; nil until it is needed.
   var end: UInt64?
@@ -185,9 +186,11 @@ public final class Vhd: ImageFormat {
     let groups = pending.runs(upTo: mark)
     guard !groups.isEmpty else { return CommitPlan(upTo: mark, stages: []) }
     var draft = CommitDraft(cache, clusterSize: 512)
-    let ones = [UInt8](repeating: 0xFF, count: Int(header.bitmapSize))
     let runs = groups.flatMap(\.runs)
-    for run in runs { try draft.put(sectors: ones, at: run.offset - header.bitmapSize) }
+    // One array for all of them: a block of 256 MiB has a bitmap of 64 KiB. They need no pins,
+    // since what is pending is looked at before the bitmaps.
+    let ones = [UInt8](repeating: 0xFF, count: Int(header.bitmapSize))
+    let bitmaps = runs.map { CommitPlan.Write(offset: $0.offset - header.bitmapSize, bytes: ones) }
     var footerEnd: UInt64 = 0
     if runs.contains(where: { $0.offset >= firstNew }) {
       let footer = max(try findEnd(), (store.size - 512) / 512 * 512)
@@ -197,14 +200,16 @@ public final class Vhd: ImageFormat {
       end = footerEnd
     }
     draft.seal()
+    let footer = draft.stages.flatMap { $0 }
     for run in runs {
       let start = run.offset - header.bitmapSize
       let entry = header.tableOffset + run.blocks.first * 4
       try draft.putBig(UInt32(start / 512), at: entry)
     }
     draft.seal()
-    inFlight = (mark, draft, footerEnd)
-    return CommitPlan(upTo: mark, stages: draft.stages)
+    inFlight = (mark, draft, runs, footerEnd)
+    let entries = draft.stages.dropFirst(footer.isEmpty ? 0 : 1)
+    return CommitPlan(upTo: mark, stages: [bitmaps + footer] + entries)
   }
 
   /// The plan up to this mark has run.
@@ -213,6 +218,9 @@ public final class Vhd: ImageFormat {
     inFlight = nil
     firstNew = max(firstNew, plan.newEnd)
     cache.unpin(sectors: plan.draft.sectors.keys, fresh: plan.draft.fresh, size: 512)
+    for run in plan.runs {
+      cache.drop(from: run.offset - header.bitmapSize, to: run.offset)
+    }
     pending.remove { $0.mark <= mark }
   }
 
@@ -271,26 +279,47 @@ final class VhdMixedBlocks: ByteStore {
 
   /// Reads whole sectors.
   func read(_ buffer: UnsafeMutableRawBufferPointer, at offset: UInt64) throws(IOError) {
-    let block = header.tableBlock
-    for start in stride(from: 0, to: buffer.count, by: 512) {
-      let position = offset + UInt64(start)
-      let piece = UnsafeMutableRawBufferPointer(
-        rebasing: buffer[start..<min(start + 512, buffer.count)])
-      let entry = try store.read(at: header.tableOffset + position / block * 4, count: 4)
-        .big(UInt32.self, at: 0)
-      let place = UInt64(entry) * 512
-      let sector = position % block / 512
-      var isOwn = false
-      if entry != VhdHeader.unused {
-        let byte = try store.read(at: place + sector / 8, count: 1)[0]
-        isOwn = byte >> UInt8(7 - sector % 8) & 1 == 1
-      }
-      if isOwn {
-        try store.read(piece, at: place + header.bitmapSize + position % block)
+    var done = 0
+    while done < buffer.count {
+      let position = offset + UInt64(done)
+      let left = header.tableBlock - position % header.tableBlock
+      let count = Int(min(UInt64(buffer.count - done), left))
+      try read(
+        within: UnsafeMutableRawBufferPointer(rebasing: buffer[done..<(done + count)]), position)
+      done += count
+    }
+  }
+
+  /// Reads sectors of one block, in runs that lie on one side.
+  private func read(
+    within buffer: UnsafeMutableRawBufferPointer, _ position: UInt64
+  ) throws(IOError) {
+    let index = position / header.tableBlock
+    let entry = try store.read(at: header.tableOffset + index * 4, count: 4).big(UInt32.self, at: 0)
+    let place = UInt64(entry) * 512
+    let ahead = position % header.tableBlock
+    let first = ahead / 512
+    let end = (ahead + UInt64(buffer.count) + 511) / 512
+    let isNone = entry == VhdHeader.unused
+    let bytes = Int((end + 7) / 8 - first / 8)
+    let bits = try isNone ? [] : store.read(at: place + first / 8, count: bytes)
+    func isOwn(_ sector: UInt64) -> Bool {
+      !isNone && bits[Int(sector / 8 - first / 8)] >> UInt8(7 - sector % 8) & 1 == 1
+    }
+    var sector = first
+    while sector < end {
+      let start = sector
+      let own = isOwn(start)
+      while sector < end, isOwn(sector) == own { sector += 1 }
+      let from = Int(start - first) * 512
+      let part = UnsafeMutableRawBufferPointer(
+        rebasing: buffer[from..<min(buffer.count, Int(sector - first) * 512)])
+      if own {
+        try store.read(part, at: place + header.bitmapSize + ahead + UInt64(from))
       } else if let base {
-        try base.read(piece, at: position)
+        try base.read(part, at: position + UInt64(from))
       } else {
-        piece.initializeMemory(as: UInt8.self, repeating: 0)
+        part.initializeMemory(as: UInt8.self, repeating: 0)
       }
     }
   }

@@ -8,6 +8,9 @@ import TestSupport
 
 /// Serves whole-sector reads and writes from a format and its devices.
 final class DeviceEngine {
+  /// Blocks are copied so many bytes at a time.
+  private static let piece = 1 << 20
+
   let format: any ImageFormat
   /// What commit plans are run on.
   let store: any ByteStore
@@ -139,12 +142,17 @@ final class DeviceEngine {
     let device = devices[Int(number)]
     let ahead = sector - Int(placement.extent.blocks.first) * blockSectors
     let count = Int(placement.extent.blocks.count) * Int(format.blockSize)
-    switch placement.preparation {
-    case .none: break
-    case .zero:
-      try device.write([UInt8](repeating: 0, count: count), at: place * 512)
-    case .copy(let from):
-      try device.write(try read(from, count: count), at: place * 512)
+    // In pieces, since a block may have 256 MiB.
+    for start in stride(from: 0, to: count, by: Self.piece) {
+      let length = min(Self.piece, count - start)
+      let at = place * 512 + UInt64(start)
+      switch placement.preparation {
+      case .none: break
+      case .zero: try device.write([UInt8](repeating: 0, count: length), at: at)
+      case .copy(let from):
+        let bytes = try read(from.advanced(by: UInt64(start / 512)), count: length)
+        try device.write(bytes, at: at)
+      }
     }
     try device.write(bytes, at: (place + UInt64(ahead)) * 512)
   }
