@@ -49,6 +49,9 @@ let package = Package(
     .systemLibrary(name: "CZlib", pkgConfig: "zlib", providers: [.apt(["zlib1g-dev"])]),
     .systemLibrary(name: "CZstd", pkgConfig: "libzstd", providers: [.apt(["libzstd-dev"])]),
     room("ImageFormats", ["CZlib", "CZstd", "Posix"]),
+    .systemLibrary(
+      name: "CDeviceMapper", pkgConfig: "devmapper", providers: [.apt(["libdevmapper-dev"])]),
+    room("DeviceMapper", ["CDeviceMapper", "Posix"]),
     .target(name: "DMUProtocol"),
     room("DMU", ["DMUProtocol", "Posix"]),
     room("Target", ["DMU", "Posix"]),
@@ -64,6 +67,7 @@ let package = Package(
     program("dscow_tool", ["ImageFormats", "Posix", argumentParser]),
     room("TestSupport", ["Posix"]),
     tests("PosixTests", ["Posix", "TestSupport"]),
+    tests("DeviceMapperTests", ["DeviceMapper", "TestSupport"]),
     tests("XenStoreTests", ["XenStore", "TestSupport"]),
     tests("ImageFormatsTests", ["ImageFormats", "Posix", "TestSupport"]),
     tests("TargetTests", ["Target", "Posix", "TestSupport"]),
