@@ -56,12 +56,12 @@ let package = Package(
     room("DMU", ["DMUProtocol", "Posix"]),
     room("Target", ["DMU", "Posix"]),
     room("WorkerLink", ["Posix"]),
-    room("Worker", ["Target", "DMU", "ImageFormats", "WorkerLink", "Posix"]),
+    room(
+      "Worker", ["Target", "DMU", "DeviceMapper", "ImageFormats", "WorkerLink", "Posix"]),
     room(
       "Daemon",
       ["XenStore", "WorkerLink", "Posix", logging, lifecycle, signals, toml, nio, nioPosix]),
     program("cowd", ["Worker", argumentParser]),
-    program("kernel-worker", ["Worker"]),
     program("dmu-xend", ["Daemon", argumentParser]),
     program("dmu-xen", ["Daemon", argumentParser]),
     program("dscow_tool", ["ImageFormats", "Posix", argumentParser]),

@@ -1,6 +1,6 @@
 // A worker that a person started: it opens its store itself and serves it on a Unix socket,
-// for which it needs no rights and no help of the kernel, or as a device of the kernel's nbd
-// driver. It stays in the foreground until SIGTERM or SIGINT.
+// for which it needs no rights and no help of the kernel, or as a device of the kernel: of
+// the device-mapper, or of the nbd driver. It stays in the foreground until SIGTERM or SIGINT.
 
 import Glibc
 import Posix
@@ -28,6 +28,8 @@ public struct ByHandOptions: Sendable {
   public var readOnly = false
   /// Whether a base that has changed is accepted.
   public var force = false
+  /// By which way a device reaches the kernel.
+  public var transport = Transport.auto
   /// What is logged.
   public var level = Log.Level.warning
 
@@ -62,6 +64,12 @@ public enum ByHand {
     let loop = try system { () throws(IOError) in try EventLoop() }
     var stopping = false
     try system { () throws(IOError) in try loop.addStop(signals, log) { stopping = true } }
+    if case .device(let device) = options.service,
+      try ByMapper.isWay(options.transport, log)
+    {
+      return try ByMapper.run(
+        options, name: device, format: name, loop: loop, log: log, isStopping: { stopping })
+    }
     var request = ImageRequest()
     request.readOnly = options.readOnly
     request.force = options.force
@@ -90,7 +98,7 @@ public enum ByHand {
   }
 
   /// Writes a line to standard output at once, for whoever waits for it.
-  private static func say(_ line: String) {
+  static func say(_ line: String) {
     let bytes = Array((line + "\n").utf8)
     // Nobody may be listening; that is no reason not to serve.
     _ = Glibc.write(1, bytes, bytes.count)

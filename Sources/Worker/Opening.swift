@@ -12,14 +12,14 @@ enum Opening {
   static func image(
     _ name: FormatName, store path: String, base given: String?, _ request: ImageRequest
   ) throws(WorkerError) -> OpenImage {
-    let store = try open(path, as: "store", writable: !request.readOnly, name)
+    let store = try open(path, as: "store", writable: !request.readOnly, name, request)
     var base = given
     if base == nil {
       let named = try imaging { () throws(ImageError) in try name.basePath(of: store) }
       base = named.map { beside(path, $0) }
     }
     var baseStore: FileStore?
-    if let base { baseStore = try open(base, as: "base", writable: false, name) }
+    if let base { baseStore = try open(base, as: "base", writable: false, name, request) }
     return try OpenImage(name, store: store, base: baseStore, request)
   }
 
@@ -30,7 +30,8 @@ enum Opening {
   }
 
   private static func open(
-    _ path: String, as role: String, writable: Bool, _ name: FormatName
+    _ path: String, as role: String, writable: Bool, _ name: FormatName,
+    _ request: ImageRequest
   ) throws(WorkerError) -> FileStore {
     let store: FileStore
     do throws(IOError) {
@@ -43,6 +44,7 @@ enum Opening {
         : "put it back, or say with --base where it is"
       throw WorkerError("io", "\(role) \(path) does not exist: \(remedy)")
     }
+    guard !request.isLocked else { return store }
     do throws(IOError) {
       try store.lock(exclusive: writable)
     } catch {

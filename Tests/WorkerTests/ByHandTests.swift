@@ -79,6 +79,8 @@ import Testing
     try expect("write --nbd unix:PATH", ["-p", "dscow", "--nbd", "/x", image.store], status: 64)
     try expect("say only the STORE", ["-p", "dscow", "--nbd", socket, "a", "b"], status: 64)
     try expect("Say the NAME", ["-p", "dscow", image.store], status: 64)
+    try expect(
+      "'x' is no transport", ["-p", "dscow", "--transport", "x", "a", image.store], status: 64)
     try expect("cannot be the name of a device", ["-p", "dscow", "a/b", image.store])
   }
 
