@@ -43,9 +43,10 @@ test: ## every suite: unit, xenstored, NBD clients, the Xen lab (under 40 minute
 kernel-lab: ## the module's scenarios in a checked kernel (15 minutes once, then 5)
 	@lab/prerequisites build kernel
 	lab/kernel/prepare
-	$(SWIFT) build --product kernel-worker
-	$(SWIFT) build --product dscow_tool
+	for program in cowd dscow_tool kernel-exercise linear; do \
+	  $(SWIFT) build --product $$program || exit 1; done
 	lab/kernel/run --programs .build/debug
+	lab/kernel/run --programs .build/debug --memory 256 memory-pressure
 
 check: ## format, lint, warnings as errors, shellcheck
 	@lab/prerequisites build check

@@ -62,6 +62,10 @@ let package = Package(
       "Daemon",
       ["XenStore", "WorkerLink", "Posix", logging, lifecycle, signals, toml, nio, nioPosix]),
     program("cowd", ["Worker", argumentParser]),
+    program("kernel-exercise", ["DeviceMapper", "Posix"]),
+    .executableTarget(
+      name: "linear", dependencies: ["DMU", "Posix"], path: "examples/linear",
+      swiftSettings: swiftSettings),
     program("dmu-xend", ["Daemon", argumentParser]),
     program("dmu-xen", ["Daemon", argumentParser]),
     program("dscow_tool", ["ImageFormats", "Posix", argumentParser]),
