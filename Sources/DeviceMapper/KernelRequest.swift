@@ -80,10 +80,14 @@ struct KernelRequest: ~Copyable {
     throw failure(log?.explanation(of: nil))
   }
 
-  /// Runs what makes udev act, and waits for udev.
-  borrowing func runWithNodes() throws(DeviceMapperError) {
+  /// Runs what makes udev act, and waits for udev. Unless `probed`, udev's rules do not look
+  /// into the device.
+  borrowing func runWithNodes(probed: Bool = true) throws(DeviceMapperError) {
     var cookie: UInt32 = 0
-    try set(dm_task_set_cookie(raw, &cookie, 0))
+    let blind =
+      DM_UDEV_DISABLE_SUBSYSTEM_RULES_FLAG | DM_UDEV_DISABLE_DISK_RULES_FLAG
+      | DM_UDEV_DISABLE_OTHER_RULES_FLAG
+    try set(dm_task_set_cookie(raw, &cookie, UInt16(probed ? 0 : blind)))
     let log = KernelLog.open()
     let done = dm_task_run(raw) != 0
     let error = done ? nil : failure(log?.explanation(of: nil))

@@ -87,11 +87,12 @@ public struct MappedDevice: Sendable, Hashable {
   }
 
   /// Brings the loaded table into use and lets requests go on. The node is there afterwards.
-  public func resume() throws(DeviceMapperError) {
+  /// Unless `probed`, nobody looks for file systems and volumes on it by himself.
+  public func resume(probed: Bool = true) throws(DeviceMapperError) {
     try KernelRequest.perform(DM_DEVICE_RESUME, "resume", name) { task throws(DeviceMapperError) in
       try task.name(name)
       try task.set(dm_task_set_add_node(task.raw, DM_ADD_NODE_ON_RESUME))
-      try task.runWithNodes()
+      try task.runWithNodes(probed: probed)
     }
   }
 

@@ -127,6 +127,12 @@ public struct ServedDevice: Sendable {
     return number
   }
 
+  /// Brings it into use. What a guest has written on it is for nobody here to look into, so
+  /// it is not probed.
+  public func start() throws(DeviceMapperError) {
+    try device.resume(probed: false)
+  }
+
   /// Whether a device is a file's loop device, or the device itself.
   private static func stands(
     _ number: DeviceNumber, on backing: Backing

@@ -60,14 +60,14 @@ enum ByMapper {
       let node = try self.node(name)
       disk = try NodeDisk(node, image, name: name, loop: loop, log: log)
     } catch {
-      if state == .absent { try remove(device) }
+      if state == .absent { giveUp(device, log) }
       throw error
     }
     defer { disk.shutdown() }
     if state == .absent {
-      // Whoever looks at the new device, as udev does, waits for answers.
+      // Whoever opens the new device at once waits for answers.
       try disk.elsewhere { () throws(WorkerError) in
-        try mapping { () throws(DeviceMapperError) in try device.device.resume() }
+        try mapping { () throws(DeviceMapperError) in try device.start() }
       }
     }
     ByHand.say("\(options.store) (\(image.format.size) bytes) is served: \(device.device.path)")
@@ -160,6 +160,13 @@ enum ByMapper {
           "\(path) is in use and stays, all that was written is durable: "
             + "unmount it and remove it (dmsetup remove), or start cowd again to go on")
       }
+    }
+  }
+
+  /// Removes what could not be brought into use; why it could not is the error, not this.
+  private static func giveUp(_ device: ServedDevice, _ log: Log) {
+    do throws(WorkerError) { try remove(device) } catch {
+      log(.warning, "the device is left behind", ["error": "\(error)"])
     }
   }
 

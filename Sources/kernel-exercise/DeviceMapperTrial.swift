@@ -166,7 +166,7 @@ func tryServedDevice() throws {
   _ = try served.make(size: 512 << 10, blockSize: 65536, backings, readOnly: false)
   check(try served.state(over: backings) == .unfinished, "it is in use already")
   check(access("/dev/dmu/served", F_OK) == 0, "no node")
-  try served.device.resume()
+  try served.start()
   check(try served.state(over: backings) == .ours, "\(try served.state(over: backings))")
   for wrong in [[backing(store, false)], [backing(other, false), backing(base, true)]] {
     guard case .foreign = try served.state(over: wrong) else {

@@ -22,8 +22,10 @@ func tryLoopDevices() throws {
     check(try FileStore(path: path, writable: false).size == 2 << 20, "has not grown")
   }
   // Nobody has it open any more: it has let its file go.
-  let node = try Descriptor(path: path, flags: O_RDONLY)
-  check(try LoopDevice.backing(of: node.raw, path) == nil, "\(path) keeps its file")
+  do {
+    let node = try Descriptor(path: path, flags: O_RDONLY)
+    check(try LoopDevice.backing(of: node.raw, path) == nil, "\(path) keeps its file")
+  }
 
   let base = try LoopDevice(file: file.raw, name: file.name, readOnly: true)
   do {
@@ -35,8 +37,10 @@ func tryLoopDevices() throws {
   }
   let other = base.path
   try base.release()
-  let second = try Descriptor(path: other, flags: O_RDONLY)
-  check(try LoopDevice.backing(of: second.raw, other) == nil, "\(other) was not released")
+  do {
+    let node = try Descriptor(path: other, flags: O_RDONLY)
+    check(try LoopDevice.backing(of: node.raw, other) == nil, "\(other) was not released")
+  }
 
   // A lock on the file lasts as long as the device that was made of its descriptor.
   let locked = try scratchFile("locked.img", bytes: 1 << 20)

@@ -84,6 +84,16 @@ import Testing
     try expect("cannot be the name of a device", ["-p", "dscow", "a/b", image.store])
   }
 
+  @Test(.enabled(if: access("/dev/mapper/control", R_OK | W_OK) != 0))
+  func aMissingDeviceMapperIsNamed() throws {
+    let image = try TestImage(sectors: 256, blockSize: 4096)
+    let result = try run(
+      ["-p", "dscow", "--transport", "dm", "name", image.store], image.folder)
+    #expect(result.status == .exited(1))
+    #expect(
+      result.messages.contains("no device-mapper target 'userspace'"), "\(result.messages)")
+  }
+
   @Test func oneWorkerAStoreAndOnePathASocket() throws {
     let image = try TestImage(sectors: 256, blockSize: 4096)
     let other = try TestImage(sectors: 256, blockSize: 4096)

@@ -38,7 +38,7 @@ static const char *name(char *path)
 static void may_fail(int result, const char *what)
 {
 	if (result >= 0 || errno == ENOENT || errno == EEXIST || errno == ENOSPC ||
-	    errno == ENOTEMPTY || errno == EOPNOTSUPP || errno == EMLINK)
+	    errno == ELOOP || errno == EOPNOTSUPP || errno == EMLINK)
 		return;
 	fprintf(stderr, "churn: %s: %s\n", what, strerror(errno));
 	_exit(1);
