@@ -77,7 +77,7 @@ let package = Package(
     tests("TargetTests", ["Target", "Posix", "TestSupport"]),
     tests(
       "WorkerTests", ["Worker", "Target", "ImageFormats", "WorkerLink", "Posix", "TestSupport"]),
-    tests("DaemonTests", ["Daemon", "Posix", "TestSupport", logging]),
+    tests("DaemonTests", ["Daemon", "WorkerLink", "Posix", "TestSupport", logging]),
   ],
   cLanguageStandard: .gnu11,
   cxxLanguageStandard: .cxx17

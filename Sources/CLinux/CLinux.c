@@ -11,10 +11,20 @@ int dmu_open(const char *path, int flags, mode_t mode)
     return open(path, flags, mode);
 }
 
-int dmu_ofd_lock(int fd, short type)
+int dmu_ofd_lock(int fd, short type, int64_t start, int64_t length)
 {
-    struct flock lock = {.l_type = type, .l_whence = SEEK_SET, .l_start = 0, .l_len = 0};
+    struct flock lock = {
+        .l_type = type, .l_whence = SEEK_SET, .l_start = start, .l_len = length};
     return fcntl(fd, F_OFD_SETLK, &lock);
+}
+
+int dmu_ofd_locked(int fd, int64_t start, int64_t length)
+{
+    struct flock lock = {
+        .l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = start, .l_len = length};
+    if (fcntl(fd, F_OFD_GETLK, &lock) != 0)
+        return -1;
+    return lock.l_type != F_UNLCK;
 }
 
 int dmu_ioctl_pointer(int fd, unsigned long request, void *argument)

@@ -57,6 +57,11 @@ struct CommitDraft {
     try change(at: offset) { $0.putBig(value, at: $1) }
   }
 
+  /// Puts a little-endian number.
+  mutating func putLittle(_ value: some FixedWidthInteger, at offset: UInt64) throws(ImageError) {
+    try putBig(value.byteSwapped, at: offset)
+  }
+
   /// Puts whole sectors at a byte offset, a multiple of 512; those of zeroes are left out
   /// where the cluster is fresh.
   mutating func put(sectors bytes: [UInt8], at offset: UInt64) throws(ImageError) {

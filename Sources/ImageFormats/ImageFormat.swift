@@ -40,14 +40,21 @@ public struct CommitPlan: Sendable {
   /// The stages. No stage: nothing to do.
   public let stages: [[Write]]
 
+  /// What the plan is run on when that is not the image's store: an image whose tables are in
+  /// other files.
+  public let target: (any ByteStore)?
+
   /// A plan from its parts.
-  public init(upTo: Mark, stages: [[Write]]) {
+  public init(upTo: Mark, stages: [[Write]], target: (any ByteStore)? = nil) {
     self.upTo = upTo
     self.stages = stages
+    self.target = target
   }
 
-  /// Runs the plan. Blocks; may run on any thread, one plan at a time for a store.
+  /// Runs the plan, on its own target if it has one. Blocks; may run on any thread, one plan
+  /// at a time for a store.
   public func run(on store: any ByteStore) throws(IOError) {
+    let store = target ?? store
     for stage in stages {
       for write in stage {
         if write.zeroes > 0 {

@@ -46,10 +46,39 @@ public final class FileStore: ByteStore {
     try self.init(descriptor, name: path)
   }
 
-  /// Locks the whole file for this open file description, without waiting: exclusively for
-  /// a store, shared for a base. Throws EAGAIN when another has it.
+  /// Locks the whole file for this open file description, against everybody, without waiting.
+  /// For files that are no images. Throws EAGAIN when another has it.
+  public func lockWhole() throws(IOError) {
+    try lock(F_WRLCK, at: 0, length: 0)
+  }
+
+  /// Locks an image for this open file description, without waiting: exclusively for a store,
+  /// shared for a base. Throws EAGAIN when another has it in a way that does not go with that.
+  ///
+  /// The locks are those of QEMU, so that its tools may read a base that is in use and nothing
+  /// else: all are shared ones; a lock on byte 100 + n says that somebody does n, one on byte
+  /// 200 + n that somebody does not bear n done by others; n is 0 for reading what is
+  /// consistent, 1 for writing, 3 for resizing. Source: QEMU, docs/devel, image locking.
   public func lock(exclusive: Bool) throws(IOError) {
-    guard dmu_ofd_lock(raw, Int16(exclusive ? F_WRLCK : F_RDLCK)) == 0 else {
+    let done: [Int64] = exclusive ? [0, 1, 3] : [0]
+    let unbearable: [Int64] = [1, 3]
+    do throws(IOError) {
+      for act in done { try lock(F_RDLCK, at: 100 + act, length: 1) }
+      for act in unbearable { try lock(F_RDLCK, at: 200 + act, length: 1) }
+      for byte in done.map({ 200 + $0 }) + unbearable.map({ 100 + $0 }) {
+        let found = dmu_ofd_locked(raw, byte, 1)
+        guard found >= 0 else { throw IOError.last("look for a lock on", name) }
+        if found != 0 { throw IOError(EAGAIN, "lock", name) }
+      }
+    } catch {
+      // The error that led here is the one worth telling.
+      _ = dmu_ofd_lock(raw, Int16(F_UNLCK), 100, 200)
+      throw error
+    }
+  }
+
+  private func lock(_ type: Int32, at start: Int64, length: Int64) throws(IOError) {
+    guard dmu_ofd_lock(raw, Int16(type), start, length) == 0 else {
       throw IOError(errno == EACCES ? EAGAIN : errno, "lock", name)
     }
   }

@@ -41,12 +41,15 @@ public final class PoolExecutor: IOExecutor {
   private let pool: ThreadPool
   private var devices: [Device]
   private var idle: [StoreJob] = []
+  /// Devices beside the first that are written to: a flush is of all of them.
+  private let others: [any ByteStore]
 
   /// Devices in the order of their numbers. `inlineLimit`: longer writes, in bytes, always go
   /// to the pool.
   public init(pool: ThreadPool, devices stores: [any ByteStore], inlineLimit: Int = 4 << 20) {
     self.pool = pool
     self.inlineLimit = inlineLimit
+    others = stores.dropFirst().filter(\.isWritable)
     devices = stores.map { store in
       let file = store as? FileStore
       return Device(
@@ -124,6 +127,7 @@ public final class PoolExecutor: IOExecutor {
     let job = idle.popLast() ?? StoreJob(self)
     job.io = io
     job.store = devices[Int(io.device)].store
+    if io.operation == .flush { job.others = others }
     pool.submit(job)
   }
 
@@ -164,6 +168,7 @@ private final class StoreJob: PoolJob {
   unowned let executor: PoolExecutor
   var io = BackingIO(.flush, device: 0)
   var store: (any ByteStore)?
+  var others: [any ByteStore] = []
   var code: Int32 = 0
 
   init(_ executor: PoolExecutor) {
@@ -181,7 +186,9 @@ private final class StoreJob: PoolJob {
       case .write: try write(store)
       case .punch: try store.zero(at: io.offset, count: UInt64(io.count))
       case .zero: try zero(store)
-      case .flush: try store.flush()
+      case .flush:
+        try store.flush()
+        for other in others { try other.flush() }
       }
     } catch {
       code = error.code
@@ -216,6 +223,7 @@ private final class StoreJob: PoolJob {
 
   override func finished() {
     store = nil
+    others = []
     executor.ended(self)
   }
 }

@@ -24,6 +24,8 @@ public struct ByHandOptions: Sendable {
   public var service: Service
   /// Path of the base, instead of the one that the image names.
   public var base: String?
+  /// Name of the base's format, whatever the image says of it.
+  public var baseFormat: String?
   /// Whether the disk is only read.
   public var readOnly = false
   /// Whether a base that has changed is accepted.
@@ -64,16 +66,13 @@ public enum ByHand {
     let loop = try system { () throws(IOError) in try EventLoop() }
     var stopping = false
     try system { () throws(IOError) in try loop.addStop(signals, log) { stopping = true } }
-    if case .device(let device) = options.service,
-      try ByMapper.isWay(options.transport, log)
-    {
-      return try ByMapper.run(
-        options, name: device, format: name, loop: loop, log: log, isStopping: { stopping })
+    let request = try self.request(options)
+    if case .device(let device) = options.service, try ByMapper.isWay(options.transport) {
+      let mapper = ByMapper(
+        options: options, request: request, format: name, name: device, loop: loop, log: log)
+      if try mapper.run(isStopping: { stopping }) { return }
     }
-    var request = ImageRequest()
-    request.readOnly = options.readOnly
-    request.force = options.force
-    let image = try Opening.image(name, store: options.store, base: options.base, request)
+    let image = try Opening.image(name, store: options.store, request)
     let disk = try Disk(image, pending: nil, loop: loop, log: log)
     let service = try publish(disk, options, log)
     disk.detached = { [unowned disk] end in
@@ -86,6 +85,15 @@ public enum ByHand {
     guard code == 0 else {
       throw WorkerError(IOError(code, "make everything durable in", options.store))
     }
+  }
+
+  private static func request(_ options: ByHandOptions) throws(WorkerError) -> ImageRequest {
+    var request = ImageRequest()
+    request.readOnly = options.readOnly
+    request.force = options.force
+    request.basePath = options.base
+    if let format = options.baseFormat { request.baseFormat = try FormatName(named: format) }
+    return request
   }
 
   private static func publish(

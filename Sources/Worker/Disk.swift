@@ -8,40 +8,10 @@
 // - After `finish` has answered 0 everything that was acknowledged is durable.
 
 import Glibc
-public import ImageFormats
+import ImageFormats
 public import Posix
 public import Target
 public import WorkerLink
-
-/// An image that is open, and what it lives in.
-public struct OpenImage {
-  /// Name of its format.
-  public let formatName: String
-  /// The image.
-  public let format: any ImageFormat
-  /// The store.
-  public let store: any ByteStore
-  /// The base, if it has one.
-  public let base: (any ByteStore)?
-  /// The base as it stands in the image.
-  public let basePath: String?
-  /// Whether the disk is only read.
-  public let readOnly: Bool
-
-  /// Opens or makes an image. Throws what the format says of it.
-  public init(
-    _ name: FormatName, store: any ByteStore, base: (any ByteStore)?, _ request: ImageRequest
-  ) throws(WorkerError) {
-    do throws(ImageError) {
-      format = try name.open(store: store, base: base, request)
-      basePath = try name.basePath(of: store)
-    } catch { throw WorkerError(error) }
-    formatName = name.rawValue
-    self.store = store
-    self.base = base
-    readOnly = request.readOnly
-  }
-}
 
 /// A disk, from its opening to its end. Used from the loop's thread.
 public final class Disk {
@@ -79,7 +49,6 @@ public final class Disk {
     do throws(IOError) {
       pool = try ThreadPool(loop: loop)
     } catch { throw WorkerError(error) }
-    let devices = [image.store] + (image.base.map { [$0] } ?? [])
     do throws(PendingLogError) {
       let pendingLog =
         if let pending {
@@ -89,7 +58,7 @@ public final class Disk {
         }
       target = try UserTarget(
         size: format.size, blockSize: format.blockSize,
-        executor: PoolExecutor(pool: pool, devices: devices), log: pendingLog,
+        executor: PoolExecutor(pool: pool, devices: image.devices), log: pendingLog,
         readOnly: image.readOnly)
     } catch { throw WorkerError("pending", "the record of uncommitted blocks: \(error)") }
     var options = NBDExport.Options()

@@ -1,5 +1,4 @@
-// The image formats that a worker knows by name, and opening or making an image in stores
-// that somebody else has opened.
+// The image formats that a worker knows by name, and what is wanted of an image.
 
 public import ImageFormats
 public import Posix
@@ -10,8 +9,13 @@ public struct ImageRequest: Sendable, Equatable {
   public var create = false
   /// For a new image: bytes of a block; nil: the format's own choice.
   public var blockSize: UInt32?
-  /// For a new image: the base as it shall stand in the header.
+  /// The base, in place of the one that the image names; in a new image also as it shall
+  /// stand in the header.
   public var basePath: String?
+  /// The base's format, whatever the image says of it.
+  public var baseFormat: FormatName?
+  /// How many images there may be in a row.
+  public var depth = ImageChain.usualDepth
   /// Whether the disk is only read.
   public var readOnly = false
   /// Whether a base that has changed is accepted and noted anew.
@@ -23,56 +27,31 @@ public struct ImageRequest: Sendable, Equatable {
   public init() {}
 }
 
-/// A format by its name.
-public enum FormatName: String, Sendable, CaseIterable {
-  /// The project's own.
-  case dscow
+/// A format by its name: every kind of image that the library knows, and "vhd" for what QEMU
+/// calls vpc.
+public struct FormatName: Sendable, Equatable {
+  /// The kind of image.
+  public let kind: ImageKind
+
+  /// The names of all formats.
+  public static let all = ImageKind.allCases.map { FormatName($0).name }.sorted()
+
+  /// A format by its kind.
+  public init(_ kind: ImageKind) {
+    self.kind = kind
+  }
 
   /// Looks a name up. Throws `unknown-format` with the names that there are.
   public init(named name: String) throws(WorkerError) {
-    guard let known = FormatName(rawValue: name) else {
-      let names = Self.allCases.map(\.rawValue).joined(separator: ", ")
+    guard let kind = name == "vhd" ? .vhd : ImageKind(rawValue: name) else {
+      let names = Self.all.joined(separator: ", ")
       throw WorkerError("unknown-format", "format '\(name)' is unknown: this dmu-xen has \(names)")
     }
-    self = known
+    self.kind = kind
   }
 
-  /// The base that an existing image names; nil when it needs none.
-  public func basePath(of store: any ByteStore) throws(ImageError) -> String? {
-    switch self {
-    case .dscow: try Dscow.header(of: store).header.base?.path
-    }
-  }
-
-  /// Makes the image when that is asked for and has not been done by a worker before this
-  /// one, then opens it.
-  public func open(
-    store: any ByteStore, base: (any ByteStore)?, _ request: ImageRequest
-  ) throws(ImageError) -> any ImageFormat {
-    switch self {
-    case .dscow:
-      if request.create { try createDscow(store, base, request) }
-      return try Dscow.open(
-        store: store, base: base, writable: !request.readOnly, force: request.force)
-    }
-  }
-
-  private func createDscow(
-    _ store: any ByteStore, _ base: (any ByteStore)?, _ request: ImageRequest
-  ) throws(ImageError) {
-    if store.size > 0 {
-      do throws(ImageError) {
-        _ = try Dscow.header(of: store)
-        return
-      } catch {
-        // Not made yet, or only in part: `create` refuses what is not its own.
-        guard error.code == .notThisFormat || error.code == .corrupt else { throw error }
-      }
-    }
-    try Dscow.create(
-      store: store, base: base, baseName: request.basePath ?? "",
-      blockSize: request.blockSize ?? Dscow.defaultBlockSize)
-  }
+  /// The name that people give it.
+  public var name: String { kind == .vhd ? "vhd" : kind.rawValue }
 }
 
 /// A disk cannot be served: why, for programs and for people.

@@ -17,15 +17,21 @@ public enum Transport: String, Sendable, CaseIterable {
   case nbd
 }
 
-/// The life of a worker by hand whose device is the device-mapper's.
-enum ByMapper {
-  /// Whether a disk goes this way. Throws when it was wished and cannot be.
-  static func isWay(_ transport: Transport, _ log: Log) throws(WorkerError) -> Bool {
+/// A worker by hand whose device is the device-mapper's.
+struct ByMapper {
+  let options: ByHandOptions
+  let request: ImageRequest
+  let format: FormatName
+  let name: String
+  let loop: EventLoop
+  let log: Log
+
+  private var device: ServedDevice { ServedDevice(name: name, owner: "cowd") }
+
+  /// Whether this kernel has the way. Throws when it was wished and is not there.
+  static func isWay(_ transport: Transport) throws(WorkerError) -> Bool {
     guard transport != .nbd else { return false }
-    let there: Bool
-    do throws(DeviceMapperError) {
-      there = try ServedDevice.isAvailable()
-    } catch { throw WorkerError(error) }
+    let there = try mapping { () throws(DeviceMapperError) in try ServedDevice.isAvailable() }
     guard !there, transport == .dm else { return there }
     throw WorkerError(
       "io",
@@ -34,90 +40,89 @@ enum ByMapper {
   }
 
   /// Serves until a signal, or until somebody removes the device. Returns when all that was
-  /// written is durable and the device is gone.
-  static func run(
-    _ options: ByHandOptions, name: String, format: FormatName, loop: EventLoop, log: Log,
-    isStopping: () -> Bool
-  ) throws(WorkerError) {
+  /// written is durable and the device is gone. False, and nothing has happened, when the
+  /// image is none that the kernel can serve and another way may be taken.
+  func run(isStopping: () -> Bool) throws(WorkerError) -> Bool {
     guard Userspace.isName(name), name != "control" else {
       throw WorkerError("usage", "'\(name)' cannot be the name of a device")
     }
-    let device = ServedDevice(name: name, owner: "cowd")
-    let (image, state) = try open(options, format, device)
-    guard image.format.size % 512 == 0 else {
-      throw WorkerError("size", "\(options.store) is no multiple of 512 bytes: use --transport nbd")
+    let (image, state) = try open()
+    if let why = Self.hindrance(image) {
+      guard options.transport == .dm || state != .absent else {
+        log(.info, "serving by nbd", ["reason": why])
+        return false
+      }
+      throw WorkerError("unsupported", "\(options.store) \(why): say --transport nbd")
     }
-    harden(log)
+    Self.harden(log)
     if state == .absent {
-      do throws(DeviceMapperError) {
+      try mapping { () throws(DeviceMapperError) in
         _ = try device.make(
-          size: image.format.size, blockSize: image.format.blockSize,
-          try backings(of: image, options), readOnly: options.readOnly)
-      } catch { throw WorkerError(error) }
+          size: image.format.size, blockSize: image.format.blockSize, backings(of: image),
+          readOnly: options.readOnly)
+      }
     }
     let disk: NodeDisk
     do throws(WorkerError) {
-      let node = try self.node(name)
-      disk = try NodeDisk(node, image, name: name, loop: loop, log: log)
+      disk = try NodeDisk(try Self.node(name), image, name: name, loop: loop, log: log)
     } catch {
-      if state == .absent { giveUp(device, log) }
+      if state == .absent { giveUp() }
       throw error
     }
     defer { disk.shutdown() }
+    let started = device
     if state == .absent {
       // Whoever opens the new device at once waits for answers.
       try disk.elsewhere { () throws(WorkerError) in
-        try mapping { () throws(DeviceMapperError) in try device.start() }
+        try mapping { () throws(DeviceMapperError) in try started.start() }
       }
     }
     ByHand.say("\(options.store) (\(image.format.size) bytes) is served: \(device.device.path)")
     while !isStopping(), try !disk.isGone() { try disk.turn() }
-    guard try !disk.isGone() else { return }
-    try withdraw(device, disk, options)
+    if try !disk.isGone() { try withdraw(disk) }
+    return true
+  }
+
+  /// Why the kernel cannot serve an image; nil when it can.
+  static func hindrance(_ image: OpenImage) -> String? {
+    if image.format.size % 512 != 0 { return "is no multiple of 512 bytes" }
+    if image.devices.count > 15 { return "lies in more than 15 files" }
+    if !image.devices.allSatisfy({ $0 is FileStore }) {
+      return "has to be read through user space"
+    }
+    // A loop device does not grow with its file, and of these only the length is fixed.
+    let isFixed = image.readOnly || ["dscow", "raw"].contains(image.formatName)
+    return isFixed ? nil : "grows as it is written"
   }
 
   /// Opens the image. One that a former worker's device holds is taken over with the locks
   /// that the kernel keeps for it.
-  private static func open(
-    _ options: ByHandOptions, _ format: FormatName, _ device: ServedDevice
-  ) throws(WorkerError) -> (OpenImage, ServedDevice.State) {
-    var request = ImageRequest()
-    request.readOnly = options.readOnly
-    request.force = options.force
-    let isThere = try mapping { () throws(DeviceMapperError) in
+  private func open() throws(WorkerError) -> (OpenImage, ServedDevice.State) {
+    var request = request
+    request.isLocked = try mapping { () throws(DeviceMapperError) in
       try device.device.information() != nil
     }
-    request.isLocked = isThere
-    let image = try Opening.image(format, store: options.store, base: options.base, request)
+    let image = try Opening.image(format, store: options.store, request)
     let state = try mapping { () throws(DeviceMapperError) in
-      try device.state(over: try backings(of: image, options))
+      try device.state(over: backings(of: image))
     }
     switch state {
     case .absent, .ours: return (image, state)
-    case .foreign(let why):
-      throw WorkerError("in-use", "\(why): choose another name")
+    case .foreign(let why): throw WorkerError("in-use", "\(why): choose another name")
     case .unfinished:
       // Its maker died before anybody could use it.
-      try remove(device)
-      return try open(options, format, device)
+      try remove()
+      return try open()
     }
   }
 
-  /// What the device stands on: the store, and the base under it.
-  private static func backings(
-    of image: OpenImage, _ options: ByHandOptions
-  ) throws(DeviceMapperError) -> [ServedDevice.Backing] {
-    let devices = [(image.store, options.readOnly)] + (image.base.map { [($0, true)] } ?? [])
-    var backings: [ServedDevice.Backing] = []
-    for (store, readOnly) in devices {
-      guard let file = store as? FileStore else {
-        throw DeviceMapperError(
-          ENOTSUP, "serve", options.store,
-          explanation: "it has to be read through user space: use --transport nbd")
-      }
-      backings.append(.init(descriptor: file.raw, name: file.name, readOnly: readOnly))
+  /// What the device stands on: the store, and what is under it.
+  private func backings(of image: OpenImage) -> [ServedDevice.Backing] {
+    image.devices.enumerated().compactMap { index, device in
+      guard let file = device as? FileStore else { return nil }
+      return ServedDevice.Backing(
+        descriptor: file.raw, name: file.name, readOnly: index > 0 || options.readOnly)
     }
-    return backings
   }
 
   private static func node(_ name: String) throws(WorkerError) -> Node {
@@ -140,37 +145,35 @@ enum ByMapper {
 
   /// Writes out what the kernel holds for the device, which commits it, and removes it. One
   /// that is in use stays, and waits for its next worker.
-  private static func withdraw(
-    _ device: ServedDevice, _ disk: NodeDisk, _ options: ByHandOptions
-  ) throws(WorkerError) {
-    let (path, readOnly) = (device.device.path, options.readOnly)
+  private func withdraw(_ disk: NodeDisk) throws(WorkerError) {
+    let (device, readOnly) = (device.device, options.readOnly)
     try disk.elsewhere { () throws(WorkerError) in
       if !readOnly {
         try system { () throws(IOError) in
-          let node = try Descriptor(path: path, flags: O_RDONLY)
-          guard fsync(node.raw) == 0 else { throw IOError.last("write out", path) }
+          let node = try Descriptor(path: device.path, flags: O_RDONLY)
+          guard fsync(node.raw) == 0 else { throw IOError.last("write out", device.path) }
         }
       }
       do throws(DeviceMapperError) {
-        try device.device.remove(patient: true)
+        try device.remove(patient: true)
       } catch {
         guard error.code == EBUSY else { throw WorkerError(error) }
         throw WorkerError(
           "in-use",
-          "\(path) is in use and stays, all that was written is durable: "
+          "\(device.path) is in use and stays, all that was written is durable: "
             + "unmount it and remove it (dmsetup remove), or start cowd again to go on")
       }
     }
   }
 
   /// Removes what could not be brought into use; why it could not is the error, not this.
-  private static func giveUp(_ device: ServedDevice, _ log: Log) {
-    do throws(WorkerError) { try remove(device) } catch {
+  private func giveUp() {
+    do throws(WorkerError) { try remove() } catch {
       log(.warning, "the device is left behind", ["error": "\(error)"])
     }
   }
 
-  private static func remove(_ device: ServedDevice) throws(WorkerError) {
+  private func remove() throws(WorkerError) {
     try mapping { () throws(DeviceMapperError) in try device.device.remove(patient: true) }
   }
 }

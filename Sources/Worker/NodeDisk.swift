@@ -101,7 +101,7 @@ final class NodeDisk {
     while block < blocks {
       let extent: Extent
       do throws(ImageError) {
-        extent = try format.find(block, limit: blocks - block)
+        extent = try format.findMerged(block, limit: blocks - block)
       } catch { throw WorkerError(error) }
       do throws(AnswerRefusal) {
         try target.answer(.prime(extent))

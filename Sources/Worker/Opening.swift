@@ -1,5 +1,5 @@
 // What the daemon does for a supervised worker and a worker by hand does for itself: finding
-// and opening the store and its base, and locking both.
+// and opening the store and whatever files it names, and locking all of them.
 
 import Glibc
 import ImageFormats
@@ -7,52 +7,54 @@ import Posix
 
 /// Stores opened by their paths.
 enum Opening {
-  /// Opens an image by the paths of its store and, unless the image shall say it itself,
-  /// its base.
+  /// Opens an image by the path of its store. `request.basePath` is the base, unless the
+  /// image shall say it itself.
   static func image(
-    _ name: FormatName, store path: String, base given: String?, _ request: ImageRequest
+    _ name: FormatName, store path: String, _ request: ImageRequest
   ) throws(WorkerError) -> OpenImage {
-    let store = try open(path, as: "store", writable: !request.readOnly, name, request)
-    var base = given
-    if base == nil {
-      let named = try imaging { () throws(ImageError) in try name.basePath(of: store) }
-      base = named.map { beside(path, $0) }
+    try imaging { () throws(ImageError) in
+      let store = try open(path, as: "store", writable: !request.readOnly) {
+        name.kind == .dscow
+          ? "make it with 'dscow_tool -c \(path) BASE'"
+          : "make it with 'qemu-img create -f \(name.kind.rawValue)'"
+      }
+      if !request.isLocked { try lock(store, as: "store", writable: !request.readOnly) }
+      return try OpenImage(name, store: store, request) { file throws(ImageError) in
+        let role = file.role == .base ? "base" : "\(file.role.rawValue) of store \(path)"
+        let found = try open(file.path, as: role, writable: file.writable) {
+          file.role == .base ? "put it back, or say with --base where it is" : "put it back"
+        }
+        guard try !Dscow.same(store, found) else {
+          throw ImageError(.corrupt, "store \(path) is, through others, its own base")
+        }
+        if !request.isLocked { try lock(found, as: role, writable: file.writable) }
+        return found
+      }
     }
-    var baseStore: FileStore?
-    if let base { baseStore = try open(base, as: "base", writable: false, name, request) }
-    return try OpenImage(name, store: store, base: baseStore, request)
-  }
-
-  /// A base's path as an image means it: what is relative starts at the store's folder.
-  static func beside(_ store: String, _ base: String) -> String {
-    guard !base.hasPrefix("/"), let slash = store.lastIndex(of: "/") else { return base }
-    return store[...slash] + base
   }
 
   private static func open(
-    _ path: String, as role: String, writable: Bool, _ name: FormatName,
-    _ request: ImageRequest
-  ) throws(WorkerError) -> FileStore {
-    let store: FileStore
+    _ path: String, as role: String, writable: Bool, remedy: () -> String
+  ) throws(ImageError) -> FileStore {
     do throws(IOError) {
-      store = try FileStore(path: path, writable: writable)
+      return try FileStore(path: path, writable: writable)
     } catch {
-      guard error.code == ENOENT else { throw WorkerError(error) }
-      let remedy =
-        role == "store"
-        ? "make it with '\(name.rawValue)_tool -c \(path) BASE'"
-        : "put it back, or say with --base where it is"
-      throw WorkerError("io", "\(role) \(path) does not exist: \(remedy)")
+      guard error.code == ENOENT else { throw ImageError(error) }
+      throw ImageError(.io, "\(role) \(path) does not exist: \(remedy())", cause: error)
     }
-    guard !request.isLocked else { return store }
+  }
+
+  private static func lock(
+    _ store: FileStore, as role: String, writable: Bool
+  ) throws(ImageError) {
     do throws(IOError) {
       try store.lock(exclusive: writable)
     } catch {
-      guard error.code == EAGAIN else { throw WorkerError(error) }
-      throw WorkerError(
-        "in-use",
-        "\(role) \(path) is in use by another program: end that one first, or choose another")
+      guard error.code == EAGAIN else { throw ImageError(error) }
+      throw ImageError(
+        .badRequest,
+        "\(role) \(store.name) is in use by another program: end that one first, or choose another",
+        cause: error)
     }
-    return store
   }
 }

@@ -1,7 +1,9 @@
 // A worker that the daemon started: it opens nothing, is handed what it needs over the link,
 // and goes on serving while no daemon is there.
 //
-//   waiting --start--> [needs a base --base-->] serving --stop--> stopping
+//   waiting --start--> opening [needs a file --file-->] serving --stop--> stopping
+//
+// Opening begins anew with every file that comes: up to the last one nothing is written.
 
 import Glibc
 import ImageFormats
@@ -27,9 +29,20 @@ public struct SupervisedOptions: Sendable {
 public final class Supervised {
   private enum Phase {
     case waiting
-    case needsBase(StartOrder, FileStore, LinkDescriptors)
+    case opening(Opening)
     case serving(Disk)
     case ended(Int32)
+  }
+
+  /// An image on its way to be opened.
+  private struct Opening {
+    let order: StartOrder
+    let store: FileStore
+    /// The base that came with the order.
+    let base: FileStore?
+    let descriptors: LinkDescriptors
+    /// What is waited for.
+    var need: FileNeed?
   }
 
   private let loop: EventLoop
@@ -39,6 +52,9 @@ public final class Supervised {
   private var phase = Phase.waiting
   private var order: StartOrder?
   private var pending: Descriptor?
+  private var base: FileStore?
+  /// What was asked for and came, in that order.
+  private var files: [(need: FileNeed, store: FileStore)] = []
   private var stopping = false
 
   /// Runs a worker to its end. Answers its exit status: 0 after an order or a signal to stop,
@@ -81,7 +97,9 @@ public final class Supervised {
     server.received = { [unowned self] order, descriptors in follow(order, descriptors) }
     server.connected = { [unowned self] in
       // A daemon that did not start this worker does not know what it waits for.
-      if case .needsBase(_, let store, _) = phase { askForBase(store) }
+      if case .opening(let opening) = phase, let need = opening.need {
+        server.send(.needFile(need))
+      }
     }
   }
 
@@ -108,19 +126,19 @@ public final class Supervised {
     }
     switch (order, phase) {
     case (.start(let start), .waiting): begin(start, descriptors)
-    case (.base, .needsBase(let start, let store, let first)):
-      guard let base = descriptors.take(.base) else {
-        return server.refuse("base", "'base' came without a descriptor")
+    case (.file, .opening(let opening)):
+      guard let file = descriptors.take(.file) else {
+        return server.refuse("file", "'file' came without a descriptor")
       }
-      open(start, store, base: base, first)
-    case (.refuseBase(let reason), .needsBase): fail(WorkerError("base-refused", reason))
+      take(file, opening)
+    case (.refuseFile(let reason), .opening): fail(WorkerError("base-refused", reason))
     case (.attach, .serving(let disk)):
       guard let socket = descriptors.take(.nbd) else {
         return server.refuse("attach", "'attach' came without a descriptor")
       }
       disk.attach(socket)
     case (.status, .serving(let disk)): server.send(.status(report(disk)))
-    case (.descriptors, .serving(let disk)): returnDescriptors(disk)
+    case (.descriptors(let index), .serving(let disk)): returnDescriptors(disk, index)
     case (.stop, _): stopping = true
     default:
       server.refuse(order.message.verb, "'\(order.message.verb)' makes no sense now")
@@ -131,20 +149,15 @@ public final class Supervised {
     log.disk = start.disk
     order = start
     do throws(WorkerError) {
-      let name = try FormatName(named: start.format)
+      _ = try FormatName(named: start.format)
       guard let given = descriptors.take(.store) else {
         throw WorkerError("protocol", "'start' came without a store")
       }
       let store = try Self.fileStore(given, start.storePath ?? "store")
-      if let base = descriptors.take(.base) {
-        return open(start, store, base: base, descriptors)
+      if let given = descriptors.take(.base) {
+        base = try Self.fileStore(given, start.basePath ?? "base")
       }
-      let path = try start.create ? nil : basePath(name, store)
-      guard path == nil else {
-        phase = .needsBase(start, store, descriptors)
-        return askForBase(store)
-      }
-      open(start, store, base: nil, descriptors)
+      open(Opening(order: start, store: store, base: base, descriptors: descriptors))
     } catch { fail(error) }
   }
 
@@ -156,42 +169,55 @@ public final class Supervised {
     } catch { throw WorkerError(error) }
   }
 
-  private func basePath(_ name: FormatName, _ store: FileStore) throws(WorkerError) -> String? {
-    try imaging { () throws(ImageError) in try name.basePath(of: store) }
-  }
-
-  private func askForBase(_ store: FileStore) {
+  private func take(_ file: consuming Descriptor, _ opening: Opening) {
+    guard let need = opening.need else { return }
     do throws(WorkerError) {
-      guard let format = order?.format,
-        let path = try basePath(FormatName(named: format), store)
-      else { return }
-      server.send(.needBase(path: path))
+      files.append((need, try Self.fileStore(file, need.path)))
+      var next = opening
+      next.need = nil
+      open(next)
     } catch { fail(error) }
   }
 
-  private func open(
-    _ start: StartOrder, _ store: FileStore, base: consuming Descriptor?,
-    _ descriptors: LinkDescriptors
-  ) {
+  private static func request(_ opening: Opening) throws(WorkerError) -> ImageRequest {
+    let order = opening.order
+    var request = ImageRequest()
+    request.create = order.create
+    request.blockSize = order.blockSize
+    request.basePath = opening.base?.name
+    if let format = order.baseFormat { request.baseFormat = try FormatName(named: format) }
+    if let depth = order.depth { request.depth = depth }
+    request.readOnly = order.readOnly
+    request.force = order.force
+    return request
+  }
+
+  /// Opens the image as far as the files go that are here.
+  private func open(_ opening: Opening) {
+    var missing: FileNeed?
     do throws(WorkerError) {
-      let name = try FormatName(named: start.format)
-      var request = ImageRequest()
-      request.create = start.create
-      request.blockSize = start.blockSize
-      request.basePath = start.basePath
-      request.readOnly = start.readOnly
-      request.force = start.force
-      var baseStore: FileStore?
-      if let base {
-        var path = start.basePath
-        if path == nil, !start.create { path = try basePath(name, store) }
-        baseStore = try Self.fileStore(base, path ?? "base")
+      let name = try FormatName(named: opening.order.format)
+      let request = try Self.request(opening)
+      let image: OpenImage
+      do throws(ImageError) {
+        image = try OpenImage(name, store: opening.store, request) { file throws(ImageError) in
+          if file.role == .base, let base = opening.base, file.path == base.name { return base }
+          let need = FileNeed(
+            role: file.role.rawValue, path: file.path, writable: file.writable)
+          if let found = files.first(where: { $0.need == need }) { return found.store }
+          missing = need
+          throw ImageError(.baseMissing, "\(need.path) is not here yet")
+        }
+      } catch {
+        guard let missing else { throw WorkerError(error) }
+        var waiting = opening
+        waiting.need = missing
+        phase = .opening(waiting)
+        return server.send(.needFile(missing))
       }
-      let image = try OpenImage(name, store: store, base: baseStore, request)
-      pending = descriptors.take(.pending)
-      let raw = pending?.raw
-      let disk = try Disk(image, pending: raw, loop: loop, log: log)
-      serve(disk, descriptors)
+      pending = opening.descriptors.take(.pending)
+      let disk = try Disk(image, pending: pending?.raw, loop: loop, log: log)
+      serve(disk, opening.descriptors)
     } catch { fail(error) }
   }
 
@@ -207,12 +233,18 @@ public final class Supervised {
     server.send(.ready(report))
   }
 
-  private func returnDescriptors(_ disk: Disk) {
+  private func returnDescriptors(_ disk: Disk, _ index: Int) {
     var lent: [LinkRole: Int32] = [:]
-    lent[.store] = (disk.image.store as? FileStore)?.raw
-    lent[.base] = (disk.image.base as? FileStore)?.raw
-    lent[.pending] = pending?.raw
-    server.send(.descriptors, lending: lent)
+    var need: FileNeed?
+    if index == 0 {
+      lent[.store] = (disk.image.store as? FileStore)?.raw
+      lent[.base] = base?.raw
+      lent[.pending] = pending?.raw
+    } else if files.indices.contains(index - 1) {
+      need = files[index - 1].need
+      lent[.file] = files[index - 1].store.raw
+    }
+    server.send(.descriptors(files: files.count, file: need), lending: lent)
   }
 
   private func report(_ disk: Disk) -> DiskReport {

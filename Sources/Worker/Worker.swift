@@ -110,7 +110,7 @@ public final class Worker {
     case .read(let id, let blocks):
       resolve(id, blocks) { () throws(ImageError) in
         let limit = max(blocks.count, Self.readAhead)
-        return .map(id, fresh(Placement(try format.find(blocks.first, limit: limit))))
+        return .map(id, fresh(Placement(try format.findMerged(blocks.first, limit: limit))))
       }
     case .write(let id, let blocks, let whole):
       resolve(id, blocks) { () throws(ImageError) in

@@ -7,8 +7,10 @@ public import Posix
 public enum LinkRole: String, Sendable, CaseIterable {
   /// The image that holds the disk's own blocks.
   case store
-  /// The image under it.
+  /// The image under it, when the spec names it.
   case base
+  /// A file that the worker asked for.
+  case file
   /// The memory file of uncommitted placements.
   case pending
   /// The worker's end of the socket that the kernel's nbd driver reads and writes.

@@ -12,8 +12,13 @@ public struct StartOrder: Sendable, Equatable {
   public var create = false
   /// For a new image: bytes of a block; nil: the format's own choice.
   public var blockSize: UInt32?
-  /// The base's path, for what is said to people and, in a new image, for the header.
+  /// The path of the base that comes along, for what is said to people and, in a new image,
+  /// for the header.
   public var basePath: String?
+  /// Name of the base's format, whatever the image says of it.
+  public var baseFormat: String?
+  /// How many images there may be in a row; nil: the worker's own bound.
+  public var depth: Int?
   /// Whether the guest may only read.
   public var readOnly = false
   /// Whether a base that has changed is accepted and noted anew.
@@ -30,16 +35,17 @@ public struct StartOrder: Sendable, Equatable {
 public enum WorkerOrder: Sendable, Equatable {
   /// The first order, once. Roles: store; base if known; pending; nbd unless handed later.
   case start(StartOrder)
-  /// The answer to `needBase`. Role: base.
-  case base
-  /// The other answer to `needBase`; the worker fails with it as its message.
-  case refuseBase(reason: String)
+  /// The answer to `needFile`. Role: file.
+  case file
+  /// The other answer to `needFile`; the worker fails with it as its message.
+  case refuseFile(reason: String)
   /// Serve this nbd socket from now on, in place of any former. Role: nbd.
   case attach
   /// Tell your state and counters.
   case status
-  /// Give the descriptors back, for a daemon that has forgotten them.
-  case descriptors
+  /// Give descriptors back, for a daemon that has forgotten them: 0 for those of `start`, from
+  /// 1 on for the files that were asked for.
+  case descriptors(index: Int)
   /// Finish what is under way, commit, end.
   case stop
 
@@ -54,12 +60,14 @@ public enum WorkerOrder: Sendable, Equatable {
       fields["block-size"] = order.blockSize.map(String.init)
       fields["store-path"] = order.storePath
       fields["base-path"] = order.basePath
+      fields["base-format"] = order.baseFormat
+      fields["depth"] = order.depth.map { String($0) }
       return LinkMessage("start", fields)
-    case .base: return LinkMessage("base")
-    case .refuseBase(let reason): return LinkMessage("base", ["refused": reason])
+    case .file: return LinkMessage("file")
+    case .refuseFile(let reason): return LinkMessage("file", ["refused": reason])
     case .attach: return LinkMessage("attach")
     case .status: return LinkMessage("status")
-    case .descriptors: return LinkMessage("descriptors")
+    case .descriptors(let index): return LinkMessage("descriptors", ["index": "\(index)"])
     case .stop: return LinkMessage("stop")
     }
   }
@@ -75,12 +83,15 @@ public enum WorkerOrder: Sendable, Equatable {
       order.blockSize = try message.optionalNumber("block-size")
       order.storePath = message.fields["store-path"]
       order.basePath = message.fields["base-path"]
+      order.baseFormat = message.fields["base-format"]
+      order.depth = try message.optionalNumber("depth")
       self = .start(order)
-    case "base":
-      self = message.fields["refused"].map { .refuseBase(reason: $0) } ?? .base
+    case "file":
+      self = message.fields["refused"].map { .refuseFile(reason: $0) } ?? .file
     case "attach": self = .attach
     case "status": self = .status
-    case "descriptors": self = .descriptors
+    case "descriptors":
+      self = .descriptors(index: try message.optionalNumber("index") ?? 0)
     case "stop": self = .stop
     default: throw .unknownVerb(message.verb)
     }

@@ -97,19 +97,48 @@ public struct DiskReport: Sendable, Equatable {
   }
 }
 
+/// A file that an image names. A worker may be lied to by its image, and may lie itself: what
+/// it asks for is allowed or refused, never believed.
+public struct FileNeed: Sendable, Hashable {
+  /// What it is for: "base", "data-file" or what else formats have.
+  public var role: String
+  /// Its path; one that is relative starts at the store's folder.
+  public var path: String
+  /// Whether the disk's own data shall be written there.
+  public var writable: Bool
+
+  /// A need from its parts.
+  public init(role: String, path: String, writable: Bool) {
+    self.role = role
+    self.path = path
+    self.writable = writable
+  }
+
+  var fields: [String: String] {
+    ["role": role, "path": path, "write": writable ? "1" : "0"]
+  }
+
+  init(_ message: LinkMessage) throws(LinkFault) {
+    role = try message.text("role")
+    path = try message.text("path")
+    writable = try message.flag("write")
+  }
+}
+
 /// What a worker tells. Descriptors travel beside it, as each case says.
 public enum WorkerReport: Sendable, Equatable {
   /// The image is open and the disk can be served. Once, after `start`.
   case ready(DiskReport)
-  /// The image names this base: answer `base` or `refuseBase`.
-  case needBase(path: String)
+  /// The image names this file: answer `file` or `refuseFile`.
+  case needFile(FileNeed)
   /// The disk cannot be served; the worker ends with exit status 1. The code is one of
   /// `ImageError.Code`, or "io", "unknown-format", "protocol", "base-refused".
   case failed(code: String, message: String)
   /// The answer to `status`.
   case status(DiskReport)
-  /// The answer to `descriptors`. Roles: store; base and pending if there are any.
-  case descriptors
+  /// The answer to `descriptors`: how many files were asked for, and which one this is. Roles
+  /// with index 0: store; base and pending if there are any. Else: file.
+  case descriptors(files: Int, file: FileNeed?)
   /// The nbd socket has ended; the disk is kept and waits for another.
   case detached
   /// Unasked: the state has changed.
@@ -121,10 +150,12 @@ public enum WorkerReport: Sendable, Equatable {
   public var message: LinkMessage {
     switch self {
     case .ready(let report): LinkMessage("ready", report.fields)
-    case .needBase(let path): LinkMessage("need-base", ["path": path])
+    case .needFile(let need): LinkMessage("need-file", need.fields)
     case .failed(let code, let text): LinkMessage("failed", ["code": code, "message": text])
     case .status(let report): LinkMessage("status", report.fields)
-    case .descriptors: LinkMessage("descriptors")
+    case .descriptors(let files, let file):
+      LinkMessage(
+        "descriptors", ["files": "\(files)"].merging(file?.fields ?? [:]) { one, _ in one })
     case .detached: LinkMessage("detached")
     case .event(let state, let error):
       LinkMessage("event", ["state": state.rawValue, "error": error])
@@ -137,11 +168,13 @@ public enum WorkerReport: Sendable, Equatable {
   public init(_ message: LinkMessage) throws(LinkFault) {
     switch message.verb {
     case "ready": self = .ready(try DiskReport(message))
-    case "need-base": self = .needBase(path: try message.text("path"))
+    case "need-file": self = .needFile(try FileNeed(message))
     case "failed":
       self = .failed(code: try message.text("code"), message: try message.text("message"))
     case "status": self = .status(try DiskReport(message))
-    case "descriptors": self = .descriptors
+    case "descriptors":
+      let file = message.fields["path"] == nil ? nil : try FileNeed(message)
+      self = .descriptors(files: try message.optionalNumber("files") ?? 0, file: file)
     case "detached": self = .detached
     case "event":
       self = .event(try message.state(), error: message.fields["error"] ?? "")

@@ -27,7 +27,9 @@ struct Cowd: ParsableCommand {
       """,
     version: Version.text)
 
-  @Option(name: [.customShort("p"), .customLong("format")], help: "The image's format: dscow.")
+  @Option(
+    name: [.customShort("p"), .customLong("format")],
+    help: "The image's format, or a plugin's name.")
   var format: String?
 
   @Option(
@@ -42,6 +44,11 @@ struct Cowd: ParsableCommand {
 
   @Option(name: .long, help: "How a device reaches the kernel: auto, dm or nbd.")
   var transport = "auto"
+
+  @Option(
+    name: .long,
+    help: ArgumentHelp("The base's format, whatever the store says.", valueName: "format"))
+  var baseFormat: String?
 
   @Flag(name: .long, help: "Accept a base that has changed, and note it anew.")
   var force = false
@@ -97,6 +104,7 @@ struct Cowd: ParsableCommand {
     var options = ByHandOptions(
       format: format ?? "", store: operands[operands.count - 1], service: service)
     options.base = base
+    options.baseFormat = baseFormat
     options.force = force
     options.readOnly = readOnly
     options.transport = Transport(rawValue: transport) ?? .auto

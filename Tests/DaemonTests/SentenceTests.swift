@@ -99,17 +99,16 @@ struct SentenceTests {
   func format() async throws {
     try await inWorld { world in
       let said7 = try await sentence(world, "dmu:foo:\(world.folder.file("g"))")
-      #expect(
-        said7
-          == "format 'foo' is unknown: this dmu-xen has dscow")
+      #expect(said7.hasPrefix("format 'foo' is unknown: this dmu-xen has dscow, "))
       let said8 = try await sentence(world, "dmu:dscwo:/g")
       #expect(
-        said8 == "format 'dscwo' is unknown: this dmu-xen has dscow"
-          + " (did you mean 'dscow'?)")
+        said8.hasPrefix("format 'dscwo' is unknown: ") && said8.hasSuffix("(did you mean 'dscow'?)")
+      )
       let said9 = try await sentence(world, world.spec("g", options: "?blocksize=4K"))
       #expect(
         said9
-          .hasPrefix("option 'blocksize' is unknown: format dscow has block-size, force"))
+          .hasPrefix(
+            "option 'blocksize' is unknown: format dscow has block-size, base-format, force"))
       let said10 = try await sentence(world, world.spec("g", options: "?block-size=5K"))
       #expect(
         said10

@@ -2,6 +2,7 @@
 
 import Logging
 import Testing
+import WorkerLink
 
 @testable import Daemon
 
@@ -96,7 +97,12 @@ import Testing
   @Test("State files are read back, and anything else is not one")
   func records() throws {
     let record = DiskRecord(
-      params: "dmu:dscow:/a%3A:/b", readOnly: true, vdev: "xvda", imageBase: "/x=y\u{E4}",
+      params: "dmu:dscow:/a%3A:/b", readOnly: true, vdev: "xvda",
+      files: [
+        NamedFile(
+          need: FileNeed(role: "base", path: "/x=y\u{E4} %", writable: false), path: "/z z"),
+        NamedFile(need: FileNeed(role: "extent", path: "a", writable: true), path: "/a"),
+      ],
       worker: 5, workerStart: 6,
       device: DeviceNode(index: 1, path: "/dev/nbd1", major: 43, minor: 32), since: 7)
     #expect(DiskRecord(record.text) == record)

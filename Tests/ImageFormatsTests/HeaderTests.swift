@@ -179,6 +179,7 @@ import Testing
     cases.append(("bitmap within the data", Field.bitmapOffset, 65536))
     cases.append(("bitmap between pages", Field.bitmapOffset, 8192 + 512))
     cases.append(("base of 2^63 bytes", Field.baseSize, 1 << 63))
+    cases.append(("changes without end", Field.sequence, .max))
     return cases
   }()
 

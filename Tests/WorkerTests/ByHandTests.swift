@@ -66,7 +66,7 @@ import Testing
         result.messages.contains(sentence), "it says \(result.messages)", sourceLocation: location)
     }
     try expect(
-      "cowd: format 'foo' is unknown: this dmu-xen has dscow\n",
+      "cowd: format 'foo' is unknown: this dmu-xen has dscow, ",
       ["-p", "foo", "--nbd", socket, image.store])
     let missing = image.folder.file("none")
     try expect(

@@ -88,6 +88,13 @@ final class CowdProcess {
     return nil
   }
 
+  /// Expects it to say that it serves.
+  func expectReady() throws {
+    guard line() == nil else { return }
+    let words = try messages()
+    Issue.record("cowd is not ready: \(words)")
+  }
+
   /// All that it said on standard error.
   func messages() throws -> String {
     var buffer = [UInt8](repeating: 0, count: 1 << 16)

@@ -13,18 +13,24 @@ import WorkerLink
     start.basePath = "/dev/vg/bäse"
     start.readOnly = true
     start.force = true
+    start.baseFormat = "qcow2"
+    start.depth = 7
     return start
   }()
 
   @Test(arguments: [
-    WorkerOrder.start(start), .start(StartOrder(disk: "", format: "")), .base,
-    .refuseBase(reason: "not allowed"), .attach, .status, .descriptors, .stop,
+    WorkerOrder.start(start), .start(StartOrder(disk: "", format: "")), .file,
+    .refuseFile(reason: "not allowed"), .attach, .status, .descriptors(index: 0),
+    .descriptors(index: 7), .stop,
   ]) func ordersComeBackAsTheyWent(_ order: WorkerOrder) throws {
     #expect(try WorkerOrder(LinkMessage(decoding: order.message.encoded())) == order)
   }
 
   @Test(arguments: [
-    WorkerReport.ready(report), .status(report), .needBase(path: "/x"), .detached, .descriptors,
+    WorkerReport.ready(report), .status(report), .detached,
+    .needFile(FileNeed(role: "data-file", path: "/x y", writable: true)),
+    .descriptors(files: 0, file: nil),
+    .descriptors(files: 3, file: FileNeed(role: "base", path: "b", writable: false)),
     .failed(code: "base-changed", message: "base X has changed"),
     .event(.noSpace, error: "full"), .refused(order: "dance", message: "unknown"),
   ]) func reportsComeBackAsTheyWent(_ report: WorkerReport) throws {
@@ -146,7 +152,7 @@ import WorkerLink
     let pair = try UnixSocket.pair(.packets)
     let daemon = LinkConnection(pair.first)
     #expect(throws: LinkError.io(IOError(EAGAIN, "send a packet"))) {
-      while true { try daemon.send(.refuseBase(reason: String(repeating: "x", count: 8000))) }
+      while true { try daemon.send(.refuseFile(reason: String(repeating: "x", count: 8000))) }
     }
     let other = pair.second.raw
     #expect(other >= 0)

@@ -28,17 +28,33 @@ final class RandomLoad {
   private(set) var wrongs: [String] = []
   private var underWay: [UInt64: Request] = [:]
   private var lastHandle: UInt64 = 0
-  private var lastStamp: UInt64 = 0
+  private var lastStamp: UInt64
   private let longest: Int
   private let trims: Bool
   private let overlaps: Bool
+  private let stripe: Stripe?
+
+  /// Every so manieth piece of a disk, for one of several loads at once: what another client
+  /// is told, and when, says nothing about the order of requests, so each has its own sectors.
+  struct Stripe {
+    let index: Int
+    let count: Int
+    /// Sectors of a piece.
+    let width: Int
+
+    func contains(_ sector: Int) -> Bool { sector / width % count == index }
+  }
 
   /// `longest` is that of a request in sectors. With `repeats` what is under way may be sent
   /// again after what came later has been answered: then no two requests under way may touch
   /// the same sectors (nor does a kernel's), and nothing is trimmed, so that every answer is
   /// determined.
-  init(_ model: DiskModel, seed: UInt64, longest: Int, repeats: Bool) {
+  init(
+    _ model: DiskModel, seed: UInt64, longest: Int, repeats: Bool, stripe: Stripe? = nil
+  ) {
     self.model = model
+    self.stripe = stripe
+    lastStamp = UInt64(stripe?.index ?? 0) << 32
     self.longest = longest
     trims = !repeats
     overlaps = !repeats
@@ -88,6 +104,7 @@ final class RandomLoad {
       for sector in 0..<model.count {
         let stamp = Stamp.read(bytes, at: sector * 512) ?? .max
         found.append(stamp)
+        if let stripe, !stripe.contains(sector) { continue }
         guard !model.mayHold(stamp, sector: sector) else { continue }
         wrongs.append(
           "after \(event) sector \(sector) holds \(stamp), not one of "
@@ -109,7 +126,11 @@ final class RandomLoad {
       default: .flush
       }
     let start = random.below(model.count)
-    let end = min(model.count, start + 1 + random.below(longest))
+    var end = min(model.count, start + 1 + random.below(longest))
+    if let stripe {
+      guard stripe.contains(start) else { return }
+      end = min(end, (start / stripe.width + 1) * stripe.width)
+    }
     guard overlaps || !underWay.values.contains(where: { $0.sectors.overlaps(start..<end) }) else {
       return
     }

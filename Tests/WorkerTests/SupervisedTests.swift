@@ -99,9 +99,9 @@ import WorkerLink
       #expect(status.state == .ready && status.blockSize == 4096 && status.disk == "1-51712")
       #expect(status.basePath == "base", "as it stands in the image")
       guard round % 5 == 0 else { continue }
-      try daemon.link.send(WorkerOrder.descriptors)
+      try daemon.link.send(WorkerOrder.descriptors(index: 0))
       let (report, descriptors) = try daemon.report()
-      #expect(report == WorkerReport.descriptors)
+      #expect(report == WorkerReport.descriptors(files: 0, file: nil))
       #expect(descriptors.roles == [.store, .base, .pending])
       var given = stat()
       var known = stat()
@@ -163,16 +163,16 @@ import WorkerLink
   @Test func theBaseThatTheImageNamesIsAskedFor() throws {
     let daemon = try TestDaemon(TestImage(sectors: 256, blockSize: 4096))
     try daemon.start(roles: [.store, .pending])
-    #expect(try daemon.report().0 == .needBase(path: "base"))
+    #expect(try daemon.report().0 == .needFile(daemon.need))
     // Another daemon is told anew what is waited for.
     try daemon.relink()
-    #expect(try daemon.report().0 == .needBase(path: "base"))
+    #expect(try daemon.report().0 == .needFile(daemon.need))
     try daemon.link.send(.status)
     guard case .refused("status", _) = try daemon.report().0 else {
       Issue.record("a disk that is not open has no status")
       return
     }
-    try daemon.answerBase()
+    try daemon.answerFile()
     guard case .ready(let report) = try daemon.report().0 else {
       Issue.record("not ready")
       return
@@ -183,8 +183,8 @@ import WorkerLink
   @Test func aBaseThatIsNotAllowedEndsIt() throws {
     let daemon = try TestDaemon(TestImage(sectors: 256, blockSize: 4096))
     try daemon.start(roles: [.store, .pending])
-    #expect(try daemon.report().0 == .needBase(path: "base"))
-    try daemon.link.send(.refuseBase(reason: "base base is not allowed here"))
+    #expect(try daemon.report().0 == .needFile(daemon.need))
+    try daemon.link.send(.refuseFile(reason: "base base is not allowed here"))
     #expect(
       try daemon.report().0
         == .failed(code: "base-refused", message: "base base is not allowed here"))
@@ -227,10 +227,14 @@ import WorkerLink
       #expect(try daemon.worker.process.wait(milliseconds: 10_000) == .exited(1))
       return report
     }
-    #expect(
-      try failure({ $0.format = "foo" }, [.store, .base])
-        == .failed(
-          code: "unknown-format", message: "format 'foo' is unknown: this dmu-xen has dscow"))
+    guard
+      case .failed("unknown-format", let words) = try failure(
+        { $0.format = "foo" }, [.store, .base])
+    else {
+      Issue.record("an unknown format was taken")
+      return
+    }
+    #expect(words.hasPrefix("format 'foo' is unknown: this dmu-xen has dscow, "))
     #expect(
       try failure({ _ in }, [.base])
         == .failed(code: "protocol", message: "'start' came without a store"))
@@ -260,7 +264,7 @@ import WorkerLink
     _ = try daemon.startReady()
     let client = try daemon.attach()
     let texts = [
-      "dance\n", "start\n", "start\ndisk=1\nformat=dscow\n", "base\n", "attach\n", "", "\u{0}",
+      "dance\n", "start\n", "start\ndisk=1\nformat=dscow\n", "file\n", "attach\n", "", "\u{0}",
       "attach\nroles=nbd\n", "stop", "descriptors\nroles=store\n", "status\nx=%\n",
     ]
     for round in 0..<300 {

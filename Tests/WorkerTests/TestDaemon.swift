@@ -18,13 +18,13 @@ final class TestDaemon {
   private let base: Descriptor
   private let pending: Descriptor
 
-  /// `store` stands in for the image's own.
-  init(_ image: TestImage, store path: String? = nil) throws {
+  /// `store` and `base` stand in for the image's own.
+  init(_ image: TestImage, store path: String? = nil, base: String? = nil) throws {
     self.image = image
     linkPath = image.folder.file("link")
     listener = try UnixSocket.listen(at: linkPath, kind: .packets)
     store = try Descriptor(path: path ?? image.store, flags: O_RDWR)
-    base = try Descriptor(path: image.base, flags: O_RDONLY)
+    self.base = try Descriptor(path: base ?? image.base, flags: O_RDONLY)
     pending = try Descriptor(
       path: image.folder.file("pending"), flags: O_RDWR | O_CREAT, mode: 0o600)
     worker = try Self.spawn(listener.raw, image.folder)
@@ -60,7 +60,10 @@ final class TestDaemon {
     try link.send(.start(order ?? self.order), lending: lent)
   }
 
-  func answerBase() throws { try link.send(.base, lending: [.base: base.raw]) }
+  func answerFile() throws { try link.send(.file, lending: [.file: base.raw]) }
+
+  /// What is asked for when no base comes with the order.
+  var need: FileNeed { FileNeed(role: "base", path: image.base, writable: false) }
 
   /// Gives the worker a socket and answers the client at its other end.
   func attach() throws -> TestNBDClient {

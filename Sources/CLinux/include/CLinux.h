@@ -16,10 +16,13 @@
 // Opens with a creation mode. Source: open(2).
 int dmu_open(const char *path, int flags, mode_t mode);
 
-// Places (type F_WRLCK or F_RDLCK) or drops (F_UNLCK) a lock on the whole file that
-// belongs to the open file description, without waiting. Source: fcntl(2), "Open file
-// description locks".
-int dmu_ofd_lock(int fd, short type);
+// Places (type F_WRLCK or F_RDLCK) or drops (F_UNLCK) a lock on a range, length 0 meaning up
+// to the end, that belongs to the open file description, without waiting. Source: fcntl(2),
+// "Open file description locks".
+int dmu_ofd_lock(int fd, short type, int64_t start, int64_t length);
+
+// Whether another open file description has any lock in a range: 1 or 0.
+int dmu_ofd_locked(int fd, int64_t start, int64_t length);
 
 // An ioctl whose argument is a pointer. Source: ioctl(2).
 int dmu_ioctl_pointer(int fd, unsigned long request, void *argument);

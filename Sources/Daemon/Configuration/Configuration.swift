@@ -34,6 +34,10 @@ public struct Configuration: Sendable, Equatable {
 
   /// Directories whose files and devices an image may name as its base.
   public var baseDirectories: [String] = []
+  /// How many images there may be in a row, the store included.
+  public var chainDepth = 32
+  /// Directories whose files and devices a store may name to keep its disk's data in.
+  public var storeDirectories: [String] = []
 
   /// How long one request may take before the kernel gives the worker's socket up and sends
   /// it again on the next. As long, too, is the pause of a request that was under way when

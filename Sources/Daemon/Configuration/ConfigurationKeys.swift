@@ -30,7 +30,9 @@ struct ConfigurationKey: Sendable {
     seconds("worker", "stop-timeout", \.stopTimeout, 1...600),
     number("worker", "restart-limit", \.restartLimit, 0...1_000_000),
     seconds("worker", "restart-window", \.restartWindow, 1...86_400),
+    directories("store", "directories", \.storeDirectories),
     directories("base", "directories", \.baseDirectories),
+    number("base", "chain-depth", \.chainDepth, 1...256),
     seconds("nbd", "request-timeout", \.requestTimeout, 1...3600),
     seconds("nbd", "dead-connection-timeout", \.deadConnectionTimeout, 1...31_536_000),
   ]

@@ -68,7 +68,7 @@ extension DiskFailure {
   }
 
   static func optionUnknown(_ name: String, _ format: KnownFormat) -> DiskFailure {
-    let known = format.options.map(\.name)
+    let known = format.options.isEmpty ? ["none"] : format.options.map(\.name)
     let hint = NearestMatch.hint(for: name, among: known)
     return DiskFailure(
       .format,
@@ -85,6 +85,13 @@ extension DiskFailure {
       .storeMissing,
       "store \(path) does not exist and the spec names no base to create it from:"
         + " correct the path, or add ':BASE' to the spec")
+  }
+
+  static func storeUnmade(_ path: String, _ format: String) -> DiskFailure {
+    DiskFailure(
+      .storeMissing,
+      "store \(path) does not exist, and stores of format \(format) are not created here:"
+        + " make it with 'qemu-img create', or use dscow or qcow2")
   }
 
   static func storeDirectoryMissing(_ path: String) -> DiskFailure {
@@ -117,6 +124,35 @@ extension DiskFailure {
       .baseRefused,
       "store \(store) names base \(base), which the configuration does not allow: name the base"
         + " in the spec, or add its directory to base.directories in \(configuration)")
+  }
+
+  static func fileRefused(
+    _ role: String, _ path: String, store: String, configuration: String
+  ) -> DiskFailure {
+    DiskFailure(
+      .baseRefused,
+      "store \(store) names \(path) as its \(role), which the configuration does not allow to be"
+        + " written: add its directory to store.directories in \(configuration)")
+  }
+
+  static func tooDeep(_ store: String, _ depth: Int) -> DiskFailure {
+    DiskFailure(
+      .baseRefused,
+      "store \(store) names more than \(depth) images in a row: merge some, or raise"
+        + " base.chain-depth")
+  }
+
+  static func tooMany(_ store: String, _ files: Int) -> DiskFailure {
+    DiskFailure(.baseRefused, "store \(store) names more than \(files) files: convert it")
+  }
+
+  static func namesItself(_ store: String) -> DiskFailure {
+    DiskFailure(
+      .image, "store \(store) is, through others, its own base: bring the right base back")
+  }
+
+  static func fileInUse(_ role: String, _ path: String) -> DiskFailure {
+    DiskFailure(.inUse, "\(role) \(path) is in use: end who uses it first")
   }
 
   static func inUse(_ store: String, by holder: DiskID, vdev: String) -> DiskFailure {

@@ -5,6 +5,7 @@
 // on, and `pending`, the memory file of uncommitted placements.
 
 internal import Posix
+internal import WorkerLink
 import Glibc
 
 /// What is remembered of a disk across a restart of the daemon.
@@ -12,8 +13,8 @@ struct DiskRecord: Sendable, Equatable {
   var params: String
   var readOnly: Bool
   var vdev: String
-  /// The base that the image named, when the spec named none.
-  var imageBase: String?
+  /// The files that the images named and were allowed.
+  var files: [NamedFile] = []
   var worker: Int32
   var workerStart: UInt64
   var device: DeviceNode?
@@ -26,7 +27,11 @@ struct DiskRecord: Sendable, Equatable {
       "vdev=" + PercentCode.encode(vdev), "worker=\(worker)", "worker-start=\(workerStart)",
       "since=\(since)",
     ]
-    if let imageBase { fields.append("image-base=" + PercentCode.encode(imageBase)) }
+    for (index, file) in files.enumerated() {
+      let parts = [file.need.role, file.need.writable ? "1" : "0", file.need.path, file.path]
+      let codes = parts.map { PercentCode.encode($0) }.joined(separator: " ")
+      fields.append("file-\(index)=" + PercentCode.encode(codes))
+    }
     if let device {
       fields += [
         "device=\(device.index)", "device-path=" + PercentCode.encode(device.path),
@@ -47,12 +52,11 @@ struct DiskRecord: Sendable, Equatable {
     guard let params = fields["params"], let vdev = fields["vdev"],
       let worker = fields["worker"].flatMap({ Int32($0) }),
       let workerStart = fields["worker-start"].flatMap({ UInt64($0) }),
-      let since = fields["since"].flatMap({ Int64($0) })
+      let since = fields["since"].flatMap({ Int64($0) }), let files = DiskRecord.files(fields)
     else { return nil }
     self.init(
       params: params, readOnly: fields["readonly"] == "1", vdev: vdev,
-      imageBase: fields["image-base"], worker: worker, workerStart: workerStart,
-      device: nil, since: since)
+      files: files, worker: worker, workerStart: workerStart, device: nil, since: since)
     if let index = fields["device"].flatMap({ UInt32($0) }), let path = fields["device-path"],
       let major = fields["device-major"].flatMap({ UInt32($0) }),
       let minor = fields["device-minor"].flatMap({ UInt32($0) })
@@ -62,17 +66,34 @@ struct DiskRecord: Sendable, Equatable {
   }
 
   init(
-    params: String, readOnly: Bool, vdev: String, imageBase: String?, worker: Int32,
+    params: String, readOnly: Bool, vdev: String, files: [NamedFile], worker: Int32,
     workerStart: UInt64, device: DeviceNode?, since: Int64
   ) {
     self.params = params
     self.readOnly = readOnly
     self.vdev = vdev
-    self.imageBase = imageBase
+    self.files = files
     self.worker = worker
     self.workerStart = workerStart
     self.device = device
     self.since = since
+  }
+
+  private static func files(_ fields: [String: String]) -> [NamedFile]? {
+    var files: [NamedFile] = []
+    for index in 0..<fields.count {
+      guard let text = fields["file-" + String(index)] else { break }
+      guard let file = file(text) else { return nil }
+      files.append(file)
+    }
+    return files
+  }
+
+  private static func file(_ text: String) -> NamedFile? {
+    let parts: [String] = text.split(separator: " ").compactMap { decode($0) }
+    guard parts.count == 4 else { return nil }
+    let need = FileNeed(role: parts[0], path: parts[2], writable: parts[1] == "1")
+    return NamedFile(need: need, path: parts[3])
   }
 
   private static func decode(_ text: Substring) -> String? {

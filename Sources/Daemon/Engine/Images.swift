@@ -69,6 +69,9 @@ enum Images {
     }
     if store == nil {
       guard base != nil, mayCreate else { throw .storeMissing(spec.store) }
+      guard KnownFormat.named(spec.format)?.blockSizes != nil else {
+        throw .storeUnmade(spec.store, spec.format)
+      }
       store = try create(spec.store)
       state = .made
     }
@@ -128,7 +131,7 @@ enum Images {
     return known.contains { resolved.hasPrefix($0 == "/" ? $0 : $0 + "/") } ? resolved : nil
   }
 
-  private static func openStore(_ path: String, readOnly: Bool) throws(IOError) -> OpenImage {
+  static func openStore(_ path: String, readOnly: Bool) throws(IOError) -> OpenImage {
     let flags = (readOnly ? O_RDONLY : O_RDWR) | O_NONBLOCK
     return try image(try Descriptor(path: path, flags: flags), path)
   }

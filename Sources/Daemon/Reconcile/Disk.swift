@@ -22,8 +22,10 @@ final class Disk {
 
   var store: OpenImage?
   var base: OpenImage?
-  /// The base that the image named, when the spec names none.
-  var imageBase: String?
+  /// What the images named and was allowed, in the order of asking, and those of them that
+  /// are open.
+  var allowed: [NamedFile] = []
+  var files: [NamedFile: OpenImage] = [:]
   var pending: FileStore?
   /// Whether this attempt made the store, which then goes again if the attempt fails.
   var madeStore = false
@@ -88,13 +90,20 @@ final class Disk {
   var identifier: String { KernelAttacher.mark + "\(id)" }
 
   /// The path of the base that is used, if any.
-  var basePath: String? { spec?.base ?? imageBase }
+  var basePath: String? {
+    spec?.base ?? allowed.first { $0.need.role == "base" }?.path
+  }
+
+  /// Whether it has a file or device open as something else than its store.
+  func uses(_ identity: FileIdentity) -> Bool {
+    base?.identity == identity || files.values.contains { $0.identity == identity }
+  }
 
   /// What has to be remembered; nil before there is a worker.
   var record: DiskRecord? {
     guard let worker else { return nil }
     return DiskRecord(
-      params: params, readOnly: readOnly, vdev: vdev, imageBase: imageBase,
+      params: params, readOnly: readOnly, vdev: vdev, files: allowed,
       worker: worker.process.pid, workerStart: worker.process.startTime, device: device,
       since: since)
   }

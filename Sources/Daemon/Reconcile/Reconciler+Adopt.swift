@@ -40,7 +40,7 @@ extension Reconciler {
       disk.spec = spec
       disk.readOnly = record.readOnly
       disk.vdev = record.vdev
-      disk.imageBase = record.imageBase
+      disk.allowed = record.files
       disk.since = record.since
       let (attacher, identifier) = (attacher, disk.identifier)
       let attached = try await offload.run { () throws(IOError) in
@@ -91,21 +91,16 @@ extension Reconciler {
       guard case .status(let report) = answer.report else {
         throw WorkerSilence.closed("it is not serving")
       }
-      let handed = try await worker.channel.ask(.descriptors, within: patience) { report in
-        switch report {
-        case .descriptors, .failed: true
-        case .refused(let order, _): order == "descriptors"
-        default: false
-        }
-      }
-      guard case .descriptors = handed.report, let spec = disk.spec,
+      let handed = try await descriptors(0, of: worker)
+      guard case .descriptors(let count, _) = handed.report, let spec = disk.spec,
         let store = handed.descriptors.take(.store), let pending = handed.descriptors.take(.pending)
       else { throw WorkerSilence.closed("it does not give the descriptors back") }
       disk.store = try OpenImage(store, name: spec.store)
       disk.pending = try FileStore(pending, name: directory.pending)
       if let base = handed.descriptors.take(.base) {
-        disk.base = try OpenImage(base, name: disk.basePath ?? "base")
+        disk.base = try OpenImage(base, name: spec.base ?? "base")
       }
+      try await takeFiles(min(count, NamingPolicy.mostFiles), worker, disk)
       disk.report = report
       disk.socketLost = !report.attached
       disk.phase = .serving(DiskPhase.Trouble(report))
@@ -115,11 +110,41 @@ extension Reconciler {
       let reason = (error as? WorkerSilence)?.words ?? "\(error)"
       log.warning("cannot take the worker over", metadata: ["reason": "\(reason)"])
       disk.worker?.channel.close()
-      let (device, imageBase) = (disk.device, disk.imageBase)
+      let (device, allowed) = (disk.device, disk.allowed)
       release(disk)
       disk.device = device
-      disk.imageBase = imageBase
+      disk.allowed = allowed
       return false
+    }
+  }
+
+  /// Takes back so many files. A function of its own: within its caller, whose moved
+  /// descriptors live across the loop, the compiler's pass for their debug information does
+  /// not end (Swift 6.3).
+  private func takeFiles(_ count: Int, _ worker: Worker, _ disk: Disk) async throws {
+    for index in 0..<count {
+      try takeFile(try await descriptors(index + 1, of: worker), disk)
+    }
+  }
+
+  /// Takes back a file that the disk was allowed.
+  private func takeFile(_ handed: WorkerReply, _ disk: Disk) throws {
+    let strange = WorkerSilence.closed("it has a file that it was never given")
+    guard case .descriptors(_, let need) = handed.report, let need else { throw strange }
+    guard let file = disk.allowed.first(where: { $0.need == need }) else { throw strange }
+    guard let raw = handed.descriptors.take(.file) else { throw strange }
+    disk.files[file] = try OpenImage(raw, name: file.path)
+  }
+
+  private func descriptors(
+    _ index: Int, of worker: Worker
+  ) async throws(WorkerSilence) -> WorkerReply {
+    try await worker.channel.ask(.descriptors(index: index), within: .seconds(5)) { report in
+      switch report {
+      case .descriptors, .failed: true
+      case .refused(let order, _): order == "descriptors"
+      default: false
+      }
     }
   }
 

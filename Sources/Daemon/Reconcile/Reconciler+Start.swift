@@ -85,7 +85,7 @@ extension Reconciler {
       if holder.isLeaving { throw .heldBack(holder.id) }
       return role == .base ? .sameStoreTwice(path) : .inUse(path, by: holder.id, vdev: holder.vdev)
     }
-    if let holder = others.first(where: { $0.base?.identity == identity }) {
+    if let holder = others.first(where: { $0.uses(identity) }) {
       return .storeIsBase(path, of: holder.id, vdev: holder.vdev)
     }
     return last ? .inUseElsewhere(role, path) : nil
@@ -165,7 +165,8 @@ extension Reconciler {
     disk.report = nil
     disk.store = nil
     disk.base = nil
-    disk.imageBase = nil
+    disk.allowed = []
+    disk.files = [:]
     disk.pending = nil
     disk.madeStore = false
     disk.needsFormat = false

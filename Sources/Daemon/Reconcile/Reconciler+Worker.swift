@@ -17,7 +17,9 @@ extension Reconciler {
     order.create = create
     order.blockSize = options.blockSize
     order.storePath = spec.store
-    order.basePath = disk.basePath
+    order.basePath = spec.base
+    order.baseFormat = options.baseFormat
+    order.depth = configuration.chainDepth
     order.readOnly = disk.readOnly
     order.force = options.force
     var lent: [LinkRole: Int32] = [.store: store.file.raw, .pending: pending.raw]
@@ -33,13 +35,11 @@ extension Reconciler {
       case .ready(let report):
         disk.report = report
         return
-      case .needBase(let path):
-        if let refusal = await findBase(disk, spec, path) {
-          try refuse(worker, refusal)
-        }
-        next = .base
-        lent = [:]
-        lent[.base] = disk.base?.file.raw
+      case .needFile(let need):
+        next = .file
+        do throws(DiskFailure) {
+          lent = [.file: try await find(need, disk, spec, store).file.raw]
+        } catch { try refuse(worker, error) }
       case .failed(let code, let message):
         throw DiskFailure(worker: code, message, disk)
       case .refused(let order, let message):
@@ -51,38 +51,33 @@ extension Reconciler {
 
   private static let answersStart: WorkerChannel.Matcher = { report in
     switch report {
-    case .ready, .needBase, .failed: true
-    case .refused(let order, _): order == "start" || order == "base"
+    case .ready, .needFile, .failed: true
+    case .refused(let order, _): order == "start" || order == "file"
     default: false
     }
   }
 
   /// Tells the worker and the admin. The worker ends either way, told or not.
   private func refuse(_ worker: Worker, _ refusal: DiskFailure) throws(DiskFailure) {
-    do { try worker.channel.send(.refuseBase(reason: refusal.sentence)) } catch { throw refusal }
+    do { try worker.channel.send(.refuseFile(reason: refusal.sentence)) } catch { throw refusal }
     throw refusal
   }
 
-  /// Opens the base that an image names, if that is allowed; else says why not.
-  private func findBase(_ disk: Disk, _ spec: Spec, _ path: String) async -> DiskFailure? {
-    let directories = configuration.baseDirectories
-    let file = configurationPath
-    // A relative path starts at the store's folder.
-    let folder = spec.store.prefix(through: spec.store.lastIndex(of: "/") ?? spec.store.startIndex)
-    let path = path.hasPrefix("/") ? path : folder + path
-    do throws(DiskFailure) {
-      let (real, base) = try await offload.run { () throws(DiskFailure) in
-        guard let real = Images.allowed(path, in: directories) else {
-          throw DiskFailure.baseRefused(path, store: spec.store, configuration: file)
-        }
-        let base = try Images.openBase(real)
-        guard try Images.lock(base, .base) else { throw DiskFailure.sameStoreTwice(real) }
-        return (real, base)
-      }
-      disk.base = base
-      disk.imageBase = real
-      return nil
-    } catch { return error }
+  /// Opens a file that an image names, if that is allowed or was so when the disk started.
+  private func find(
+    _ need: FileNeed, _ disk: Disk, _ spec: Spec, _ store: OpenImage
+  ) async throws(DiskFailure) -> OpenImage {
+    let policy = NamingPolicy(configuration, file: configurationPath)
+    let before = disk.allowed.first { $0.need == need }
+    if let before, let image = disk.files[before] { return image }
+    if before == nil { try policy.check(need, after: disk.allowed, of: spec) }
+    let (file, image) = try await offload.run { () throws(DiskFailure) -> (NamedFile, OpenImage) in
+      let file = try policy.resolve(need, of: spec, unless: before)
+      return (file, try Images.open(file, of: store))
+    }
+    if before == nil { disk.allowed.append(file) }
+    disk.files[file] = image
+    return image
   }
 
   private func startProcess(_ disk: Disk) async throws(DiskFailure) -> Worker {
@@ -222,19 +217,15 @@ extension Reconciler {
     }
   }
 
-  /// Opens what an earlier daemon and its worker took with them.
+  /// Opens what an earlier daemon and its worker took with them; the files that the images
+  /// name follow when the next worker asks for them.
   private func reopen(_ disk: Disk) async throws(DiskFailure) {
     guard let spec = disk.spec, disk.store == nil || disk.pending == nil else { return }
-    let (readOnly, imageBase) = (disk.readOnly, disk.imageBase)
+    let readOnly = disk.readOnly
     let directory = DiskDirectory(configuration, disk.id)
-    let (outcome, named, pending) = try await offload.run { () throws(DiskFailure) in
+    let (outcome, pending) = try await offload.run { () throws(DiskFailure) in
       let outcome = try Images.open(spec, readOnly: readOnly, mayCreate: false)
-      var named: OpenImage?
-      if spec.base == nil, let imageBase { named = try Images.openBase(imageBase) }
-      if let named, try !Images.lock(named, .base) {
-        throw DiskFailure.sameStoreTwice(named.file.name)
-      }
-      do throws(IOError) { return (outcome, named, try directory.openPending(new: false)) } catch {
+      do throws(IOError) { return (outcome, try directory.openPending(new: false)) } catch {
         throw DiskFailure(error)
       }
     }
@@ -242,7 +233,7 @@ extension Reconciler {
       throw .inUseElsewhere(.store, spec.store)
     }
     disk.store = store
-    disk.base = base ?? named
+    disk.base = base
     disk.pending = pending
   }
 

@@ -124,7 +124,7 @@ final class RunDirectory: Sendable {
     // until it closes what is not its own.
     for attempt in 0... {
       do throws(IOError) {
-        try lock.lock(exclusive: true)
+        try lock.lockWhole()
         break
       } catch {
         guard error.code == EAGAIN else { throw error }

@@ -7,6 +7,14 @@ public struct KnownFormat: Sendable, Hashable {
   public let name: String
   /// Its options: name and meaning.
   public let options: [(name: String, meaning: String)]
+  /// Bytes of a block that a store may be created with; nil: stores of this format are not
+  /// created here.
+  public let blockSizes: ClosedRange<UInt32>?
+
+  private static let baseFormat = (
+    name: "base-format",
+    meaning: "the base's format, whatever the store says of it (default: what the store says)"
+  )
 
   /// All of them.
   public static let all: [KnownFormat] = [
@@ -17,8 +25,21 @@ public struct KnownFormat: Sendable, Hashable {
           "block-size",
           "size of a block of a store that is created, 4K to 4M, a power of two"
         ),
-        ("force", "yes: use the store although its base has changed (default: no)"),
-      ])
+        baseFormat, ("force", "yes: use the store although its base has changed (default: no)"),
+      ], blockSizes: 4096...4_194_304),
+    KnownFormat(
+      name: "qcow2",
+      options: [
+        (
+          "block-size",
+          "size of a cluster of a store that is created, 512 to 2M, a power of two"
+        ), baseFormat,
+      ], blockSizes: 512...2_097_152),
+    KnownFormat(name: "qcow", options: [baseFormat], blockSizes: nil),
+    KnownFormat(name: "vhd", options: [baseFormat], blockSizes: nil),
+    KnownFormat(name: "vpc", options: [baseFormat], blockSizes: nil),
+    KnownFormat(name: "vmdk", options: [baseFormat], blockSizes: nil),
+    KnownFormat(name: "raw", options: [], blockSizes: nil),
   ]
 
   /// The format of that name.
@@ -37,9 +58,8 @@ public struct FormatOptions: Sendable, Hashable {
   public var blockSize: UInt32?
   /// Whether to use a store although its base has changed.
   public var force = false
-
-  /// The smallest and the largest block, in bytes.
-  public static let blockSizes: ClosedRange<UInt32> = 4096...4_194_304
+  /// Name of the base's format; nil: what the store says.
+  public var baseFormat: String?
 
   /// Understands the options of a spec. Throws: unknown format, unknown option, bad value.
   public init(_ spec: Spec) throws(DiskFailure) {
@@ -47,15 +67,28 @@ public struct FormatOptions: Sendable, Hashable {
       throw .formatUnknown(spec.format)
     }
     for option in spec.options {
+      guard format.options.contains(where: { $0.name == option.name }) else {
+        throw .optionUnknown(option.name, format)
+      }
       switch option.name {
       case "block-size":
+        let sizes: ClosedRange<UInt32> = format.blockSizes ?? 0...0
         guard let size = ByteCount.parse(option.value), let small = UInt32(exactly: size),
-          FormatOptions.blockSizes.contains(small), small.nonzeroBitCount == 1
+          sizes.contains(small), small.nonzeroBitCount == 1
         else {
+          let (least, most) = (UInt64(sizes.lowerBound), UInt64(sizes.upperBound))
           throw .optionBad(
-            option.name, option.value, wanted: "a power of two from 4K to 4M")
+            option.name, option.value,
+            wanted: "a power of two from \(ByteCount.short(least)) to \(ByteCount.short(most))")
         }
         blockSize = small
+      case "base-format":
+        guard let base = KnownFormat.named(option.value) else {
+          throw .optionBad(
+            option.name, option.value,
+            wanted: "one of " + KnownFormat.all.map(\.name).joined(separator: ", "))
+        }
+        baseFormat = base.name
       case "force":
         guard let value = ["yes": true, "no": false][option.value] else {
           throw .optionBad(option.name, option.value, wanted: "yes or no")

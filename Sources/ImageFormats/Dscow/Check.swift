@@ -150,7 +150,7 @@ extension Dscow {
   ) throws(ImageError) -> DscowHeader {
     let (header, copies) = try Self.header(of: store)
     let disk = Dscow(
-      store: store, baseSize: header.base?.size ?? 0, header: header, copies: copies,
+      store: store, baseSize: header.base?.size ?? 0, base: nil, header: header, copies: copies,
       writable: false, durableBlocks: 0)
     var last: Extent?
     var block: UInt64 = 0

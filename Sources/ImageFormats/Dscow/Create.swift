@@ -141,7 +141,8 @@ extension Dscow {
       }
     }
     return Dscow(
-      store: store, baseSize: header.base == nil ? 0 : base?.size ?? 0, header: header,
+      store: store, baseSize: header.base == nil ? 0 : base?.size ?? 0,
+      base: header.base == nil ? nil : base, header: header,
       copies: copies, writable: writable, durableBlocks: try countAllocated(store, header))
   }
 

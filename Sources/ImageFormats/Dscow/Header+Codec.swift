@@ -130,6 +130,9 @@ extension DscowHeader {
       firstBlock: bytes.u64(at: Field.firstBlock),
       bitmapOffset: bytes.u64(at: Field.bitmapOffset), raw: bytes)
     sequence = bytes.u64(at: Field.sequence)
+    guard sequence < 1 << 63 else {
+      throw ImageError(.corrupt, "the header has been changed \(sequence) times, which cannot be")
+    }
     compatible = bytes.u64(at: Field.compatible)
     readOnlyCompatible = bytes.u64(at: Field.readOnlyCompatible)
     guard bytes.u64(at: Field.blocks) == blocks, bytes.u64(at: Field.bitmapCount) == bitmapCount

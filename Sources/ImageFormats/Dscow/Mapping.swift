@@ -33,15 +33,17 @@ public final class Dscow: ImageFormat {
   private let blocks: UInt64
   /// Blocks from this one on have nothing in the base and read as zeroes.
   private let baseEnd: UInt64
+  /// The base when it is itself an image.
+  private let view: BaseView?
   private var bitmap: DscowBitmap
   private var pending = DscowPending()
   private var durableBlocks: UInt64
   private var lastMark: Mark = 0
 
-  /// `baseSize` is the base's length in bytes, 0 without one; `durableBlocks` is how many
-  /// bits are set, or an estimate of it.
+  /// `baseSize` is the base's length in bytes, 0 without one; `base` is needed only when it
+  /// is itself an image; `durableBlocks` is how many bits are set, or an estimate of it.
   init(
-    store: any ByteStore, baseSize: UInt64, header: DscowHeader,
+    store: any ByteStore, baseSize: UInt64, base: (any ByteStore)?, header: DscowHeader,
     copies: DscowHeader.CopyState, writable: Bool, durableBlocks: UInt64
   ) {
     self.header = header
@@ -50,9 +52,14 @@ public final class Dscow: ImageFormat {
     self.blocks = header.blocks
     self.bitmap = DscowBitmap(store: store, header: header)
     self.durableBlocks = durableBlocks
+    view = (base as? ImageStore).map {
+      BaseView($0, blockSize: UInt64(header.blockSize), store: store)
+    }
     self.baseEnd = baseSize == 0 ? 0 : (baseSize - 1) / UInt64(header.blockSize) + 1
   }
 
+  /// See `ImageFormat`.
+  public var devices: [any ByteStore]? { view?.devices }
   /// Length of the disk in bytes.
   public var size: UInt64 { header.size }
   /// Bytes of a block.
@@ -92,7 +99,13 @@ public final class Dscow: ImageFormat {
     if isSet {
       return Extent(BlockRange(block, limit), storePlace(block), writable: isWritable)
     }
-    if block < baseEnd { limit = min(limit, baseEnd - block) }
+    if block < baseEnd {
+      limit = min(limit, baseEnd - block)
+      if let view {
+        let (place, count) = try view.run(from: block, limit: limit)
+        return Extent(BlockRange(block, count), place, writable: false)
+      }
+    }
     return Extent(BlockRange(block, limit), basePlace(block), writable: false)
   }
 

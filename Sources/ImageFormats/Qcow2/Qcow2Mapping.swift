@@ -38,7 +38,7 @@ public final class Qcow2: ImageFormat {
   let base: BaseView
   let cache: MetadataCache
   let refcounts: Qcow2Refcounts
-  let decompressor: Qcow2Decompressor
+  let decompressor: CompressedStore
   /// Blocks that one L2 table speaks of.
   let blocksPerTable: UInt64
   /// The L1 table in use: the active one, or a snapshot's.
@@ -66,7 +66,7 @@ public final class Qcow2: ImageFormat {
     )
     cache = MetadataCache(store)
     refcounts = Qcow2Refcounts(store, cache, header)
-    decompressor = Qcow2Decompressor(
+    decompressor = CompressedStore(
       store, clusterBits: header.clusterBits, compression: header.compression)
     self.base = BaseView(
       base, blockSize: UInt64(header.blockSize), store: data, own: [decompressor])

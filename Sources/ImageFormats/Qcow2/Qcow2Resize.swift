@@ -38,7 +38,7 @@ extension Qcow2 {
       if header.hasDataFile, data.size < newSize {
         try io { () throws(IOError) in try data.resize(to: newSize) }
       }
-      try hide(from: old)
+      try hide(from: old, on: store)
     } else if newSize < old {
       try shrink(to: newSize)
     }
@@ -50,18 +50,6 @@ extension Qcow2 {
     }
     inFlight = plan
     committed(upTo: plan.mark)
-  }
-
-  /// Zeroes the bytes of the last block that lie past the end, if they are the disk's own.
-  private func zeroTail(from old: UInt64) throws(ImageError) {
-    let tail = old % UInt64(blockSize)
-    guard tail > 0 else { return }
-    let extent = try find(old / UInt64(blockSize), limit: 1)
-    guard extent.writable, case .device(_, let sector) = extent.place else { return }
-    try io { () throws(IOError) in
-      try data.zero(at: sector * 512 + tail, count: UInt64(blockSize) - tail)
-      try data.flush()
-    }
   }
 
   private func grow(to newSize: UInt64) throws(ImageError) {
@@ -111,54 +99,6 @@ extension Qcow2 {
     }
     header.size = newSize
     size = newSize
-  }
-
-  /// Makes what lies past the old end read as zeroes.
-  private func hide(from old: UInt64) throws(ImageError) {
-    let blockSize = UInt64(blockSize)
-    var block = old / blockSize
-    if old % blockSize != 0 {
-      // The rest of the block that held the old end.
-      let found = try find(block, limit: 1)
-      if found.place != .zero, !found.writable {
-        let bytes = try contents(of: found.place, count: Int(old % blockSize))
-        let placement = try place(BlockRange(block), whole: true)
-        guard case .device(_, let sector) = placement.extent.place else { return }
-        try io { () throws(IOError) in
-          try data.zero(at: sector * 512, count: blockSize)
-          try data.write(bytes, at: sector * 512)
-        }
-      }
-      block += 1
-    }
-    while block < blocks {
-      switch try discard(BlockRange(block, blocks - block), zeroing: true) {
-      case .nothing(let count): block += count
-      case .zero(let extent):
-        guard case .device(_, let sector) = extent.place else { return }
-        try io { () throws(IOError) in
-          try data.zero(at: sector * 512, count: extent.blocks.count * blockSize)
-        }
-        block += extent.blocks.count
-      }
-    }
-    let mark = lastMark
-    let plan = try commitPlan(upTo: mark)
-    try io { () throws(IOError) in
-      try data.flush()
-      try plan.run(on: store)
-    }
-    committed(upTo: mark)
-  }
-
-  private func contents(of place: Place, count: Int) throws(ImageError) -> [UInt8] {
-    switch place {
-    case .zero: return [UInt8](repeating: 0, count: count)
-    case .device(let device, let sector):
-      return try io { () throws(IOError) in
-        try base.devices[Int(device)].read(at: sector * 512, count: count)
-      }
-    }
   }
 
   private func shrink(to newSize: UInt64) throws(ImageError) {

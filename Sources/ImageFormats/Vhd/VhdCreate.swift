@@ -1,4 +1,4 @@
-// Making a VHD image, opening one, checking one.
+// Making a VHD image, and opening one.
 //
 // Order of creation: what was there is made unreadable and that is flushed; the table is
 // written and flushed; then both copies of the footer.
@@ -103,34 +103,5 @@ extension Vhd {
     return try Vhd(
       store: store, base: header.basePath == nil ? nil : base, header: header,
       writable: writable)
-  }
-
-  /// Checks an image: footers, and that no two blocks share space.
-  ///
-  /// - Throws: what `VhdHeader.read(from:)` throws, `io`.
-  public static func check(store: any ByteStore) throws(ImageError) -> CheckReport {
-    let header = try VhdHeader.read(from: store)
-    var report = CheckReport()
-    report.clusterSize = UInt64(header.blockSize)
-    guard header.kind != .fixed else { return report }
-    let cache = MetadataCache(store)
-    var taken = HostRuns()
-    let tables = header.tableOffset + UInt64(header.tableEntries) * 4
-    taken.insert(0..<((tables + 511) / 512))
-    let length = (header.bitmapSize + header.tableBlock) / 512
-    for block in 0..<UInt64(header.tableEntries) {
-      let entry = try cache.big(UInt32.self, at: header.tableOffset + block * 4)
-      guard entry != VhdHeader.unused else { continue }
-      let range = UInt64(entry)..<(UInt64(entry) + length)
-      if taken.overlaps(range) {
-        report.corruption("block \(block) shares sector \(entry) with something else")
-      }
-      if range.upperBound * 512 > store.size {
-        report.corruption("block \(block) lies past the end of the file, at sector \(entry)")
-      }
-      taken.insert(range)
-      report.imageEnd = max(report.imageEnd, range.upperBound * 512)
-    }
-    return report
   }
 }

@@ -109,7 +109,7 @@ extension VhdHeader {
   }
 
   /// The base's path: relative before absolute, in the order that blktap prefers.
-  private func basePath(
+  private mutating func basePath(
     _ bytes: [UInt8], _ store: any ByteStore
   ) throws(ImageError) -> String? {
     var found: [String: String] = [:]
@@ -119,6 +119,9 @@ extension VhdHeader {
       let offset = bytes.big(UInt64.self, at: start + 16)
       guard length > 0, length <= 4096, offset <= Self.largestDisk else { continue }
       let data = try io { () throws(IOError) in try store.read(at: offset, count: length) }
+      if code == "MacX" || code == "W2ru" || code == "W2ku" {
+        locators.append(offset..<(offset + UInt64(length)))
+      }
       switch code {
       case "MacX":
         let path = text(data.prefix { $0 != 0 })
@@ -163,6 +166,25 @@ extension VhdHeader {
     bytes.pad(to: 512)
     bytes.putBig(Self.checksum(bytes, at: 64), at: 64)
     return bytes
+  }
+
+  /// The footer with another length and maker.
+  func resizedFooter(to size: UInt64, creator: [UInt8]) -> [UInt8] {
+    var bytes = footer
+    var other = self
+    other.size = size
+    bytes.replaceSubrange(28..<32, with: creator)
+    bytes.putBig(size, at: 48)
+    bytes.replaceSubrange(56..<60, with: other.geometry())
+    bytes.putBig(Self.checksum(bytes, at: 64), at: 64)
+    return bytes
+  }
+
+  /// Puts the table's place and length into a dynamic header.
+  func putTable(in bytes: inout [UInt8]) {
+    bytes.putBig(tableOffset, at: 16)
+    bytes.putBig(tableEntries, at: 28)
+    bytes.putBig(Self.checksum(bytes, at: 36), at: 36)
   }
 
   /// Cylinders, heads and sectors as the specification's appendix computes them.

@@ -48,6 +48,8 @@ public struct VhdHeader: Sendable, Equatable {
   public var baseUUID = [UInt8](repeating: 0, count: 16)
   /// The base's path, of a differencing image.
   public var basePath: String?
+  /// Where the base's path stands, in bytes of the file.
+  var locators: [Range<UInt64>] = []
   /// The footer as it was read, so that a rewrite keeps what it does not know.
   var footer: [UInt8] = []
 

@@ -19,17 +19,17 @@ public final class Vhd: ImageFormat {
   private static let mixedDevice: UInt16 = 2
   private static let blocksPerFind: UInt64 = 4096
 
-  /// The header, as it was when the image was opened.
-  public let header: VhdHeader
-  private let store: any ByteStore
+  /// The header, as it is now.
+  public internal(set) var header: VhdHeader
+  let store: any ByteStore
   private let base: BaseView
-  private let cache: MetadataCache
-  private let isWritable: Bool
-  private var pending: PendingPlacements
+  let cache: MetadataCache
+  let isWritable: Bool
+  private(set) var pending: PendingPlacements
   private var inFlight: (mark: Mark, draft: CommitDraft, newEnd: UInt64)?
   private var lastMark: Mark = 0
   /// Where the last block ends; nil until it is needed.
-  private var end: UInt64?
+  var end: UInt64?
   /// Blocks from here on in the store had no place when the last plan ran.
   private var firstNew: UInt64 = 0
   private let durableBlocks: UInt64
@@ -58,14 +58,6 @@ public final class Vhd: ImageFormat {
   public var devices: [any ByteStore]? { base.devices }
   /// Estimated from the space that the image takes, save for a fixed one.
   public var allocatedBlocks: UInt64 { durableBlocks + pending.blocks }
-  private var blocks: UInt64 { (size + UInt64(blockSize) - 1) / UInt64(blockSize) }
-
-  private func check(_ range: BlockRange) throws(ImageError) {
-    guard range.count > 0, range.first < blocks, range.count <= blocks - range.first else {
-      throw ImageError(
-        .badRequest, "blocks \(range.first)+\(range.count) of a disk of \(blocks) blocks")
-    }
-  }
 
   private func checkWritable() throws(ImageError) {
     guard isWritable else {
@@ -74,7 +66,7 @@ public final class Vhd: ImageFormat {
   }
 
   /// Where a block's bitmap begins, by the table; nil when it has no place.
-  private func place(of block: UInt64) throws(ImageError) -> UInt64? {
+  func place(of block: UInt64) throws(ImageError) -> UInt64? {
     let entry = try cache.big(UInt32.self, at: header.tableOffset + block * 4)
     guard entry != VhdHeader.unused else { return nil }
     let offset = UInt64(entry) * 512
@@ -101,7 +93,7 @@ public final class Vhd: ImageFormat {
   }
 
   /// The longest run from a block on that is mapped alike.
-  private func run(_ block: UInt64, limit: UInt64) throws(ImageError) -> Extent {
+  private func run(_ block: UInt64, _ limit: UInt64) throws(ImageError) -> Extent {
     if header.kind == .fixed {
       let place = Place.device(0, sector: block * UInt64(blockSize) / 512)
       return Extent(BlockRange(block, limit), place, writable: isWritable)
@@ -128,32 +120,14 @@ public final class Vhd: ImageFormat {
 
   /// Where a block lives for reading; see `ImageFormat`.
   public func find(_ block: UInt64, limit: UInt64) throws(ImageError) -> Extent {
-    try check(BlockRange(block, 1))
-    let end = block + min(max(limit, 1), blocks - block)
-    var extent = try run(block, limit: end - block)
-    while extent.blocks.end < end, extent.blocks.count < Self.blocksPerFind {
-      let next = try run(extent.blocks.end, limit: end - extent.blocks.end)
-      let sectors = extent.blocks.count * UInt64(blockSize) / 512
-      guard next.mark == extent.mark, next.writable == extent.writable,
-        next.place == extent.place.advanced(by: sectors)
-      else { break }
-      extent.blocks.count += next.blocks.count
-    }
-    return extent
+    try merged(block, limit: limit, most: Self.blocksPerFind, run)
   }
 
   /// A place for a first write, of one block; see `ImageFormat`.
   public func place(_ range: BlockRange, whole: Bool) throws(ImageError) -> Placement {
     try checkWritable()
-    try check(range)
-    let found = try run(range.first, limit: range.count)
-    guard !found.writable else { return Placement(found) }
-    let extent = try assign(range.first)
-    guard !whole else { return Placement(extent) }
-    switch found.place {
-    case .zero: return Placement(extent, .zero)
-    case .device: return Placement(extent, .copy(from: found.place))
-    }
+    try checkBounds(range)
+    return try placement(of: try run(range.first, range.count), whole: whole, assign)
   }
 
   /// A discard; see `ImageFormat`. What is here is zeroed and keeps its place.
@@ -161,14 +135,12 @@ public final class Vhd: ImageFormat {
     _ range: BlockRange, zeroing: Bool
   ) throws(ImageError) -> DiscardAnswer {
     try checkWritable()
-    try check(range)
-    let found = try run(range.first, limit: range.count)
-    if found.writable { return .zero(found) }
-    guard zeroing, found.place != .zero else { return .nothing(blocks: found.blocks.count) }
-    return .zero(try assign(range.first))
+    try checkBounds(range)
+    return try discardAnswer(of: try run(range.first, range.count), zeroing: zeroing, assign)
   }
 
-  private func assign(_ block: UInt64) throws(ImageError) -> Extent {
+  private func assign(_ range: BlockRange) throws(ImageError) -> Extent {
+    let block = range.first
     let offset: UInt64
     if let own = try place(of: block) {
       offset = own + header.bitmapSize
@@ -195,7 +167,7 @@ public final class Vhd: ImageFormat {
   }
 
   /// Where the last block of the table ends, or the table and its header where there is none.
-  private func findEnd() throws(ImageError) -> UInt64 {
+  func findEnd() throws(ImageError) -> UInt64 {
     if let end { return end }
     var found = max(
       header.tableOffset + UInt64(header.tableEntries) * 4, header.headerOffset + 1024,
@@ -252,7 +224,7 @@ public final class Vhd: ImageFormat {
   public func restore(_ extents: [Extent]) throws(ImageError) {
     try checkWritable()
     for extent in extents {
-      try check(extent.blocks)
+      try checkBounds(extent.blocks)
       let block = extent.blocks.first
       guard header.kind != .fixed, extent.blocks.count == 1, extent.writable,
         extent.mark > lastMark, case .device(0, let sector) = extent.place, sector < 1 << 41,

@@ -133,19 +133,20 @@ final class DeviceEngine {
 
   /// Prepares a placement and writes the data.
   private func fill(_ placement: Placement, _ sector: Int, _ bytes: [UInt8]) throws {
-    guard case .device(0, let place) = placement.extent.place else {
-      throw ImageError(.corrupt, "a place for writing that is none: \(placement)")
-    }
+    guard case .device(let number, let place) = placement.extent.place,
+      placement.extent.mark == 0 || number == 0
+    else { throw ImageError(.corrupt, "a place for writing that is none: \(placement)") }
+    let device = devices[Int(number)]
     let ahead = sector - Int(placement.extent.blocks.first) * blockSectors
     let count = Int(placement.extent.blocks.count) * Int(format.blockSize)
     switch placement.preparation {
     case .none: break
     case .zero:
-      try devices[0].write([UInt8](repeating: 0, count: count), at: place * 512)
+      try device.write([UInt8](repeating: 0, count: count), at: place * 512)
     case .copy(let from):
-      try devices[0].write(try read(from, count: count), at: place * 512)
+      try device.write(try read(from, count: count), at: place * 512)
     }
-    try devices[0].write(bytes, at: (place + UInt64(ahead)) * 512)
+    try device.write(bytes, at: (place + UInt64(ahead)) * 512)
   }
 
   /// Discards or zeroes sectors; parts of blocks are ignored or written.
@@ -169,11 +170,11 @@ final class DeviceEngine {
         block += blocks
       case .zero(let extent):
         try check(extent, covers: block, limit: range.count)
-        guard case .device(0, let place) = extent.place else {
+        guard case .device(let number, let place) = extent.place else {
           throw ImageError(.corrupt, "zeroing at no place: \(extent)")
         }
         let bytes = extent.blocks.count * UInt64(format.blockSize)
-        try devices[0].zero(at: place * 512, count: bytes)
+        try devices[Int(number)].zero(at: place * 512, count: bytes)
         note(extent)
         block += extent.blocks.count
       }
@@ -192,13 +193,13 @@ final class DeviceEngine {
     let plan = try format.commitPlan(upTo: upTo)
     try meanwhile()
     let stages = keepsOrder ? plan.stages : [plan.stages.flatMap { $0 }]
-    try CommitPlan(upTo: upTo, stages: stages).run(on: store)
+    try CommitPlan(upTo: upTo, stages: stages, target: plan.target).run(on: store)
     format.committed(upTo: upTo)
     uncommitted.removeAll { $0.mark <= upTo }
   }
 
   private func flushDevices() throws {
-    try devices[0].flush()
+    for device in devices where device.isWritable { try device.flush() }
     if devices[0] !== store { try store.flush() }
   }
 }

@@ -64,6 +64,12 @@ final class Judge {
     }
   }
 
+  /// Has qemu-img compare an image with a model of the disk in it.
+  func compare(_ image: String, _ format: String, with model: [UInt8]) throws {
+    try Data(model).write(to: URL(fileURLWithPath: path("model.raw")))
+    try must("qemu-img", "compare", "-q", "-f", format, "-F", "raw", image, "model.raw")
+  }
+
   /// The disk in an image, as QEMU reads it.
   func contents(_ image: String, _ format: String, snapshot: String? = nil) throws -> [UInt8] {
     let raw = path("judge-contents.raw")
@@ -90,7 +96,7 @@ final class Judge {
       do throws(IOError) {
         let path = request.path.hasPrefix("/") ? request.path : self.path(request.path)
         return try FileStore(
-          path: path, writable: writable && request.role == .dataFile)
+          path: path, writable: writable && request.role != .base && request.from == store.name)
       } catch { throw ImageError(error) }
     }
   }

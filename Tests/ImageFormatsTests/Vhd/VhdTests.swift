@@ -1,5 +1,5 @@
-// VHD images: those that QEMU makes, read and written here and judged there; differencing
-// ones, which QEMU does not know, against a model; power cuts; hostile bytes.
+// VHD images: differencing ones, which QEMU does not know, against a model; power cuts; hostile
+// bytes. What QEMU makes is in the matrix.
 
 import Foundation
 import ImageFormats
@@ -39,42 +39,6 @@ import Testing
     }
     try engine.flush()
     return model
-  }
-
-  @Test(arguments: ["dynamic", "fixed", "dynamic,force_size=on", "fixed,force_size=on"])
-  func asQEMU(options: String) throws {
-    for seed in 0..<max(1, Depth.factor / 7) {
-      let judge = try Judge()
-      let options = "subformat=" + options
-      try judge.must(
-        "qemu-img", "create", "-q", "-f", "vpc", "-o", options, "disk.img", "\(11 << 20)")
-      try judge.io(
-        "disk.img", "vpc", ["write -P 7 1000k 2000k", "write -P 8 9M 100k", "write -P 9 512 512"])
-      let before = try judge.contents("disk.img", "vpc")
-      let store = try judge.open("disk.img", writable: true)
-      var format = try judge.chain(store, kind: .vhd, writable: true)
-      var engine = DeviceEngine(format, store: store)
-      #expect(try engine.read(0, count: engine.sectors) == before)
-      let model = try Self.live(engine, before, seed: UInt64(seed))
-      #expect(try judge.contents("disk.img", "vpc") == model)
-      #expect(try Vhd.check(store: store).isClean)
-      // A worker dies with placements that are not committed.
-      let data = [UInt8](repeating: 0x5A, count: 512 * 9)
-      for sector in [4000, 12000, 21000] where sector + 9 < engine.sectors {
-        try engine.write(sector, data)
-      }
-      let left = engine.uncommitted
-      format = try judge.chain(store, kind: .vhd, writable: true)
-      try format.restore(left)
-      engine = DeviceEngine(format, store: store)
-      engine.takeOver(left)
-      #expect(try engine.read(12000, count: 9) == data)
-      try engine.flush()
-      let after = try judge.contents("disk.img", "vpc")
-      #expect(after == (try engine.read(0, count: engine.sectors)))
-      #expect([UInt8](after[(12000 * 512)..<(12009 * 512)]) == data)
-    }
-    print("vpc \(options): read equal, written, equal")
   }
 
   @Test func differencing() throws {
@@ -134,60 +98,20 @@ import Testing
     #expect(error?.code == .baseChanged)
   }
 
-  @Test func powerCuts() throws {
-    let sectors = 256
+  private static func cuts() throws -> PowerCuts {
     let fresh = MemoryStore()
     try Vhd.create(
-      store: fresh, size: UInt64(sectors * 512), blockSize: 8192,
+      store: fresh, size: UInt64(PowerCuts.sectors * 512), blockSize: 8192,
       uuid: [UInt8](repeating: 1, count: 16))
-    var image = fresh.contents()
-    image += [UInt8](repeating: 0, count: (1 << 20) - image.count)
-    let seeds = Depth.times(40)
-    for seed in 0..<seeds {
-      var random = SplitMix64(seed: UInt64(seed))
-      var model = DiskModel(sectors: sectors) { _ in 0 }
-      var disk = SimulatedDisk("store", contents: image)
-      var stamp: UInt64 = 1 << 32
-      for _ in 0..<3 {
-        disk.cutPower(after: random.below(90))
-        do {
-          let engine = DeviceEngine(try Vhd.open(store: disk, writable: true), store: disk)
-          for _ in 0..<40 {
-            let first = random.below(sectors)
-            let range = first..<min(sectors, first + 1 + random.below(20))
-            func write() throws {
-              stamp += 1
-              let write = model.begin(range, stamp: stamp)
-              try engine.write(range.lowerBound, Stamp.sectors(range.count, stamp))
-              model.end(write)
-            }
-            if random.chance(80) {
-              try write()
-            } else {
-              let start = model.beginFlush()
-              try engine.flush { try write() }
-              model.flushed(start)
-            }
-          }
-        } catch let error as IOError where error.code == 5 || error.code == 28 {
-        } catch let error as ImageError where [5, 28].contains(error.cause?.code ?? 0) {}
-        disk = disk.afterPowerCut(using: &random)
-        #expect(try Vhd.check(store: disk).isClean, "seed \(seed)")
-        let engine = DeviceEngine(try Vhd.open(store: disk, writable: false), store: disk)
-        let bytes = try engine.read(0, count: sectors)
-        var found: [UInt64] = []
-        for sector in 0..<sectors {
-          let stamp = bytes.withUnsafeBytes { Stamp.read($0, at: sector * 512) }
-          #expect(
-            stamp.map { model.mayHold($0, sector: sector) } ?? false,
-            "seed \(seed), sector \(sector): \(stamp as Any)")
-          found.append(stamp ?? 0)
-        }
-        model.settle(found)
-      }
-    }
-    print("vhd: \(seeds * 3) power cuts")
+    return PowerCuts(
+      name: "vhd", image: fresh.contents(),
+      open: { try Vhd.open(store: $0, writable: $1) }, check: { try Vhd.check(store: $0) },
+      repair: { try Vhd.repair(store: $0, .all) })
   }
+
+  @Test func powerCuts() throws { try Self.cuts().run(seeds: Depth.times(40)) }
+
+  @Test func brokenOrderIsFound() throws { try Self.cuts().findBrokenOrder() }
 
   @Test func hostile() throws {
     let store = MemoryStore()

@@ -1,0 +1,70 @@
+// Compressed units of an image as a byte store. The unit that is known by number n is found at
+// n strides: the address says all, so that reads need no table and may come from any thread.
+
+import Posix
+import Synchronization
+
+/// Reads compressed units of one image.
+final class CompressedStore: ByteStore {
+  /// So many units are kept, the most recent first.
+  private static let kept = 4
+
+  let name: String
+  let size: UInt64 = 1 << 62
+  let isWritable = false
+  private let unit: UInt64
+  private let stride: UInt64
+  private let load: @Sendable (UInt64) throws(IOError) -> [UInt8]
+  private let recent = Mutex<[(number: UInt64, bytes: [UInt8])]>([])
+
+  /// `unit` is the length of what `load` makes of a number, in bytes; it throws EIO for what
+  /// cannot be decompressed. A stride of more than that keeps units whose numbers follow each
+  /// other from looking like one run.
+  init(
+    name: String, unit: UInt64, stride: UInt64,
+    load: @escaping @Sendable (UInt64) throws(IOError) -> [UInt8]
+  ) {
+    self.stride = stride
+    self.name = name
+    self.unit = unit
+    self.load = load
+  }
+
+  /// Nothing that anybody could know again.
+  func identity() -> StoreIdentity { StoreIdentity(size: size, modified: 0) }
+  /// None of its own.
+  func allocatedBytes() -> UInt64 { 0 }
+
+  /// Reads from within one unit.
+  func read(_ buffer: UnsafeMutableRawBufferPointer, at offset: UInt64) throws(IOError) {
+    let start = Int(offset % stride)
+    guard start + buffer.count <= Int(unit) else {
+      throw IOError(22, "read across compressed units of", name)
+    }
+    let bytes = try bytes(of: offset / stride)
+    bytes.withUnsafeBytes {
+      buffer.copyMemory(from: UnsafeRawBufferPointer(rebasing: $0[start..<(start + buffer.count)]))
+    }
+  }
+
+  private func bytes(of number: UInt64) throws(IOError) -> [UInt8] {
+    if let kept = recent.withLock({ $0.first { $0.number == number }?.bytes }) { return kept }
+    let bytes = try load(number)
+    recent.withLock { recent in
+      recent.insert((number, bytes), at: 0)
+      if recent.count > Self.kept { recent.removeLast() }
+    }
+    return bytes
+  }
+
+  /// Throws EBADF.
+  func write(_ buffer: UnsafeRawBufferPointer, at offset: UInt64) throws(IOError) {
+    throw IOError(9, "write", name)
+  }
+  /// Throws EBADF.
+  func zero(at offset: UInt64, count: UInt64) throws(IOError) { throw IOError(9, "zero", name) }
+  /// Throws EBADF.
+  func resize(to size: UInt64) throws(IOError) { throw IOError(9, "resize", name) }
+  /// There is nothing to flush.
+  func flush() {}
+}

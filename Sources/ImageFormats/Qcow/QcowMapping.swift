@@ -1,0 +1,286 @@
+// Where the blocks of a qcow disk (version 1) live, and what a commit writes.
+//
+// There are no refcounts: what no table names is free, and new clusters go to the end of the
+// file. Devices: 0 the store, 1 the base, 2 the compressed clusters, then the base's own.
+//
+// Commit: 1. new L2 tables with their entries; 2. entries of L2 tables that are there, and of
+// the L1 table. A power cut leaves at most space that nothing names.
+
+public import Posix
+
+/// A qcow image of version 1 that is open as a disk. Used from one thread.
+public final class Qcow: ImageFormat {
+  private static let compressedDevice: UInt16 = 2
+  private static let blocksPerFind: UInt64 = 65536
+
+  /// The header, as it is now.
+  public internal(set) var header: QcowHeader
+  let store: any ByteStore
+  private let base: BaseView
+  let cache: MetadataCache
+  let isWritable: Bool
+  private(set) var pending: PendingPlacements
+  private var planned: [UInt64: UInt64] = [:]
+  private var inFlight: (mark: Mark, draft: CommitDraft, tables: [UInt64])?
+  private var lastMark: Mark = 0
+  /// Where the next cluster goes.
+  private var end: UInt64
+  private let durableBlocks: UInt64
+
+  init(
+    store: any ByteStore, base: (any ByteStore)?, header: QcowHeader, writable: Bool
+  ) throws(ImageError) {
+    self.store = store
+    self.header = header
+    isWritable = writable
+    cache = MetadataCache(store)
+    let decompressor = CompressedStore(
+      store, clusterBits: UInt32(header.clusterBits), compression: .zlib)
+    self.base = BaseView(
+      base, blockSize: header.clusterSize, store: store, own: [decompressor])
+    pending = PendingPlacements(
+      blocksPerGroup: header.l2Entries, blockSize: header.clusterSize)
+    let bytes = try io { () throws(IOError) in try store.allocatedBytes() }
+    let tables = header.l1Offset + header.l1Entries * 8
+    // Everything that any table names lies within the file.
+    let unit = max(header.clusterSize, 4096)
+    end = (max(store.size, tables) + unit - 1) / unit * unit
+    durableBlocks = bytes / header.clusterSize
+  }
+
+  /// Length of the disk in bytes.
+  public var size: UInt64 { header.size }
+  /// Bytes of a block: a cluster.
+  public var blockSize: UInt32 { UInt32(header.clusterSize) }
+  /// See `ImageFormat`.
+  public var devices: [any ByteStore]? { base.devices }
+  /// Estimated from the space that the image takes.
+  public var allocatedBlocks: UInt64 { min(blockCount, durableBlocks + pending.blocks) }
+
+  private func checkWritable() throws(ImageError) {
+    guard isWritable else {
+      throw ImageError(.badRequest, "\(store.name) is open for reading only")
+    }
+  }
+
+  func table(_ index: UInt64) throws(ImageError) -> UInt64 {
+    let offset = try cache.big(UInt64.self, at: header.l1Offset + index * 8)
+    guard offset % 512 == 0, offset < 1 << 56 else {
+      throw ImageError(.corrupt, "\(store.name): L2 table \(index) at byte \(offset)")
+    }
+    return offset
+  }
+
+  /// The longest run from a block on that is mapped alike, within its table.
+  private func run(_ block: UInt64, _ limit: UInt64) throws(ImageError) -> Extent {
+    let (run, next) = pending.find(block)
+    if let run {
+      let count = min(limit, run.blocks.end - block)
+      let place = Place.device(0, sector: pending.offset(of: block, in: run) / 512)
+      return Extent(BlockRange(block, count), place, writable: isWritable, mark: run.mark)
+    }
+    let left = header.l2Entries - block % header.l2Entries
+    let limit = min(limit, next.map { min(left, $0 - block) } ?? left)
+    let table = try table(block / header.l2Entries)
+    var entry: UInt64 = 0
+    var count = limit
+    if table != 0 {
+      let at = table + block % header.l2Entries * 8
+      entry = try cache.big(UInt64.self, at: at)
+      count = 1
+      while count < limit {
+        let next = try cache.big(UInt64.self, at: at + count * 8)
+        guard next == (entry == 0 ? 0 : entry &+ count * header.clusterSize),
+          entry & QcowHeader.compressed == 0
+        else { break }
+        count += 1
+      }
+    }
+    if entry == 0 {
+      let (place, count) = try base.run(from: block, limit: count)
+      return Extent(BlockRange(block, count), place, writable: false)
+    }
+    if entry & QcowHeader.compressed != 0 {
+      let offset = entry & ((1 << UInt64(63 - header.clusterBits)) - 1)
+      let address = offset << UInt64(header.clusterBits)
+      guard offset < 1 << UInt64(56 - header.clusterBits) else {
+        throw ImageError(.corrupt, "\(store.name): compressed data at \(offset)")
+      }
+      let place = Place.device(Self.compressedDevice, sector: address / 512)
+      return Extent(BlockRange(block), place, writable: false)
+    }
+    guard entry % 512 == 0, entry < 1 << 56, entry >= header.end else {
+      throw ImageError(.corrupt, "\(store.name): block \(block) at byte \(entry)")
+    }
+    let place = Place.device(0, sector: entry / 512)
+    return Extent(BlockRange(block, count), place, writable: isWritable)
+  }
+
+  /// Where a block lives for reading; see `ImageFormat`.
+  public func find(_ block: UInt64, limit: UInt64) throws(ImageError) -> Extent {
+    try merged(block, limit: limit, most: Self.blocksPerFind, run)
+  }
+
+  /// A place for a first write; see `ImageFormat`. The answer does not cross an L2 table.
+  public func place(_ range: BlockRange, whole: Bool) throws(ImageError) -> Placement {
+    try checkWritable()
+    try checkBounds(range)
+    return try placement(of: try run(range.first, range.count), whole: whole, assign)
+  }
+
+  /// A discard; see `ImageFormat`. What is here is zeroed and keeps its place.
+  public func discard(
+    _ range: BlockRange, zeroing: Bool
+  ) throws(ImageError) -> DiscardAnswer {
+    try checkWritable()
+    try checkBounds(range)
+    return try discardAnswer(of: try run(range.first, range.count), zeroing: zeroing, assign)
+  }
+
+  /// Room at the end of the file; its first byte there.
+  func take(_ bytes: UInt64) throws(ImageError) -> UInt64 {
+    let start = end
+    guard start + bytes < 1 << UInt64(56 - header.clusterBits) else {
+      throw ImageError(
+        .io, "\(store.name): the image can grow no further",
+        cause: IOError(28, "place", store.name))
+    }
+    try io { () throws(IOError) in try store.resize(to: start + bytes) }
+    end = start + bytes
+    return start
+  }
+
+  private func assign(_ range: BlockRange) throws(ImageError) -> Extent {
+    let left = header.l2Entries - range.first % header.l2Entries
+    let range = BlockRange(range.first, min(range.count, left))
+    let offset = try take(range.count * header.clusterSize)
+    lastMark += 1
+    pending.insert(PendingPlacements.Run(blocks: range, offset: offset, mark: lastMark))
+    return Extent(range, .device(0, sector: offset / 512), writable: true, mark: lastMark)
+  }
+
+  /// What makes every placement up to a mark durable; see the head of this file.
+  public func commitPlan(upTo mark: Mark) throws(ImageError) -> CommitPlan {
+    let groups = pending.runs(upTo: mark)
+    guard !groups.isEmpty else { return CommitPlan(upTo: mark, stages: []) }
+    // Tables are no smaller than 512 bytes and begin at multiples of that.
+    let unit = header.l2Entries * 8
+    var draft = CommitDraft(cache, clusterSize: 512)
+    var late: [(offset: UInt64, value: UInt64)] = []
+    var tables: [UInt64] = []
+    for (index, runs) in groups {
+      let old = try table(index)
+      var target = old
+      if old == 0 {
+        if let table = planned[index] { target = table } else { target = try take(unit) }
+        planned[index] = target
+        tables.append(index)
+        for start in stride(from: target, to: target + unit, by: 512) {
+          draft.begin(cluster: start)
+        }
+        late.append((header.l1Offset + index * 8, target))
+      }
+      for run in runs {
+        for item in 0..<run.blocks.count {
+          let at = target + (run.blocks.first + item) % header.l2Entries * 8
+          let value = run.offset + item * header.clusterSize
+          if old == 0 { try draft.putBig(value, at: at) } else { late.append((at, value)) }
+        }
+      }
+    }
+    draft.seal()
+    for (offset, value) in late { try draft.putBig(value, at: offset) }
+    draft.seal()
+    inFlight = (mark, draft, tables)
+    return CommitPlan(upTo: mark, stages: draft.stages)
+  }
+
+  /// The plan up to this mark has run.
+  public func committed(upTo mark: Mark) {
+    guard let plan = inFlight, plan.mark == mark else { return }
+    inFlight = nil
+    cache.unpin(sectors: plan.draft.sectors.keys, fresh: plan.draft.fresh, size: 512)
+    for index in plan.tables { planned[index] = nil }
+    pending.remove { $0.mark <= mark }
+  }
+
+  /// A placement that came to nothing: its space stays unused.
+  public func abandon(_ mark: Mark) { pending.remove { $0.mark == mark } }
+
+  /// Takes over the uncommitted placements of a former worker. Throws `badRequest` for one
+  /// that this format cannot have made; the image must then not be used.
+  public func restore(_ extents: [Extent]) throws(ImageError) {
+    try checkWritable()
+    for extent in extents {
+      try checkBounds(extent.blocks)
+      let range = extent.blocks
+      guard extent.writable, extent.mark > lastMark, case .device(0, let sector) = extent.place,
+        sector < 1 << 40, sector > 0, pending.first(in: range) == nil,
+        range.first / header.l2Entries == (range.end - 1) / header.l2Entries
+      else {
+        throw ImageError(.badRequest, "an uncommitted placement of block \(range.first)")
+      }
+      let bytes = range.count * header.clusterSize
+      end = max(end, sector * 512 + bytes)
+      pending.insert(
+        PendingPlacements.Run(blocks: range, offset: sector * 512, mark: extent.mark))
+      lastMark = extent.mark
+    }
+  }
+}
+
+extension Qcow {
+  /// Makes an image.
+  ///
+  /// - Parameters:
+  ///   - size: length of the disk in bytes; is rounded up to 512.
+  ///   - base: the base's path.
+  /// - Throws: `badRequest`, or `io` when the store fails.
+  @discardableResult
+  public static func create(
+    store: any ByteStore, size: UInt64, base: String? = nil
+  ) throws(ImageError) -> QcowHeader {
+    guard let size = roundedUp(size, to: 512), size > 0, size <= 1 << 50,
+      base?.utf8.count ?? 0 <= Qcow2Header.longestPath
+    else { throw ImageError(.badRequest, "a disk of \(size) bytes, or too long a base's path") }
+    // Over a base small clusters, so that little is copied: as QEMU chooses.
+    var header = QcowHeader(
+      size: size, clusterBits: base == nil ? 12 : 9, l2Bits: base == nil ? 9 : 12,
+      l1Offset: 0, basePath: base)
+    header.l1Offset = UInt64((header.encoded().count + 7) / 8 * 8)
+    guard header.l1Entries <= QcowHeader.mostL1Entries else {
+      throw ImageError(.badRequest, "\(size) bytes are too many for a qcow image")
+    }
+    try io { () throws(IOError) in
+      let end = header.l1Offset + header.l1Entries * 8
+      try store.zero(at: 0, count: 512)
+      try store.flush()
+      try store.resize(to: 0)
+      try store.resize(to: (end + 511) / 512 * 512)
+      try store.zero(at: 0, count: end)
+      try store.flush()
+      try store.write(header.encoded(), at: 0)
+      try store.flush()
+    }
+    return header
+  }
+
+  /// Opens an image as a disk.
+  ///
+  /// - Parameter base: the base that the header names; one that is an image as `ImageStore`.
+  /// - Throws: what `QcowHeader.read(from:)` throws; `baseMissing`; `badRequest`.
+  public static func open(
+    store: any ByteStore, base: (any ByteStore)? = nil, writable: Bool
+  ) throws(ImageError) -> Qcow {
+    let header = try QcowHeader.read(from: store)
+    guard !writable || store.isWritable else {
+      throw ImageError(.badRequest, "\(store.name) is open for reading only")
+    }
+    if let path = header.basePath, base == nil {
+      throw ImageError(.baseMissing, "store \(store.name) needs its base \(path): give it")
+    }
+    return try Qcow(
+      store: store, base: header.basePath == nil ? nil : base, header: header,
+      writable: writable)
+  }
+}

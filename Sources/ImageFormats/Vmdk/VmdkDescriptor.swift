@@ -1,0 +1,230 @@
+// The descriptor of a VMDK image: text that says what the image is, what its base is, and
+// which extents make up the disk. Its lines are in docs/formats/vmdk.md.
+//
+// Invariants of a descriptor that exists as a value (each checked on reading): there are 1 to
+// 1024 extents, none empty; together they have at most 2^50 bytes; an extent with data names
+// a file; a disk with a base says where it is.
+
+import Posix
+
+/// One extent of a VMDK disk, as the descriptor has it.
+public struct VmdkExtentLine: Sendable, Equatable {
+  /// How an extent's bytes are kept.
+  public enum Kind: String, Sendable {
+    /// The disk's bytes, from an offset of the file on.
+    case flat = "FLAT"
+    /// The same, by ESX.
+    case vmfs = "VMFS"
+    /// Grains where they are needed.
+    case sparse = "SPARSE"
+    /// The same, by ESX.
+    case vmfsSparse = "VMFSSPARSE"
+    /// Zeroes; no file.
+    case zero = "ZERO"
+  }
+
+  /// Whether writes are allowed.
+  public var isWritable: Bool
+  /// Length in sectors of 512 bytes.
+  public var sectors: UInt64
+  /// How its bytes are kept.
+  public var kind: Kind
+  /// The file, as the descriptor names it; empty for `zero`.
+  public var path: String
+  /// Where a flat extent begins in its file, in sectors.
+  public var offset: UInt64 = 0
+
+  /// The line.
+  var text: String {
+    let start = "\(isWritable ? "RW" : "RDONLY") \(sectors) \(kind.rawValue)"
+    switch kind {
+    case .zero: return start
+    case .flat, .vmfs: return start + " \"\(path)\" \(offset)"
+    case .sparse, .vmfsSparse: return start + " \"\(path)\""
+    }
+  }
+}
+
+/// What the descriptor of a VMDK image says.
+public struct VmdkDescriptor: Sendable, Equatable {
+  static let start = "# disk descriptorfile"
+  static let mostBytes = 1 << 20
+  static let mostExtents = 1024
+  static let longestPath = 1023
+  static let noParent: UInt32 = .max
+
+  /// Changes whenever the contents may have.
+  public var contentID: UInt32
+  /// The base's, when this image was made; all ones without a base.
+  public var parentContentID = Self.noParent
+  /// What kind of image it says it is.
+  public var createType: String
+  /// The base's path.
+  public var basePath: String?
+  /// The extents in the order of the disk.
+  public var extents: [VmdkExtentLine] = []
+  /// What else it says: lines of `ddb.` and others, as they stand.
+  var otherLines: [String] = []
+  /// Where the digits of the content ID stand in the text.
+  var contentIDDigits: Range<Int> = 0..<0
+
+  /// Length of the disk in bytes.
+  public var size: UInt64 { extents.reduce(0) { $0 + $1.sectors * 512 } }
+
+  init(contentID: UInt32, createType: String) {
+    self.contentID = contentID
+    self.createType = createType
+  }
+
+  /// Whether bytes begin like a descriptor.
+  static func isDescriptor(_ bytes: [UInt8]) -> Bool {
+    text(bytes.prefix(start.utf8.count)).lowercased() == start
+  }
+
+  /// Reads a descriptor out of its text; a byte of zero ends it.
+  ///
+  /// - Throws: `corrupt`, `unsupported`, without the store's name.
+  init(_ bytes: [UInt8]) throws(ImageError) {
+    guard Self.isDescriptor(bytes) else {
+      throw ImageError(.notThisFormat, "its descriptor does not begin as one")
+    }
+    self.init(contentID: 0, createType: "")
+    var parent: String?
+    var position = 0
+    for line in bytes.prefix(while: { $0 != 0 }).split(
+      separator: 10, omittingEmptySubsequences: false)
+    {
+      defer { position += line.count + 1 }
+      let words = Self.trimmed(text(line))
+      guard !words.isEmpty, !words.hasPrefix("#") else { continue }
+      guard let equals = words.firstIndex(of: "="), !Self.isExtent(words) else {
+        guard extents.count < Self.mostExtents else {
+          throw ImageError(.corrupt, "it has more than \(Self.mostExtents) extents")
+        }
+        extents.append(try Self.extent(words))
+        continue
+      }
+      let key = Self.trimmed(String(words[..<equals]))
+      let value = Self.unquoted(Self.trimmed(String(words[words.index(after: equals)...])))
+      switch key.lowercased() {
+      case "version":
+        guard ["1", "2", "3"].contains(value) else {
+          throw ImageError(.unsupported, "its descriptor is of version '\(value)'")
+        }
+      case "cid":
+        contentID = try Self.identity(value, key)
+        let from = line.firstIndex(of: 61).map { $0 - line.startIndex + 1 } ?? 0
+        let blanks = line.dropFirst(from).prefix { $0 == 32 || $0 == 9 }.count
+        let first = position + from + blanks
+        contentIDDigits = first..<(first + value.utf8.count)
+      case "parentcid": parentContentID = try Self.identity(value, key)
+      case "createtype": createType = value
+      case "parentfilenamehint": parent = value
+      default: otherLines.append(words)
+      }
+    }
+    basePath = parentContentID == Self.noParent ? nil : parent
+    try check(hasParentPath: parent != nil)
+  }
+
+  private func check(hasParentPath: Bool) throws(ImageError) {
+    guard !createType.isEmpty, !contentIDDigits.isEmpty else {
+      throw ImageError(.corrupt, "its descriptor lacks createType or CID")
+    }
+    guard parentContentID == Self.noParent || hasParentPath else {
+      throw ImageError(.corrupt, "it has a base (parentCID) and does not name it")
+    }
+    guard (basePath ?? "-").utf8.count <= Self.longestPath, basePath != "" else {
+      throw ImageError(.corrupt, "parentFileNameHint is empty or longer than 1023 bytes")
+    }
+    guard !extents.isEmpty else { throw ImageError(.corrupt, "its descriptor has no extents") }
+    var left: UInt64 = (1 << 50) / 512
+    for extent in extents {
+      guard extent.sectors > 0, extent.sectors <= left else {
+        throw ImageError(.corrupt, "an extent of \(extent.sectors) sectors")
+      }
+      left -= extent.sectors
+    }
+  }
+
+  private static func isExtent(_ words: String) -> Bool {
+    ["RW ", "RDONLY ", "NOACCESS "].contains { words.hasPrefix($0) }
+  }
+
+  private static func extent(_ words: String) throws(ImageError) -> VmdkExtentLine {
+    // The path is the only part with blanks in it, and it stands between quotation marks.
+    let parts = words.split(separator: "\"", omittingEmptySubsequences: false).map(String.init)
+    let head = parts[0].split(separator: " ").map(String.init)
+    func refuse(_ code: ImageError.Code = .corrupt) -> ImageError {
+      ImageError(code, "its descriptor has the line '\(words.prefix(200))'")
+    }
+    guard head.count == 3, let sectors = UInt64(head[1]) else { throw refuse() }
+    guard head[0] == "RW" || head[0] == "RDONLY", let kind = VmdkExtentLine.Kind(rawValue: head[2])
+    else { throw refuse(.unsupported) }
+    var line = VmdkExtentLine(
+      isWritable: head[0] == "RW", sectors: sectors, kind: kind, path: "")
+    guard kind != .zero else {
+      guard parts.count == 1 else { throw refuse() }
+      return line
+    }
+    guard parts.count == 3, !parts[1].isEmpty, parts[1].utf8.count <= longestPath else {
+      throw refuse()
+    }
+    line.path = parts[1]
+    let tail = trimmed(parts[2])
+    if !tail.isEmpty {
+      guard let offset = UInt64(tail.split(separator: " ")[0]), offset < 1 << 50 else {
+        throw refuse()
+      }
+      line.offset = offset
+    }
+    guard kind == .flat || kind == .vmfs || line.offset == 0 else { throw refuse() }
+    return line
+  }
+
+  private static func identity(_ value: String, _ key: String) throws(ImageError) -> UInt32 {
+    guard value.utf8.count <= 8, let number = UInt32(value, radix: 16) else {
+      throw ImageError(.corrupt, "\(key) is '\(value.prefix(40))', no content ID")
+    }
+    return number
+  }
+
+  private static func trimmed(_ words: String) -> String {
+    let blanks: Set<Character> = [" ", "\t", "\r", "\r\n"]
+    var words = Substring(words)
+    while let last = words.last, blanks.contains(last) { words.removeLast() }
+    return String(words.drop { blanks.contains($0) })
+  }
+
+  private static func unquoted(_ words: String) -> String {
+    guard words.count >= 2, words.hasPrefix("\""), words.hasSuffix("\"") else { return words }
+    return String(words.dropFirst().dropLast())
+  }
+
+  /// The text.
+  func encoded() -> [UInt8] {
+    var lines = ["# Disk DescriptorFile", "version=1", "CID=\(Self.digits(contentID))"]
+    lines.append("parentCID=\(Self.digits(parentContentID))")
+    lines.append("createType=\"\(createType)\"")
+    if let basePath { lines.append("parentFileNameHint=\"\(basePath)\"") }
+    lines += ["", "# Extent description"] + extents.map(\.text)
+    lines += ["", "# The Disk Data Base", "#DDB", ""] + otherLines
+    return Array((lines.joined(separator: "\n") + "\n").utf8)
+  }
+
+  /// Eight hexadecimal digits.
+  static func digits(_ number: UInt32) -> String {
+    let digits = String(number, radix: 16)
+    return String(repeating: "0", count: 8 - digits.count) + digits
+  }
+
+  /// Another content ID of the same number of digits, so that it fits into the same bytes.
+  func nextContentID() -> [UInt8] {
+    let count = contentIDDigits.count
+    while true {
+      let digits = String(Self.digits(.random(in: 0..<Self.noParent)).suffix(count))
+      guard let number = UInt32(digits, radix: 16), number != contentID else { continue }
+      return Array(digits.utf8)
+    }
+  }
+}

@@ -1,0 +1,149 @@
+// An image that is open, and the way to it: whatever files it names are asked for one by
+// one, so that whoever opens them may be this process or the daemon.
+
+public import ImageFormats
+public import Posix
+
+/// A file that an image needs beside its store.
+public struct FileRequest: Sendable, Hashable {
+  /// What it is for.
+  public let role: ImageChain.Request.Role
+  /// Its path, from the folder of the image that names it.
+  public let path: String
+  /// Whether the disk's own data is in it.
+  public let writable: Bool
+}
+
+/// An image that is open, and what it lives in.
+public struct OpenImage {
+  /// Answers a request for a file.
+  public typealias Opener = (FileRequest) throws(ImageError) -> any ByteStore
+
+  /// Name of its format.
+  public let formatName: String
+  /// The image.
+  public let format: any ImageFormat
+  /// The store.
+  public let store: any ByteStore
+  /// The devices that the image's extents name by number.
+  public let devices: [any ByteStore]
+  /// The base as it stands in the image.
+  public let basePath: String?
+  /// Whether the disk is only read.
+  public let readOnly: Bool
+
+  /// Opens or makes an image. Throws what the format says of it, and what `opener` throws.
+  public init(
+    _ name: FormatName, store: any ByteStore, _ request: ImageRequest, opener: Opener
+  ) throws(ImageError) {
+    var named: String?
+    var base: (any ByteStore)?
+    let resolve = { (asked: ImageChain.Request) throws(ImageError) -> any ByteStore in
+      let isTop = asked.from == store.name
+      guard !asked.isGuessed else { throw Self.refusal(asked) }
+      guard isTop, asked.role == .base else {
+        return try opener(
+          FileRequest(
+            role: asked.role, path: Self.path(asked.path, from: asked.from),
+            writable: isTop && !request.readOnly))
+      }
+      named = asked.path
+      let found = try opener(Self.base(of: store, named: asked.path, request))
+      base = found
+      return found
+    }
+    if request.create { try Self.make(name, store, request, opener, resolve) }
+    format = try ImageChain.open(
+      store, kind: name.kind, baseKind: request.baseFormat?.kind, writable: !request.readOnly,
+      depth: request.depth, force: request.force, resolve: resolve)
+    if named == nil, let given = request.basePath {
+      throw ImageError(
+        .badRequest, "store \(store.name) has no base, and \(given) was given: leave it out")
+    }
+    formatName = name.name
+    basePath = named
+    self.store = store
+    devices = format.devices ?? [store] + (base.map { [$0] } ?? [])
+    readOnly = request.readOnly
+  }
+
+  private static func base(
+    of store: any ByteStore, named path: String, _ request: ImageRequest
+  ) -> FileRequest {
+    FileRequest(
+      role: .base, path: request.basePath ?? Self.path(path, from: store.name), writable: false)
+  }
+
+  /// A path as an image means it: what is relative starts at the image's folder.
+  static func path(_ path: String, from image: String) -> String {
+    guard !path.hasPrefix("/"), let slash = image.lastIndex(of: "/") else { return path }
+    return image[...slash] + path
+  }
+
+  private static func refusal(_ asked: ImageChain.Request) -> ImageError {
+    ImageError(
+      .unsupported,
+      "\(asked.from) begins like an image that names \(asked.path), but nobody says that it is "
+        + "one: give its format (base-format), or 'raw' if it is a disk of its own")
+  }
+
+  // MARK: Making
+
+  /// Makes the image, unless a worker before this one has done so.
+  private static func make(
+    _ name: FormatName, _ store: any ByteStore, _ request: ImageRequest,
+    _ opener: Opener, _ resolve: ImageChain.Resolver
+  ) throws(ImageError) {
+    guard let path = request.basePath else {
+      throw ImageError(.badRequest, "store \(store.name) cannot be made without a base")
+    }
+    guard name.kind == .dscow || name.kind == .qcow2 else {
+      throw ImageError(
+        .badRequest,
+        "store \(store.name) does not exist, and stores of format \(name.name) are not made here:"
+          + " make it with 'qemu-img create', or use dscow or qcow2")
+    }
+    guard try !isMade(name, store) else { return }
+    let file = try opener(base(of: store, named: path, request))
+    let base = try ImageChain.base(
+      file, kind: request.baseFormat?.kind, of: store, depth: request.depth, resolve: resolve)
+    if name.kind == .dscow {
+      try Dscow.create(
+        store: store, base: base, baseName: path,
+        blockSize: request.blockSize ?? Dscow.defaultBlockSize)
+      return
+    }
+    let head = try imageIO { () throws(IOError) in try store.read(at: 0, count: 512) }
+    guard head.allSatisfy({ $0 == 0 }) else {
+      throw ImageError(.badRequest, "\(store.name) is not empty: choose another store")
+    }
+    var options = Qcow2Options()
+    if let size = request.blockSize { options.clusterSize = UInt64(size) }
+    let kind = if let format = request.baseFormat { format.kind } else { try ImageKind.probe(file) }
+    options.base = (path, kind.rawValue)
+    try Qcow2.create(store: store, size: base.size, options: options)
+  }
+
+  private static func isMade(
+    _ name: FormatName, _ store: any ByteStore
+  ) throws(ImageError) -> Bool {
+    guard store.size > 0 else { return false }
+    do throws(ImageError) {
+      if name.kind == .dscow {
+        _ = try Dscow.header(of: store)
+      } else {
+        _ = try Qcow2Header.read(from: store)
+      }
+      return true
+    } catch {
+      // Not made yet, or only in part: making refuses what is not its own.
+      guard error.code == .notThisFormat || error.code == .corrupt else { throw error }
+      return false
+    }
+  }
+}
+
+/// A failed system call as an image's error.
+func imageIO<R>(_ body: () throws(IOError) -> R) throws(ImageError) -> R {
+  do throws(IOError) { return try body() } catch { throw ImageError(error) }
+}

@@ -1,0 +1,125 @@
+// What is done to every image: opened, described, read, written, committed, checked, mended.
+// Errors are what hostile bytes deserve; a trap, a hang or much memory is a find.
+
+import ImageFormats
+import Posix
+
+/// How much is done to an image.
+enum Effort: String {
+  /// Headers are parsed, the image is opened, and asked where some blocks are.
+  case head
+  /// It is checked and read as well.
+  case read
+  /// It is written, committed, discarded and mended as well.
+  case use
+}
+
+/// Everything that can be done to an image of one format.
+struct Harness {
+  let kind: ImageKind
+  let effort: Effort
+
+  private var writes: Bool { effort == .use }
+
+  private func attempt(_ body: () throws -> Void) {
+    do { try body() } catch is ImageError {} catch is IOError {} catch {
+      fatalError("an error of another room: \(error)")
+    }
+  }
+
+  func use(_ bytes: [UInt8]) {
+    let store = FuzzStore("hostile", bytes)
+    attempt { _ = try ImageKind.probe(store) }
+    guard effort != .head else {
+      attempt { try ask(try open(store)) }
+      return
+    }
+    check(store)
+    attempt {
+      let image = try open(store)
+      if writes { try write(image, store) } else { try read(image, store) }
+    }
+    if writes {
+      check(store)
+      mend(store)
+    }
+  }
+
+  /// A base that is no image; files of data and extents with room to write in.
+  private func beside(_ path: String) -> FuzzStore {
+    FuzzStore(path, [UInt8](repeating: 0xB5, count: 65536), size: 1 << 20)
+  }
+
+  private func extents(_ store: FuzzStore) throws(ImageError) -> [any ByteStore] {
+    try VmdkLayout.read(from: store).extentPaths.prefix(64).map { beside($0) }
+  }
+
+  private func open(_ store: FuzzStore) throws(ImageError) -> any ImageFormat {
+    try ImageChain.open(store, kind: kind, writable: writes, depth: 4) {
+      (request) throws(ImageError) in
+      beside(request.path)
+    }
+  }
+
+  private func ask(_ image: any ImageFormat) throws {
+    let blocks = (image.size + UInt64(image.blockSize) - 1) / UInt64(image.blockSize)
+    for block in [0, 1, blocks / 2, blocks &- 1] where block < blocks {
+      attempt { _ = try image.find(block, limit: blocks - block) }
+    }
+  }
+
+  /// Reads where something may be: the first blocks, the last, and some between.
+  private func read(_ image: any ImageFormat, _ store: FuzzStore) throws {
+    let engine = DeviceEngine(image, store: store)
+    let step = max(engine.sectors / 32, 64)
+    for sector in stride(from: 0, to: engine.sectors, by: step) {
+      attempt { _ = try engine.read(sector, count: min(64, engine.sectors - sector)) }
+    }
+    let tail = min(64, engine.sectors)
+    attempt { _ = try engine.read(engine.sectors - tail, count: tail) }
+  }
+
+  private func write(_ image: any ImageFormat, _ store: FuzzStore) throws {
+    // A copy of a block is not to take more memory than the house's limit.
+    guard image.blockSize <= 4 << 20 else { return }
+    let engine = DeviceEngine(image, store: store)
+    let sectors = engine.sectors
+    guard sectors > 64 else { return }
+    attempt { try engine.write(9, [UInt8](repeating: 5, count: 512 * 20)) }
+    attempt { try engine.discard(0, count: min(sectors, 4096), zeroing: true) }
+    attempt { try engine.write(sectors / 2, [UInt8](repeating: 7, count: 512 * 3)) }
+    attempt { try engine.flush() }
+    attempt { try engine.write(sectors - 5, [UInt8](repeating: 6, count: 512 * 5)) }
+    attempt { try engine.discard(sectors - 64, count: 64, zeroing: false) }
+    attempt { try engine.flush() }
+    try read(image, store)
+  }
+
+  private func check(_ store: FuzzStore) {
+    attempt {
+      switch kind {
+      case .raw: break
+      case .dscow: _ = try Dscow.check(store: store)
+      case .qcow2:
+        _ = try Qcow2.check(store: store)
+        _ = try Qcow2.snapshots(of: store)
+      case .qcow: _ = try Qcow.check(store: store)
+      case .vhd: _ = try Vhd.check(store: store)
+      case .vmdk: _ = try Vmdk.check(store: store, extents: try extents(store))
+      }
+    }
+  }
+
+  private func mend(_ store: FuzzStore) {
+    attempt {
+      switch kind {
+      case .raw: break
+      case .dscow: _ = try Dscow.check(store: store, repair: true)
+      case .qcow: _ = try Qcow.repair(store: store, .all)
+      case .qcow2: _ = try Qcow2.repair(store: store, .all)
+      case .vhd: _ = try Vhd.repair(store: store, .all)
+      case .vmdk: _ = try Vmdk.repair(store: store, extents: try extents(store), .all)
+      }
+    }
+  }
+}
