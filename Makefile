@@ -13,7 +13,7 @@ SHELL_FILES = $(shell git grep -lE '^\#!/bin/(ba)?sh|^\# shellcheck shell=' -- .
 export SWIFT
 export DMU_BIN_DIR = $(CURDIR)/$(BIN)
 
-.PHONY: help build dist test kernel-lab check run lab-shell install bench clean format
+.PHONY: help build dist test kernel-lab check run lab-shell install fuzz bench clean format
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -38,6 +38,7 @@ test: ## every suite: unit, xenstored, NBD clients, the Xen lab (under 40 minute
 	@lab/prerequisites build test xen
 	@$(MAKE) --no-print-directory dist
 	Tests/run
+	fuzz/run --seconds 3
 	lab/xen/run --dist $(DIST)
 
 kernel-lab: build ## the module's scenarios in a checked kernel (25 minutes once, then 20)
@@ -48,18 +49,22 @@ kernel-lab: build ## the module's scenarios in a checked kernel (25 minutes once
 
 check: ## format, lint, warnings as errors, shellcheck
 	@lab/prerequisites build check
-	$(SWIFT) format lint --strict --recursive Package.swift Sources Tests
+	$(SWIFT) format lint --strict --recursive Package.swift Sources Tests fuzz
 	shellcheck -x $(SHELL_FILES)
 	$(SWIFT) build --build-tests
 
 format: ## let swift format put the sources in order
-	$(SWIFT) format --in-place --recursive Package.swift Sources Tests
+	$(SWIFT) format --in-place --recursive Package.swift Sources Tests fuzz
 
 lab-shell: ## an interactive dom0 on a real Xen, the programs in place
 	@lab/prerequisites build xen
 	@lab/xen/prepare
 	@$(MAKE) --no-print-directory dist
 	@lab/xen/shell $(DIST)
+
+fuzz: build ## hostile images for every format, a minute for each target (20 minutes)
+	@lab/prerequisites test
+	fuzz/run --seconds 60
 
 bench: build ## measure against qemu-nbd, in one run
 	@lab/prerequisites bench
@@ -73,6 +78,8 @@ install: ## install into $(DESTDIR)$(PREFIX), etc. into $(DESTDIR)/etc
 	install -m 755 hotplug/block-dmu $(DESTDIR)/etc/xen/scripts/
 	install -m 644 etc/dmu-xen.toml $(DESTDIR)/etc/
 	install -m 644 etc/systemd/*.service $(DESTDIR)/lib/systemd/system/
+	install -d -m 755 $(DESTDIR)$(PREFIX)/lib/dmu-xen/plugins
+	install -D -m 644 Sources/CPlugin/include/dmu_plugin.h $(DESTDIR)$(PREFIX)/include/dmu_plugin.h
 	for program in $(PROGRAMS) dscow_tool; do \
 	  $(BIN)/$$program --generate-completion-script bash \
 	    >$(DESTDIR)$(PREFIX)/share/bash-completion/completions/$$program || exit 1; done
@@ -80,4 +87,4 @@ install: ## install into $(DESTDIR)$(PREFIX), etc. into $(DESTDIR)/etc
 	  install -D -m 644 $$page $(DESTDIR)$(PREFIX)/share/$$page || exit 1; done
 
 clean: ## remove what was built here (the cache of the labs stays)
-	rm -rf .build .build-release .lab-prepare.log
+	rm -rf .build .build-release .build-fuzz .lab-prepare.log

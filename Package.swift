@@ -48,7 +48,8 @@ let package = Package(
     room("XenStore", ["CXenStore", "Posix"]),
     .systemLibrary(name: "CZlib", pkgConfig: "zlib", providers: [.apt(["zlib1g-dev"])]),
     .systemLibrary(name: "CZstd", pkgConfig: "libzstd", providers: [.apt(["libzstd-dev"])]),
-    room("ImageFormats", ["CZlib", "CZstd", "Posix"]),
+    .target(name: "CPlugin"),
+    room("ImageFormats", ["CPlugin", "CZlib", "CZstd", "Posix"]),
     .systemLibrary(
       name: "CDeviceMapper", pkgConfig: "devmapper", providers: [.apt(["libdevmapper-dev"])]),
     room("DeviceMapper", ["CDeviceMapper", "Posix"]),

@@ -32,6 +32,12 @@ public struct ByHandOptions: Sendable {
   public var force = false
   /// By which way a device reaches the kernel.
   public var transport = Transport.auto
+  /// The folder of plugins; nil: the usual one.
+  public var plugins: String?
+  /// Where every fault and answer is written as a line; "-" is standard error.
+  public var trace: String?
+  /// A named pipe by which held writes are let go.
+  public var hold: String?
   /// What is logged.
   public var level = Log.Level.warning
 
@@ -59,7 +65,6 @@ public enum ByHand {
   /// that was written is durable. Throws when the disk cannot be served or committed.
   public static func run(_ options: ByHandOptions) throws(WorkerError) {
     let log = Log(level: options.level, journal: Log.underJournal)
-    let name = try FormatName(named: options.format)
     let signals = try system { () throws(IOError) in
       try SignalSource([SIGTERM, SIGINT, SIGHUP])
     }
@@ -67,13 +72,15 @@ public enum ByHand {
     var stopping = false
     try system { () throws(IOError) in try loop.addStop(signals, log) { stopping = true } }
     let request = try self.request(options)
-    if case .device(let device) = options.service, try ByMapper.isWay(options.transport) {
+    if case .device(let device) = options.service, try ByMapper.isWay(options) {
       let mapper = ByMapper(
-        options: options, request: request, format: name, name: device, loop: loop, log: log)
+        options: options, request: request, format: try FormatName(named: options.format),
+        name: device, loop: loop, log: log)
       if try mapper.run(isStopping: { stopping }) { return }
     }
-    let image = try Opening.image(name, store: options.store, request)
-    let disk = try Disk(image, pending: nil, loop: loop, log: log)
+    let disk = try Disk(
+      try image(options, request), pending: nil, loop: loop, log: log,
+      debugging: DiskDebugging(trace: options.trace, hold: options.hold))
     let service = try publish(disk, options, log)
     disk.detached = { [unowned disk] end in
       service.socketEnded(end, disk) { stopping = true }
@@ -94,6 +101,17 @@ public enum ByHand {
     request.basePath = options.base
     if let format = options.baseFormat { request.baseFormat = try FormatName(named: format) }
     return request
+  }
+
+  private static func image(
+    _ options: ByHandOptions, _ request: ImageRequest
+  ) throws(WorkerError) -> OpenImage {
+    guard let kind = FormatName.kind(options.format) else {
+      return try Opening.image(
+        plugin: options.format, in: options.plugins ?? PluginFolder.usual, store: options.store,
+        request)
+    }
+    return try Opening.image(FormatName(kind), store: options.store, request)
   }
 
   private static func publish(

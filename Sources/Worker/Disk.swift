@@ -13,6 +13,24 @@ public import Posix
 public import Target
 public import WorkerLink
 
+/// What whoever debugs wants of a disk.
+public struct DiskDebugging: Sendable {
+  var trace: String?
+  var hold: String?
+
+  /// Nothing, or a file for a trace and a named pipe for orders.
+  public init(trace: String? = nil, hold: String? = nil) {
+    self.trace = trace
+    self.hold = hold
+  }
+
+  /// Held writes are told in the trace, so that goes to standard error unless it is elsewhere.
+  func open(_ log: Log) throws(WorkerError) -> Trace? {
+    guard trace != nil || hold != nil else { return nil }
+    return try Trace(path: trace ?? "-", log)
+  }
+}
+
 /// A disk, from its opening to its end. Used from the loop's thread.
 public final class Disk {
   /// How it is now.
@@ -36,11 +54,14 @@ public final class Disk {
   private var session: NBDSession?
   private var next: Descriptor?
 
+  private var holder: HoldingExecutor?
+
   /// Builds the engine over an image and takes up what the pending file holds; without one,
   /// nothing outlives this process but what was flushed. The file's descriptor is lent for
   /// as long as the disk lives.
   public init(
-    _ image: OpenImage, pending: Int32?, loop: EventLoop, log: Log
+    _ image: OpenImage, pending: Int32?, loop: EventLoop, log: Log,
+    debugging: DiskDebugging = DiskDebugging()
   ) throws(WorkerError) {
     self.image = image
     self.loop = loop
@@ -49,6 +70,13 @@ public final class Disk {
     do throws(IOError) {
       pool = try ThreadPool(loop: loop)
     } catch { throw WorkerError(error) }
+    let trace = try debugging.open(log)
+    var executor: any IOExecutor = PoolExecutor(pool: pool, devices: image.devices)
+    if let trace, let pipe = debugging.hold {
+      let holder = try HoldingExecutor(executor, pipe: pipe, trace, loop: loop, log)
+      self.holder = holder
+      executor = holder
+    }
     do throws(PendingLogError) {
       let pendingLog =
         if let pending {
@@ -58,7 +86,7 @@ public final class Disk {
         }
       target = try UserTarget(
         size: format.size, blockSize: format.blockSize,
-        executor: PoolExecutor(pool: pool, devices: image.devices), log: pendingLog,
+        executor: executor, log: pendingLog,
         readOnly: image.readOnly)
     } catch { throw WorkerError("pending", "the record of uncommitted blocks: \(error)") }
     var options = NBDExport.Options()
@@ -67,7 +95,7 @@ public final class Disk {
     let target = target
     worker = Worker(
       target: target, format: format, store: image.store, log: log,
-      offload: { target.run($0, then: $1) })
+      offload: { target.run($0, then: $1) }, trace: trace)
     do throws(ImageError) { try worker.restore() } catch { throw WorkerError(error) }
     let worker = worker
     loop.addStage(.answer) { worker.pump() }
@@ -121,6 +149,7 @@ public final class Disk {
   public func finish() throws(IOError) -> Int32 {
     next = nil
     export.close()
+    holder?.go()
     while target.outstanding > 0 { try turn(timeout: 100) }
     var result: Int32?
     target.flush { result = $0 }

@@ -43,11 +43,19 @@ public struct FormatName: Sendable, Equatable {
 
   /// Looks a name up. Throws `unknown-format` with the names that there are.
   public init(named name: String) throws(WorkerError) {
-    guard let kind = name == "vhd" ? .vhd : ImageKind(rawValue: name) else {
-      let names = Self.all.joined(separator: ", ")
-      throw WorkerError("unknown-format", "format '\(name)' is unknown: this dmu-xen has \(names)")
-    }
+    guard let kind = Self.kind(name) else { throw Self.unknown(name) }
     self.kind = kind
+  }
+
+  static func kind(_ name: String) -> ImageKind? {
+    name == "vhd" ? .vhd : ImageKind(rawValue: name)
+  }
+
+  /// `remark` follows the names that there are.
+  static func unknown(_ name: String, _ remark: String = "") -> WorkerError {
+    let names = Self.all.joined(separator: ", ")
+    return WorkerError(
+      "unknown-format", "format '\(name)' is unknown: this dmu-xen has \(names)\(remark)")
   }
 
   /// The name that people give it.

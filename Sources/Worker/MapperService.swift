@@ -29,8 +29,16 @@ struct ByMapper {
   private var device: ServedDevice { ServedDevice(name: name, owner: "cowd") }
 
   /// Whether this kernel has the way. Throws when it was wished and is not there.
-  static func isWay(_ transport: Transport) throws(WorkerError) -> Bool {
+  /// Tracing and holding are of the engine in user space, and plugins are served there.
+  static func isWay(_ options: ByHandOptions) throws(WorkerError) -> Bool {
+    let transport = options.transport
     guard transport != .nbd else { return false }
+    guard options.trace == nil, options.hold == nil, FormatName.kind(options.format) != nil else {
+      guard transport == .dm else { return false }
+      throw WorkerError(
+        "usage", "--transport dm serves no plugin's format, and neither traces nor holds: "
+          + "leave it out")
+    }
     let there = try mapping { () throws(DeviceMapperError) in try ServedDevice.isAvailable() }
     guard !there, transport == .dm else { return there }
     throw WorkerError(

@@ -67,6 +67,19 @@ public struct OpenImage {
     readOnly = request.readOnly
   }
 
+  /// An image that was opened otherwise.
+  init(
+    _ formatName: String, _ format: any ImageFormat, store: any ByteStore,
+    devices: [any ByteStore], readOnly: Bool
+  ) {
+    self.formatName = formatName
+    self.format = format
+    self.store = store
+    self.devices = devices
+    self.readOnly = readOnly
+    basePath = nil
+  }
+
   private static func base(
     of store: any ByteStore, named path: String, _ request: ImageRequest
   ) -> FileRequest {

@@ -67,6 +67,7 @@ public final class Worker {
   private let store: any ByteStore
   private let offload: Offload
   private let log: Log
+  private let trace: Trace?
   /// The greatest mark that the target has been given. What bears one up to it is no news to
   /// the target, which takes only marks that grow.
   private var lastMark: Mark = 0
@@ -74,10 +75,19 @@ public final class Worker {
   private var flushes: [(id: FaultID, upTo: Mark)] = []
 
   /// A worker from its parts.
-  public init(
+  public convenience init(
     target: any TargetEngine, format: any ImageFormat, store: any ByteStore, log: Log,
     offload: @escaping Offload
   ) {
+    self.init(
+      target: target, format: format, store: store, log: log, offload: offload, trace: nil)
+  }
+
+  init(
+    target: any TargetEngine, format: any ImageFormat, store: any ByteStore, log: Log,
+    offload: @escaping Offload, trace: Trace?
+  ) {
+    self.trace = trace
     self.target = target
     self.format = format
     self.store = store
@@ -106,6 +116,7 @@ public final class Worker {
   }
 
   private func handle(_ fault: Fault) {
+    trace?.fault(fault)
     switch fault {
     case .read(let id, let blocks):
       resolve(id, blocks) { () throws(ImageError) in
@@ -168,6 +179,7 @@ public final class Worker {
   /// Whether the target took it.
   @discardableResult private func give(_ answer: Answer) -> Bool {
     do throws(AnswerRefusal) {
+      trace?.answer(answer)
       try target.answer(answer)
       return true
     } catch {

@@ -53,6 +53,23 @@ struct Cowd: ParsableCommand {
   @Flag(name: .long, help: "Accept a base that has changed, and note it anew.")
   var force = false
 
+  @Option(
+    name: .long,
+    help: ArgumentHelp(
+      "Where plugins are (/usr/lib/dmu-xen/plugins).", valueName: "folder"))
+  var plugins: String?
+
+  @Option(
+    name: .long,
+    help: ArgumentHelp("Write every fault and answer to this file; - for here.", valueName: "file"))
+  var trace: String?
+
+  @Option(
+    name: .long,
+    help: ArgumentHelp(
+      "Hold every write until this named pipe lets it go.", valueName: "pipe"))
+  var hold: String?
+
   @Flag(name: .long, help: "Serve the disk for reading only.")
   var readOnly = false
 
@@ -106,6 +123,9 @@ struct Cowd: ParsableCommand {
     options.base = base
     options.baseFormat = baseFormat
     options.force = force
+    options.plugins = plugins
+    options.trace = trace
+    options.hold = hold
     options.readOnly = readOnly
     options.transport = Transport(rawValue: transport) ?? .auto
     options.level = verbose > 1 ? .debug : verbose > 0 ? .info : .warning

@@ -15,10 +15,14 @@ struct PowerCuts {
   }
 
   static let sectors = 256
+  /// What bases hold: each sector its number from 1 on.
+  static let base = (0..<sectors).flatMap { Stamp.sectors(1, UInt64($0 + 1)) }
 
   let name: String
-  /// The image that each life begins with, whose disk is of zeroes.
+  /// The image that each life begins with.
   let image: [UInt8]
+  /// Whether it is over a base of stamps, as `base` makes it; else its disk is of zeroes.
+  let isFull: Bool
   let open: (any ByteStore, _ writable: Bool) throws -> any ImageFormat
   let check: (any ByteStore) throws -> CheckReport
   /// Leaves nothing to find.
@@ -46,7 +50,8 @@ struct PowerCuts {
 
   private func live(seed: UInt64, keepsOrder: Bool = true) throws -> UInt64 {
     var random = SplitMix64(seed: seed)
-    var model = DiskModel(sectors: Self.sectors) { _ in 0 }
+    let isFull = isFull
+    var model = DiskModel(sectors: Self.sectors) { isFull ? UInt64($0 + 1) : 0 }
     let room = [UInt8](repeating: 0, count: 1 << 20)
     var disk = SimulatedDisk("store", contents: image + room)
     var used = UInt64(image.count)
@@ -81,6 +86,57 @@ struct PowerCuts {
       try inspect(after, &model)
     }
     return leaks
+  }
+
+  /// Cuts the power while the disk is given another length: it has the old one or the new, what
+  /// it had is there, and what is new is zeroes; and then it is given a third one.
+  func runResizes(
+    seeds: Int, _ resize: (any ImageFormat, UInt64) throws -> Void
+  ) throws {
+    for seed in 0..<seeds {
+      do { try resizeLife(UInt64(seed), resize) } catch {
+        Issue.record("\(name), resize, seed \(seed): \(error)")
+      }
+    }
+    print("\(name): \(seeds) power cuts while resizing")
+  }
+
+  private func resizeLife(
+    _ seed: UInt64, _ resize: (any ImageFormat, UInt64) throws -> Void
+  ) throws {
+    var random = SplitMix64(seed: seed)
+    var disk = SimulatedDisk("store", contents: image + [UInt8](repeating: 0, count: 1 << 20))
+    var store = GrowingDisk(disk, used: UInt64(image.count))
+    let engine = DeviceEngine(try open(store, true), store: store)
+    var model = (0..<Self.sectors).map { UInt64($0 + 1) }
+    try engine.write(0, model.flatMap { Stamp.sectors(1, $0) })
+    try engine.flush()
+    for _ in 0..<4 {
+      let sectors = 9 + random.below(600)
+      disk.cutPower(after: random.below(16))
+      do { try resize(try open(store, true), UInt64(sectors * 512)) } catch is IOError {
+      } catch let error as ImageError where error.code == .io {}
+      let used = store.size
+      disk = disk.afterPowerCut(using: &random)
+      store = GrowingDisk(disk, used: used)
+      let report = try check(store)
+      guard report.corruptions == 0 else {
+        throw Violation(description: "\(report.problems)")
+      }
+      let engine = DeviceEngine(try open(store, false), store: store)
+      guard engine.sectors == sectors || engine.sectors == model.count else {
+        throw Violation(description: "\(engine.sectors) sectors, not \(sectors)")
+      }
+      model = Array(model.prefix(engine.sectors))
+      model += [UInt64](repeating: 0, count: engine.sectors - model.count)
+      let bytes = try engine.read(0, count: engine.sectors)
+      for (sector, stamp) in model.enumerated() {
+        let found = bytes.withUnsafeBytes { Stamp.read($0, at: sector * 512) }
+        guard found == stamp else {
+          throw Violation(description: "sector \(sector): \(found as Any), not \(stamp)")
+        }
+      }
+    }
   }
 
   private func step(

@@ -10,12 +10,14 @@ import WorkerLink
 
 /// A store that QEMU made, over the stamped base of `TestImage`.
 enum MadeStore: String, CaseIterable {
-  case overlay, compressed, dataFile, vhd, raw, dscow, snapshot
+  case overlay, compressed, dataFile, vhd, raw, dscow, snapshot, qcow, vmdk, splitVMDK, flatVMDK
 
   var format: String {
     switch self {
     case .overlay, .compressed, .dataFile, .snapshot: "qcow2"
     case .vhd: "vhd"
+    case .qcow: "qcow"
+    case .vmdk, .splitVMDK, .flatVMDK: "vmdk"
     case .raw: "raw"
     case .dscow: "dscow"
     }
@@ -49,6 +51,12 @@ enum MadeStore: String, CaseIterable {
       )
     case .vhd:
       try qemu("convert", "-f", "raw", "-O", "vpc", "-o", "force_size=on", image.base, path)
+    case .qcow: try qemu("convert", "-f", "raw", "-O", "qcow", image.base, path)
+    case .vmdk: try qemu("convert", "-f", "raw", "-O", "vmdk", image.base, path)
+    case .splitVMDK, .flatVMDK:
+      let kind = self == .flatVMDK ? "twoGbMaxExtentFlat" : "twoGbMaxExtentSparse"
+      try qemu(
+        "convert", "-f", "raw", "-O", "vmdk", "-o", "subformat=\(kind)", image.base, path)
     case .raw: try qemu("convert", "-f", "raw", "-O", "raw", image.base, path)
     case .snapshot:
       try qemu("convert", "-f", "raw", "-O", "qcow2", "-o", size, image.base, path)
@@ -93,7 +101,7 @@ let hasQemu = access("/usr/bin/qemu-img", X_OK) == 0
     let load = try serve(kind, path, socket, image, seed: seeds)
     #expect(load.wrongs == [])
     if let judged = kind.judged {
-      if judged == "qcow2" { try kind.qemu("check", "-f", judged, path) }
+      if judged == "qcow2" || judged == "vmdk" { try kind.qemu("check", "-f", judged, path) }
       load.settle(try kind.contents(path, image), after: "the end, as QEMU reads it")
     }
     // And a second time, from what is there.

@@ -15,7 +15,8 @@ import WorkerLink
   @Test(arguments: [4096, 65536] as [UInt32])
   func killedItLosesNothingAcknowledged(blockSize: UInt32) throws {
     var seeds = SeededRandom(announcedAs: "killed while supervised, blocks of \(blockSize)")
-    let image = try TestImage(sectors: blockSize == 4096 ? 2048 : 8192, blockSize: blockSize)
+    // So large that the load does not come to an end of new blocks.
+    let image = try TestImage(sectors: blockSize == 4096 ? 32768 : 65536, blockSize: blockSize)
     let daemon = try TestDaemon(image)
     let load = RandomLoad(
       image.model(), seed: seeds.next(), longest: Int(blockSize) / 512 * 2, repeats: true)

@@ -28,8 +28,10 @@ public enum SpecCommand {
       lines.append(
         ("option", "\(option.name) = \(option.value)\(meaning.map { " (\($0))" } ?? "")"))
     }
-    lines.append(("store", "\(spec.store) (\(state(spec.store, spec.base == nil)))"))
-    if let base = spec.base {
+    lines.append(("store", "\(spec.store) (\(state(spec)))"))
+    if spec.format == "raw" {
+      lines.append(("base", "none: a raw store has no base"))
+    } else if let base = spec.base {
       lines.append(("base", "\(base) (\(Images.exists(base) ? "exists" : "does not exist"))"))
     } else {
       lines.append(("base", "the one that the store names, if the configuration allows it"))
@@ -40,9 +42,12 @@ public enum SpecCommand {
     }.joined()
   }
 
-  private static func state(_ store: String, _ noBase: Bool) -> String {
-    if Images.exists(store) { return "exists" }
-    return noBase
+  private static func state(_ spec: Spec) -> String {
+    if Images.exists(spec.store) { return "exists" }
+    guard KnownFormat.named(spec.format)?.blockSizes != nil else {
+      return "does not exist; stores of this format are not created"
+    }
+    return spec.base == nil
       ? "does not exist; it would be created if the spec named a base"
       : "does not exist; it will be created"
   }

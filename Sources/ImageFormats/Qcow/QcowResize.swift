@@ -26,6 +26,8 @@ extension Qcow {
     guard newSize != old else { return }
     if newSize < old { return try shrink(to: longer) }
     try zeroTail(from: old)
+    // A power cut may have left what an earlier shrinking meant to take out.
+    try clear(tables: header.l1Entries)
     if longer.l1Entries > header.l1Entries {
       let bytes = longer.l1Entries * 8
       longer.l1Offset = try take((bytes + 4095) / 4096 * 4096)
@@ -59,9 +61,14 @@ extension Qcow {
   private func shrink(to new: QcowHeader) throws(ImageError) {
     let tables = header.l1Entries
     try put(new)
+    try clear(tables: tables)
+  }
+
+  /// Takes what lies past the end out of so many tables.
+  private func clear(tables: UInt64) throws(ImageError) {
     let first = blockCount
     let zero = [UInt8](repeating: 0, count: 8)
-    for index in (first / header.l2Entries)..<tables {
+    for index in min(tables, first / header.l2Entries)..<tables {
       let table = try table(index)
       guard table != 0 else { continue }
       let start = first > index * header.l2Entries ? first - index * header.l2Entries : 0

@@ -29,7 +29,11 @@ extension Vhd {
     new.creator = Array("tap\0".utf8)
     new.footer = header.resizedFooter(to: newSize, creator: new.creator)
     guard header.kind != .fixed else { return try resizeFixed(new) }
-    if newSize > old { try zeroTail(from: old) }
+    if newSize > old {
+      try zeroTail(from: old)
+      // A power cut may have left what an earlier shrinking meant to take out.
+      try clearTable(from: blockCount)
+    }
     try growTable(&new)
     let end = max(try findEnd(), store.size < 512 ? 0 : (store.size - 512) / 512 * 512)
     let footer = new.footer
@@ -99,6 +103,7 @@ extension Vhd {
   }
 
   private func clearTable(from block: UInt64) throws(ImageError) {
+    guard block < UInt64(header.tableEntries) else { return }
     let unused = [UInt8](
       repeating: 0xFF, count: Int((UInt64(header.tableEntries) - block) * 4))
     try io { () throws(IOError) in

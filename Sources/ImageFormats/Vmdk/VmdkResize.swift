@@ -5,7 +5,7 @@
 // are missing, at the end of its file; that is flushed, and then one sector, its header, names
 // them and the new length at once. The descriptor comes last when the disk grows and first
 // when it shrinks: what counts is the header in an image of one file, else the descriptor, and
-// an extent may be longer than it says.
+// an extent may be longer than it says. What lies past the end is taken out of tables last.
 
 import Posix
 
@@ -50,8 +50,11 @@ extension Vmdk {
       }
       change(self)
     case .sparse(let index):
-      if !grows { try shrink(index, to: sectors) }
+      let part = sparse[index]
+      // A power cut may have left what an earlier shrinking meant to take out.
+      if grows { try shrink(part, to: UInt64(last.sectors.count)) }
       try grow(index, to: sectors)
+      if !grows { try shrink(part, to: sectors) }
       change(self)
     }
     guard grows else { return }
@@ -86,8 +89,7 @@ extension Vmdk {
   }
 
   /// Takes entries past the end out of both copies of the tables.
-  private func shrink(_ index: Int, to sectors: UInt64) throws(ImageError) {
-    let part = sparse[index]
+  private func shrink(_ part: Sparse, to sectors: UInt64) throws(ImageError) {
     let header = part.header
     let first = (sectors + header.grain - 1) / header.grain
     for table

@@ -7,18 +7,28 @@ import TestSupport
 import Testing
 
 @Suite struct QcowTests {
-  private static func cuts() throws -> PowerCuts {
+  private static func cuts(overBase: Bool) throws -> PowerCuts {
     let fresh = MemoryStore()
-    try Qcow.create(store: fresh, size: UInt64(PowerCuts.sectors * 512))
+    try Qcow.create(
+      store: fresh, size: UInt64(PowerCuts.sectors * 512), base: overBase ? "base" : nil)
+    let base = MemoryStore("base", bytes: PowerCuts.base)
     return PowerCuts(
-      name: "qcow", image: fresh.contents(),
-      open: { try Qcow.open(store: $0, writable: $1) }, check: { try Qcow.check(store: $0) },
-      repair: { try Qcow.repair(store: $0, .all) })
+      name: "qcow", image: fresh.contents(), isFull: overBase,
+      open: { try Qcow.open(store: $0, base: base, writable: $1) },
+      check: { try Qcow.check(store: $0) }, repair: { try Qcow.repair(store: $0, .all) })
   }
 
-  @Test func powerCuts() throws { try Self.cuts().run(seeds: Depth.times(40)) }
+  @Test(arguments: [false, true]) func powerCuts(overBase: Bool) throws {
+    try Self.cuts(overBase: overBase).run(seeds: Depth.times(20))
+  }
 
-  @Test func brokenOrderIsFound() throws { try Self.cuts().findBrokenOrder() }
+  @Test func powerCutsWhileResizing() throws {
+    try Self.cuts(overBase: false).runResizes(seeds: Depth.times(40)) { format, size in
+      try #require(format as? Qcow).resize(to: size)
+    }
+  }
+
+  @Test func brokenOrderIsFound() throws { try Self.cuts(overBase: true).findBrokenOrder() }
 
   @Test func hostile() throws {
     let store = MemoryStore()

@@ -98,20 +98,31 @@ import Testing
     #expect(error?.code == .baseChanged)
   }
 
-  private static func cuts() throws -> PowerCuts {
+  private static func cuts(overBase: Bool) throws -> PowerCuts {
     let fresh = MemoryStore()
+    let zeroes = [UInt8](repeating: 0, count: 16)
     try Vhd.create(
-      store: fresh, size: UInt64(PowerCuts.sectors * 512), blockSize: 8192,
-      uuid: [UInt8](repeating: 1, count: 16))
+      store: fresh, size: UInt64(PowerCuts.sectors * 512),
+      kind: overBase ? .differencing : .dynamic, blockSize: 8192,
+      uuid: [UInt8](repeating: 1, count: 16), base: overBase ? ("base", zeroes) : nil)
+    let base = MemoryStore("base", bytes: PowerCuts.base)
     return PowerCuts(
-      name: "vhd", image: fresh.contents(),
-      open: { try Vhd.open(store: $0, writable: $1) }, check: { try Vhd.check(store: $0) },
-      repair: { try Vhd.repair(store: $0, .all) })
+      name: "vhd", image: fresh.contents(), isFull: overBase,
+      open: { try Vhd.open(store: $0, base: base, writable: $1) },
+      check: { try Vhd.check(store: $0) }, repair: { try Vhd.repair(store: $0, .all) })
   }
 
-  @Test func powerCuts() throws { try Self.cuts().run(seeds: Depth.times(40)) }
+  @Test(arguments: [false, true]) func powerCuts(overBase: Bool) throws {
+    try Self.cuts(overBase: overBase).run(seeds: Depth.times(20))
+  }
 
-  @Test func brokenOrderIsFound() throws { try Self.cuts().findBrokenOrder() }
+  @Test func powerCutsWhileResizing() throws {
+    try Self.cuts(overBase: false).runResizes(seeds: Depth.times(40)) { format, size in
+      try #require(format as? Vhd).resize(to: size)
+    }
+  }
+
+  @Test func brokenOrderIsFound() throws { try Self.cuts(overBase: true).findBrokenOrder() }
 
   @Test func hostile() throws {
     let store = MemoryStore()

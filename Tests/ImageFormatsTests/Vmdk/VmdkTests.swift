@@ -141,9 +141,17 @@ import Testing
     #expect(error?.code == .unsupported)
   }
 
-  private static func cuts() throws -> PowerCuts {
+  private static func cuts(overBase: Bool) throws -> PowerCuts {
+    let size = UInt64(PowerCuts.sectors * 512)
+    let base = MemoryStore("base")
+    try Vmdk.create(store: base, size: size)
+    let lower = DeviceEngine(try Vmdk.open(store: base, writable: true), store: base)
+    try lower.write(0, PowerCuts.base)
+    try lower.flush()
     let fresh = MemoryStore()
-    try Vmdk.create(store: fresh, size: UInt64(PowerCuts.sectors * 512))
+    var options = VmdkOptions()
+    if overBase { options.base = ("base", try Vmdk.contentID(of: base)) }
+    try Vmdk.create(store: fresh, size: size, options: options)
     // Small grains, so that there is something to be torn; tables that are not there yet.
     var image = fresh.contents()
     image[20] = 8
@@ -153,14 +161,25 @@ import Testing
         (directory * 512)..<(directory * 512 + 4), with: repeatElement(0, count: 4))
     }
     return PowerCuts(
-      name: "vmdk", image: image,
-      open: { try Vmdk.open(store: $0, writable: $1) }, check: { try Vmdk.check(store: $0) },
-      repair: { try Vmdk.repair(store: $0, .all) })
+      name: "vmdk", image: image, isFull: overBase,
+      open: { store, writable in
+        let below = ImageStore(try Vmdk.open(store: base, writable: false), store: base)
+        return try Vmdk.open(store: store, base: below, writable: writable)
+      },
+      check: { try Vmdk.check(store: $0) }, repair: { try Vmdk.repair(store: $0, .all) })
   }
 
-  @Test func powerCuts() throws { try Self.cuts().run(seeds: Depth.times(40)) }
+  @Test(arguments: [false, true]) func powerCuts(overBase: Bool) throws {
+    try Self.cuts(overBase: overBase).run(seeds: Depth.times(20))
+  }
 
-  @Test func brokenOrderIsFound() throws { try Self.cuts().findBrokenOrder() }
+  @Test func powerCutsWhileResizing() throws {
+    try Self.cuts(overBase: false).runResizes(seeds: Depth.times(40)) { format, size in
+      try #require(format as? Vmdk).resize(to: size)
+    }
+  }
+
+  @Test func brokenOrderIsFound() throws { try Self.cuts(overBase: true).findBrokenOrder() }
 
   // MARK: Hostile images
 
