@@ -36,7 +36,8 @@ struct ByMapper {
     guard options.trace == nil, options.hold == nil, FormatName.kind(options.format) != nil else {
       guard transport == .dm else { return false }
       throw WorkerError(
-        "usage", "--transport dm serves no plugin's format, and neither traces nor holds: "
+        "usage",
+        "--transport dm serves no plugin's format, and neither traces nor holds: "
           + "leave it out")
     }
     let there = try mapping { () throws(DeviceMapperError) in try ServedDevice.isAvailable() }
