@@ -72,7 +72,6 @@ let package = Package(
     program("dscow_tool", ["ImageFormats", "Posix", argumentParser]),
     room("TestSupport", ["Posix"]),
     tests("PosixTests", ["Posix", "TestSupport"]),
-    tests("DeviceMapperTests", ["DeviceMapper", "TestSupport"]),
     tests("XenStoreTests", ["XenStore", "TestSupport"]),
     tests("ImageFormatsTests", ["ImageFormats", "Posix", "TestSupport"]),
     tests("TargetTests", ["Target", "Posix", "TestSupport"]),
