@@ -8,6 +8,7 @@ RELEASE  = -c release --static-swift-stdlib --scratch-path .build-release
 BIN      = .build-release/release
 DIST     = .build-release/dist
 PROGRAMS = cowd dmu-xend dmu-xen
+TOOLS    = dmu-img dscow_tool
 SHELL_FILES = $(shell git grep -lE '^\#!/bin/(ba)?sh|^\# shellcheck shell=' -- . ':!*.md')
 
 export SWIFT
@@ -67,21 +68,23 @@ fuzz: build ## hostile images for every format, a minute for each target (20 min
 	@lab/prerequisites test
 	fuzz/run --seconds 60
 
-bench: build ## measure against qemu-nbd, in one run
+bench: build ## measure against qemu-nbd and qemu-img, in one run each
 	@lab/prerequisites bench
 	bench/nbd
+	FORMAT=qcow2 bench/nbd
+	bench/images
 
 install: ## install into $(DESTDIR)$(PREFIX), etc. into $(DESTDIR)/etc
 	install -d $(DESTDIR)$(PREFIX)/sbin $(DESTDIR)$(PREFIX)/bin $(DESTDIR)/etc/xen/scripts \
 	  $(DESTDIR)/lib/systemd/system $(DESTDIR)$(PREFIX)/share/bash-completion/completions
 	install -s -m 755 $(PROGRAMS:%=$(BIN)/%) $(DESTDIR)$(PREFIX)/sbin/
-	install -s -m 755 $(BIN)/dscow_tool $(DESTDIR)$(PREFIX)/bin/
+	install -s -m 755 $(TOOLS:%=$(BIN)/%) $(DESTDIR)$(PREFIX)/bin/
 	install -m 755 hotplug/block-dmu $(DESTDIR)/etc/xen/scripts/
 	install -m 644 etc/dmu-xen.toml $(DESTDIR)/etc/
 	install -m 644 etc/systemd/*.service $(DESTDIR)/lib/systemd/system/
 	install -d -m 755 $(DESTDIR)$(PREFIX)/lib/dmu-xen/plugins
 	install -D -m 644 Sources/CPlugin/include/dmu_plugin.h $(DESTDIR)$(PREFIX)/include/dmu_plugin.h
-	for program in $(PROGRAMS) dscow_tool; do \
+	for program in $(PROGRAMS) $(TOOLS); do \
 	  $(BIN)/$$program --generate-completion-script bash \
 	    >$(DESTDIR)$(PREFIX)/share/bash-completion/completions/$$program || exit 1; done
 	for page in man/man*/*; do \

@@ -53,6 +53,9 @@ let package = Package(
     .systemLibrary(
       name: "CDeviceMapper", pkgConfig: "devmapper", providers: [.apt(["libdevmapper-dev"])]),
     room("DeviceMapper", ["CDeviceMapper", "Posix"]),
+    .systemLibrary(
+      name: "CLibXML2", pkgConfig: "libxml-2.0", providers: [.apt(["libxml2-dev"])]),
+    room("ImageTool", ["CLibXML2", "ImageFormats", "Posix"]),
     .target(name: "DMUProtocol"),
     room("DMU", ["DMUProtocol", "Posix"]),
     room("Target", ["DMU", "Posix"]),
@@ -70,10 +73,12 @@ let package = Package(
     program("dmu-xend", ["Daemon", argumentParser]),
     program("dmu-xen", ["Daemon", argumentParser]),
     program("dscow_tool", ["ImageFormats", "Posix", argumentParser]),
+    program("dmu-img", ["ImageTool", "ImageFormats", argumentParser]),
     room("TestSupport", ["Posix"]),
     tests("PosixTests", ["Posix", "TestSupport"]),
     tests("XenStoreTests", ["XenStore", "TestSupport"]),
     tests("ImageFormatsTests", ["ImageFormats", "Posix", "TestSupport"]),
+    tests("ImageToolTests", ["ImageTool", "ImageFormats", "Posix", "TestSupport"]),
     tests("TargetTests", ["Target", "Posix", "TestSupport"]),
     tests(
       "WorkerTests", ["Worker", "Target", "ImageFormats", "WorkerLink", "Posix", "TestSupport"]),

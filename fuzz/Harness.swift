@@ -31,13 +31,14 @@ struct Harness {
     let store = FuzzStore("hostile", bytes)
     attempt { _ = try ImageKind.probe(store) }
     guard effort != .head else {
-      attempt { try ask(try open(store)) }
+      attempt { try ask(try open(store).image) }
       return
     }
     check(store)
     attempt {
-      let image = try open(store)
-      if writes { try write(image, store) } else { try read(image, store) }
+      let (image, base) = try open(store)
+      let engine = DeviceEngine(image, store: store, base: base)
+      if writes { try write(engine) } else { read(engine) }
     }
     if writes {
       check(store)
@@ -54,11 +55,18 @@ struct Harness {
     try VmdkLayout.read(from: store).extentPaths.prefix(64).map { beside($0) }
   }
 
-  private func open(_ store: FuzzStore) throws(ImageError) -> any ImageFormat {
-    try ImageChain.open(store, kind: kind, writable: writes, depth: 4) {
+  /// The image, and the base that it asked for first.
+  private func open(
+    _ store: FuzzStore
+  ) throws(ImageError) -> (image: any ImageFormat, base: FuzzStore?) {
+    var base: FuzzStore?
+    let image = try ImageChain.open(store, kind: kind, writable: writes, depth: 4) {
       (request) throws(ImageError) in
-      beside(request.path)
+      let file = beside(request.path)
+      if request.role == .base, base == nil { base = file }
+      return file
     }
+    return (image, base)
   }
 
   private func ask(_ image: any ImageFormat) throws {
@@ -69,8 +77,7 @@ struct Harness {
   }
 
   /// Reads where something may be: the first blocks, the last, and some between.
-  private func read(_ image: any ImageFormat, _ store: FuzzStore) throws {
-    let engine = DeviceEngine(image, store: store)
+  private func read(_ engine: DeviceEngine) {
     let step = max(engine.sectors / 32, 64)
     for sector in stride(from: 0, to: engine.sectors, by: step) {
       attempt { _ = try engine.read(sector, count: min(64, engine.sectors - sector)) }
@@ -79,10 +86,10 @@ struct Harness {
     attempt { _ = try engine.read(engine.sectors - tail, count: tail) }
   }
 
-  private func write(_ image: any ImageFormat, _ store: FuzzStore) throws {
-    // A copy of a block is not to take more memory than the house's limit.
-    guard image.blockSize <= 4 << 20 else { return }
-    let engine = DeviceEngine(image, store: store)
+  private func write(_ engine: DeviceEngine) throws {
+    // Not written here, so not tried: blocks beyond 4 MiB. A VHD may have 256 MiB, and putting
+    // such blocks together takes more memory than the limit of this run.
+    guard engine.format.blockSize <= 4 << 20 else { return }
     let sectors = engine.sectors
     guard sectors > 64 else { return }
     attempt { try engine.write(9, [UInt8](repeating: 5, count: 512 * 20)) }
@@ -92,7 +99,7 @@ struct Harness {
     attempt { try engine.write(sectors - 5, [UInt8](repeating: 6, count: 512 * 5)) }
     attempt { try engine.discard(sectors - 64, count: 64, zeroing: false) }
     attempt { try engine.flush() }
-    try read(image, store)
+    read(engine)
   }
 
   private func check(_ store: FuzzStore) {

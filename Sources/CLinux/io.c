@@ -3,6 +3,7 @@
 
 #include <fcntl.h>
 #include <malloc.h>
+#include <stdio.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
@@ -26,6 +27,23 @@ int dmu_zero_range(int fd, int64_t offset, int64_t count)
 int dmu_allocate(int fd, int64_t offset, int64_t count)
 {
     return fallocate(fd, 0, offset, count);
+}
+
+ssize_t dmu_copy_range(int from, off_t *source, int to, off_t *offset, size_t count)
+{
+    return copy_file_range(from, source, to, offset, count, 0);
+}
+
+int dmu_unnamed_file(const char *directory, mode_t mode)
+{
+    return open(directory, O_TMPFILE | O_RDWR | O_CLOEXEC, mode);
+}
+
+int dmu_name_file(int fd, const char *path)
+{
+    char link[32];
+    snprintf(link, sizeof(link), "/proc/self/fd/%d", fd);
+    return linkat(AT_FDCWD, link, AT_FDCWD, path, AT_SYMLINK_FOLLOW);
 }
 
 off_t dmu_seek_data(int fd, off_t offset)

@@ -14,6 +14,15 @@ public struct CheckReport: Sendable, Equatable {
   public var clusterSize: UInt64 = 0
   /// Where what is in use ends, in bytes.
   public var imageEnd: UInt64 = 0
+  /// Clusters that the disk has.
+  public var totalClusters: UInt64 = 0
+  /// Clusters of the disk that have a place; how many of them do not follow the one before
+  /// there, and how many are compressed.
+  public var allocatedClusters: UInt64 = 0
+  /// See `allocatedClusters`.
+  public var fragmentedClusters: UInt64 = 0
+  /// See `allocatedClusters`.
+  public var compressedClusters: UInt64 = 0
   /// The first problems in words.
   public var problems: [String] = []
   /// Whether nothing is wrong.
@@ -55,6 +64,19 @@ public struct ImageInfo: Sendable, Equatable {
   public var baseFormat: String?
   /// What else there is to say, in order.
   public var details: [(name: String, value: String)]
+
+  /// A description from its parts.
+  public init(
+    format: String, size: UInt64, clusterSize: UInt64, basePath: String?, baseFormat: String?,
+    details: [(name: String, value: String)]
+  ) {
+    self.format = format
+    self.size = size
+    self.clusterSize = clusterSize
+    self.basePath = basePath
+    self.baseFormat = baseFormat
+    self.details = details
+  }
 
   /// Whether two are the same.
   public static func == (one: ImageInfo, other: ImageInfo) -> Bool {

@@ -157,7 +157,7 @@ public enum ImageChain {
 
   /// The files of a VMDK image's extents. None may be the image, one above it, or another
   /// extent.
-  private static func extents(
+  static func extents(
     of store: any ByteStore, _ layout: VmdkLayout, above: [any ByteStore], _ resolve: Resolver
   ) throws(ImageError) -> [any ByteStore] {
     var extents: [any ByteStore] = []
@@ -202,19 +202,9 @@ public enum ImageChain {
         throw ImageError(.corrupt, "store \(store.name) is, through others, its own base")
       }
     }
-    var kind: ImageKind?
-    if let format {
-      // What only says where the bytes come from is raw.
-      let isPlain = format == "file" || format == "host_device"
-      kind = isPlain ? .raw : ImageKind(rawValue: format)
-      guard kind != nil else {
-        throw ImageError(.unsupported, "base \(store.name) is of format '\(format)'")
-      }
-    }
-    let known: ImageKind
-    if let kind { known = kind } else { known = try .probe(store) }
+    let known = try kind(named: format, of: store)
     guard known != .raw else { return store }
-    var isGuessed = kind == nil
+    var isGuessed = format == nil
     if isGuessed, known == .vhd, let identity, identity.contains(where: { $0 != 0 }) {
       isGuessed = try VhdHeader.read(from: store).uuid != identity
     }
@@ -227,5 +217,20 @@ public enum ImageChain {
       return try resolve(request)
     }
     return ImageStore(alone: opened.image, store: store, base: opened.base)
+  }
+
+  /// The kind of a base by the name that an image gives it, or else by its first bytes.
+  ///
+  /// - Throws: `unsupported` for a name that is not known; `io`.
+  public static func kind(
+    named format: String?, of store: any ByteStore
+  ) throws(ImageError) -> ImageKind {
+    guard let format else { return try .probe(store) }
+    // What only says where the bytes come from is raw.
+    if format == "file" || format == "host_device" { return .raw }
+    guard let kind = ImageKind(rawValue: format) else {
+      throw ImageError(.unsupported, "base \(store.name) is of format '\(format)'")
+    }
+    return kind
   }
 }

@@ -63,7 +63,9 @@ final class MetadataCache {
   func big<Number: FixedWidthInteger>(
     _ type: Number.Type, at offset: UInt64
   ) throws(ImageError) -> Number {
-    try page(offset / Self.pageSize).big(type, at: Int(offset % Self.pageSize))
+    let index = offset / Self.pageSize
+    if index == lastIndex { return last.big(type, at: Int(offset % Self.pageSize)) }
+    return try page(index).big(type, at: Int(offset % Self.pageSize))
   }
 
   /// The little-endian number at a byte offset that is a multiple of its size.

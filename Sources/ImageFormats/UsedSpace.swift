@@ -36,6 +36,11 @@ struct UsedSpace {
     if fresh.count >= Self.batch { merge(&report) }
   }
 
+  /// The file stays at least so long, as far as it is now.
+  mutating func keep(upTo offset: UInt64) {
+    end = max(end, min(offset, fileSize))
+  }
+
   private mutating func merge(_ report: inout CheckReport) {
     fresh.sort { $0.lowerBound < $1.lowerBound }
     var merged: [Range<UInt64>] = []

@@ -179,6 +179,33 @@ public final class FileStore: ByteStore {
     }
   }
 
+  /// Gives a range its space, lengthening a file when need be; its bytes stay as they are.
+  /// Throws EOPNOTSUPP where the file system cannot.
+  public func allocate(at offset: UInt64, count: UInt64) throws(IOError) {
+    guard !isBlockDevice, count > 0 else { return }
+    guard dmu_allocate(raw, Int64(offset), Int64(count)) == 0 else {
+      throw IOError.last("allocate", name)
+    }
+  }
+
+  /// Copies bytes from another file within the kernel, sharing them where the file systems
+  /// can. Source: copy_file_range(2).
+  public func copy(
+    from other: FileStore, at source: UInt64, to offset: UInt64, count: UInt64
+  ) throws(IOError) {
+    var (from, to) = (off_t(source), off_t(offset))
+    var left = Int(count)
+    while left > 0 {
+      let done = dmu_copy_range(other.raw, &from, raw, &to, left)
+      if done < 0 {
+        if errno == EINTR { continue }
+        throw IOError.last("copy \(other.name) to", name)
+      }
+      guard done > 0 else { throw IOError(EIO, "copy past the end of \(other.name) to", name) }
+      left -= done
+    }
+  }
+
   /// Sets a file's length. Throws ENOTSUP for a device whose length differs.
   public func resize(to size: UInt64) throws(IOError) {
     if isBlockDevice {

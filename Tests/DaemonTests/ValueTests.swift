@@ -1,6 +1,9 @@
 // The parts of the daemon that touch nothing: names, decisions, waiting times, texts.
 
+import Glibc
 import Logging
+import Posix
+import TestSupport
 import Testing
 import WorkerLink
 
@@ -112,6 +115,41 @@ import WorkerLink
     for length in 0..<bytes.count {
       _ = DiskRecord(String(decoding: bytes[..<length], as: UTF8.self))
     }
+  }
+
+  @Test("What an image names is opened only where it may be, and can be shown and remembered")
+  func naming() throws {
+    let folder = try TemporaryFolder()
+    for name in ["a", "b\nc"] {
+      _ = try Descriptor(path: folder.file(name), flags: O_RDWR | O_CREAT, mode: 0o600)
+    }
+    // A plain name that leads to another.
+    #expect(symlink(folder.file("b\nc"), folder.file("link")) == 0)
+    var configuration = Configuration()
+    configuration.baseDirectories = [folder.path]
+    configuration.chainDepth = 3
+    let policy = NamingPolicy(configuration, file: "f")
+    let spec = Spec(format: "qcow2", store: folder.file("store"))
+    func allowed(_ role: String, _ path: String, writable: Bool = false) -> NamedFile? {
+      let need = FileNeed(role: role, path: path, writable: writable)
+      do { return try policy.resolve(need, of: spec, unless: nil) } catch { return nil }
+    }
+    let found = try #require(allowed("base", "a"))
+    #expect(found.path == folder.file("a"), "relative to the store's folder")
+    #expect(allowed("extent", folder.file("a")) != nil)
+    #expect(allowed("base", "/etc/passwd") == nil)
+    #expect(allowed("base", "../../../etc/passwd") == nil)
+    #expect(allowed("data-file", "a", writable: true) == nil, "that is for store.directories")
+    #expect(allowed("base", "b\nc") == nil && allowed("base", "link") == nil)
+    #expect(allowed("a b", "a") == nil && allowed("", "a") == nil)
+    try policy.check(found.need, after: [found], of: spec)
+    #expect(throws: DiskFailure.self) {
+      try policy.check(found.need, after: [found, found], of: spec)
+    }
+    let extent = NamedFile(need: FileNeed(role: "extent", path: "x", writable: true), path: "/x")
+    let many = Array(repeating: extent, count: NamingPolicy.mostFiles)
+    try policy.check(extent.need, after: Array(many.dropLast()), of: spec)
+    #expect(throws: DiskFailure.self) { try policy.check(extent.need, after: many, of: spec) }
   }
 
   @Test("The table of status")

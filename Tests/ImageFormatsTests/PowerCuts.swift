@@ -179,7 +179,7 @@ struct PowerCuts {
   }
 }
 
-/// A part of a simulated disk, as a file that grows up to the disk's end.
+/// A part of a simulated disk, as a file that grows up to the disk's end. Used from one thread.
 final class GrowingDisk: ByteStore, @unchecked Sendable {
   // Guarded by the tests, which are single-threaded.
   private var used: UInt64

@@ -22,6 +22,14 @@ int dmu_zero_range(int fd, int64_t offset, int64_t count);
 // Gives a range of a file its space, lengthening it when need be. Source: fallocate(2).
 int dmu_allocate(int fd, int64_t offset, int64_t count);
 
+// Copies between files within the kernel. Source: copy_file_range(2).
+ssize_t dmu_copy_range(int from, off_t *source, int to, off_t *offset, size_t count);
+
+// A file in a directory that has no name and goes with its descriptor; then a name for it.
+// Source: open(2), O_TMPFILE.
+int dmu_unnamed_file(const char *directory, mode_t mode);
+int dmu_name_file(int fd, const char *path);
+
 // The next place with data at or after an offset, or the next hole. Source: lseek(2).
 off_t dmu_seek_data(int fd, off_t offset);
 off_t dmu_seek_hole(int fd, off_t offset);

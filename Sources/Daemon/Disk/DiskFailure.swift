@@ -146,6 +146,13 @@ extension DiskFailure {
     DiskFailure(.baseRefused, "store \(store) names more than \(files) files: convert it")
   }
 
+  static func strangeName(_ store: String) -> DiskFailure {
+    DiskFailure(
+      .baseRefused,
+      "store \(store) names a file whose path is too long or holds control characters: rename the"
+        + " file, and correct the image")
+  }
+
   static func namesItself(_ store: String) -> DiskFailure {
     DiskFailure(
       .image, "store \(store) is, through others, its own base: bring the right base back")

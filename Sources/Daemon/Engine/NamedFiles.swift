@@ -47,6 +47,7 @@ struct NamingPolicy: Sendable {
     let store = spec.store
     let folder = store.prefix(through: store.lastIndex(of: "/") ?? store.startIndex)
     let path = need.path.hasPrefix("/") ? need.path : folder + need.path
+    guard Self.isPlain(path), Self.isRole(need.role) else { throw .strangeName(store) }
     let directories = need.writable ? storeDirectories : baseDirectories + storeDirectories
     guard let real = Images.allowed(path, in: directories) else {
       if need.writable {
@@ -54,7 +55,18 @@ struct NamingPolicy: Sendable {
       }
       throw DiskFailure.baseRefused(path, store: store, configuration: file)
     }
+    guard Self.isPlain(real) else { throw .strangeName(store) }
     return NamedFile(need: need, path: real)
+  }
+
+  /// Whether a path can be shown in a line, and kept in one.
+  private static func isPlain(_ path: String) -> Bool {
+    path.utf8.count <= Spec.longestPath && path.utf8.allSatisfy { $0 >= 0x20 && $0 != 0x7F }
+  }
+
+  private static func isRole(_ role: String) -> Bool {
+    (1...32).contains(role.utf8.count)
+      && role.utf8.allSatisfy { (0x61...0x7A).contains($0) || $0 == 0x2D }
   }
 }
 

@@ -14,6 +14,8 @@ public struct DscowCheck: Sendable {
   public struct Finding: Sendable, Equatable {
     /// Whether it is damage; otherwise it is a leftover and harms nobody.
     public let isDamage: Bool
+    /// Whether it is damage to a spare, which what is left makes up for: a power cut leaves that.
+    public var isSpare = false
     /// One sentence without a final stop.
     public let message: String
     /// Whether it was mended.
@@ -34,8 +36,11 @@ public struct DscowCheck: Sendable {
   /// Whether leftovers are left.
   public var hasLeftovers: Bool { findings.contains { !$0.isDamage && !$0.isRepaired } }
 
-  mutating func add(damage: Bool, _ message: String, repaired: Bool = false) {
-    findings.append(Finding(isDamage: damage, message: message, isRepaired: repaired))
+  mutating func add(
+    damage: Bool, _ message: String, repaired: Bool = false, spare: Bool = false
+  ) {
+    findings.append(
+      Finding(isDamage: damage, isSpare: spare, message: message, isRepaired: repaired))
   }
 }
 
@@ -47,11 +52,15 @@ extension Dscow {
 
   /// Checks a store, and with `repair` mends what it can.
   ///
-  /// - Parameter base: compared with what the header says of it, unless nil.
+  /// - Parameters:
+  ///   - base: compared with what the header says of it, unless nil.
+  ///   - leaksOnly: a repair gives back space and leaves everything else.
   /// - Throws: `notThisFormat`, `unsupported`, `io`, `badRequest`. Damage is a finding.
   public static func check(
-    store: any ByteStore, base: (any ByteStore)? = nil, repair: Bool = false
+    store: any ByteStore, base: (any ByteStore)? = nil, repair: Bool = false,
+    leaksOnly: Bool = false
   ) throws(ImageError) -> DscowCheck {
+    let repairAll = repair && !leaksOnly
     var result = DscowCheck()
     let header: DscowHeader
     let copies: DscowHeader.CopyState
@@ -62,8 +71,8 @@ extension Dscow {
       return result
     }
     result.header = header
-    try checkCopies(store, header, copies, repair, &result)
-    try checkTail(store, header, repair, &result)
+    try checkCopies(store, header, copies, repairAll, &result)
+    try checkTail(store, header, repairAll, &result)
     try checkLeaks(store, header, repair, &result)
     result.allocatedBlocks = try countBits(store, header)
     if let base, let known = header.base,
@@ -73,6 +82,30 @@ extension Dscow {
     }
     if repair { try io { () throws(IOError) in try store.flush() } }
     return result
+  }
+
+  /// As `check`, in the words that are common to all formats: leftovers, and a spare that is
+  /// damaged, are leaks. What was mended is counted as repaired and not again.
+  public static func report(
+    store: any ByteStore, repair: Repair?
+  ) throws(ImageError) -> CheckReport {
+    let found = try check(store: store, repair: repair != nil, leaksOnly: repair == .leaks)
+    var report = CheckReport()
+    for finding in found.findings {
+      if finding.isDamage, !finding.isSpare {
+        report.corruption(finding.message)
+      } else {
+        report.leak(finding.message)
+      }
+      if finding.isRepaired { report.repaired += 1 }
+    }
+    if let header = found.header {
+      report.clusterSize = UInt64(header.blockSize)
+      report.imageEnd = header.storeSize
+      report.totalClusters = header.blocks
+      report.allocatedClusters = found.allocatedBlocks
+    }
+    return report
   }
 
   private static func checkCopies(
@@ -87,7 +120,8 @@ extension Dscow {
         damage: false, "the \(names[copy]) copy of the header is out of date", repaired: repair)
     case .damaged(let copy):
       result.add(
-        damage: true, "the \(names[copy]) copy of the header is damaged", repaired: repair)
+        damage: true, "the \(names[copy]) copy of the header is damaged", repaired: repair,
+        spare: true)
     }
     if repair { _ = try rewrite(header, on: store) }
   }
@@ -185,8 +219,8 @@ extension Dscow {
     return min(bytes / UInt64(header.blockSize), header.blocks)
   }
 
-  /// How many blocks have a place in the store: reads the whole bitmap.
-  static func countBits(
+  /// How many blocks have a place in the store: reads the whole bitmap. Throws `io`.
+  public static func countBits(
     _ store: any ByteStore, _ header: DscowHeader
   ) throws(ImageError) -> UInt64 {
     try countBits(store, header, atMost: .max) ?? 0

@@ -146,6 +146,24 @@ extension Dscow {
       copies: copies, writable: writable, durableBlocks: try countAllocated(store, header))
   }
 
+  /// Opens a store over whatever is given: an extent in the base is one that the store does not
+  /// have. Without a base nothing is compared.
+  static func open(
+    alone store: any ByteStore, over base: (any ByteStore)?, writable: Bool
+  ) throws(ImageError) -> Dscow {
+    if writable, !store.isWritable {
+      throw ImageError(.badRequest, "\(store.name) is open for reading only")
+    }
+    let (header, copies) = try header(of: store, writable: writable)
+    if base != nil, let changed = try difference(store: store, header: header, base: base) {
+      throw changed.error
+    }
+    return Dscow(
+      store: store, baseSize: header.size, base: nil, header: header, copies: copies,
+      writable: writable,
+      durableBlocks: 0)
+  }
+
   private static func difference(
     store: any ByteStore, header: DscowHeader, base: (any ByteStore)?
   ) throws(ImageError) -> (stamp: DscowBase, error: ImageError)? {
@@ -156,6 +174,8 @@ extension Dscow {
     }
     try checkDistinct(store, base)
     let stamp = try stamp(base, path: known.path)
+    // While the store is committed into its base that changes, where the store has blocks.
+    if header.isCommitting, stamp.size >= known.size { return nil }
     return difference(known, stamp).map { reason in
       let error = ImageError(
         .baseChanged,

@@ -96,7 +96,7 @@ extension DscowHeader {
     bytes.put(sequence, at: Field.sequence)
     bytes.put(compatible, at: Field.compatible)
     bytes.put(readOnlyCompatible, at: Field.readOnlyCompatible)
-    bytes.put(UInt64(0), at: Field.incompatible)
+    bytes.put(isBitmapBehind ? Self.bitmapBehind : UInt64(0), at: Field.incompatible)
     bytes.put(blockSize, at: Field.blockSize)
     bytes.put(size, at: Field.size)
     bytes.put(blocks, at: Field.blocks)
@@ -135,6 +135,9 @@ extension DscowHeader {
     }
     compatible = bytes.u64(at: Field.compatible)
     readOnlyCompatible = bytes.u64(at: Field.readOnlyCompatible)
+    guard (bytes.u64(at: Field.incompatible) == Self.bitmapBehind) == isBitmapBehind else {
+      throw ImageError(.corrupt, "the header places the bitmap at \(bitmapOffset)")
+    }
     guard bytes.u64(at: Field.blocks) == blocks, bytes.u64(at: Field.bitmapCount) == bitmapCount
     else { throw ImageError(.corrupt, "the header's block counts contradict its size") }
     base = try Self.base(bytes)
@@ -142,10 +145,11 @@ extension DscowHeader {
 
   private static func checkFeatures(_ bytes: [UInt8], writable: Bool) throws(ImageError) {
     let incompatible = bytes.u64(at: Field.incompatible)
-    guard incompatible == 0 else {
+    guard incompatible & ~bitmapBehind == 0 else {
       throw ImageError(
         .unsupported,
-        "the store uses features (\(hexadecimal(incompatible))) that are not known here: "
+        "the store uses features (\(hexadecimal(incompatible & ~bitmapBehind))) that are not "
+          + "known here: "
           + "use a newer dmu-xen")
     }
     let readOnly = bytes.u64(at: Field.readOnlyCompatible)

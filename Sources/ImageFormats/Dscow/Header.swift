@@ -5,7 +5,8 @@
 // - the block size is a power of two from 4 KiB to 4 MiB; the size a multiple of 512, from
 //   512 bytes to 64 TiB;
 // - the bitmap begins after both header copies and ends, rounded up to 4096, at or before
-//   the first block; both begin at multiples of 4096, so metadata and data share no page;
+//   the first block, or begins behind the last; both begin at multiples of 4096, so metadata
+//   and data share no page;
 // - the first block begins at a multiple of the block size, and the end of the last one
 //   fits 63 bits.
 
@@ -41,6 +42,11 @@ public struct DscowHeader: Sendable, Equatable {
   public static let largestDisk: UInt64 = 64 << 40
   /// The bitmap is read and written in pages of so many bytes.
   static let pageSize: UInt64 = 4096
+  /// A compatible feature: the store's blocks are being written into its base, which therefore
+  /// may differ from what the store knows of it.
+  static let committing: UInt64 = 1
+  /// An incompatible feature: the bitmap lies behind the blocks.
+  static let bitmapBehind: UInt64 = 1
 
   /// Counts the header's changes: of two valid copies the one with the greater number holds.
   public var sequence: UInt64
@@ -65,8 +71,16 @@ public struct DscowHeader: Sendable, Equatable {
   public var blocks: UInt64 { (size - 1) / UInt64(blockSize) + 1 }
   /// The bitmap's length in 32-bit words.
   public var bitmapCount: UInt64 { (blocks + 31) / 32 }
-  /// Where the last block ends: the length that a store must have.
-  public var storeSize: UInt64 { firstBlock + blocks * UInt64(blockSize) }
+  /// The bitmap's length in bytes, whole pages.
+  var bitmapBytes: UInt64 { (bitmapCount * 4 + Self.pageSize - 1) / Self.pageSize * Self.pageSize }
+  /// Where the last block ends.
+  var blocksEnd: UInt64 { firstBlock + blocks * UInt64(blockSize) }
+  /// Whether the bitmap lies behind the blocks.
+  var isBitmapBehind: Bool { bitmapOffset >= blocksEnd }
+  /// The length that a store must have.
+  public var storeSize: UInt64 { max(blocksEnd, bitmapOffset + bitmapBytes) }
+  /// Whether the store is being committed into its base.
+  public var isCommitting: Bool { compatible & Self.committing != 0 }
 
   /// Lays out a disk. Throws `badRequest` for a size or block size outside the limits.
   init(size: UInt64, blockSize: UInt32, base: DscowBase?) throws(ImageError) {
@@ -84,6 +98,20 @@ public struct DscowHeader: Sendable, Equatable {
     self.firstBlock = (metadata + unit - 1) / unit * unit
     self.base = base
     self.raw = [UInt8](repeating: 0, count: Self.copySize)
+  }
+
+  /// The same store with another size, and its bitmap elsewhere. Throws `badRequest` for a size
+  /// outside the limits.
+  func with(size: UInt64, bitmapOffset: UInt64) throws(ImageError) -> DscowHeader {
+    try Self.check(blockSize: blockSize, size: size, .badRequest)
+    var changed = try DscowHeader(
+      size: size, blockSize: blockSize, firstBlock: firstBlock, bitmapOffset: bitmapOffset,
+      raw: raw)
+    changed.sequence = sequence
+    changed.compatible = compatible
+    changed.readOnlyCompatible = readOnlyCompatible
+    changed.base = base
+    return changed
   }
 
   /// A header from fields that have been read. Throws `corrupt` when one contradicts the
@@ -118,14 +146,14 @@ public struct DscowHeader: Sendable, Equatable {
   }
 
   private func checkPlaces() throws(ImageError) {
-    let bitmapBytes = (bitmapCount * 4 + Self.pageSize - 1) / Self.pageSize * Self.pageSize
     let (bitmapEnd, overflow) = bitmapOffset.addingReportingOverflow(bitmapBytes)
-    guard !overflow, bitmapOffset % Self.pageSize == 0,
+    guard !overflow, bitmapEnd <= UInt64(Int64.max), bitmapOffset % Self.pageSize == 0,
       bitmapOffset >= 2 * UInt64(Self.copySize)
     else { throw ImageError(.corrupt, "the header places the bitmap at \(bitmapOffset)") }
     let dataSize = blocks * UInt64(blockSize)
-    guard firstBlock % UInt64(blockSize) == 0, firstBlock >= bitmapEnd,
-      firstBlock <= UInt64(Int64.max) - dataSize
+    guard firstBlock % UInt64(blockSize) == 0, firstBlock >= 2 * UInt64(Self.copySize),
+      firstBlock <= UInt64(Int64.max) - dataSize,
+      firstBlock >= bitmapEnd || bitmapOffset >= firstBlock + dataSize
     else { throw ImageError(.corrupt, "the header places the first block at \(firstBlock)") }
   }
 }

@@ -4,8 +4,10 @@
 // that a power cut finds either the old set or the new.
 //
 // Memory is bounded: clusters are counted in windows, and the tables are walked once for
-// each. An image of up to 2 TiB in clusters of 64 KiB is one window.
+// each. An image of up to 1 TiB in clusters of 64 KiB is one window. Tables are read in the
+// order in which they lie in the file, those that touch together.
 
+import Glibc
 public import Posix
 
 extension Qcow2 {
@@ -30,26 +32,32 @@ extension Qcow2 {
 }
 
 /// One check of one image.
-private final class Qcow2Checker {
-  /// Clusters that are counted at a time.
-  private static let window: UInt64 = 1 << 25
+final class Qcow2Checker {
+  /// Clusters that are counted at a time, in 8 bytes each.
+  static let window: UInt64 = 1 << 24
+  /// Tables and refcounts are read in pieces of at most so many bytes.
+  private static let piece: UInt64 = 2 << 20
 
-  private let store: any ByteStore
-  private let header: Qcow2Header
-  private let cache: MetadataCache
-  private let refcounts: Qcow2Refcounts
-  private let clusterSize: UInt64
-  private var report = CheckReport()
+  let store: any ByteStore
+  let header: Qcow2Header
+  let cache: MetadataCache
+  let refcounts: Qcow2Refcounts
+  let clusterSize: UInt64
+  var report = CheckReport()
   /// The clusters that are counted now, and how often each is used.
-  private var range: Range<UInt64> = 0..<0
-  private var uses: [UInt32] = []
+  var range: Range<UInt64> = 0..<0
+  var uses = Qcow2Counts(0)
+  /// What the refcounts say of the same clusters.
+  var found = Qcow2Counts(0)
+  /// Whether signs are compared with refcounts.
+  var checksSigns = true
   /// Whether the walk says what is wrong: only the first does.
-  private var speaks = true
+  var speaks = true
   /// The last cluster that is used.
   private var last: UInt64 = 0
-  private let fileClusters: UInt64
+  let fileClusters: UInt64
   /// Entries whose sign of being the only user is wrong: the byte of each, and the value.
-  private var wrongSigns: [(offset: UInt64, value: UInt64)] = []
+  var wrongSigns: [(offset: UInt64, value: UInt64)] = []
 
   init(_ store: any ByteStore) throws(ImageError) {
     self.store = store
@@ -67,13 +75,16 @@ private final class Qcow2Checker {
     var start: UInt64 = 0
     while start < most {
       range = start..<min(most, start + Self.window)
-      uses = [UInt32](repeating: 0, count: range.count)
+      uses = Qcow2Counts(range.count)
+      found = Qcow2Counts(range.count)
+      try loadCounts()
       try walk()
       try compare(repair: repair)
       speaks = false
       start = range.upperBound
     }
     report.imageEnd = (last + 1) * clusterSize
+    report.totalClusters = (header.size + clusterSize - 1) / clusterSize
     try reportBlocksPastEnd(from: most)
     guard repair == .all else { return report }
     let isMarked =
@@ -98,7 +109,7 @@ private final class Qcow2Checker {
       first, range.lowerBound)..<max(
         max(first, range.lowerBound), min(first + count, range.upperBound))
     {
-      uses[Int(cluster - range.lowerBound)] += 1
+      uses[cluster - range.lowerBound] += 1
     }
   }
 
@@ -114,7 +125,7 @@ private final class Qcow2Checker {
 
   // MARK: The walk
 
-  private func walk() throws(ImageError) {
+  func walk() throws(ImageError) {
     use(bytes: 0, clusterSize, "the header")
     use(bytes: header.refcountTableOffset, refcounts.tableEntries * 8, "the refcount table")
     for index in 0..<present(refcounts.tableEntries, at: header.refcountTableOffset) {
@@ -148,9 +159,12 @@ private final class Qcow2Checker {
   private func walk(l1 offset: UInt64, _ entries: UInt64, isActive: Bool) throws(ImageError) {
     use(bytes: offset, entries * 8, "an L1 table")
     let entries = present(entries, at: offset)
-    var visited: Set<UInt64> = []
+    let l1 = try io { () throws(IOError) in
+      try store.read(at: offset, count: Int(entries) * 8)
+    }
+    var tables: [(offset: UInt64, index: UInt64)] = []
     for index in 0..<entries {
-      let entry = try cache.big(UInt64.self, at: offset + index * 8)
+      let entry = l1.big(UInt64.self, at: Int(index) * 8)
       let table = entry & Qcow2Bits.offset
       guard table != 0 else { continue }
       guard table % clusterSize == 0, table / clusterSize < fileClusters else {
@@ -158,76 +172,186 @@ private final class Qcow2Checker {
         continue
       }
       use(bytes: table, clusterSize, "L2 table \(index)")
-      // Walked twice it would only say the same, and a hostile image could have us walk it
-      // millions of times.
-      guard visited.insert(table).inserted else {
-        say("L2 table \(index) is also another's")
-        continue
+      if isActive { checkSign(entry, at: offset + index * 8, cluster: table / clusterSize) }
+      tables.append((table, index))
+    }
+    tables.sort { ($0.offset, $0.index) < ($1.offset, $1.index) }
+    // Walked twice it would only say the same, and a hostile image could have us walk it
+    // millions of times.
+    var different: [(offset: UInt64, index: UInt64)] = []
+    for table in tables {
+      if table.offset == different.last?.offset {
+        say("L2 table \(table.index) is also another's")
+      } else {
+        different.append(table)
       }
-      if isActive { try checkSign(entry, at: offset + index * 8, cluster: table / clusterSize) }
-      try walk(table: table, index: index, isActive: isActive)
+    }
+    try walk(different, isActive: isActive)
+  }
+
+  /// Walks tables that are in the order of their places.
+  private func walk(
+    _ tables: [(offset: UInt64, index: UInt64)], isActive: Bool
+  ) throws(ImageError) {
+    let most = max(1, Int(Self.piece / clusterSize))
+    let buffer = UnsafeMutableRawBufferPointer.allocate(
+      byteCount: min(most, max(1, tables.count)) * Int(clusterSize), alignment: 4096)
+    defer { buffer.deallocate() }
+    var first = 0
+    while first < tables.count {
+      var end = first + 1
+      while end < tables.count, end - first < most,
+        tables[end].offset == tables[end - 1].offset + clusterSize
+      {
+        end += 1
+      }
+      let part = UnsafeMutableRawBufferPointer(
+        rebasing: buffer[..<((end - first) * Int(clusterSize))])
+      try io { () throws(IOError) in try store.read(part, at: tables[first].offset) }
+      for number in first..<end {
+        let start = (number - first) * Int(clusterSize)
+        let entries = UnsafeRawBufferPointer(
+          rebasing: part[start..<(start + Int(clusterSize))])
+        walk(entries, at: tables[number].offset, index: tables[number].index, isActive)
+      }
+      first = end
     }
   }
 
   /// Whether an entry's sign of being the only user agrees with the refcount.
-  private func checkSign(
-    _ entry: UInt64, at offset: UInt64, cluster: UInt64
-  ) throws(ImageError) {
-    guard speaks, cluster < fileClusters else { return }
-    let isOnly: Bool
-    do throws(ImageError) {
-      isOnly = try refcounts.count(of: cluster) == 1
-    } catch {
-      guard error.code == .corrupt else { throw error }
-      return
-    }
+  private func checkSign(_ entry: UInt64, at offset: UInt64, cluster: UInt64) {
+    guard checksSigns, range.contains(cluster) else { return }
+    let isOnly = found[cluster - range.lowerBound] == 1
     guard isOnly != (entry & Qcow2Bits.copied != 0) else { return }
-    say("the entry at byte \(offset) is wrong about being the only user of cluster \(cluster)")
+    report.corruption(
+      "the entry at byte \(offset) is wrong about being the only user of cluster \(cluster)")
   }
 
-  private func walk(table: UInt64, index: UInt64, isActive: Bool) throws(ImageError) {
-    for position in 0..<header.l2Entries {
-      let offset = table + position * header.entrySize
-      var entry = Qcow2Entry(raw: try cache.big(UInt64.self, at: offset))
-      if header.hasSubclusters {
-        entry.bitmap = try cache.big(UInt64.self, at: offset + 8)
-      }
-      guard entry.raw != 0 || entry.bitmap != 0 else { continue }
-      let guest = (index * header.l2Entries + position) * clusterSize
-      do throws(ImageError) {
-        for subcluster in 0..<header.subclusters {
-          _ = try header.state(entry, subcluster: subcluster, guestOffset: guest)
-        }
-      } catch {
-        say(error.message)
+  /// Walks the entries of one table. What most of them are, plain clusters or none, is dealt
+  /// with here, everything else one by one.
+  private func walk(
+    _ entries: UnsafeRawBufferPointer, at table: UInt64, index: UInt64, _ isActive: Bool
+  ) {
+    let step = Int(header.entrySize)
+    let bits = UInt64(header.clusterBits)
+    let plain = !header.hasSubclusters && !header.hasDataFile
+    let odd = (clusterSize - 1) | Qcow2Bits.compressed
+    let (lower, upper) = (range.lowerBound, range.upperBound)
+    let checks = isActive && checksSigns
+    var expected: UInt64 = 0
+    var (allocated, fragmented): (UInt64, UInt64) = (0, 0)
+    for position in 0..<Int(header.l2Entries) {
+      let raw = UInt64(
+        bigEndian: entries.loadUnaligned(fromByteOffset: position * step, as: UInt64.self))
+      if raw == 0, plain { continue }
+      let offset = raw & Qcow2Bits.offset
+      let cluster = offset >> bits
+      guard plain, raw & odd == 0, offset != 0, cluster < fileClusters else {
+        let bitmap =
+          header.hasSubclusters
+          ? UInt64(
+            bigEndian: entries.loadUnaligned(
+              fromByteOffset: position * step + 8, as: UInt64.self)) : 0
+        walk(
+          Qcow2Entry(raw: raw, bitmap: bitmap), at: table + UInt64(position * step),
+          guest: (index * header.l2Entries + UInt64(position)) * clusterSize, isActive, &expected)
         continue
       }
-      let clusters = entry.clusters(header)
-      use(clusters.lowerBound, UInt64(clusters.count), "data of byte \(guest)")
-      if entry.isCompressed {
-        if entry.isOwned { say("compressed data of byte \(guest) claims to be the only user") }
-      } else if isActive, !clusters.isEmpty {
-        try checkSign(entry.raw, at: offset, cluster: clusters.lowerBound)
+      allocated += 1
+      if expected != 0, expected != cluster { fragmented += 1 }
+      expected = cluster + 1
+      if cluster > last { last = cluster }
+      guard cluster >= lower, cluster < upper else { continue }
+      uses[cluster - lower] &+= 1
+      if checks, (found[cluster - lower] == 1) != (raw & Qcow2Bits.copied != 0) {
+        checkSign(raw, at: table + UInt64(position * step), cluster: cluster)
       }
+    }
+    guard isActive, speaks else { return }
+    report.allocatedClusters += allocated
+    report.fragmentedClusters += fragmented
+  }
+
+  private func walk(
+    _ entry: Qcow2Entry, at offset: UInt64, guest: UInt64, _ isActive: Bool,
+    _ expected: inout UInt64
+  ) {
+    guard entry.raw != 0 || entry.bitmap != 0 else { return }
+    do throws(ImageError) {
+      for subcluster in 0..<header.subclusters {
+        _ = try header.state(entry, subcluster: subcluster, guestOffset: guest)
+      }
+    } catch {
+      say(error.message)
+      return
+    }
+    let clusters = entry.clusters(header)
+    use(clusters.lowerBound, UInt64(clusters.count), "data of byte \(guest)")
+    if isActive, speaks, !clusters.isEmpty || header.hasDataFile {
+      report.allocatedClusters += 1
+      if entry.isCompressed {
+        // As QEMU has it: what is compressed is also called fragmented.
+        report.compressedClusters += 1
+        report.fragmentedClusters += 1
+      } else if !clusters.isEmpty {
+        if expected != 0, expected != clusters.lowerBound { report.fragmentedClusters += 1 }
+        expected = clusters.upperBound
+      }
+    }
+    if entry.isCompressed {
+      if entry.isOwned { say("compressed data of byte \(guest) claims to be the only user") }
+    } else if isActive, !clusters.isEmpty {
+      checkSign(entry.raw, at: offset, cluster: clusters.lowerBound)
     }
   }
 
   // MARK: The comparison
 
-  private func compare(repair: Repair?) throws(ImageError) {
-    for cluster in range {
-      let expected = UInt64(uses[Int(cluster - range.lowerBound)])
-      let found: UInt64
+  /// Reads the refcounts of the clusters that are counted now.
+  private func loadCounts() throws(ImageError) {
+    let width = refcounts.width
+    let perBlock = refcounts.perBlock
+    var cluster = range.lowerBound
+    while cluster < range.upperBound {
+      let index = cluster / perBlock
+      let end = min(range.upperBound, (index + 1) * perBlock)
+      defer { cluster = end }
+      let block: UInt64?
       do throws(ImageError) {
-        found = try refcounts.count(of: cluster)
+        block = try refcounts.block(index)
       } catch {
         guard error.code == .corrupt else { throw error }
-        if expected > 0 { report.corruption("cluster \(cluster) has no refcount") }
         continue
       }
-      guard found != expected else { continue }
-      let words = "cluster \(cluster) is used \(expected) times and counted \(found) times"
-      if found < expected {
+      guard let block else { continue }
+      let bytes = try io { () throws(IOError) in
+        try store.read(at: block, count: Int(clusterSize))
+      }
+      let first = Int(cluster - index * perBlock)
+      let base = cluster - range.lowerBound
+      if width.order == 4 {
+        bytes.withUnsafeBytes { bytes in
+          for item in 0..<Int(end - cluster) {
+            found[base + UInt64(item)] = UInt32(
+              UInt16(
+                bigEndian: bytes.loadUnaligned(
+                  fromByteOffset: (first + item) * 2, as: UInt16.self)))
+          }
+        }
+      } else {
+        for item in 0..<Int(end - cluster) {
+          found[base + UInt64(item)] = UInt32(clamping: width.get(bytes, first + item))
+        }
+      }
+    }
+  }
+
+  private func compare(repair: Repair?) throws(ImageError) {
+    for item in 0..<UInt64(range.count) where uses[item] != found[item] {
+      let cluster = range.lowerBound + item
+      let (expected, count) = (UInt64(uses[item]), UInt64(found[item]))
+      let words = "cluster \(cluster) is used \(expected) times and counted \(count) times"
+      if count < expected {
         report.corruption(words)
         continue
       }
@@ -236,18 +360,6 @@ private final class Qcow2Checker {
       guard repair != nil else { continue }
       try lower(cluster, to: expected)
     }
-  }
-
-  private func lower(_ cluster: UInt64, to value: UInt64) throws(ImageError) {
-    guard let block = try refcounts.block(cluster / refcounts.perBlock) else { return }
-    let sector = (block + refcounts.byte(of: cluster)) / 512 * 512
-    try io { () throws(IOError) in
-      var bytes = try store.read(at: sector, count: 512)
-      refcounts.width.put(value, &bytes, refcounts.index(of: cluster))
-      try store.write(bytes, at: sector)
-    }
-    cache.dropAll()
-    report.repaired += 1
   }
 
   /// Refcounts of clusters that the file does not have are leaks.
@@ -271,135 +383,32 @@ private final class Qcow2Checker {
       cluster = end
     }
   }
+}
 
-  // MARK: Counting anew
+/// A number for each of many clusters. Memory that was never written to costs nothing.
+final class Qcow2Counts {
+  let count: Int
+  private let numbers: UnsafeMutablePointer<UInt32>
 
-  private func rebuild() throws(ImageError) {
-    guard fileClusters <= Self.window else {
-      throw ImageError(.unsupported, "\(store.name): too large to count anew; use qemu-img")
+  init(_ count: Int) {
+    self.count = count
+    guard let memory = calloc(max(1, count), 4) else {
+      fatalError("there is no memory for the counts of \(count) clusters")
     }
-    // The uses as they are without the old refcounts.
-    range = 0..<max(1, fileClusters)
-    uses = [UInt32](repeating: 0, count: range.count)
-    let before = report
-    try walkWithoutRefcounts()
-    let size = clusterSize
-    var table: UInt64 = 1
-    var blocks: UInt64 = 1
-    while true {
-      let total = fileClusters + table + blocks
-      let needed = (total + refcounts.perBlock - 1) / refcounts.perBlock
-      let longer = max(table, (needed * 8 + size - 1) / size)
-      if needed <= blocks, longer == table { break }
-      blocks = max(blocks, needed)
-      table = longer
-    }
-    guard table * size <= Qcow2Header.largestRefcountTable else {
-      throw ImageError(.unsupported, "\(store.name): too large to count anew")
-    }
-    let first = fileClusters
-    try write(table: table, blocks: blocks, at: first)
-    report = before
-    try mendSigns()
-    report.repaired = before.corruptions + before.leaks
+    numbers = memory.assumingMemoryBound(to: UInt32.self)
   }
 
-  private func walkWithoutRefcounts() throws(ImageError) {
-    speaks = false
-    try walk()
-    func forget(_ offset: UInt64, _ count: UInt64) {
-      for cluster in (offset / clusterSize)..<(offset / clusterSize + count) {
-        if cluster < range.upperBound, uses[Int(cluster)] > 0 { uses[Int(cluster)] -= 1 }
-      }
-    }
-    forget(header.refcountTableOffset, UInt64(header.refcountTableClusters))
-    for index in 0..<refcounts.tableEntries {
-      do throws(ImageError) {
-        guard let block = try refcounts.block(index) else { continue }
-        forget(block, 1)
-      } catch {
-        guard error.code == .corrupt else { throw error }
-      }
-    }
-  }
+  deinit { free(numbers) }
 
-  private func write(table: UInt64, blocks: UInt64, at first: UInt64) throws(ImageError) {
-    let width = refcounts.width
-    let size = clusterSize
-    let used = first + table + blocks
-    var entries: [UInt8] = []
-    for index in 0..<blocks { entries.appendBig((first + table + index) * size) }
-    entries.pad(to: Int(size))
-    let count = { (cluster: UInt64) -> UInt64 in
-      cluster < first ? UInt64(self.uses[Int(cluster)]) : cluster < used ? 1 : 0
+  @inline(__always)
+  subscript(_ index: UInt64) -> UInt32 {
+    get {
+      assert(index < UInt64(count))
+      return numbers[Int(index)]
     }
-    for cluster in 0..<first where count(cluster) > width.most {
-      throw ImageError(
-        .unsupported, "cluster \(cluster) is used more often than its refcount can say")
+    set {
+      assert(index < UInt64(count))
+      numbers[Int(index)] = newValue
     }
-    try io { () throws(IOError) in
-      try store.write(entries, at: first * size)
-      for index in 0..<blocks {
-        var bytes = [UInt8](repeating: 0, count: Int(size))
-        for item in 0..<refcounts.perBlock {
-          let value = count(index * refcounts.perBlock + item)
-          if value > 0 { width.put(value, &bytes, Int(item)) }
-        }
-        try store.write(bytes, at: (first + table + index) * size)
-      }
-      try store.flush()
-    }
-    var place: [UInt8] = []
-    place.appendBig(first * size)
-    place.appendBig(UInt32(table))
-    try io { () throws(IOError) in
-      try store.write(place, at: 48)
-      try store.flush()
-    }
-  }
-
-  /// Puts right which entries are the only users, by the new refcounts, and takes away the
-  /// marks of an image that was not closed.
-  private func mendSigns() throws(ImageError) {
-    cache.dropAll()
-    let l1 = header.l1Offset
-    for index in 0..<UInt64(header.l1Size) {
-      let entry = try cache.big(UInt64.self, at: l1 + index * 8)
-      let table = entry & Qcow2Bits.offset
-      guard table != 0, table % clusterSize == 0, table / clusterSize < fileClusters else {
-        continue
-      }
-      mend(entry, at: l1 + index * 8, cluster: table / clusterSize)
-      for position in 0..<header.l2Entries {
-        let offset = table + position * header.entrySize
-        let entry = Qcow2Entry(raw: try cache.big(UInt64.self, at: offset))
-        let clusters = entry.clusters(header)
-        guard !entry.isCompressed, !clusters.isEmpty else { continue }
-        mend(entry.raw, at: offset, cluster: clusters.lowerBound)
-      }
-    }
-    let marks = Qcow2Header.Incompatible.dirty | Qcow2Header.Incompatible.corrupt
-    let incompatible = header.incompatible & ~marks
-    let signs = wrongSigns
-    try io { () throws(IOError) in
-      for (offset, value) in signs {
-        var bytes: [UInt8] = []
-        bytes.appendBig(value)
-        try store.write(bytes, at: offset)
-      }
-      try store.flush()
-      guard header.version >= 3 else { return }
-      var bytes: [UInt8] = []
-      bytes.appendBig(incompatible)
-      try store.write(bytes, at: 72)
-      try store.flush()
-    }
-  }
-
-  private func mend(_ entry: UInt64, at offset: UInt64, cluster: UInt64) {
-    guard cluster < UInt64(uses.count) else { return }
-    let right =
-      uses[Int(cluster)] == 1 ? entry | Qcow2Bits.copied : entry & ~Qcow2Bits.copied
-    if right != entry { wrongSigns.append((offset, right)) }
   }
 }

@@ -44,7 +44,7 @@ public struct Qcow2Options: Sendable {
   /// The usual.
   public init() {}
 
-  fileprivate func header(_ size: UInt64) throws(ImageError) -> Qcow2Header {
+  func header(_ size: UInt64) throws(ImageError) -> Qcow2Header {
     func refuse(_ words: String) -> ImageError { ImageError(.badRequest, words) }
     guard clusterSize.nonzeroBitCount == 1, clusterSize >= 512, clusterSize <= 2 << 20 else {
       throw refuse("cluster size \(clusterSize) is not a power of two from 512 bytes to 2 MiB")
@@ -163,15 +163,26 @@ extension Qcow2 {
     store: any ByteStore, base: (any ByteStore)? = nil, dataFile: (any ByteStore)? = nil,
     writable: Bool, snapshot: String? = nil
   ) throws(ImageError) -> Qcow2 {
+    let header = try Qcow2Header.read(from: store)
+    if let path = header.basePath, base == nil {
+      throw ImageError(.baseMissing, "store \(store.name) needs its base \(path): give it")
+    }
+    return try open(
+      alone: store, over: header.basePath == nil ? nil : base, dataFile: dataFile,
+      writable: writable, snapshot: snapshot)
+  }
+
+  /// As the other, over whatever is given, base or not.
+  static func open(
+    alone store: any ByteStore, over base: (any ByteStore)?, dataFile: (any ByteStore)?,
+    writable: Bool, snapshot: String?
+  ) throws(ImageError) -> Qcow2 {
     var header = try Qcow2Header.read(from: store)
     if header.hasDataFile, dataFile == nil {
       throw ImageError(
         .baseMissing,
         "store \(store.name) needs its data file \(header.dataFilePath ?? "of which it has no name"): give it"
       )
-    }
-    if let path = header.basePath, base == nil {
-      throw ImageError(.baseMissing, "store \(store.name) needs its base \(path): give it")
     }
     let data = header.hasDataFile ? dataFile ?? store : store
     var found: Qcow2Snapshot?
@@ -187,8 +198,8 @@ extension Qcow2 {
     }
     if writable { header = try prepareForWriting(store, data, header) }
     return try Qcow2(
-      store: store, data: data, base: header.basePath == nil ? nil : base, header: header,
-      writable: writable, snapshot: found)
+      store: store, data: data, base: base, header: header, writable: writable,
+      snapshot: found)
   }
 
   private static func prepareForWriting(

@@ -72,8 +72,13 @@ extension Qcow2Header {
         throw ImageError(.corrupt, "compressed data beside an external data file")
       }
       let offset = entry.compressedRange(clusterBits).offset
-      guard offset < 1 << UInt64(62 - clusterBits) else {
-        throw ImageError(.corrupt, "compressed data at \(offset)")
+      // A device's sectors have 48 bits, and an address on the decompressing device is the
+      // file's times the cluster size.
+      guard offset < 1 << UInt64(57 - clusterBits) else {
+        throw ImageError(
+          .unsupported,
+          "compressed data at \(offset), beyond the first \(1 << (57 - UInt64(clusterBits))) "
+            + "bytes: convert the image to clusters that are smaller")
       }
       return .compressed(offset << UInt64(clusterBits) + subcluster * UInt64(blockSize))
     }

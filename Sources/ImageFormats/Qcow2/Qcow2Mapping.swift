@@ -48,6 +48,11 @@ public final class Qcow2: ImageFormat {
   var inFlight: Qcow2InFlight?
   var lastMark: Mark = 0
   let durableBlocks: UInt64
+  /// What of the header every look at a table needs: a copy of all of it costs more than that.
+  private let clusterSize: UInt64
+  private let l2Entries: UInt64
+  /// Whether an entry of 8 bytes says all of a cluster in the image itself.
+  private let isPlain: Bool
 
   /// `snapshot` is one of the image's own, whose disk is then what is open.
   init(
@@ -59,6 +64,9 @@ public final class Qcow2: ImageFormat {
     self.header = header
     isWritable = writable
     blockSize = header.blockSize
+    clusterSize = header.clusterSize
+    l2Entries = header.l2Entries
+    isPlain = !header.hasSubclusters && !header.hasDataFile
     blocksPerTable = header.l2Entries * header.subclusters
     size = snapshot?.diskSize ?? header.diskSize
     l1 = (
@@ -98,7 +106,7 @@ public final class Qcow2: ImageFormat {
     guard index < l1.entries else { return (0, true) }
     let entry = try cache.big(UInt64.self, at: l1.offset + index * 8)
     let offset = entry & Qcow2Bits.offset
-    guard offset % header.clusterSize == 0 else {
+    guard offset % clusterSize == 0 else {
       throw ImageError(.corrupt, "\(store.name): L2 table \(index) at byte \(offset)")
     }
     return (offset, entry & Qcow2Bits.copied != 0)
@@ -128,6 +136,7 @@ public final class Qcow2: ImageFormat {
     do throws(ImageError) {
       let table = try table(block / blocksPerTable).offset
       guard table != 0 else { return (.unallocated, limit) }
+      if isPlain, let run = try plainRun(block, table: table, limit: limit) { return run }
       let first = try state(block, table: table)
       var count: UInt64 = 1
       while count < limit,
@@ -144,6 +153,46 @@ public final class Qcow2: ImageFormat {
     } catch {
       throw ImageError(error.code, "\(store.name): \(error.message)", cause: error.cause)
     }
+  }
+
+  /// As `durable`, for entries that are what most are: none, or plain clusters in a row. nil for
+  /// any other, and for what may be damaged.
+  private func plainRun(
+    _ block: UInt64, table: UInt64, limit: UInt64
+  ) throws(ImageError) -> (state: Qcow2State, count: UInt64)? {
+    let start = table + block % l2Entries * 8
+    let first = try cache.big(UInt64.self, at: start)
+    let step: UInt64
+    if first == 0 {
+      step = 0
+    } else {
+      let isData = first & ((clusterSize - 1) | Qcow2Bits.compressed) == 0
+      guard isData, first & Qcow2Bits.offset != 0 else { return nil }
+      step = clusterSize
+    }
+    var count: UInt64 = 1
+    var expected = first &+ step
+    while count < limit {
+      let offset = start + count * 8
+      let page = try cache.page(offset / MetadataCache.pageSize)
+      let from = Int(offset % MetadataCache.pageSize)
+      let most = min(Int(limit - count), (page.count - from) / 8)
+      let alike = page.withUnsafeBytes { bytes -> Int in
+        for index in 0..<most {
+          let raw = bytes.loadUnaligned(fromByteOffset: from + index * 8, as: UInt64.self)
+          guard UInt64(bigEndian: raw) == expected else { return index }
+          expected &+= step
+        }
+        return most
+      }
+      count += UInt64(alike)
+      if alike < most { break }
+    }
+    if first == 0 { return (.unallocated, count) }
+    let (place, isOwned) = (first & Qcow2Bits.offset, first & Qcow2Bits.copied != 0)
+    // The other way tells what is wrong.
+    if isWritable, isOwned, refcounts.isProtected(place, bytes: count * clusterSize) { return nil }
+    return (.data(place, owned: isOwned), count)
   }
 
   /// The longest run from a block on that is mapped alike.
@@ -178,7 +227,10 @@ public final class Qcow2: ImageFormat {
     let end = block + min(max(limit, 1), blocks - block)
     var extent = try run(block, limit: end - block)
     var tables = 1
-    while extent.blocks.end < end, tables < Self.tablesPerFind {
+    // Within a table a run ends where something else begins, save that the base may know more.
+    while extent.blocks.end < end, tables < Self.tablesPerFind,
+      extent.blocks.end % blocksPerTable == 0 || extent.isBelow
+    {
       let next = try run(extent.blocks.end, limit: end - extent.blocks.end)
       let sectors = extent.blocks.count * UInt64(blockSize) / 512
       guard next.mark == extent.mark, next.writable == extent.writable,
@@ -390,5 +442,15 @@ public final class Qcow2: ImageFormat {
       }
     }
     pending.insert(PendingPlacements.Run(blocks: range, offset: offset, mark: mark))
+  }
+}
+
+extension Extent {
+  /// Whether it may lie in a base.
+  fileprivate var isBelow: Bool {
+    switch place {
+    case .zero: true
+    case .device(let device, _): device != Qcow2.dataDevice && device != Qcow2.compressedDevice
+    }
   }
 }

@@ -120,7 +120,9 @@ extension Qcow2 {
 
   /// Takes every entry from a cluster on out of an L2 table, or the table out of the L1 table
   /// when all of it goes.
-  private func clear(table index: UInt64, from first: UInt64) throws(ImageError) {
+  func clear(
+    table index: UInt64, from first: UInt64, punching: Bool = false
+  ) throws(ImageError) {
     let (table, owned) = try table(index)
     let isWhole = first == index * header.l2Entries
     // Of a table that a snapshot shares a part cannot go; growing hides what it says.
@@ -144,5 +146,10 @@ extension Qcow2 {
     try drop(&plan)
     plan.draft.seal()
     try run(plan)
+    guard punching else { return }
+    for cluster in plan.dropped.keys.sorted() where try refcounts.count(of: cluster) == 0 {
+      let place = cluster * header.clusterSize
+      try io { () throws(IOError) in try store.zero(at: place, count: header.clusterSize) }
+    }
   }
 }

@@ -81,7 +81,8 @@ public enum DscowTool {
     return text + "Base check:   \(hexadecimal(UInt64(base.fingerprint)))\n"
   }
 
-  private static func describe(_ copies: DscowHeader.CopyState) -> String {
+  /// The state of a header's copies in words.
+  public static func describe(_ copies: DscowHeader.CopyState) -> String {
     switch copies {
     case .both: "both copies good"
     case .stale(let copy): "copy \(copy + 1) out of date"

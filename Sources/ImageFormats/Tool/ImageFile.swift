@@ -16,7 +16,8 @@ public enum ImageFile {
     return file
   }
 
-  static func lock(store: FileStore, exclusive: Bool) throws(ImageError) {
+  /// Locks a store that is open. Throws `badRequest` when it is in use.
+  public static func lock(store: FileStore, exclusive: Bool) throws(ImageError) {
     let remedy = exclusive ? "" : ", or look at it while it changes (-U)"
     try lock(
       store, exclusive: exclusive,
@@ -49,7 +50,7 @@ public enum ImageFile {
   }
 
   /// Opens without a lock.
-  static func open(
+  public static func open(
     _ path: String, as role: String, writable: Bool
   ) throws(ImageError) -> FileStore {
     do throws(IOError) {
@@ -62,7 +63,7 @@ public enum ImageFile {
 
   /// Makes a new file for a store, readable by its owner only; opens the file or device that
   /// is there already. Takes no lock. Returns whether it is new.
-  static func create(_ path: String) throws(ImageError) -> (store: FileStore, isNew: Bool) {
+  public static func create(_ path: String) throws(ImageError) -> (store: FileStore, isNew: Bool) {
     let flags = O_RDWR | O_CREAT | O_EXCL
     do throws(IOError) {
       let file = try Descriptor(path: path, flags: flags, mode: 0o600)
@@ -75,10 +76,10 @@ public enum ImageFile {
 
   /// Takes back `create`. The error that led here is the one worth telling, so an error of
   /// unlink(2) is not.
-  static func remove(_ path: String) { _ = unlink(path) }
+  public static func remove(_ path: String) { _ = unlink(path) }
 
   /// Makes the entry of a new file durable. Source: fsync(2).
-  static func flushDirectory(of path: String) throws(ImageError) {
+  public static func flushDirectory(of path: String) throws(ImageError) {
     let parent = path.lastIndex(of: "/").map { String(path[...$0]) } ?? "."
     try io { () throws(IOError) in
       let directory = try Descriptor(path: parent, flags: O_RDONLY | O_DIRECTORY)
@@ -87,7 +88,7 @@ public enum ImageFile {
   }
 
   /// A path from the root on, its links as they are. Throws `io`.
-  static func absolute(_ path: String) throws(ImageError) -> String {
+  public static func absolute(_ path: String) throws(ImageError) -> String {
     guard !path.hasPrefix("/") else { return path }
     guard let here = getcwd(nil, 0) else {
       throw ImageError(IOError.last("find the working directory"))
@@ -104,7 +105,7 @@ extension ImageFile {
   public static func bytes(_ text: String) -> UInt64? {
     let digits = text.prefix { $0.isASCII && $0.isNumber }
     guard let number = UInt64(digits) else { return nil }
-    let units = ["": 0, "B": 0, "K": 10, "M": 20, "G": 30, "T": 40]
+    let units = ["": 0, "B": 0, "K": 10, "M": 20, "G": 30, "T": 40, "P": 50, "E": 60]
     var unit = text.dropFirst(digits.count).uppercased()
     if unit.hasSuffix("IB"), unit.count == 3 { unit = String(unit.prefix(1)) }
     guard let shift = units[unit] else { return nil }

@@ -56,3 +56,23 @@ public enum JSON: Sendable {
     return text + "\""
   }
 }
+
+extension JSON {
+  /// The value over lines, each level four columns further in.
+  public var indented: String { indented("") }
+
+  private func indented(_ margin: String) -> String {
+    let inner = margin + "    "
+    func block(_ open: String, _ parts: [String], _ close: String) -> String {
+      guard !parts.isEmpty else { return open + close }
+      return open + "\n" + parts.map { inner + $0 }.joined(separator: ",\n") + "\n" + margin + close
+    }
+    switch self {
+    case .array(let values): return block("[", values.map { $0.indented(inner) }, "]")
+    case .object(let members):
+      return block(
+        "{", members.map { Self.quoted($0.0) + ": " + $0.1.indented(inner) }, "}")
+    default: return text
+    }
+  }
+}

@@ -84,14 +84,25 @@ extension Vhd {
     store: any ByteStore, base: (any ByteStore)? = nil, writable: Bool
   ) throws(ImageError) -> Vhd {
     let header = try VhdHeader.read(from: store)
+    if let path = header.basePath, base == nil {
+      throw ImageError(.baseMissing, "store \(store.name) needs its base \(path): give it")
+    }
+    return try open(
+      alone: store, over: base, header.basePath == nil ? nil : base, writable: writable)
+  }
+
+  /// Opens an image over `under`, whatever it says of a base; `base` is the one to know again.
+  static func open(
+    alone store: any ByteStore, over base: (any ByteStore)?, _ under: (any ByteStore)?,
+    writable: Bool
+  ) throws(ImageError) -> Vhd {
+    let header = try VhdHeader.read(from: store)
     guard !writable || store.isWritable else {
       throw ImageError(.badRequest, "\(store.name) is open for reading only")
     }
-    if let path = header.basePath {
-      guard let base else {
-        throw ImageError(.baseMissing, "store \(store.name) needs its base \(path): give it")
-      }
-      if let image = base as? ImageStore, let footer = try VhdHeader.footer(of: image.store) {
+    if header.basePath != nil, let base {
+      let image = (base as? ImageStore)?.store ?? (base as? FlatChain)?.store
+      if let image, let footer = try VhdHeader.footer(of: image) {
         guard [UInt8](footer[68..<84]) == header.baseUUID else {
           throw ImageError(
             .baseChanged,
@@ -100,8 +111,6 @@ extension Vhd {
         }
       }
     }
-    return try Vhd(
-      store: store, base: header.basePath == nil ? nil : base, header: header,
-      writable: writable)
+    return try Vhd(store: store, base: under, header: header, writable: writable)
   }
 }

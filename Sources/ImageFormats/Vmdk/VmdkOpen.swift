@@ -138,14 +138,22 @@ extension Vmdk {
     store: any ByteStore, extents: [any ByteStore] = [], base: (any ByteStore)? = nil,
     writable: Bool
   ) throws(ImageError) -> Vmdk {
+    let path = try VmdkLayout.read(from: store).descriptor.basePath
+    if let path, base == nil {
+      throw ImageError(.baseMissing, "store \(store.name) needs its base \(path): give it")
+    }
+    return try open(
+      alone: store, extents: extents, over: base, path == nil ? nil : base, writable: writable)
+  }
+
+  /// Opens an image over `under`, whatever it says of a base; `base` is the one to know again.
+  static func open(
+    alone store: any ByteStore, extents: [any ByteStore], over base: (any ByteStore)?,
+    _ under: (any ByteStore)?, writable: Bool
+  ) throws(ImageError) -> Vmdk {
     let layout = try VmdkLayout.read(from: store)
     let parts = try VmdkParts(store, layout, extents)
-    if let path = layout.descriptor.basePath {
-      guard let base else {
-        throw ImageError(.baseMissing, "store \(store.name) needs its base \(path): give it")
-      }
-      try check(base, of: store, layout)
-    }
+    if layout.descriptor.basePath != nil, let base { try check(base, of: store, layout) }
     if writable {
       guard store.isWritable, parts.stores.allSatisfy(\.isWritable) else {
         throw ImageError(.badRequest, "\(store.name) is open for reading only")
@@ -156,24 +164,23 @@ extension Vmdk {
       }
       try layout.renewContentID(in: store)
     }
-    return try Vmdk(
-      parts, base: layout.descriptor.basePath == nil ? nil : base, writable: writable)
+    return try Vmdk(parts, base: under, writable: writable)
   }
 
   /// Throws `baseChanged` when a base's content ID is not the one that the image remembers.
   private static func check(
     _ base: any ByteStore, of store: any ByteStore, _ layout: VmdkLayout
   ) throws(ImageError) {
-    guard let image = base as? ImageStore else {
+    guard let image = (base as? ImageStore)?.store ?? (base as? FlatChain)?.store else {
       throw ImageError(
         .baseChanged, "base \(base.name) of store \(store.name) is no VMDK image: put it back")
     }
-    let start = try io { () throws(IOError) in try image.store.read(at: 0, count: 512) }
+    let start = try io { () throws(IOError) in try image.read(at: 0, count: 512) }
     guard VmdkLayout.isMagic(start) else {
       throw ImageError(
         .baseChanged, "base \(base.name) of store \(store.name) is no VMDK image: put it back")
     }
-    let found = try VmdkLayout.read(from: image.store).descriptor.contentID
+    let found = try VmdkLayout.read(from: image).descriptor.contentID
     guard found == layout.descriptor.parentContentID else {
       throw ImageError(
         .baseChanged,

@@ -36,6 +36,11 @@ final class VmdkJoinedStore: ByteStore {
     return parts[Int(index)]
   }
 
+  /// The file that holds a byte, and where in it. Throws EINVAL for one past all of them.
+  func place(_ offset: UInt64) throws(IOError) -> (store: any ByteStore, offset: UInt64) {
+    (try part(at: offset, 1), Self.local(offset))
+  }
+
   private static func local(_ offset: UInt64) -> UInt64 { offset & ((1 << bits) - 1) }
 
   /// Within one file.

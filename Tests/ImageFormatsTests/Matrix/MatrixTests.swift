@@ -52,7 +52,9 @@ struct MatrixCase: CustomTestStringConvertible, Sendable {
       return lines == 1
     }
     if isFirst { print(Self.line(["format", "kind", "read", "written", "check", "resized"])) }
-    let check = ["qcow", "raw", "vpc"].contains(test.row.format) ? "ours" : "clean"
+    // QEMU has no check of these; raw has none at all.
+    let checks = ["qcow": "ours", "vpc": "ours", "raw": "-"]
+    let check = checks[test.row.format] ?? "clean"
     print(Self.line([test.row.format, test.row.name, "equal", "equal", check, resized]))
   }
 }

@@ -173,6 +173,24 @@ import Testing
     try Self.cuts(overBase: overBase).run(seeds: Depth.times(20))
   }
 
+  /// What QEMU's own check thinks of images after power cuts: 0 is clean, 3 is leaks.
+  @Test func powerCutsJudgedByQEMU() throws {
+    let judge = try Judge()
+    let cuts = try Self.cuts(overBase: false)
+    let judged = PowerCuts(
+      name: "vmdk, judged by QEMU", image: cuts.image, isFull: cuts.isFull, open: cuts.open,
+      check: { store in
+        let bytes = try store.read(at: 0, count: Int(store.size))
+        try Data(bytes).write(to: URL(fileURLWithPath: judge.path("disk.img")))
+        let (output, status) = try judge.run("qemu-img", ["check", "-f", "vmdk", "disk.img"])
+        guard status == 0 || status == 3 else {
+          throw PowerCuts.Violation(description: "qemu-img check: \(status) \(output)")
+        }
+        return try cuts.check(store)
+      }, repair: cuts.repair)
+    try judged.run(seeds: Depth.times(3))
+  }
+
   @Test func powerCutsWhileResizing() throws {
     try Self.cuts(overBase: false).runResizes(seeds: Depth.times(40)) { format, size in
       try #require(format as? Vmdk).resize(to: size)

@@ -1,0 +1,153 @@
+// One image of a chain by itself: what it says of every byte of its disk, and what it leaves to
+// the image below. Whoever copies, compares or draws a chain asks its layers one by one.
+//
+// Each is opened over a stand-in for everything below, which is longer than any disk: an extent
+// in device 1 then means that the image has nothing there. This is the one place where a kind
+// of image is told from another to open it so.
+
+public import Posix
+
+/// An image of a chain, open by itself. Used from one thread.
+public final class ImageLayer {
+  /// What an image says of a run of bytes.
+  public enum Content {
+    /// Nothing: whatever is below shows.
+    case absent
+    /// Zeroes.
+    case zero
+    /// They lie in this store from this byte on.
+    case data(any ByteStore, UInt64)
+    /// They are made from what lies elsewhere (decompressed): read them from this store at this
+    /// byte, no more than the run at a time.
+    case made(any ByteStore, UInt64)
+  }
+
+  /// What is below an image, for its own reads; absent runs are not read from here.
+  private final class Below: ByteStore {
+    let below: (any ByteStore)?
+    let size: UInt64 = 1 << 62
+    let isWritable = false
+    let name: String
+    init(_ below: (any ByteStore)?) {
+      self.below = below
+      name = below?.name ?? "no base"
+    }
+    func identity() throws(IOError) -> StoreIdentity { StoreIdentity(size: size, modified: 0) }
+    func allocatedBytes() -> UInt64 { 0 }
+    func read(_ buffer: UnsafeMutableRawBufferPointer, at offset: UInt64) throws(IOError) {
+      guard let below else {
+        buffer.initializeMemory(as: UInt8.self, repeating: 0)
+        return
+      }
+      try below.read(buffer, at: offset)
+    }
+    func write(_ buffer: UnsafeRawBufferPointer, at offset: UInt64) throws(IOError) {
+      throw IOError(9, "write", name)
+    }
+    func zero(at offset: UInt64, count: UInt64) throws(IOError) {
+      throw IOError(9, "zero", name)
+    }
+    func resize(to size: UInt64) throws(IOError) { throw IOError(9, "resize", name) }
+    func flush() {}
+  }
+
+  /// What kind of image it is.
+  public let kind: ImageKind
+  /// The file or device.
+  public let store: any ByteStore
+  /// Length of the disk in bytes.
+  public var size: UInt64 { format.size }
+  /// The image itself, open over nothing: an extent in device 1 is one that it does not have.
+  public let format: any ImageFormat
+  /// The format's devices, by number.
+  public let devices: [any ByteStore]
+
+  /// Opens an image by itself.
+  ///
+  /// - Parameters:
+  ///   - below: the disk under it, for what the image does by sectors, and to be known again.
+  ///   - files: the files that hold its data, where that is not the store; see
+  ///     `LayerChain.files`.
+  /// - Throws: what the format throws; `baseChanged` where the image can tell.
+  public init(
+    _ store: any ByteStore, kind: ImageKind, below: (any ByteStore)?,
+    files: [any ByteStore] = [], writable: Bool = false, snapshot: String? = nil
+  ) throws(ImageError) {
+    self.store = store
+    self.kind = kind
+    let under = Below(below)
+    switch kind {
+    case .raw: format = try Raw(store: store, writable: writable)
+    case .dscow: format = try Dscow.open(alone: store, over: below, writable: writable)
+    case .vhd: format = try Vhd.open(alone: store, over: below, under, writable: writable)
+    case .qcow2:
+      format = try Qcow2.open(
+        alone: store, over: under, dataFile: files.first, writable: writable, snapshot: snapshot)
+    case .qcow:
+      format = try Qcow(
+        store: store, base: under, header: try .read(from: store), writable: writable)
+    case .vmdk:
+      format = try Vmdk.open(
+        alone: store, extents: files, over: below, under, writable: writable)
+    }
+    devices = format.devices ?? [store, under]
+  }
+
+  /// What the image says of the bytes from `offset` on, which lies within the disk, and for how
+  /// many of them, `limit` at most.
+  public func run(
+    at offset: UInt64, limit: UInt64
+  ) throws(ImageError) -> (content: Content, count: UInt64) {
+    let blockSize = UInt64(format.blockSize)
+    let end = offset + min(limit, size - offset)
+    let first = offset / blockSize
+    let extent = try format.find(first, limit: (end - 1) / blockSize - first + 1)
+    let count = min(end, extent.blocks.end * blockSize) - offset
+    switch extent.place {
+    case .zero: return (.zero, count)
+    case .device(1, _): return (.absent, count)
+    case .device(let device, let sector):
+      let place = sector * 512 + (offset - first * blockSize)
+      let store = devices[Int(device)]
+      if let joined = store as? VmdkJoinedStore {
+        let (part, offset) = try io { () throws(IOError) in try joined.place(place) }
+        return (.data(part, offset), count)
+      }
+      // A flat part of a disk is as good as the image's own file.
+      let isPlain = device == 0 || !(store is CompressedStore || store is VhdMixedBlocks)
+      return (isPlain ? .data(store, place) : .made(store, place), count)
+    }
+  }
+
+  /// What an image's header says of other files.
+  public struct Names: Sendable, Equatable {
+    /// The base's path, as it stands there.
+    public var base: String?
+    /// The base's format by name.
+    public var baseFormat: String?
+    /// Whether the data has a file of its own.
+    public var hasDataFile = false
+    /// Its path.
+    public var dataFile: String?
+  }
+
+  /// What the header of an image says of other files.
+  public static func names(
+    in store: any ByteStore, kind: ImageKind
+  ) throws(ImageError) -> Names {
+    switch kind {
+    case .raw: return Names()
+    case .dscow: return Names(base: try Dscow.header(of: store).header.base?.path)
+    case .vhd: return Names(base: try VhdHeader.read(from: store).basePath)
+    case .qcow: return Names(base: try QcowHeader.read(from: store).basePath)
+    case .vmdk:
+      let base = try VmdkLayout.read(from: store).descriptor.basePath
+      return Names(base: base, baseFormat: base == nil ? nil : ImageKind.vmdk.rawValue)
+    case .qcow2:
+      let header = try Qcow2Header.read(from: store)
+      return Names(
+        base: header.basePath, baseFormat: header.baseFormat, hasDataFile: header.hasDataFile,
+        dataFile: header.dataFilePath)
+    }
+  }
+}

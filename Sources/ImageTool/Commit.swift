@@ -1,0 +1,166 @@
+// dmu-img commit and rebase.
+//
+// Commit: the base is written, and durable, before the image gives anything up; until then the
+// image shows the same whatever of the base was written. Rebase: whatever the image would no
+// longer show is copied into it, and durable, before it names another base.
+
+import Glibc
+public import ImageFormats
+import Posix
+
+extension ImageTool {
+  private static let piece = 1 << 20
+
+  /// Writes everything that an image has into its base. The image is empty afterwards, unless
+  /// `keep`.
+  public static func commit(
+    _ source: ImageSource, keep: Bool, progress: Progress, quiet: Bool, to output: Output
+  ) throws(ImageError) {
+    let store = try source.open(writable: true)
+    let kind = try source.kind(of: store)
+    let names = try ImageLayer.names(in: store, kind: kind)
+    guard let path = names.base else {
+      throw ImageError(.badRequest, "\(source.path) has no base to commit into")
+    }
+    try Kinds.checkCommit(store, kind, keep: keep)
+    let base = try ImageFile.store(ImageSource.beside(source.path, path), writable: true)
+    guard try !Dscow.same(base, store) else {
+      throw ImageError(.corrupt, "\(source.path) is its own base")
+    }
+    try commit(
+      store, kind, into: base, try ImageChain.kind(named: names.baseFormat, of: base), keep: keep,
+      progress: progress, resolve: ImageSource.resolver(writing: [store.name, base.name]))
+    progress.finish()
+    if !quiet { output.put("Image committed.\n") }
+  }
+
+  /// As the other, for stores that are open and locked.
+  static func commit(
+    _ store: any ByteStore, _ kind: ImageKind, into base: any ByteStore, _ baseKind: ImageKind,
+    keep: Bool, progress: Progress, resolve: ImageChain.Resolver
+  ) throws(ImageError) {
+    func disk() throws(ImageError) -> any ByteStore {
+      baseKind == .raw
+        ? base : try LayerChain.open(base, kind: baseKind, resolve: resolve).flat()
+    }
+    let files = try LayerChain.files(of: store, kind: kind, resolve: resolve)
+    // The image by itself: what it has of its own.
+    let top = try ImageLayer(store, kind: kind, below: try disk(), files: files)
+    try Kinds.beginCommit(store, kind)
+    if try disk().size < top.size {
+      try Kinds.resize(base, baseKind, to: top.size, resolve: resolve)
+    }
+    let target = try ImageChain.open(base, kind: baseKind, writable: true, resolve: resolve)
+    let writer = ImageWriter(target, store: base, devices: target.devices ?? [base])
+    try copyOwn(top, writer, progress)
+    try writer.commit()
+    try Kinds.endCommit(store, kind, files: files, base: try disk(), keep: keep)
+  }
+
+  /// Writes what an image has of its own to another disk.
+  private static func copyOwn(
+    _ top: ImageLayer, _ writer: ImageWriter, _ progress: Progress
+  ) throws(ImageError) {
+    let buffer = UnsafeMutableRawBufferPointer.allocate(byteCount: piece, alignment: 4096)
+    defer { buffer.deallocate() }
+    var offset: UInt64 = 0
+    while offset < top.size {
+      let (content, count) = try top.run(
+        at: offset, limit: min(UInt64(piece), top.size - offset))
+      switch content {
+      case .absent: break
+      case .zero: try writer.zero(at: offset, count: count)
+      case .data(let store, let place), .made(let store, let place):
+        let part = UnsafeMutableRawBufferPointer(rebasing: buffer[..<Int(count)])
+        try toolIO { () throws(IOError) in try store.read(part, at: place) }
+        try writer.write(UnsafeRawBufferPointer(part), at: offset)
+      }
+      offset += count
+      progress.show(offset, of: top.size)
+    }
+  }
+
+  /// Puts an image over another base, or none.
+  ///
+  /// - Parameter unsafe: only the name is changed; whether the image shows the same is the
+  ///   caller's to know.
+  public static func rebase(
+    _ source: ImageSource, base path: String?, baseFormat: String?, unsafe: Bool,
+    progress: Progress
+  ) throws(ImageError) {
+    let store = try source.open(writable: true)
+    let kind = try source.kind(of: store)
+    try Kinds.checkRebase(store, kind)
+    var new: (path: String, kind: ImageKind, file: any ByteStore, disk: any ByteStore)?
+    if let path {
+      do throws(ImageError) {
+        new = try openBase(path, baseFormat, for: source.path, kind: kind)
+      } catch {
+        // A name alone need not lead anywhere yet, where the image keeps no more than that.
+        guard unsafe, kind == .qcow2, error.cause?.code == ENOENT else { throw error }
+        return try Qcow2.rename(base: (path, baseFormat), of: store)
+      }
+    }
+    if let new, try Dscow.same(new.file, store) {
+      throw ImageError(.badRequest, "\(source.path) cannot be its own base")
+    }
+    let resolve = ImageSource.resolver(writing: [store.name])
+    try rebase(
+      store, kind, onto: new.map { ($0.path, $0.kind, $0.disk) }, format: baseFormat,
+      unsafe: unsafe, progress: progress, resolve: resolve)
+    progress.finish()
+  }
+
+  /// As the other, for stores that are open and locked.
+  static func rebase(
+    _ store: any ByteStore, _ kind: ImageKind,
+    onto new: (path: String, kind: ImageKind, disk: any ByteStore)?, format: String?,
+    unsafe: Bool, progress: Progress, resolve: ImageChain.Resolver
+  ) throws(ImageError) {
+    if !unsafe { try inherit(store, kind, new?.disk, progress, resolve) }
+    try Kinds.rename(base: new, of: store, kind, format: format)
+  }
+
+  /// Copies into an image what it shows of its base and would not show of another.
+  private static func inherit(
+    _ store: any ByteStore, _ kind: ImageKind, _ new: (any ByteStore)?, _ progress: Progress,
+    _ resolve: ImageChain.Resolver
+  ) throws(ImageError) {
+    let old = try LayerChain.below(store, kind: kind, resolve: resolve)?.flat()
+    let image = try ImageLayer(
+      store, kind: kind, below: old,
+      files: try LayerChain.files(of: store, kind: kind, resolve: resolve), writable: true)
+    let writer = ImageWriter(image.format, store: store, devices: image.devices)
+    let unit = max(4096, min(Int(image.format.blockSize), piece))
+    let worker = try ChunkWorker(chunk: piece, unit: unit, compression: nil)
+    var offset: UInt64 = 0
+    while offset < image.size {
+      let start = offset
+      let next = (start / UInt64(piece) + 1) * UInt64(piece)
+      let (content, count) = try image.run(at: start, limit: min(image.size, next) - start)
+      offset += count
+      progress.show(offset, of: image.size)
+      guard case .absent = content else { continue }
+      func pieces(_ disk: (any ByteStore)?) -> [DiskReader.Piece] {
+        guard let disk, disk.size > start else { return [] }
+        let count = Int(min(count, disk.size - start))
+        return [DiskReader.Piece(store: disk, place: start, at: 0, count: count)]
+      }
+      try worker.read(pieces(old), count: Int(count))
+      for part in try worker.differing(from: pieces(new), count: Int(count)) {
+        switch part {
+        case .zero(let at, let length):
+          let length = min(length, Int(count) - at)
+          try writer.zero(at: start + UInt64(at), count: UInt64(length))
+        case .data(let at, let length):
+          let length = min(length, Int(count) - at)
+          try writer.write(
+            UnsafeRawBufferPointer(rebasing: worker.buffer[at..<(at + length)]),
+            at: start + UInt64(at))
+        case .compressed: preconditionFailure("nothing is compressed here")
+        }
+      }
+    }
+    try writer.commit()
+  }
+}

@@ -1,0 +1,165 @@
+// dmu-img create, resize, snapshot.
+
+public import ImageFormats
+import Posix
+
+/// The commands of dmu-img. Each throws `ImageError`; what it prints goes to an `Output`.
+public enum ImageTool {}
+
+extension ImageTool {
+  /// What `create` is asked for.
+  public struct CreateRequest: Sendable {
+    /// The file to make, or a device.
+    public var path: String
+    /// The format by name.
+    public var format = "raw"
+    /// Length of the disk in bytes; unless given, that of the base.
+    public var size: UInt64?
+    /// The base's path, as the image shall say it.
+    public var base: String?
+    /// Its format by name.
+    public var baseFormat: String?
+    /// What stands after -o.
+    public var options: [String] = []
+    /// Whether nothing is printed.
+    public var quiet = false
+
+    /// A request for an image at a path.
+    public init(path: String) { self.path = path }
+  }
+
+  /// Makes an image.
+  public static func create(
+    _ request: CreateRequest, to output: Output
+  ) throws(ImageError) {
+    let kind = try ImageSource.kind(named: request.format)
+    var options = try ImageOptions(request.options, for: kind)
+    let basePath = request.base ?? options.take("backing_file")
+    let baseFormat = request.baseFormat ?? options.take("backing_fmt")
+    let base = try basePath.map { path throws(ImageError) in
+      try openBase(path, baseFormat, for: request.path, kind: kind)
+    }
+    let sizeOption = try options.bytes("size")
+    guard let size = request.size ?? sizeOption ?? base?.disk.size else {
+      throw ImageError(
+        .badRequest, "image \(request.path) needs a size: dmu-img create -f FORMAT FILE SIZE")
+    }
+    let image = NewImage(kind: kind, size: size, base: base, options: options)
+    var made: [String] = []
+    do throws(ImageError) {
+      try write(image, to: request.path, &made)
+    } catch {
+      for path in made { ImageFile.remove(path) }
+      throw error
+    }
+    guard !request.quiet else { return }
+    output.put("Made '\(request.path)', format=\(kind.rawValue) size=\(size)")
+    if let base { output.put(" base=\(base.path) base-format=\(base.kind.rawValue)") }
+    output.put("\n")
+  }
+
+  private static func write(
+    _ image: NewImage, to path: String, _ made: inout [String]
+  ) throws(ImageError) {
+    var fresh: [String] = []
+    func open(_ path: String) throws(ImageError) -> FileStore {
+      let (store, isNew) = try ImageFile.create(path)
+      if isNew { fresh.append(path) }
+      if let base = image.base, try Dscow.same(store, base.file) {
+        throw ImageError(.badRequest, "\(path) cannot be its own base")
+      }
+      try ImageFile.lock(store: store, exclusive: true)
+      return store
+    }
+    defer { made = fresh }
+    let store = try open(path)
+    try Kinds.create(image, in: store) { file throws(ImageError) in
+      try open(ImageSource.beside(path, file))
+    }
+    for path in fresh { try ImageFile.flushDirectory(of: path) }
+  }
+
+  /// Opens a base, whose path stands, or shall stand, in an image.
+  static func openBase(
+    _ path: String, _ format: String?, for image: String, kind: ImageKind
+  ) throws(ImageError) -> (
+    path: String, kind: ImageKind, file: any ByteStore, disk: any ByteStore
+  ) {
+    let named = try format.map { name throws(ImageError) in try ImageSource.kind(named: name) }
+    let real = ImageSource.beside(image, path)
+    let file = try ImageFile.base(real)
+    let known: ImageKind
+    if let named { known = named } else { known = try .probe(file) }
+    let chain = try LayerChain.open(file, kind: known, resolve: ImageSource.resolver())
+    // dscow stores are opened by daemons too, from wherever those are.
+    let name = kind == .dscow ? try ImageFile.absolute(real) : path
+    return (name, known, file, chain.flat())
+  }
+
+  /// Gives a disk another length: a number of bytes, or how many more (+) or fewer (-).
+  ///
+  /// - Parameter shrink: must be said for a length that is less than now.
+  public static func resize(
+    _ source: ImageSource, size words: String, shrink: Bool, quiet: Bool, to output: Output
+  ) throws(ImageError) {
+    let sign = words.first.flatMap { $0 == "+" || $0 == "-" ? $0 : nil }
+    guard let amount = ImageFile.bytes(sign == nil ? words : String(words.dropFirst())) else {
+      throw ImageError(.badRequest, "'\(words)' is no size: write SIZE, +SIZE or -SIZE")
+    }
+    let store = try source.open(writable: true)
+    let kind = try source.kind(of: store)
+    let old = try Kinds.info(store, kind).size
+    let (size, overflow): (UInt64, Bool)
+    switch sign {
+    case "+": (size, overflow) = old.addingReportingOverflow(amount)
+    case "-": (size, overflow) = old.subtractingReportingOverflow(amount)
+    default: (size, overflow) = (amount, false)
+    }
+    guard !overflow, size > 0 else {
+      throw ImageError(.badRequest, "\(source.path) has \(old) bytes: it cannot be given \(words)")
+    }
+    guard size >= old || shrink else {
+      throw ImageError(
+        .badRequest,
+        "\(source.path) would lose everything from byte \(size) to \(old): "
+          + "say --shrink if nothing there is needed")
+    }
+    try Kinds.resize(
+      store, kind, to: size, resolve: ImageSource.resolver(writing: [store.name]))
+    if !quiet { output.put("Image resized.\n") }
+  }
+
+  /// Lists internal snapshots.
+  public static func listSnapshots(
+    _ source: ImageSource, json: Bool, to output: Output
+  ) throws(ImageError) {
+    let store = try source.open()
+    let kind = try source.kind(of: store)
+    let snapshots = try Kinds.snapshots(store, kind)
+    if json {
+      output.put(JSON.array(snapshots.map(snapshot)).indented + "\n")
+    } else if !snapshots.isEmpty {
+      output.put("Snapshot list:\n")
+      put(snapshots, to: output)
+    }
+  }
+
+  static func snapshot(_ snapshot: Qcow2Snapshot) -> JSON {
+    .object([
+      ("id", .string(snapshot.id)), ("name", .string(snapshot.name)),
+      ("date-sec", .number(UInt64(snapshot.seconds))),
+      ("vm-state-size", .number(snapshot.stateSize)), ("disk-size", .number(snapshot.diskSize)),
+    ])
+  }
+
+  static func put(_ snapshots: [Qcow2Snapshot], to output: Output) {
+    output.put("ID        TAG               VM SIZE                DATE            DISK SIZE\n")
+    for snapshot in snapshots {
+      output.put(
+        Words.left(snapshot.id, 9) + " " + Words.left(snapshot.name, 16)
+          + Words.right(Words.size(snapshot.stateSize), 9) + " "
+          + Words.right(Words.date(snapshot.seconds), 19) + " "
+          + Words.right(Words.size(snapshot.diskSize), 16) + "\n")
+    }
+  }
+}

@@ -1,0 +1,84 @@
+// Opening images by path, with what stands under them: for a tool that a person runs, paths
+// that stand in images are followed as that person could follow them.
+
+public import ImageFormats
+import Posix
+
+/// A file as a command names it.
+public struct ImageSource: Sendable {
+  /// Its path.
+  public var path: String
+  /// Its format by name; nil to look at its first bytes.
+  public var format: String?
+  /// Whether it may be in use by a running disk.
+  public var evenInUse: Bool
+
+  /// A file as a command names it.
+  public init(_ path: String, format: String? = nil, evenInUse: Bool = false) {
+    self.path = path
+    self.format = format
+    self.evenInUse = evenInUse
+  }
+
+  /// Opens and locks the file. Throws `io`, `badRequest` when it is in use.
+  func open(writable: Bool = false) throws(ImageError) -> FileStore {
+    try ImageFile.store(path, writable: writable, evenInUse: evenInUse)
+  }
+
+  /// Its format: the one that was named, or the one that its first bytes say.
+  func kind(of store: FileStore) throws(ImageError) -> ImageKind {
+    guard let format else { return try ImageKind.probe(store) }
+    return try ImageSource.kind(named: format)
+  }
+
+  /// Opens it for reading with everything under it.
+  func chain(snapshot: String? = nil) throws(ImageError) -> LayerChain {
+    let store = try open()
+    return try LayerChain.open(
+      store, kind: try kind(of: store), snapshot: snapshot,
+      resolve: ImageSource.resolver(evenInUse: evenInUse))
+  }
+
+  /// A format by name. Throws `badRequest` for one that is not known.
+  public static func kind(named name: String) throws(ImageError) -> ImageKind {
+    if name == "vhd" { return .vhd }
+    guard let kind = ImageKind(rawValue: name) else {
+      let known = ImageKind.allCases.map(\.rawValue).joined(separator: ", ")
+      throw ImageError(.badRequest, "format '\(name)' is unknown: use one of \(known)")
+    }
+    return kind
+  }
+
+  /// Opens the paths that stand in images: relative ones from the image's folder. The files
+  /// that hold the data of the stores in `writing`, by name, are opened for that.
+  static func resolver(
+    evenInUse: Bool = false, writing: Set<String> = []
+  ) -> ImageChain.Resolver {
+    { request throws(ImageError) in
+      let path = beside(request.from, request.path)
+      do throws(ImageError) {
+        guard request.role == .base else {
+          return try ImageFile.store(
+            path, writable: writing.contains(request.from), evenInUse: evenInUse)
+        }
+        return evenInUse
+          ? try ImageFile.store(path, writable: false, evenInUse: true)
+          : try ImageFile.base(path)
+      } catch {
+        throw ImageError(
+          error.code, "\(error.message) (\(request.role.rawValue) of \(request.from))",
+          cause: error.cause)
+      }
+    }
+  }
+
+  /// A path as it is meant by a file: from that file's folder, unless it is absolute.
+  static func beside(_ file: String, _ path: String) -> String {
+    var path = path
+    for prefix in ["file:", "json:"] where path.hasPrefix(prefix) {
+      if prefix == "file:" { path = String(path.dropFirst(prefix.utf8.count)) }
+    }
+    guard !path.hasPrefix("/"), let slash = file.lastIndex(of: "/") else { return path }
+    return String(file[...slash]) + path
+  }
+}

@@ -1,0 +1,114 @@
+// What stands after -o: names and values, by the words that qemu-img has for them.
+
+public import ImageFormats
+
+/// Options of a new image.
+public struct ImageOptions: Sendable {
+  private var values: [(name: String, value: String)] = []
+  private var used: Set<String> = []
+  /// What they are for, in errors.
+  private let kind: ImageKind
+
+  /// Reads "name=value,name=value" from several arguments. A comma in a value is doubled.
+  ///
+  /// - Throws: `badRequest` for what is no such list.
+  public init(_ arguments: [String], for kind: ImageKind) throws(ImageError) {
+    self.kind = kind
+    for argument in arguments {
+      for part in Self.parts(argument) {
+        guard let equals = part.firstIndex(of: "="), equals != part.startIndex else {
+          throw ImageError(
+            .badRequest, "option '\(part)' has no value: write -o NAME=VALUE,NAME=VALUE")
+        }
+        values.append((String(part[..<equals]), String(part[part.index(after: equals)...])))
+      }
+    }
+  }
+
+  private static func parts(_ text: String) -> [String] {
+    var parts = [""]
+    var characters = Array(text)[...]
+    while let character = characters.popFirst() {
+      if character != "," {
+        parts[parts.count - 1].append(character)
+      } else if characters.first == "," {
+        characters.removeFirst()
+        parts[parts.count - 1].append(",")
+      } else {
+        parts.append("")
+      }
+    }
+    return parts.filter { !$0.isEmpty }
+  }
+
+  /// The value of an option, the last one given.
+  mutating func take(_ name: String) -> String? {
+    used.insert(name)
+    return values.last { $0.name == name }?.value
+  }
+
+  private func refuse(_ name: String, _ value: String, _ wanted: String) -> ImageError {
+    ImageError(.badRequest, "option \(name)=\(value): it is to be \(wanted)")
+  }
+
+  /// A size, with K, M, G or T.
+  mutating func bytes(_ name: String) throws(ImageError) -> UInt64? {
+    guard let value = take(name) else { return nil }
+    guard let bytes = ImageFile.bytes(value) else { throw refuse(name, value, "a size") }
+    return bytes
+  }
+
+  /// On or off.
+  mutating func flag(_ name: String) throws(ImageError) -> Bool? {
+    guard let value = take(name) else { return nil }
+    switch value {
+    case "on", "true", "yes": return true
+    case "off", "false", "no": return false
+    default: throw refuse(name, value, "on or off")
+    }
+  }
+
+  /// One of some words.
+  mutating func word<Word>(
+    _ name: String, _ words: [(String, Word)]
+  ) throws(ImageError) -> Word? {
+    guard let value = take(name) else { return nil }
+    guard let found = words.first(where: { $0.0 == value }) else {
+      throw refuse(name, value, "one of " + words.map(\.0).joined(separator: ", "))
+    }
+    return found.1
+  }
+
+  /// Throws `badRequest` for an option that nobody has taken.
+  func checkAllUsed() throws(ImageError) {
+    guard let unknown = values.first(where: { !used.contains($0.name) }) else { return }
+    let known = used.sorted().joined(separator: ", ")
+    throw ImageError(
+      .badRequest,
+      "option '\(unknown.name)' is unknown for \(kind.rawValue)"
+        + (known.isEmpty ? ", which has none" : ": it has \(known)"))
+  }
+
+  /// How much is laid out at once.
+  mutating func preallocation() throws(ImageError) -> Preallocation? {
+    let all: [Preallocation] = [.off, .metadata, .falloc, .full]
+    return try word("preallocation", all.map { ($0.rawValue, $0) })
+  }
+
+  /// The options of a qcow2 image.
+  mutating func qcow2() throws(ImageError) -> Qcow2Options {
+    var options = Qcow2Options()
+    let versions: [(String, UInt32)] = [("0.10", 2), ("v2", 2), ("1.1", 3), ("v3", 3)]
+    if let version = try word("compat", versions) { options.version = version }
+    if let size = try bytes("cluster_size") { options.clusterSize = size }
+    if let bits = try bytes("refcount_bits") { options.refcountBits = UInt32(clamping: bits) }
+    if let lazy = try flag("lazy_refcounts") { options.lazyRefcounts = lazy }
+    if let extended = try flag("extended_l2") { options.extendedL2 = extended }
+    let kinds: [(String, Qcow2Compression)] = [("zlib", .zlib), ("zstd", .zstd)]
+    if let type = try word("compression_type", kinds) { options.compression = type }
+    if let much = try preallocation() { options.preallocation = much }
+    options.dataFile = take("data_file")
+    if let raw = try flag("data_file_raw") { options.dataFileRaw = raw }
+    return options
+  }
+}

@@ -1,0 +1,263 @@
+// dmu-img: the arguments of the commands in ImageTool.
+
+import ArgumentParser
+import Glibc
+import ImageFormats
+import ImageTool
+import Posix
+
+struct Tool: ParsableCommand {
+  static let configuration = CommandConfiguration(
+    commandName: "dmu-img",
+    abstract: "Make, describe, check, convert and compare disk images.",
+    discussion: "Options mean what they mean to qemu-img, where that has them.",
+    version: "1",
+    subcommands: wanted)
+
+  private static let all: [(name: String, type: any ParsableCommand.Type)] = [
+    ("create", Create.self), ("info", Info.self), ("check", Check.self),
+    ("convert", Convert.self), ("map", Map.self), ("compare", Compare.self),
+    ("commit", Commit.self), ("rebase", Rebase.self), ("resize", Resize.self),
+    ("snapshot", Snapshot.self), ("dump", Dump.self), ("restore", Restore.self),
+    ("bench", Bench.self),
+  ]
+
+  /// The one that is called by its name: the parser then need not look at the others, which
+  /// would take it longer than most of what they do. All of them for anything else.
+  private static var wanted: [any ParsableCommand.Type] {
+    let name = CommandLine.arguments.dropFirst().first
+    let called = all.filter { $0.name == name }
+    return (called.isEmpty ? all : called).map(\.type)
+  }
+}
+
+struct Size: ExpressibleByArgument {
+  let bytes: UInt64
+
+  init?(argument: String) {
+    guard let bytes = ImageFile.bytes(argument) else { return nil }
+    self.bytes = bytes
+  }
+}
+
+enum OutputForm: String, ExpressibleByArgument {
+  case human, json
+}
+
+struct Form: ParsableArguments {
+  @Option(name: .customLong("output"), help: "What to print: human or json.")
+  var output = OutputForm.human
+  @Flag(name: .long, help: "Print JSON.") var json = false
+  var isJSON: Bool { json || output == .json }
+}
+
+struct Looking: ParsableArguments {
+  @Flag(
+    name: [.customShort("U"), .customLong("force-share")],
+    help: "Look at an image in use; what is printed may contradict itself.")
+  var evenInUse = false
+}
+
+struct Format: ParsableArguments {
+  @Option(name: .customShort("f"), help: "The image's format; unless given, its first bytes say.")
+  var format: String?
+}
+
+struct Quiet: ParsableArguments {
+  @Flag(name: .shortAndLong, help: "Print nothing but errors.") var quiet = false
+}
+
+struct Create: ParsableCommand {
+  static let configuration = CommandConfiguration(abstract: "Make an image.")
+  @Option(name: .customShort("f"), help: "The format: raw, qcow2, dscow, vpc and others.")
+  var format = "raw"
+  @Option(name: .customShort("b"), help: "The base, as the image shall name it.") var base: String?
+  @Option(name: .customShort("F"), help: "The base's format.") var baseFormat: String?
+  @Option(name: .customShort("o"), help: "NAME=VALUE,NAME=VALUE of the format.")
+  var options: [String] = []
+  @OptionGroup var quiet: Quiet
+  @Argument(help: "The file to make, or a device.") var file: String
+  @Argument(help: "Length of the disk. (default: that of the base)") var size: Size?
+
+  func run() throws {
+    try finish { output throws(ImageError) in
+      var request = ImageTool.CreateRequest(path: file)
+      request.format = format
+      request.size = size?.bytes
+      request.base = base
+      request.baseFormat = baseFormat
+      request.options = options
+      request.quiet = quiet.quiet
+      try ImageTool.create(request, to: output)
+      return 0
+    }
+  }
+}
+
+struct Info: ParsableCommand {
+  static let configuration = CommandConfiguration(abstract: "Describe an image.")
+  @OptionGroup var format: Format
+  @OptionGroup var form: Form
+  @Flag(help: "Describe every image under it as well.") var backingChain = false
+  @OptionGroup var looking: Looking
+  @Argument(help: "The image.") var file: String
+
+  func run() throws {
+    try finish { output throws(ImageError) in
+      try ImageTool.info(
+        ImageSource(file, format: format.format, evenInUse: looking.evenInUse),
+        chain: backingChain, json: form.isJSON, to: output)
+      return 0
+    }
+  }
+}
+
+enum RepairWord: String, ExpressibleByArgument {
+  case leaks, all
+  var repair: Repair { self == .leaks ? .leaks : .all }
+}
+
+struct Check: ParsableCommand {
+  static let configuration = CommandConfiguration(
+    abstract: "Look for damage.",
+    discussion: """
+      Ends with 0 for a sound image, 1 when the check could not be done, 2 for damage, 3 for \
+      leaks that harm nobody, 63 for a format that has nothing to check.
+      """)
+  @OptionGroup var format: Format
+  @OptionGroup var form: Form
+  @Option(name: [.customShort("r"), .long], help: "Mend: leaks, or all.")
+  var repair: RepairWord?
+  @OptionGroup var quiet: Quiet
+  @OptionGroup var looking: Looking
+  @Argument(help: "The image.") var file: String
+
+  func run() throws {
+    try finish(unsupported: ImageTool.CheckExit.unsupported.rawValue) {
+      output throws(ImageError) in
+      try ImageTool.check(
+        ImageSource(
+          file, format: format.format, evenInUse: looking.evenInUse && repair == nil),
+        repair: repair?.repair, json: form.isJSON, quiet: quiet.quiet, to: output
+      ).rawValue
+    }
+  }
+}
+
+struct Convert: ParsableCommand {
+  static let configuration = CommandConfiguration(
+    abstract: "Copy a disk into another format.",
+    discussion: "The target gets its name when it is whole, in the place of what has it.")
+  @OptionGroup var format: Format
+  @Option(name: .customShort("O"), help: "The target's format.") var targetFormat = "raw"
+  @Option(name: .customShort("o"), help: "NAME=VALUE,NAME=VALUE of the target's format.")
+  var options: [String] = []
+  @Option(name: .customShort("B"), help: "The target's base: only what differs is copied.")
+  var base: String?
+  @Option(name: .customShort("F"), help: "The base's format.") var baseFormat: String?
+  @Option(name: .customShort("l"), help: "An internal snapshot, to be read instead.")
+  var snapshot: String?
+  @Option(name: .customShort("S"), help: "Leave out runs of so many zeroes. (default: 4K; 0: none)")
+  var sparse: Size?
+  @Option(
+    name: [.customShort("m"), .customShort("j")],
+    help: "Threads. (default: one a processor, 4 at least)")
+  var threads: Int?
+  @Option(
+    name: .customShort("t"),
+    help: "writeback: on the medium when done; unsafe: whenever the system writes it.")
+  var cache = "unsafe"
+  @Flag(name: .customShort("c"), help: "Compress (qcow2).") var compress = false
+  @Flag(name: .customShort("C"), help: "Have the kernel copy, zeroes and all.") var offload = false
+  @Flag(name: .customShort("n"), help: "Write into a target that is there.")
+  var intoExisting = false
+  @Flag(help: "With -n: the target reads as zeroes.") var targetIsZero = false
+  @Flag(name: .customShort("p"), help: "Show how far it is.") var progress = false
+  @Flag(name: .customShort("W"), help: "Taken, and of no effect.") var outOfOrder = false
+  @OptionGroup var quiet: Quiet
+  @OptionGroup var looking: Looking
+  @Argument(help: "The image.") var source: String
+  @Argument(help: "The target.") var target: String
+
+  func run() throws {
+    try finish { _ throws(ImageError) in
+      var request = ImageTool.ConvertRequest(
+        ImageSource(source, format: format.format, evenInUse: looking.evenInUse),
+        target: target, progress: Progress(on: progress, automatic: !quiet.quiet))
+      request.format = targetFormat
+      request.options = options
+      request.base = base
+      request.baseFormat = baseFormat
+      request.snapshot = snapshot.map(Self.name)
+      request.sparse = sparse?.bytes ?? 4096
+      request.threads = threads
+      request.compress = compress
+      request.offload = offload
+      request.intoExisting = intoExisting
+      request.targetIsZero = targetIsZero
+      request.durable = cache != "unsafe"
+      try ImageTool.convert(request)
+      return 0
+    }
+  }
+
+  /// "snapshot.id=X" and "snapshot.name=X" are X.
+  private static func name(_ words: String) -> String {
+    for prefix in ["snapshot.id=", "snapshot.name="] where words.hasPrefix(prefix) {
+      return String(words.dropFirst(prefix.count))
+    }
+    return words
+  }
+}
+
+struct Map: ParsableCommand {
+  static let configuration = CommandConfiguration(abstract: "Say what is where.")
+  @OptionGroup var format: Format
+  @OptionGroup var form: Form
+  @Option(name: [.short, .long], help: "The first byte.") var startOffset: Size?
+  @Option(name: [.customShort("l"), .long], help: "How many bytes.") var maxLength: Size?
+  @Option(help: "Draw it into this file instead.") var svg: String?
+  @OptionGroup var looking: Looking
+  @Argument(help: "The image.") var file: String
+
+  func run() throws {
+    try finish { output throws(ImageError) in
+      let source = ImageSource(file, format: format.format, evenInUse: looking.evenInUse)
+      if let svg {
+        try ImageTool.draw(source, into: svg)
+      } else {
+        try ImageTool.map(
+          source, start: startOffset?.bytes ?? 0, count: maxLength?.bytes,
+          form: form.isJSON ? .json : .text, to: output)
+      }
+      return 0
+    }
+  }
+}
+
+struct Compare: ParsableCommand {
+  static let configuration = CommandConfiguration(
+    abstract: "Tell whether two disks hold the same.",
+    discussion: "Ends with 0 for the same, 1 for a difference, 2 when it cannot be told.")
+  @Option(name: .customShort("f"), help: "The first image's format.") var format: String?
+  @Option(name: .customShort("F"), help: "The second image's format.") var otherFormat: String?
+  @Flag(name: .customShort("s"), help: "Lengths, and what is there at all, have to agree.")
+  var strict = false
+  @Flag(name: .customShort("p"), help: "Show how far it is.") var progress = false
+  @OptionGroup var quiet: Quiet
+  @OptionGroup var looking: Looking
+  @Argument(help: "An image.") var first: String
+  @Argument(help: "Another.") var second: String
+
+  func run() throws {
+    try finish(failed: 2) { output throws(ImageError) in
+      let isSame = try ImageTool.compare(
+        ImageSource(first, format: format, evenInUse: looking.evenInUse),
+        ImageSource(second, format: otherFormat, evenInUse: looking.evenInUse), strict: strict,
+        quiet: quiet.quiet, progress: Progress(on: progress), to: output)
+      return isSame ? 0 : 1
+    }
+  }
+}
+
+Tool.main()

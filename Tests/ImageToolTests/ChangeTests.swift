@@ -1,0 +1,297 @@
+// Commit, rebase and resize under power cuts and failing calls: what the image showed before it
+// shows afterwards, and what was begun can be done again.
+
+import Foundation
+import ImageFormats
+import Posix
+import TestSupport
+import Testing
+
+@testable import ImageTool
+
+/// An image, its base and another base, each a third of one disk.
+struct Trio {
+  static let third: UInt64 = 512 << 10
+  static let size: UInt64 = 192 << 10
+  let kind: ImageKind
+  let disk: any ByteStore
+
+  var base: Window { Window("base", disk, at: 0, size: Self.size) }
+  var other: Window { Window("other", disk, at: Self.third, size: Self.size) }
+  var top: Window { Window("top", disk, at: 2 * Self.third, size: Self.third) }
+
+  func resolve(_ request: ImageChain.Request) throws(ImageError) -> any ByteStore {
+    switch request.path {
+    case "base": return base
+    case "other": return other
+    default: throw ImageError(.badRequest, "nobody knows \(request.path)")
+    }
+  }
+
+  /// What the image shows.
+  func contents() throws -> [UInt8] {
+    let flat = try LayerChain.open(top, kind: kind, resolve: resolve).flat()
+    return try flat.read(at: 0, count: Int(flat.size))
+  }
+
+  func check() throws -> CheckReport {
+    kind == .dscow ? try Dscow.report(store: top, repair: nil) : try Qcow2.check(store: top)
+  }
+
+  /// Two bases of random words, which share some blocks, and an image that has some blocks.
+  static func make(_ kind: ImageKind, on disk: SimulatedDisk, seed: UInt64) throws -> Trio {
+    let trio = Trio(kind: kind, disk: disk)
+    var random = SplitMix64(seed: seed)
+    func block(_ value: UInt64) -> [UInt8] {
+      (0..<4096).map { UInt8(truncatingIfNeeded: value &+ UInt64($0 % 251)) }
+    }
+    for number in 0..<(Self.size / 4096) {
+      let mine = random.chance(20) ? [UInt8](repeating: 0, count: 4096) : block(random.next())
+      try trio.base.write(mine, at: number * 4096)
+      try trio.other.write(
+        random.chance(40) ? mine : block(random.next()), at: number * 4096)
+    }
+    try disk.flush()
+    if kind == .dscow {
+      try Dscow.create(store: trio.top, base: trio.base, baseName: "base", blockSize: 4096)
+    } else {
+      var options = Qcow2Options()
+      options.clusterSize = 4096
+      options.base = ("base", "raw")
+      try Qcow2.create(store: trio.top, size: Self.size, options: options)
+    }
+    let image = try ImageChain.open(
+      trio.top, kind: kind, writable: true, resolve: trio.resolve)
+    let writer = ImageWriter(
+      image, store: trio.top, devices: image.devices ?? [trio.top, trio.base])
+    for _ in 0..<10 {
+      let place = UInt64(random.below(Int(Self.size / 4096)))
+      if random.chance(25) {
+        try writer.zero(at: place * 4096, count: 4096)
+      } else {
+        try block(random.next()).withUnsafeBytes { bytes in
+          try writer.write(UnsafeRawBufferPointer(rebasing: bytes[..<3000]), at: place * 4096 + 512)
+        }
+      }
+    }
+    try writer.commit()
+    return trio
+  }
+}
+
+extension LayerChain {
+  fileprivate static func open(
+    _ store: any ByteStore, kind: ImageKind,
+    resolve: (ImageChain.Request) throws(ImageError) -> any ByteStore
+  ) throws(ImageError) -> LayerChain {
+    try open(store, kind: kind, snapshot: nil, resolve: resolve)
+  }
+}
+
+@Suite struct ChangeTests {
+  static let quiet = Progress(on: false)
+  static let depth = max(1, getenv("DMU_DEPTH").flatMap { Int(String(cString: $0)) } ?? 1)
+
+  /// Does something to a trio with the power going at some point, until it got by without;
+  /// `judge` sees what is left each time.
+  func cut(
+    _ kind: ImageKind, rounds: Int, _ change: (Trio) throws(ImageError) -> Void,
+    _ judge: (Trio, _ before: Trio, _ seed: UInt64, _ done: Bool) throws -> Void
+  ) throws {
+    var (cuts, whole) = (0, 0)
+    for seed in 0..<UInt64(rounds * Self.depth) {
+      var random = SplitMix64(seed: seed)
+      let disk = SimulatedDisk("disk", size: Int(3 * Trio.third))
+      let trio = try Trio.make(kind, on: disk, seed: seed % 7)
+      let before = Trio(kind: kind, disk: SimulatedDisk("before", contents: disk.contents()))
+      disk.cutPower(after: random.below(kind == .dscow ? 40 : 90))
+      var done = false
+      do throws(ImageError) {
+        try change(trio)
+        done = true
+        whole += 1
+      } catch {
+        #expect(error.cause?.code == 5, "seed \(seed): \(error)")
+        cuts += 1
+      }
+      let left = Trio(kind: kind, disk: disk.afterPowerCut(using: &random))
+      do {
+        try judge(left, before, seed, done)
+      } catch { Issue.record("seed \(seed): \(error)") }
+    }
+    print("\(kind): \(cuts) power cuts, \(whole) got by without")
+    #expect(cuts > 0 && whole > 0)
+  }
+
+  @Test(arguments: [ImageKind.dscow, .qcow2]) func commitAndPowerCuts(kind: ImageKind) throws {
+    func commit(_ trio: Trio) throws(ImageError) {
+      try ImageTool.commit(
+        trio.top, kind, into: trio.base, .raw, keep: false, progress: Self.quiet,
+        resolve: trio.resolve)
+    }
+    try cut(kind, rounds: 40, commit) { left, before, seed, done in
+      let shown = try before.contents()
+      #expect(try left.contents() == shown, "seed \(seed)")
+      let report = try left.check()
+      #expect(report.corruptions == 0, "seed \(seed): \(report.problems)")
+      // Done again, all of it is in the base.
+      if !done { try commit(left) }
+      #expect(try left.base.read(at: 0, count: Int(Trio.size)) == shown, "seed \(seed)")
+      #expect(try left.contents() == shown, "seed \(seed)")
+      #expect(try left.check().corruptions == 0)
+    }
+  }
+
+  @Test(arguments: [ImageKind.dscow, .qcow2]) func rebaseAndPowerCuts(kind: ImageKind) throws {
+    func rebase(_ trio: Trio) throws(ImageError) {
+      try ImageTool.rebase(
+        trio.top, kind, onto: ("other", .raw, trio.other), format: "raw", unsafe: false,
+        progress: Self.quiet, resolve: trio.resolve)
+    }
+    try cut(kind, rounds: 40, rebase) { left, before, seed, done in
+      let shown = try before.contents()
+      #expect(try left.contents() == shown, "seed \(seed)")
+      #expect(try left.check().corruptions == 0, "seed \(seed)")
+      if !done { try rebase(left) }
+      #expect(try ImageLayer.names(in: left.top, kind: kind).base == "other")
+      #expect(try left.contents() == shown, "seed \(seed)")
+      #expect(try left.check().corruptions == 0)
+    }
+  }
+
+  /// The base is as long as the disk, longer or shorter.
+  @Test(arguments: [64 << 10, 150_000, 200_000, 400 << 10]) func dscowResizeAndPowerCuts(
+    newSize: Int
+  ) throws {
+    let size = UInt64(newSize + 511) / 512 * 512
+    try cut(
+      .dscow, rounds: 30,
+      { trio throws(ImageError) in
+        try Dscow.resize(store: trio.top, base: trio.base, to: UInt64(newSize))
+      }
+    ) { left, before, seed, done in
+      let shown = try before.contents()
+      let now = try left.contents()
+      #expect(now.count == shown.count || UInt64(now.count) == size, "seed \(seed)")
+      #expect(!done || UInt64(now.count) == size)
+      let common = min(now.count, shown.count)
+      #expect(now[..<common] == shown[..<common], "seed \(seed)")
+      #expect(now[common...].allSatisfy { $0 == 0 }, "seed \(seed)")
+      #expect(try left.check().corruptions == 0, "seed \(seed)")
+    }
+  }
+
+  /// A shrunk disk that grows again shows nothing of what it had, nor of the base.
+  @Test func dscowShrinksAndGrows() throws {
+    let disk = SimulatedDisk("disk", size: Int(3 * Trio.third))
+    let trio = try Trio.make(.dscow, on: disk, seed: 3)
+    let shown = try trio.contents()
+    for size: UInt64 in [100 << 10, 192 << 10, 50_176, 300 << 10, 4096, 200 << 10] {
+      try Dscow.resize(store: trio.top, base: trio.base, to: size)
+      #expect(try trio.check().corruptions == 0)
+    }
+    let now = try trio.contents()
+    #expect(now.count == 200 << 10)
+    #expect(now[..<4096] == shown[..<4096])
+    #expect(now[4096...].allSatisfy { $0 == 0 })
+  }
+
+  /// A bitmap that no longer fits before the blocks moves behind them, and back.
+  @Test func dscowMovesItsBitmap() throws {
+    let store = MemoryStore("store")
+    try Dscow.create(store: store, base: nil, baseName: "", blockSize: 4096, size: 4 << 20)
+    let image = try Dscow.open(store: store, base: nil, writable: true)
+    let writer = ImageWriter(image, store: store, devices: [store])
+    try [UInt8](repeating: 7, count: 8192).withUnsafeBytes { try writer.write($0, at: 1 << 20) }
+    try writer.commit()
+    for size: UInt64 in [1 << 30, 8 << 30, 3 << 30, 16 << 30, 2 << 20] {
+      try Dscow.resize(store: store, base: nil, to: size)
+      let header = try Dscow.header(of: store).header
+      #expect(header.size == size)
+      #expect(store.size == header.storeSize)
+      #expect(try Dscow.report(store: store, repair: nil).isClean)
+      #expect(try Dscow.countBits(store, header) == 2)
+      let disk = try ImageLayer(store, kind: .dscow, below: nil)
+      let (content, count) = try disk.run(at: 1 << 20, limit: 1 << 20)
+      guard case .data(let place, let offset) = content else {
+        Issue.record("the blocks are gone")
+        continue
+      }
+      #expect(count == 8192)
+      #expect(try place.read(at: offset, count: 8192).allSatisfy { $0 == 7 })
+    }
+  }
+
+  /// Every call of a commit or a rebase fails in turn, once or for good.
+  @Test(arguments: [ImageKind.dscow, .qcow2], [true, false]) func failingCalls(
+    kind: ImageKind, forGood: Bool
+  ) throws {
+    for isCommit in [true, false] {
+      var number = 0
+      while true {
+        let disk = SimulatedDisk("disk", size: Int(3 * Trio.third))
+        let trio = try Trio.make(kind, on: disk, seed: 5)
+        let shown = try trio.contents()
+        let failing = FailingStore(disk, failAt: number, forGood: forGood)
+        let weak = Trio(kind: kind, disk: failing)
+        do throws(ImageError) {
+          if isCommit {
+            try ImageTool.commit(
+              weak.top, kind, into: weak.base, .raw, keep: false, progress: Self.quiet,
+              resolve: weak.resolve)
+          } else {
+            try ImageTool.rebase(
+              weak.top, kind, onto: ("other", .raw, weak.other), format: nil, unsafe: false,
+              progress: Self.quiet, resolve: weak.resolve)
+          }
+        } catch { #expect(error.cause?.code == 5, "call \(number): \(error)") }
+        #expect(try trio.contents() == shown, "call \(number)")
+        #expect(try trio.check().corruptions == 0, "call \(number)")
+        guard failing.calls > number else { break }
+        // All of them would take minutes in a debug build.
+        number += max(1, 7 / Self.depth)
+      }
+    }
+  }
+
+  /// Every call of a conversion fails in turn: the error is told, the source is as it was.
+  @Test func failingConversions() throws {
+    let disk = SimulatedDisk("disk", size: Int(3 * Trio.third))
+    let trio = try Trio.make(.qcow2, on: disk, seed: 6)
+    let before = disk.contents()
+    let shown = try trio.contents()
+    for compress in [false, true] {
+      for failsSource in [true, false] {
+        var number = 0
+        while true {
+          let target = MemoryStore("target")
+          let failing = FailingStore(
+            failsSource ? disk : target as any ByteStore, failAt: number, forGood: true)
+          let source = failsSource ? Trio(kind: .qcow2, disk: failing) : trio
+          do throws(ImageError) {
+            var request = ImageTool.ConvertRequest(ImageSource("top"), target: "target")
+            request.compress = compress
+            request.threads = 2
+            let chain = try LayerChain.open(
+              source.top, kind: .qcow2, resolve: source.resolve)
+            let into = try Qcow2Target(
+              chain.size, Qcow2Options(), failsSource ? target : failing, nil, isZero: true,
+              full: false)
+            try ConvertJob(request, chain, base: nil, into).run()
+            try into.finish(durable: true)
+          } catch { #expect(error.cause?.code == 5, "call \(number): \(error)") }
+          #expect(disk.contents() == before)
+          guard failing.calls > number else {
+            let made = try LayerChain.open(
+              target, kind: .qcow2, resolve: trio.resolve
+            ).flat()
+            #expect(try made.read(at: 0, count: Int(made.size)) == shown)
+            #expect(try Qcow2.check(store: target).isClean)
+            break
+          }
+          number += 1
+        }
+      }
+    }
+  }
+}
