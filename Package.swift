@@ -66,7 +66,7 @@ let package = Package(
       "Daemon",
       ["XenStore", "WorkerLink", "Posix", logging, lifecycle, signals, toml, nio, nioPosix]),
     program("cowd", ["Worker", argumentParser]),
-    program("kernel-exercise", ["DeviceMapper", "Posix"]),
+    program("kernel-exercise", ["DeviceMapper", "WorkerLink", "Posix"]),
     .executableTarget(
       name: "linear", dependencies: ["DMU", "Posix"], path: "examples/linear",
       swiftSettings: swiftSettings),

@@ -11,10 +11,16 @@ import Glibc
 import ImageFormats
 import Posix
 import Target
+import WorkerLink
 
 /// The worker's side of a device. Used from the loop's thread.
 final class NodeDisk {
+  /// Called when the disk's condition changes.
+  var conditionChanged: (Condition) -> Void = { _ in }
+
   let pool: ThreadPool
+  let image: OpenImage
+  private var condition = Condition.ready
   private let loop: EventLoop
   private let target: KernelTarget
   private let worker: Worker
@@ -37,6 +43,7 @@ final class NodeDisk {
     }
     let pool = try system { () throws(IOError) in try ThreadPool(loop: loop) }
     self.pool = pool
+    self.image = image
     self.target = target
     self.loop = loop
     self.log = log
@@ -67,6 +74,23 @@ final class NodeDisk {
   /// One turn of the loop.
   func turn(timeout: Int32 = -1) throws(WorkerError) {
     try system { () throws(IOError) in try loop.turn(timeout: timeout) }
+    guard worker.condition != condition else { return }
+    condition = worker.condition
+    log(
+      condition.state == .ready ? .info : .error, "the disk's state has changed",
+      ["state": condition.state.rawValue, "error": condition.reason])
+    conditionChanged(condition)
+  }
+
+  /// What there is to tell of the disk now. Requests are the kernel's, and counted there.
+  func report() -> DiskReport {
+    var report = DiskReport(image)
+    report.byNode = true
+    report.attached = target.failure == nil
+    report.state = condition.state
+    report.error = condition.reason
+    report.faults = worker.faults
+    return report
   }
 
   /// Does something that may wait for this very disk on another thread, serving meanwhile.

@@ -19,6 +19,7 @@ func check(_ holds: Bool, _ what: String, line: Int = #line) {
 
 let trials: [String: () throws -> Void] = [
   "device-mapper": tryDeviceMapper, "loop": tryLoopDevices, "served": tryServedDevice,
+  "supervised": trySupervisedWorker,
 ]
 let names = trials.keys.sorted().joined(separator: "|")
 guard CommandLine.arguments.count == 2, let trial = trials[CommandLine.arguments[1]] else {
