@@ -34,7 +34,7 @@ public final class Supervised {
     case waiting
     case opening(Opening)
     case serving(Disk)
-    case prepared(OpenImage)
+    case prepared(OpenImage, KernelPlan)
     case byNode(NodeDisk)
     case ended(Int32)
   }
@@ -150,11 +150,11 @@ public final class Supervised {
         return server.refuse("attach", "'attach' came without a descriptor")
       }
       disk.attach(socket)
-    case (.attach, .prepared(let image)):
+    case (.attach, .prepared(let image, let plan)):
       guard let node = descriptors.take(.node) else {
         return server.refuse("attach", "'attach' came without a node")
       }
-      serve(node, image)
+      serve(node, image, plan)
     case (.status, .serving(let disk)): server.send(.status(report(disk)))
     case (.status, .byNode(let disk)): server.send(.status(named(disk.report())))
     case (.descriptors(let index), .serving(let disk)): returnDescriptors(disk.image, index)
@@ -235,8 +235,8 @@ public final class Supervised {
         phase = .opening(waiting)
         return server.send(.needFile(missing))
       }
-      if opening.order.byNode, ByMapper.hindrance(image) == nil {
-        phase = .prepared(image)
+      if opening.order.byNode, case .plan(let plan) = KernelPlan.make(image) {
+        phase = .prepared(image, plan)
         var report = DiskReport(image)
         report.byNode = true
         return server.send(.ready(named(report)))
@@ -260,11 +260,11 @@ public final class Supervised {
   }
 
   /// Serves a device's node. What the device keeps is taken up first.
-  private func serve(_ node: consuming Descriptor, _ image: OpenImage) {
+  private func serve(_ node: consuming Descriptor, _ image: OpenImage, _ plan: KernelPlan) {
     let name = order?.disk ?? ""
     do throws(WorkerError) {
       let node = try Self.node(node)
-      let disk = try NodeDisk(node, image, name: name, loop: loop, log: log)
+      let disk = try NodeDisk(node, image, plan, name: name, loop: loop, log: log)
       disk.conditionChanged = { [unowned self] condition in
         server.send(.event(condition.state, error: condition.reason))
       }
