@@ -51,18 +51,25 @@ let package = Package(
     .target(name: "CPlugin"),
     room("ImageFormats", ["CPlugin", "CZlib", "CZstd", "Posix"]),
     .systemLibrary(
+      name: "CDeviceMapper", pkgConfig: "devmapper", providers: [.apt(["libdevmapper-dev"])]),
+    room("DeviceMapper", ["CDeviceMapper", "Posix"]),
+    .systemLibrary(
       name: "CLibXML2", pkgConfig: "libxml-2.0", providers: [.apt(["libxml2-dev"])]),
     room("ImageTool", ["CLibXML2", "ImageFormats", "Posix"]),
     .target(name: "DMUProtocol"),
     room("DMU", ["DMUProtocol", "Posix"]),
     room("Target", ["DMU", "Posix"]),
     room("WorkerLink", ["Posix"]),
-    room("Worker", ["Target", "DMU", "ImageFormats", "WorkerLink", "Posix"]),
+    room(
+      "Worker", ["Target", "DMU", "DeviceMapper", "ImageFormats", "WorkerLink", "Posix"]),
     room(
       "Daemon",
       ["XenStore", "WorkerLink", "Posix", logging, lifecycle, signals, toml, nio, nioPosix]),
     program("cowd", ["Worker", argumentParser]),
-    program("kernel-worker", ["Worker"]),
+    program("kernel-exercise", ["DeviceMapper", "WorkerLink", "Posix"]),
+    .executableTarget(
+      name: "linear", dependencies: ["DMU", "Posix"], path: "examples/linear",
+      swiftSettings: swiftSettings),
     program("dmu-xend", ["Daemon", argumentParser]),
     program("dmu-xen", ["Daemon", argumentParser]),
     program("dscow_tool", ["ImageFormats", "Posix", argumentParser]),

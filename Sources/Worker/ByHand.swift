@@ -1,6 +1,6 @@
 // A worker that a person started: it opens its store itself and serves it on a Unix socket,
-// for which it needs no rights and no help of the kernel, or as a device of the kernel's nbd
-// driver. It stays in the foreground until SIGTERM or SIGINT.
+// for which it needs no rights and no help of the kernel, or as a device of the kernel: of
+// the device-mapper, or of the nbd driver. It stays in the foreground until SIGTERM or SIGINT.
 
 import Glibc
 import Posix
@@ -30,6 +30,8 @@ public struct ByHandOptions: Sendable {
   public var readOnly = false
   /// Whether a base that has changed is accepted.
   public var force = false
+  /// By which way a device reaches the kernel.
+  public var transport = Transport.auto
   /// The folder of plugins; nil: the usual one.
   public var plugins: String?
   /// Where every fault and answer is written as a line; "-" is standard error.
@@ -69,11 +71,13 @@ public enum ByHand {
     let loop = try system { () throws(IOError) in try EventLoop() }
     var stopping = false
     try system { () throws(IOError) in try loop.addStop(signals, log) { stopping = true } }
-    var request = ImageRequest()
-    request.readOnly = options.readOnly
-    request.force = options.force
-    request.basePath = options.base
-    if let format = options.baseFormat { request.baseFormat = try FormatName(named: format) }
+    let request = try self.request(options)
+    if case .device(let device) = options.service, try ByMapper.isWay(options) {
+      let mapper = ByMapper(
+        options: options, request: request, format: try FormatName(named: options.format),
+        name: device, loop: loop, log: log)
+      if try mapper.run(isStopping: { stopping }) { return }
+    }
     let disk = try Disk(
       try image(options, request), pending: nil, loop: loop, log: log,
       debugging: DiskDebugging(trace: options.trace, hold: options.hold))
@@ -88,6 +92,15 @@ public enum ByHand {
     guard code == 0 else {
       throw WorkerError(IOError(code, "make everything durable in", options.store))
     }
+  }
+
+  private static func request(_ options: ByHandOptions) throws(WorkerError) -> ImageRequest {
+    var request = ImageRequest()
+    request.readOnly = options.readOnly
+    request.force = options.force
+    request.basePath = options.base
+    if let format = options.baseFormat { request.baseFormat = try FormatName(named: format) }
+    return request
   }
 
   private static func image(
@@ -111,7 +124,7 @@ public enum ByHand {
   }
 
   /// Writes a line to standard output at once, for whoever waits for it.
-  private static func say(_ line: String) {
+  static func say(_ line: String) {
     let bytes = Array((line + "\n").utf8)
     // Nobody may be listening; that is no reason not to serve.
     _ = Glibc.write(1, bytes, bytes.count)

@@ -29,7 +29,7 @@ final class DeviceService: DiskService {
         "the kernel has no nbd driver: run 'modprobe nbd', or serve a socket with --nbd unix:PATH")
     }
     try Self.checkFree(path, identifier)
-    Self.prepare(log)
+    ByMapper.harden(log)
     try connect(disk)
     do throws(WorkerError) {
       try link()
@@ -93,14 +93,6 @@ final class DeviceService: DiskService {
     let target = String(decoding: buffer[..<count].map { UInt8(bitPattern: $0) }, as: UTF8.self)
     guard target.hasPrefix("/dev/nbd") else { return nil }
     return UInt32(target.dropFirst("/dev/nbd".count))
-  }
-
-  /// The kernel may write its memory out through this process: it must not wait for memory.
-  private static func prepare(_ log: Log) {
-    do throws(IOError) {
-      try Hardening.lockMemory()
-      try Hardening.becomeFlusher()
-    } catch { log(.warning, "going on without locked memory", ["error": "\(error)"]) }
   }
 
   private func connect(_ disk: Disk) throws(WorkerError) {

@@ -160,17 +160,9 @@ public final class Disk {
 
   /// What there is to tell of the disk now.
   public func report(disk: String, version: String) -> DiskReport {
-    var report = DiskReport()
+    var report = DiskReport(image)
     report.disk = disk
-    report.format = image.formatName
     report.version = version
-    report.pid = getpid()
-    report.size = size
-    report.blockSize = image.format.blockSize
-    report.allocated = image.format.allocatedBlocks * UInt64(image.format.blockSize)
-    report.basePath = image.basePath
-    report.flags = NBDExport.transmissionFlags(readOnly: image.readOnly)
-    report.readOnly = image.readOnly
     report.state = condition.state
     report.error = condition.reason
     report.attached = isAttached
@@ -183,6 +175,21 @@ public final class Disk {
       report.memory = try Hardening.residentMemory()
     } catch { log(.warning, "cannot tell the memory in use", ["error": "\(error)"]) }
     return report
+  }
+}
+
+extension DiskReport {
+  /// What an image says of its disk.
+  init(_ image: OpenImage) {
+    self.init()
+    format = image.formatName
+    pid = getpid()
+    size = image.format.size
+    blockSize = image.format.blockSize
+    allocated = image.format.allocatedBlocks * UInt64(image.format.blockSize)
+    basePath = image.basePath
+    flags = NBDExport.transmissionFlags(readOnly: image.readOnly)
+    readOnly = image.readOnly
   }
 }
 

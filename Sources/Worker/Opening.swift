@@ -18,7 +18,7 @@ enum Opening {
           ? "make it with 'dscow_tool -c \(path) BASE'"
           : "make it with 'qemu-img create -f \(name.kind.rawValue)'"
       }
-      try lock(store, as: "store", writable: !request.readOnly)
+      if !request.isLocked { try lock(store, as: "store", writable: !request.readOnly) }
       // A file may be named more than once: a lock of its own would be in the way.
       var files: [FileRequest: FileStore] = [:]
       return try OpenImage(name, store: store, request) { file throws(ImageError) in
@@ -30,7 +30,7 @@ enum Opening {
         guard try !Dscow.same(store, found) else {
           throw ImageError(.corrupt, "store \(path) is, through others, its own base")
         }
-        try lock(found, as: role, writable: file.writable)
+        if !request.isLocked { try lock(found, as: role, writable: file.writable) }
         files[file] = found
         return found
       }

@@ -3,8 +3,11 @@
 //
 //   waiting --start--> opening [needs a file --file-->] serving --stop--> stopping
 //
+// A disk that the kernel shall serve is `prepared` in between, until its node comes.
+//
 // Opening begins anew with every file that comes: up to the last one nothing is written.
 
+internal import DMU
 import Glibc
 import ImageFormats
 import Posix
@@ -31,6 +34,8 @@ public final class Supervised {
     case waiting
     case opening(Opening)
     case serving(Disk)
+    case prepared(OpenImage, KernelPlan)
+    case byNode(NodeDisk)
     case ended(Int32)
   }
 
@@ -107,7 +112,15 @@ public final class Supervised {
     try loop.addStop(signals, log) { [unowned self] in stopping = true }
     while !stopping {
       if case .ended(let status) = phase { return status }
-      if case .serving(let disk) = phase { try disk.turn() } else { try loop.turn() }
+      switch phase {
+      case .serving(let disk): try disk.turn()
+      case .byNode(let disk): turn(disk)
+      default: try loop.turn()
+      }
+    }
+    if case .byNode(let disk) = phase {
+      // The kernel keeps what is not durable.
+      disk.shutdown()
     }
     guard case .serving(let disk) = phase else { return 0 }
     log(.info, "stopping")
@@ -137,8 +150,15 @@ public final class Supervised {
         return server.refuse("attach", "'attach' came without a descriptor")
       }
       disk.attach(socket)
+    case (.attach, .prepared(let image, let plan)):
+      guard let node = descriptors.take(.node) else {
+        return server.refuse("attach", "'attach' came without a node")
+      }
+      serve(node, image, plan)
     case (.status, .serving(let disk)): server.send(.status(report(disk)))
-    case (.descriptors(let index), .serving(let disk)): returnDescriptors(disk, index)
+    case (.status, .byNode(let disk)): server.send(.status(named(disk.report())))
+    case (.descriptors(let index), .serving(let disk)): returnDescriptors(disk.image, index)
+    case (.descriptors(let index), .byNode(let disk)): returnDescriptors(disk.image, index)
     case (.stop, _): stopping = true
     default:
       server.refuse(order.message.verb, "'\(order.message.verb)' makes no sense now")
@@ -215,6 +235,12 @@ public final class Supervised {
         phase = .opening(waiting)
         return server.send(.needFile(missing))
       }
+      if opening.order.byNode, case .plan(let plan) = KernelPlan.make(image) {
+        phase = .prepared(image, plan)
+        var report = DiskReport(image)
+        report.byNode = true
+        return server.send(.ready(named(report)))
+      }
       pending = opening.descriptors.take(.pending)
       let disk = try Disk(image, pending: pending?.raw, loop: loop, log: log)
       serve(disk, opening.descriptors)
@@ -233,11 +259,50 @@ public final class Supervised {
     server.send(.ready(report))
   }
 
-  private func returnDescriptors(_ disk: Disk, _ index: Int) {
+  /// Serves a device's node. What the device keeps is taken up first.
+  private func serve(_ node: consuming Descriptor, _ image: OpenImage, _ plan: KernelPlan) {
+    let name = order?.disk ?? ""
+    do throws(WorkerError) {
+      let node = try Self.node(node)
+      let disk = try NodeDisk(node, image, plan, name: name, loop: loop, log: log)
+      disk.conditionChanged = { [unowned self] condition in
+        server.send(.event(condition.state, error: condition.reason))
+      }
+      phase = .byNode(disk)
+      log(.info, "serving the kernel's questions")
+      server.send(.attached)
+    } catch { fail(error) }
+  }
+
+  private static func node(_ descriptor: consuming Descriptor) throws(WorkerError) -> Node {
+    do throws(IOError) { return try Node(owning: descriptor) } catch { throw WorkerError(error) }
+  }
+
+  /// One turn; a device that is gone leaves nothing to do but to hear the order to stop.
+  private func turn(_ disk: NodeDisk) {
+    do throws(WorkerError) {
+      try disk.turn()
+      guard try disk.isGone() else { return }
+      log(.info, "the device is gone, ending")
+      stopping = true
+    } catch {
+      disk.shutdown()
+      fail(error)
+    }
+  }
+
+  private func named(_ report: DiskReport) -> DiskReport {
+    var report = report
+    report.disk = order?.disk ?? ""
+    report.version = version
+    return report
+  }
+
+  private func returnDescriptors(_ image: OpenImage, _ index: Int) {
     var lent: [LinkRole: Int32] = [:]
     var need: FileNeed?
     if index == 0 {
-      lent[.store] = (disk.image.store as? FileStore)?.raw
+      lent[.store] = (image.store as? FileStore)?.raw
       lent[.base] = base?.raw
       lent[.pending] = pending?.raw
     } else if files.indices.contains(index - 1) {

@@ -15,6 +15,8 @@ public enum LinkRole: String, Sendable, CaseIterable {
   case pending
   /// The worker's end of the socket that the kernel's nbd driver reads and writes.
   case nbd
+  /// The opened node of the disk's device: /dev/dmu/NAME.
+  case node
 }
 
 /// The descriptors of one message, by role. Those not taken are closed with it.

@@ -23,6 +23,9 @@ public struct StartOrder: Sendable, Equatable {
   public var readOnly = false
   /// Whether a base that has changed is accepted and noted anew.
   public var force = false
+  /// Whether a node shall follow in place of an nbd socket, if the kernel can serve the image
+  /// by itself; the report says.
+  public var byNode = false
 
   /// An order from what every disk needs.
   public init(disk: String, format: String) {
@@ -39,7 +42,8 @@ public enum WorkerOrder: Sendable, Equatable {
   case file
   /// The other answer to `needFile`; the worker fails with it as its message.
   case refuseFile(reason: String)
-  /// Serve this nbd socket from now on, in place of any former. Role: nbd.
+  /// Serve this nbd socket from now on, in place of any former. Role: nbd. Or serve this node,
+  /// once, and say `attached`. Role: node.
   case attach
   /// Tell your state and counters.
   case status
@@ -57,6 +61,7 @@ public enum WorkerOrder: Sendable, Equatable {
       if order.create { fields["create"] = "1" }
       if order.readOnly { fields["readonly"] = "1" }
       if order.force { fields["force"] = "1" }
+      if order.byNode { fields["by-node"] = "1" }
       fields["block-size"] = order.blockSize.map(String.init)
       fields["store-path"] = order.storePath
       fields["base-path"] = order.basePath
@@ -80,6 +85,7 @@ public enum WorkerOrder: Sendable, Equatable {
       order.create = try message.flag("create")
       order.readOnly = try message.flag("readonly")
       order.force = try message.flag("force")
+      order.byNode = try message.flag("by-node")
       order.blockSize = try message.optionalNumber("block-size")
       order.storePath = message.fields["store-path"]
       order.basePath = message.fields["base-path"]

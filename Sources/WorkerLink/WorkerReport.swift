@@ -36,8 +36,10 @@ public struct DiskReport: Sendable, Equatable {
   public var state = DiskState.ready
   /// Why it is not ready; empty when it is.
   public var error = ""
-  /// Whether an nbd socket is served now.
+  /// Whether an nbd socket or a node is served now.
   public var attached = false
+  /// Whether it is a node that is served or waited for.
+  public var byNode = false
   /// Placements that are not durable yet.
   public var uncommitted: UInt64 = 0
   /// Requests since the worker started.
@@ -64,6 +66,7 @@ public struct DiskReport: Sendable, Equatable {
       "faults": String(faults), "memory": String(memory),
     ]
     fields["base-path"] = basePath
+    if byNode { fields["by-node"] = "1" }
     return fields
   }
 
@@ -81,6 +84,7 @@ public struct DiskReport: Sendable, Equatable {
     state = try message.state()
     error = message.fields["error"] ?? ""
     attached = try message.flag("attached")
+    byNode = try message.flag("by-node")
     uncommitted = try message.number("uncommitted")
     reads = try message.number("reads")
     writes = try message.number("writes")
@@ -139,6 +143,8 @@ public enum WorkerReport: Sendable, Equatable {
   /// The answer to `descriptors`: how many files were asked for, and which one this is. Roles
   /// with index 0: store; base and pending if there are any. Else: file.
   case descriptors(files: Int, file: FileNeed?)
+  /// The node is served and knows the whole mapping: the device may be brought into use.
+  case attached
   /// The nbd socket has ended; the disk is kept and waits for another.
   case detached
   /// Unasked: the state has changed.
@@ -156,6 +162,7 @@ public enum WorkerReport: Sendable, Equatable {
     case .descriptors(let files, let file):
       LinkMessage(
         "descriptors", ["files": "\(files)"].merging(file?.fields ?? [:]) { one, _ in one })
+    case .attached: LinkMessage("attached")
     case .detached: LinkMessage("detached")
     case .event(let state, let error):
       LinkMessage("event", ["state": state.rawValue, "error": error])
@@ -175,6 +182,7 @@ public enum WorkerReport: Sendable, Equatable {
     case "descriptors":
       let file = message.fields["path"] == nil ? nil : try FileNeed(message)
       self = .descriptors(files: try message.optionalNumber("files") ?? 0, file: file)
+    case "attached": self = .attached
     case "detached": self = .detached
     case "event":
       self = .event(try message.state(), error: message.fields["error"] ?? "")

@@ -14,8 +14,9 @@ struct Cowd: ParsableCommand {
       cowd -p FORMAT --nbd unix:PATH STORE
       """,
     discussion: """
-      With NAME the disk appears as /dev/mapper/NAME, through the kernel's nbd driver \
-      (needs root). With --nbd it is served on a Unix socket, which needs no rights:
+      With NAME the disk appears as /dev/mapper/NAME: by the device-mapper's target \
+      'userspace' if its module is there, else by the kernel's nbd driver (both need root). \
+      With --nbd it is served on a Unix socket, which needs no rights:
 
         dscow_tool -c my.dscow base.img
         cowd -p dscow --nbd unix:/tmp/my.sock my.dscow
@@ -40,6 +41,9 @@ struct Cowd: ParsableCommand {
     name: .long,
     help: ArgumentHelp("The base, instead of the one that the store names.", valueName: "path"))
   var base: String?
+
+  @Option(name: .long, help: "How a device reaches the kernel: auto, dm or nbd.")
+  var transport = "auto"
 
   @Option(
     name: .long,
@@ -87,6 +91,9 @@ struct Cowd: ParsableCommand {
   func validate() throws {
     guard !supervised else { return }
     guard format != nil else { throw ValidationError("Say the image's format: -p dscow.") }
+    guard Transport(rawValue: transport) != nil else {
+      throw ValidationError("'\(transport)' is no transport: say auto, dm or nbd.")
+    }
     if let nbd {
       guard nbd.hasPrefix("unix:"), nbd != "unix:" else {
         throw ValidationError("'\(nbd)' is no place to serve at: write --nbd unix:PATH.")
@@ -120,6 +127,7 @@ struct Cowd: ParsableCommand {
     options.trace = trace
     options.hold = hold
     options.readOnly = readOnly
+    options.transport = Transport(rawValue: transport) ?? .auto
     options.level = verbose > 1 ? .debug : verbose > 0 ? .info : .warning
     do {
       try ByHand.run(options)

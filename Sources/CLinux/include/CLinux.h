@@ -9,6 +9,7 @@
 #include <sys/types.h>
 #include <sys/uio.h>
 
+#include "CLinuxLoop.h"
 #include "CLinuxProcess.h"
 #include "io.h"
 

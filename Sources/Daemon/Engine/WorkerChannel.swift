@@ -181,7 +181,8 @@ final class WorkerChannel: Sendable {
     case .detached: tell.yield(.detached)
     case .refused(let order, let message): tell.yield(.complaint("\(order): \(message)"))
     case .failed(let code, let message): tell.yield(.complaint("\(code): \(message)"))
-    case .ready, .needFile, .status, .descriptors: tell.yield(.complaint("a late answer"))
+    case .ready, .needFile, .status, .descriptors, .attached:
+      tell.yield(.complaint("a late answer"))
     }
   }
 

@@ -95,20 +95,13 @@ static void take_over(int node)
 			tell(node, map(0, i, 1, 0, PLACE(i), DMU_WRITABLE));
 }
 
-static const char *programs;		/* where the Swift worker is, when it is to serve */
 static struct rig rig;
 
 static void worker(void)
 {
 	struct dmu_message m;
-	char path[256];
 	int node;
 
-	if (programs) {
-		snprintf(path, sizeof(path), "%s/kernel-worker", programs);
-		execl(path, path, "lab", "dscow", rig.store, rig.base, NULL);
-		_exit(7);
-	}
 	while ((node = open(NODE, O_RDWR | O_CLOEXEC)) < 0 && errno == EBUSY)
 		sleep_ms(1);
 	if (node < 0)
@@ -232,28 +225,8 @@ static void ext4_kills(void)
 	rig_down(&rig);
 }
 
-/* The same over the project's own worker and format; the image has to be sound afterwards. */
-static void dscow_kills(void)
-{
-	programs = getenv("DMU_PROGRAMS");
-	if (!programs) {
-		printf("# no programs were given\n");
-		return;
-	}
-	begin_load();
-	CHECK(run("%s/dscow_tool -c %s %s -b 64K -f", programs, rig.store, rig.base) == 0, "%s",
-	      said());
-	ext4_load(25 * rounds());
-	rig_down_but_loops(&rig);
-	CHECK(run("%s/dscow_tool check %s", programs, rig.store) == 0, "%s", said());
-	CHECK(run("%s/dscow_tool info %s | grep -i alloc", programs, rig.store) == 0, "%s", said());
-	printf("# %s", said());
-	run("losetup -d %s %s", rig.store_loop, rig.base_loop);
-}
-
 const struct scenario killed_scenarios[] = {
 	{ "fio-kills", fio_kills },
 	{ "ext4-kills", ext4_kills },
-	{ "dscow-kills", dscow_kills },
 	{ 0 },
 };

@@ -1,0 +1,52 @@
+# shellcheck shell=bash
+# What the scenarios of the kernel lab are written with. Sourced; runs inside the machine.
+#
+# Given: DMU_PROGRAMS (cowd, dscow_tool, ...), DMU_WORK (tools), DMU_SEED, DMU_ROUNDS.
+set -euo pipefail
+programs=$DMU_PROGRAMS
+# shellcheck disable=SC2034  # for the scenarios
+seed=${DMU_SEED:-1}
+# shellcheck disable=SC2034
+rounds=${DMU_ROUNDS:-1}
+cowd=
+
+die() { echo "${0##*/}: $*"; exit 1; }
+note() { echo "# $*"; }
+
+# serve NAME STORE [OPTION...]: starts cowd and waits until the device is there.
+serve() {
+    local name=$1 store=$2
+    shift 2
+    : >"/mnt/$name.said"
+    "$programs/cowd" -p dscow --transport dm "$@" "$name" "$store" \
+        >"/mnt/$name.said" 2>"/mnt/$name.errors" &
+    cowd=$!
+    for _ in $(seq 600); do
+        grep -q 'is served' "/mnt/$name.said" && return
+        kill -0 "$cowd" 2>/dev/null || { cat "/mnt/$name.errors"; die "cowd has ended"; }
+        sleep 0.05
+    done
+    die "cowd does not serve $store"
+}
+
+# stop NAME: ends cowd in order; the device is gone afterwards.
+stop() {
+    local status=0
+    kill -TERM "$cowd"
+    wait "$cowd" || status=$?
+    cowd=
+    [ $status -eq 0 ] || { cat "/mnt/$1.errors"; die "cowd ended with $status"; }
+    [ ! -e "/dev/mapper/$1" ] || die "/dev/mapper/$1 is left behind"
+}
+
+# make_base FILE MEGABYTES: an ext4 file system with something in it.
+make_base() {
+    truncate -s "$2M" "$1"
+    mkfs.ext4 -q -F -E nodiscard,lazy_itable_init=0 -J size=4 "$1"
+}
+
+sound() { # STORE: the image has no damage
+    local status=0
+    "$programs/dscow_tool" check "$1" >/mnt/check.said 2>&1 || status=$?
+    case $status in 0 | 3) ;; *) cat /mnt/check.said; die "$1 is damaged" ;; esac
+}

@@ -1,0 +1,145 @@
+// SPDX-License-Identifier: Apache-2.0
+/*
+ * Reads the log of the device-mapper's target log-writes.
+ *
+ *   replay list LOG                          a line an entry: number, flags, sector, sectors, mark
+ *   replay apply LOG DEVICE FROM TO          writes entries FROM to TO - 1 to DEVICE
+ *   replay some LOG DEVICE FROM TO SEED      the same, but each entry only perhaps, and writes
+ *                                            torn at a sector: what a power cut may leave of
+ *                                            writes that no flush has confirmed
+ *
+ * The log: a sector with magic, version, count and sector size; then for each entry a sector
+ * with its head (and a mark's text) and the data. Source: the kernel's
+ * Documentation/admin-guide/device-mapper/log-writes.rst and drivers/md/dm-log-writes.c.
+ */
+#define _GNU_SOURCE
+#include <endian.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#define MAGIC 0x6a736677736872ull
+#define SECTOR 512
+#define IS_DISCARD 4
+#define IS_MARK 8
+
+struct head {
+	uint64_t sector, sectors, flags, length;
+};
+
+static int logfile, device = -1;
+static uint64_t count;
+static uint32_t unit;		/* bytes that the log counts in */
+
+static void die(const char *what)
+{
+	fprintf(stderr, "replay: %s: %s\n", what, strerror(errno));
+	exit(1);
+}
+
+static void read_log(void *data, size_t size, uint64_t offset)
+{
+	if (pread(logfile, data, size, offset) != (ssize_t)size)
+		die("the log ends early");
+}
+
+static void open_log(const char *path)
+{
+	uint8_t sector[SECTOR];
+	uint64_t magic;
+
+	logfile = open(path, O_RDONLY);
+	if (logfile < 0)
+		die(path);
+	read_log(sector, sizeof(sector), 0);
+	memcpy(&magic, sector, 8);
+	memcpy(&count, sector + 16, 8);
+	memcpy(&unit, sector + 24, 4);
+	count = le64toh(count);
+	unit = le32toh(unit);
+	errno = EINVAL;
+	if (le64toh(magic) != MAGIC || unit < SECTOR)
+		die("no log of log-writes");
+}
+
+static uint64_t chance(uint64_t *state)
+{
+	*state += 0x9e3779b97f4a7c15ull;
+	uint64_t z = *state;
+
+	z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+	z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+	return z ^ (z >> 31);
+}
+
+static void put(const struct head *head, uint64_t offset, uint64_t *state)
+{
+	size_t size = head->sectors * unit;
+	uint64_t from = 0, to = head->sectors;
+	uint8_t *data;
+
+	if (state && !(chance(state) & 1))
+		return;
+	if (state && chance(state) % 4 == 0 && to > 1) {
+		/* Torn: a run of its sectors. */
+		from = chance(state) % to;
+		to = from + 1 + chance(state) % (to - from);
+	}
+	data = calloc(1, size);
+	if (!(head->flags & IS_DISCARD))
+		read_log(data, size, offset);
+	if (pwrite(device, data + from * unit, (to - from) * unit, (head->sector + from) * unit) !=
+	    (ssize_t)((to - from) * unit))
+		die("cannot write");
+	free(data);
+}
+
+int main(int argc, char **argv)
+{
+	bool list = argc == 3 && !strcmp(argv[1], "list");
+	bool some = argc == 7 && !strcmp(argv[1], "some");
+	uint64_t at, i, from = 0, to, seed = 0;
+	struct head head;
+	char text[SECTOR];
+
+	if (!list && !some && !(argc == 6 && !strcmp(argv[1], "apply"))) {
+		fprintf(stderr, "usage: replay list LOG | apply LOG DEVICE FROM TO | some ... SEED\n");
+		return 2;
+	}
+	open_log(argv[2]);
+	to = count;
+	if (!list) {
+		device = open(argv[3], O_WRONLY);
+		if (device < 0)
+			die(argv[3]);
+		from = strtoull(argv[4], NULL, 10);
+		to = strtoull(argv[5], NULL, 10);
+		seed = some ? strtoull(argv[6], NULL, 10) : 0;
+	}
+	at = unit;
+	for (i = 0; i < to && i < count; i++) {
+		read_log(&head, sizeof(head), at);
+		head.sector = le64toh(head.sector);
+		head.sectors = le64toh(head.sectors);
+		head.flags = le64toh(head.flags);
+		head.length = le64toh(head.length);
+		memset(text, 0, sizeof(text));
+		if (head.flags & IS_MARK && head.length < sizeof(text) - sizeof(head))
+			read_log(text, head.length, at + sizeof(head));
+		if (list)
+			printf("%llu %llu %llu %llu %s\n", (unsigned long long)i,
+			       (unsigned long long)head.flags, (unsigned long long)head.sector,
+			       (unsigned long long)head.sectors, text);
+		else if (i >= from && head.sectors && !(head.flags & IS_MARK))
+			put(&head, at + unit, some ? &seed : NULL);
+		at += unit + (head.flags & IS_DISCARD ? 0 : head.sectors * unit);
+	}
+	if (device >= 0 && (fsync(device) || close(device)))
+		die("cannot write out");
+	return 0;
+}
