@@ -42,12 +42,11 @@ test: ## every suite: unit, xenstored, NBD clients, the Xen lab (under 40 minute
 	fuzz/run --seconds 3
 	lab/xen/run --dist $(DIST)
 
-kernel-lab: ## the module's scenarios in a checked kernel (the kernel is built once)
-	@lab/prerequisites build kernel
+kernel-lab: build ## the module's scenarios in a checked kernel (25 minutes once, then 20)
+	@lab/prerequisites kernel
 	lab/kernel/prepare
-	for program in cowd dscow_tool kernel-exercise linear; do \
-	  $(SWIFT) build --product $$program || exit 1; done
-	lab/kernel/run --programs .build/debug
+	lab/kernel/run --programs $(BIN)
+	lab/kernel/run --programs $(BIN) --memory 256 memory-pressure
 
 check: ## format, lint, warnings as errors, shellcheck
 	@lab/prerequisites build check

@@ -76,6 +76,7 @@ let package = Package(
     program("dmu-img", ["ImageTool", "ImageFormats", argumentParser]),
     room("TestSupport", ["Posix"]),
     tests("PosixTests", ["Posix", "TestSupport"]),
+    tests("DeviceMapperTests", ["DeviceMapper", "TestSupport"]),
     tests("XenStoreTests", ["XenStore", "TestSupport"]),
     tests("ImageFormatsTests", ["ImageFormats", "Posix", "TestSupport"]),
     tests("ImageToolTests", ["ImageTool", "ImageFormats", "Posix", "TestSupport"]),

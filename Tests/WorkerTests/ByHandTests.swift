@@ -79,7 +79,19 @@ import Testing
     try expect("write --nbd unix:PATH", ["-p", "dscow", "--nbd", "/x", image.store], status: 64)
     try expect("say only the STORE", ["-p", "dscow", "--nbd", socket, "a", "b"], status: 64)
     try expect("Say the NAME", ["-p", "dscow", image.store], status: 64)
+    try expect(
+      "'x' is no transport", ["-p", "dscow", "--transport", "x", "a", image.store], status: 64)
     try expect("cannot be the name of a device", ["-p", "dscow", "a/b", image.store])
+  }
+
+  @Test(.enabled(if: access("/dev/mapper/control", R_OK | W_OK) != 0))
+  func aMissingDeviceMapperIsNamed() throws {
+    let image = try TestImage(sectors: 256, blockSize: 4096)
+    let result = try run(
+      ["-p", "dscow", "--transport", "dm", "name", image.store], image.folder)
+    #expect(result.status == .exited(1))
+    #expect(
+      result.messages.contains("no device-mapper target 'userspace'"), "\(result.messages)")
   }
 
   @Test func oneWorkerAStoreAndOnePathASocket() throws {

@@ -6,7 +6,8 @@ import Testing
 
 @Suite("What cowd is made of") struct HygieneTests {
   private static let rooms = [
-    "CLinux", "Posix", "ImageFormats", "Target", "WorkerLink", "Worker", "cowd",
+    "CLinux", "Posix", "DeviceMapper", "DMU", "ImageFormats", "Target", "WorkerLink", "Worker",
+    "cowd",
   ]
 
   /// No room under cowd imports Foundation, not even its essentials: those come, if at all,

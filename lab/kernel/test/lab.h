@@ -98,7 +98,7 @@ struct scenario {
 	void (*body)(void);
 };
 
-extern const struct scenario rule_scenarios[], life_scenarios[], hostile_scenarios[],
-	random_scenarios[], killed_scenarios[];
+extern const struct scenario rule_scenarios[], more_rule_scenarios[], life_scenarios[],
+	hostile_scenarios[], random_scenarios[], killed_scenarios[];
 
 #endif
