@@ -60,6 +60,8 @@ public final class Supervised {
   private var base: FileStore?
   /// What was asked for and came, in that order.
   private var files: [(need: FileNeed, store: FileStore)] = []
+  /// Why a disk that was to be served by its node is not.
+  private var hindrance: String?
   private var stopping = false
 
   /// Runs a worker to its end. Answers its exit status: 0 after an order or a signal to stop,
@@ -235,16 +237,31 @@ public final class Supervised {
         phase = .opening(waiting)
         return server.send(.needFile(missing))
       }
-      if opening.order.byNode, ByMapper.hindrance(image) == nil {
-        phase = .prepared(image)
-        var report = DiskReport(image)
-        report.byNode = true
-        return server.send(.ready(named(report)))
+      if opening.order.byNode {
+        hindrance = ByMapper.hindrance(image)
+        if hindrance == nil { return try prepare(image, opening) }
+        log(.info, "the kernel cannot serve it", ["reason": hindrance ?? ""])
       }
       pending = opening.descriptors.take(.pending)
       let disk = try Disk(image, pending: pending?.raw, loop: loop, log: log)
       serve(disk, opening.descriptors)
     } catch { fail(error) }
+  }
+
+  /// Waits for the node of a device that stands on the image's files.
+  private func prepare(_ image: OpenImage, _ opening: Opening) throws(WorkerError) {
+    var report = DiskReport(image)
+    report.byNode = true
+    report.parts = try image.devices.map { device throws(WorkerError) in
+      if device === opening.store { return .store }
+      if device === opening.base { return .base }
+      guard let index = files.firstIndex(where: { $0.store === device }) else {
+        throw WorkerError("protocol", "\(device.name) is no file that was handed over")
+      }
+      return .file(index)
+    }
+    phase = .prepared(image)
+    server.send(.ready(named(report)))
   }
 
   private func serve(_ disk: Disk, _ descriptors: LinkDescriptors) {
@@ -313,7 +330,9 @@ public final class Supervised {
   }
 
   private func report(_ disk: Disk) -> DiskReport {
-    disk.report(disk: order?.disk ?? "", version: version)
+    var report = disk.report(disk: order?.disk ?? "", version: version)
+    report.hindrance = hindrance
+    return report
   }
 
   private func fail(_ error: WorkerError) {

@@ -10,6 +10,36 @@ public enum DiskState: String, Sendable {
   case noSpace = "no-space"
 }
 
+/// One of the files and devices that a disk stands on, by how the worker came to it.
+public enum DiskPart: Sendable, Hashable {
+  /// The store.
+  case store
+  /// The base that came with the order.
+  case base
+  /// The file that was asked for as so many-th, from 0.
+  case file(Int)
+
+  var word: String {
+    switch self {
+    case .store: "store"
+    case .base: "base"
+    case .file(let index): "file-\(index)"
+    }
+  }
+
+  init?(_ word: some StringProtocol) {
+    switch word {
+    case "store": self = .store
+    case "base": self = .base
+    default:
+      guard word.hasPrefix("file-"), let index = Int(word.dropFirst(5)), index >= 0 else {
+        return nil
+      }
+      self = .file(index)
+    }
+  }
+}
+
 /// A disk that is served, as its worker sees it.
 public struct DiskReport: Sendable, Equatable {
   /// What the daemon calls the disk.
@@ -40,6 +70,10 @@ public struct DiskReport: Sendable, Equatable {
   public var attached = false
   /// Whether it is a node that is served or waited for.
   public var byNode = false
+  /// Why no node can be served although one was to follow; nil when one can.
+  public var hindrance: String?
+  /// With a node: what its device has to stand on, in the order of their numbers.
+  public var parts: [DiskPart] = []
   /// Placements that are not durable yet.
   public var uncommitted: UInt64 = 0
   /// Requests since the worker started.
@@ -67,6 +101,8 @@ public struct DiskReport: Sendable, Equatable {
     ]
     fields["base-path"] = basePath
     if byNode { fields["by-node"] = "1" }
+    fields["hindrance"] = hindrance
+    if !parts.isEmpty { fields["parts"] = parts.map(\.word).joined(separator: ",") }
     return fields
   }
 
@@ -85,6 +121,13 @@ public struct DiskReport: Sendable, Equatable {
     error = message.fields["error"] ?? ""
     attached = try message.flag("attached")
     byNode = try message.flag("by-node")
+    hindrance = message.fields["hindrance"]
+    parts = try (message.fields["parts"] ?? "").split(separator: ",").map { word throws(LinkFault) in
+      guard let part = DiskPart(word) else {
+        throw .badField(verb: message.verb, field: "parts")
+      }
+      return part
+    }
     uncommitted = try message.number("uncommitted")
     reads = try message.number("reads")
     writes = try message.number("writes")
