@@ -85,6 +85,7 @@ let package = Package(
     tests("TargetTests", ["Target", "Posix", "TestSupport"]),
     tests(
       "WorkerTests", ["Worker", "Target", "ImageFormats", "WorkerLink", "Posix", "TestSupport"]),
+    program("played-worker", ["WorkerLink", "Posix"]),
     tests("DaemonTests", ["Daemon", "WorkerLink", "Posix", "TestSupport", logging]),
   ],
   cLanguageStandard: .gnu11,

@@ -122,7 +122,8 @@ public struct DiskReport: Sendable, Equatable {
     attached = try message.flag("attached")
     byNode = try message.flag("by-node")
     hindrance = message.fields["hindrance"]
-    parts = try (message.fields["parts"] ?? "").split(separator: ",").map { word throws(LinkFault) in
+    let words = (message.fields["parts"] ?? "").split(separator: ",")
+    parts = try words.map { word throws(LinkFault) in
       guard let part = DiskPart(word) else {
         throw .badField(verb: message.verb, field: "parts")
       }

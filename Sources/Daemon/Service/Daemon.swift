@@ -26,9 +26,11 @@ public struct Daemon: Sendable {
     public init() {}
 
     /// Makes no devices, only keeps their sockets, and opens a door to them.
-    public mutating func standIn() {
+    /// With a folder there is a device-mapper, too, which keeps its devices there.
+    public mutating func standIn(mapperFolder: String?) {
       let attacher = StandInAttacher()
       self.attacher = attacher
+      mapper = StandInMapper(folder: mapperFolder)
       standInDevices = attacher
     }
   }
