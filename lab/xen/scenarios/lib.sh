@@ -49,6 +49,7 @@ need() {
 finish() {
   local file
   echo "plan $scenario $count" >>"$results"
+  [ "$failures" != 0 ] || cat "$daemon_log"
   if [ "$failures" != 0 ]; then
     xl list
     xenstore-ls -f /local/domain/0/backend/vbd 2>/dev/null
