@@ -114,6 +114,19 @@ static int dmu_remap(struct dmu_table *table, struct bio *bio, unsigned long wor
 	return DM_MAPIO_REMAPPED;
 }
 
+/*
+ * The sectors from the bio's first to the end of what may wait as one: a block, or of a larger
+ * one as much as the bytes of one answer serve.
+ */
+static unsigned int dmu_unit_rest(struct dmu_device *dev, struct bio *bio)
+{
+	unsigned int unit = dev->block_sectors;
+
+	if (bio_op(bio) == REQ_OP_READ)
+		unit = min_t(unsigned int, unit, DMU_MAX_DATA >> SECTOR_SHIFT);
+	return unit - (bio->bi_iter.bi_sector & (unit - 1));
+}
+
 int dmu_map(struct dm_target *ti, struct bio *bio)
 {
 	struct dmu_table *table = ti->private;
@@ -149,7 +162,7 @@ int dmu_map(struct dm_target *ti, struct bio *bio)
 			return dmu_remap(table, bio, word, epoch);
 		}
 		dmu_epoch_leave(epoch);
-		rest = dev->block_sectors - (bio->bi_iter.bi_sector & (dev->block_sectors - 1));
+		rest = dmu_unit_rest(dev, bio);
 		if (rest < bio_sectors(bio))
 			dm_accept_partial_bio(bio, rest);
 		result = dmu_map_held(dev, bio);

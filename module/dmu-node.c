@@ -190,6 +190,17 @@ static void dmu_next_dump(struct dmu_device *dev, struct dmu_message *message)
 	dev->dumping = false;
 }
 
+/* A fault says what its first request wants. */
+static void dmu_tell_request(struct dmu_cell *cell, struct dmu_message *message)
+{
+	struct bio *bio = bio_list_peek(&cell->bios);
+
+	if (cell->type != DMU_FAULT || !bio)
+		return;
+	message->sector = bio->bi_iter.bi_sector;
+	message->block_sectors = bio_sectors(bio);
+}
+
 /* Takes the next message; an event is handed out with it, to be freed. */
 static bool dmu_next(struct dmu_device *dev, struct dmu_message *message,
 		     struct dmu_event **event)
@@ -213,6 +224,7 @@ static bool dmu_next(struct dmu_device *dev, struct dmu_message *message,
 		message->id = cell->id;
 		message->block = cell->block;
 		message->count = cell->count;
+		dmu_tell_request(cell, message);
 	} else if (dev->flush.state == DMU_FLUSH_ASKING) {
 		dev->flush.state = DMU_FLUSH_ASKED;
 		message->type = DMU_FLUSH;

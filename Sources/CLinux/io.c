@@ -1,9 +1,11 @@
 #define _GNU_SOURCE
 #include "io.h"
 
+#include <errno.h>
 #include <fcntl.h>
 #include <malloc.h>
 #include <stdio.h>
+#include <sys/statvfs.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
@@ -27,6 +29,27 @@ int dmu_zero_range(int fd, int64_t offset, int64_t count)
 int dmu_allocate(int fd, int64_t offset, int64_t count)
 {
     return fallocate(fd, 0, offset, count);
+}
+
+int dmu_settle_range(int fd, int64_t offset, int64_t count)
+{
+    unsigned int all = SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE |
+                       SYNC_FILE_RANGE_WAIT_AFTER;
+
+    if (sync_file_range(fd, offset, count, all))
+        return -1;
+    errno = posix_fadvise(fd, offset, count, POSIX_FADV_DONTNEED);
+    return errno ? -1 : 0;
+}
+
+int dmu_free_space(int fd, uint64_t *bytes)
+{
+    struct statvfs status;
+
+    if (fstatvfs(fd, &status))
+        return -1;
+    *bytes = (uint64_t)status.f_bavail * status.f_frsize;
+    return 0;
 }
 
 ssize_t dmu_copy_range(int from, off_t *source, int to, off_t *offset, size_t count)

@@ -7,6 +7,9 @@ public struct Answer: Sendable {
   /// The place that is no device: blocks read as zeroes.
   public static let zeroDevice = UInt16(DMU_DEVICE_ZERO)
 
+  /// The most bytes of one `data`.
+  public static let mostData = Int(DMU_MAX_DATA)
+
   /// Where blocks live: a backing device by number, and the sector of the first of them.
   public struct Place: Sendable, Hashable {
     /// The device, or `Answer.zeroDevice`.
@@ -68,6 +71,30 @@ public struct Answer: Sendable {
     answer.raw.device = place.device
     answer.raw.sector = place.sector
     answer.raw.mark = mark
+    return answer
+  }
+
+  /// A read: the bytes, not remembered. They begin `offset` bytes into the fault's block, and
+  /// have to cover the first request that waits; both lengths are multiples of 512, and there
+  /// are at most `mostData` bytes. The memory is read while the answer is given, not after.
+  public static func data(
+    id: UInt64, _ bytes: UnsafeRawBufferPointer, offset: UInt32
+  ) -> Answer {
+    var answer = Answer(DMU_DATA, id: id)
+    answer.raw.address = UInt64(UInt(bitPattern: bytes.baseAddress))
+    answer.raw.length = UInt32(bytes.count)
+    answer.raw.offset = offset
+    return answer
+  }
+
+  /// The bytes go to a place, and are there when the answer has been taken: part of what is
+  /// linked. Length and address are multiples of the device's sector.
+  public static func data(_ bytes: UnsafeRawBufferPointer, at place: Place) -> Answer {
+    var answer = Answer(DMU_DATA)
+    answer.raw.address = UInt64(UInt(bitPattern: bytes.baseAddress))
+    answer.raw.length = UInt32(bytes.count)
+    answer.raw.device = place.device
+    answer.raw.sector = place.sector
     return answer
   }
 

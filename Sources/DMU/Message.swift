@@ -5,8 +5,9 @@ internal import DMUProtocol
 /// One message of the device-mapper target `userspace`. Blocks are of the device's size,
 /// sectors of 512 bytes. Source: dmu.h; docs/dm-userspace.md.
 public enum Message: Sendable, Equatable {
-  /// Nothing serves a request for the blocks. `whole`: the write covers them entirely.
-  case fault(id: UInt64, block: UInt64, count: UInt64, write: Bool, whole: Bool)
+  /// Nothing serves a request for the blocks. `whole`: the write covers them entirely. `of`: the
+  /// first request that waits.
+  case fault(id: UInt64, block: UInt64, count: UInt64, write: Bool, whole: Bool, of: Request)
   /// Every placement up to the mark may be made durable; a flush is held for it.
   case flush(id: UInt64, mark: UInt64)
   /// Whole blocks are discarded, or, when `zeroing`, have to read as zeroes.
@@ -27,6 +28,20 @@ public enum Message: Sendable, Equatable {
   case dumpDone(mark: UInt64)
   /// A type that this version does not know.
   case unknown(type: UInt32)
+
+  /// What a request wants, in sectors from the start of the device.
+  public struct Request: Sendable, Equatable {
+    /// The first.
+    public var sector: UInt64
+    /// How many.
+    public var count: UInt32
+
+    /// A request from its parts.
+    public init(sector: UInt64, count: UInt32) {
+      self.sector = sector
+      self.count = count
+    }
+  }
 
   /// The shape of a device.
   public struct Geometry: Sendable, Equatable {
@@ -62,7 +77,8 @@ public enum Message: Sendable, Equatable {
     switch dmu_message_type(rawValue: raw.type) {
     case DMU_FAULT:
       self = .fault(
-        id: id, block: block, count: count, write: has(DMU_WRITE), whole: has(DMU_WHOLE))
+        id: id, block: block, count: count, write: has(DMU_WRITE), whole: has(DMU_WHOLE),
+        of: Request(sector: raw.sector, count: raw.block_sectors))
     case DMU_FLUSH: self = .flush(id: id, mark: mark)
     case DMU_DISCARD:
       self = .discard(id: id, block: block, count: count, zeroing: has(DMU_ZEROING))

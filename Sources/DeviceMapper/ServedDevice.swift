@@ -20,12 +20,22 @@ public struct ServedDevice: Sendable {
     public var name: String
     /// Whether it is only read.
     public var readOnly: Bool
+    /// Whether the page cache is passed by. Without it a device, too, is stood on by way of a
+    /// loop device, so that whoever reads and writes the same through its node meets no other
+    /// bytes.
+    public var isDirect: Bool
+    /// How long a file that grows may become, in bytes; 0 for one that keeps its length.
+    public var reach: UInt64
 
     /// A backing from its parts.
-    public init(descriptor: Int32, name: String, readOnly: Bool) {
+    public init(
+      descriptor: Int32, name: String, readOnly: Bool, isDirect: Bool = true, reach: UInt64 = 0
+    ) {
       self.descriptor = descriptor
       self.name = name
       self.readOnly = readOnly
+      self.isDirect = isDirect
+      self.reach = reach
     }
   }
 
@@ -138,7 +148,7 @@ public struct ServedDevice: Sendable {
     _ number: DeviceNumber, on backing: Backing
   ) throws(DeviceMapperError) -> Bool {
     let status = try Self.status(of: backing)
-    if status.isDevice { return number == status.number }
+    if status.isDevice, backing.isDirect { return number == status.number }
     let path = "/sys/dev/block/\(number)"
     var target = [CChar](repeating: 0, count: 4096)
     guard realpath(path, &target) != nil else { return false }
@@ -178,10 +188,11 @@ private struct Loops: ~Copyable {
   /// The number of the device that a backing is, or becomes.
   mutating func number(of backing: ServedDevice.Backing) throws(DeviceMapperError) -> DeviceNumber {
     let status = try ServedDevice.status(of: backing)
-    guard !status.isDevice else { return status.number }
+    guard !status.isDevice || !backing.isDirect else { return status.number }
     do throws(IOError) {
       let loop = try LoopDevice(
-        file: backing.descriptor, name: backing.name, readOnly: backing.readOnly)
+        file: backing.descriptor, name: backing.name, readOnly: backing.readOnly,
+        direct: backing.isDirect, reach: backing.readOnly ? 0 : backing.reach)
       let link = LoopChain(loop, first)
       first = link
       return DeviceNumber(UInt64(try link.loop.deviceNumber()))

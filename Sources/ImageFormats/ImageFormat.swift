@@ -92,6 +92,11 @@ public protocol ImageFormat: AnyObject {
   /// is itself an image) and are never written.
   var devices: [any ByteStore]? { get }
 
+  /// Whether what is written to may be written past the page cache by whoever has a block's
+  /// place: its files keep their lengths while the image is open, and no page of 4096 bytes
+  /// holds both a block and what the format itself writes.
+  var isFixed: Bool { get }
+
   /// Where a block lives for reading: the longest run from it on that is mapped alike, up to
   /// `limit` blocks. `writable` when writes may go there without asking.
   func find(_ block: UInt64, limit: UInt64) throws(ImageError) -> Extent
@@ -120,4 +125,6 @@ public protocol ImageFormat: AnyObject {
 extension ImageFormat {
   /// The store and the base, as they were given.
   public var devices: [any ByteStore]? { nil }
+  /// Not known to be.
+  public var isFixed: Bool { false }
 }

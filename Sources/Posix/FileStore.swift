@@ -206,6 +206,23 @@ public final class FileStore: ByteStore {
     }
   }
 
+  /// Writes out what of a range is only in the page cache, and forgets it there: for whoever
+  /// reads or writes the medium past the cache. Not durable before `flush`.
+  public func settle(at offset: UInt64, count: UInt64) throws(IOError) {
+    guard count > 0 else { return }
+    guard dmu_settle_range(raw, Int64(offset), Int64(count)) == 0 else {
+      throw IOError.last("write out", name)
+    }
+  }
+
+  /// Bytes that the file system has left; nothing is known of a device.
+  public func freeBytes() throws(IOError) -> UInt64? {
+    guard !isBlockDevice else { return nil }
+    var bytes: UInt64 = 0
+    guard dmu_free_space(raw, &bytes) == 0 else { throw IOError.last("examine", name) }
+    return bytes
+  }
+
   /// Sets a file's length. Throws ENOTSUP for a device whose length differs.
   public func resize(to size: UInt64) throws(IOError) {
     if isBlockDevice {

@@ -4,6 +4,9 @@
 // - A device is given its file in one call, so that nobody ever sees it half made.
 // - It clears itself with its last close: whoever dies leaves nothing behind. Open it (the
 //   device-mapper does, when a table names it) before this owner goes.
+// - A device keeps the length that its file had when it got it. A file that shall grow is
+//   therefore made longer for that moment: its device then has room ahead, and the file grows
+//   as it is written. Whoever lets it be written there sees to it that the file is as long.
 
 internal import CLinux
 import Glibc
@@ -31,24 +34,73 @@ public struct LoopDevice: ~Copyable, Sendable {
   public var path: String { "/dev/loop\(number)" }
   private let descriptor: Descriptor
 
-  /// Makes a device of an open file, which stays the caller's. Requests pass the page cache by
-  /// where the file system lets them, in sectors as small as it takes, and 512 bytes otherwise.
-  /// `name` is what losetup prints. Throws: ENOENT without the driver, EBADF, and the errno of
-  /// the ioctl calls of loop(4).
-  public init(file: Int32, name: String, readOnly: Bool) throws(IOError) {
+  /// Makes a device of an open file or device, which stays the caller's. With `direct` requests
+  /// pass the page cache by where the file system lets them, in sectors as small as it takes;
+  /// otherwise sectors have 512 bytes. `reach`: so many bytes the device has at least, if the
+  /// file is shorter, as far as its file system has files of that length. `name` is what losetup
+  /// prints. Throws: ENOENT without the driver, EBADF, and the errno of the ioctl calls of
+  /// loop(4).
+  public init(
+    file: Int32, name: String, readOnly: Bool, direct: Bool = true, reach: UInt64 = 0
+  ) throws(IOError) {
     let control = try Descriptor(path: "/dev/loop-control", flags: O_RDWR)
-    let flags = Self.autoClear | Self.directIO | (readOnly ? Self.readOnly : 0)
+    let flags =
+      Self.autoClear | (direct ? Self.directIO : 0) | (readOnly ? Self.readOnly : 0)
+    let length = try Self.stretch(file, name, to: reach)
+    var made: Made?
+    var failure: IOError?
+    do throws(IOError) {
+      made = try Self.make(control, file, flags, name)
+    } catch { failure = error }
+    if let length, ftruncate(file, off_t(length)) != 0 {
+      throw failure ?? IOError.last("shorten", name)
+    }
+    guard let made = made.take() else { throw failure ?? IOError(EBUSY, "make", name) }
+    number = made.number
+    descriptor = made.device
+  }
+
+  /// A device that was made.
+  private struct Made: ~Copyable {
+    let number: Int32
+    let device: Descriptor
+    init(_ number: Int32, _ device: consuming Descriptor) {
+      self.number = number
+      self.device = device
+    }
+  }
+
+  /// Lengthens a file; its former length, or nil when nothing was done.
+  private static func stretch(
+    _ file: Int32, _ name: String, to reach: UInt64
+  ) throws(IOError) -> UInt64? {
+    guard reach > 0 else { return nil }
+    var status = stat()
+    guard fstat(file, &status) == 0 else { throw IOError.last("examine", name) }
+    guard status.st_mode & S_IFMT == S_IFREG else { return nil }
+    let length = UInt64(status.st_size)
+    var ahead = reach > length ? (reach - length) / 4096 * 4096 : 0
+    while ahead >= 4096 {
+      if ftruncate(file, off_t(length + ahead)) == 0 { return length }
+      guard errno == EFBIG || errno == ENOSPC || errno == EINVAL else {
+        throw IOError.last("lengthen", name)
+      }
+      ahead = ahead / 8192 * 4096
+    }
+    return nil
+  }
+
+  private static func make(
+    _ control: borrowing Descriptor, _ file: Int32, _ flags: UInt32, _ name: String
+  ) throws(IOError) -> Made {
+    let readOnly = flags & Self.readOnly != 0
     // Between finding a free device and taking it another may have taken it.
     for _ in 0..<100 {
       let number = dmu_loop_get_free(control.raw)
       guard number >= 0 else { throw IOError.last("find a free loop device for", name) }
       let node = "/dev/loop\(number)"
       let device = try Descriptor(path: node, flags: readOnly ? O_RDONLY : O_RDWR)
-      if try Self.configure(device, file, flags, name) {
-        self.number = number
-        self.descriptor = device
-        return
-      }
+      if try Self.configure(device, file, flags, name) { return Made(number, device) }
     }
     throw IOError(EBUSY, "find a free loop device for", name)
   }
@@ -64,7 +116,7 @@ public struct LoopDevice: ~Copyable, Sendable {
         throw IOError.last("make a loop device of", name)
       }
       guard let backing = try backing(of: device.raw, name) else { return false }
-      if backing.isDirect || size == 4096 { return true }
+      if backing.isDirect || size == 4096 || flags & directIO == 0 { return true }
       guard isDirectPossible(file, sector: 4096) else { return true }
       guard dmu_loop_clear(device.raw) == 0 else {
         throw IOError.last("give back a loop device of", name)

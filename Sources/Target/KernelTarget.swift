@@ -4,6 +4,9 @@
 // - One thread. The module checks every answer; what it refuses has changed nothing.
 // - The module counts marks on across workers, a format starts from what it restores. Marks
 //   beyond those of the dump are therefore moved by `shift`, both ways.
+// - The module takes marks only in their order. An answer that has to wait (KernelTarget+Bytes)
+//   therefore holds up those with later marks.
+// - What may be written lies within its file: see `cover`.
 // - A node that fails (the device is gone) yields no more faults; `failure` says why.
 
 public import DMU
@@ -12,28 +15,54 @@ public import Posix
 
 /// The contract over the device-mapper target `userspace`.
 public final class KernelTarget: TargetEngine {
+  /// Runs blocking work elsewhere, and `then` on the target's thread with its failure.
+  public typealias Offload = (
+    _ work: @escaping @Sendable () -> IOError?, _ then: @escaping (IOError?) -> Void
+  ) -> Void
+
   /// Bytes of a block.
   public let blockSize: UInt32
   /// Length in 512-byte sectors.
   public let sectors: UInt64
   /// Why the node is of no use any more.
-  public private(set) var failure: IOError?
+  public internal(set) var failure: IOError?
+  /// How the disk is.
+  public internal(set) var health = UserTarget.Health.ready
   /// The descriptor to wait on: readable when there are faults.
   public var descriptor: Int32 { node.descriptor.raw }
 
-  private let node: Node
+  let node: Node
+  let devices: KernelDevices
+  let offload: Offload
   private var restored: [Extent] = []
   /// The greatest mark of the dump, and how far later ones are moved.
   private var dumped: Mark = 0
   private var shift: Mark = 0
   private var highest: Mark = 0
   /// Unanswered discards: their answers are said otherwise.
-  private var discards: Set<FaultID> = []
+  var discards: Set<FaultID> = []
+  /// What unanswered reads want.
+  var reads: [FaultID: Message.Request] = [:]
+  /// How long the files are known to be, by the kernel's numbers.
+  private var lengths: [UInt64]
+  /// Faults that are not the module's.
+  var news: [Fault] = []
+  /// Answers in the order of their marks, the first of which waits.
+  var turns: [Turn] = []
+  /// Reads through user space that have not begun, and how many have.
+  var queue: [Reading] = []
+  var reading = 0
 
   /// Shakes hands with the module and takes up what a former worker left. Throws: what the
-  /// node says; EPROTO when it speaks another version.
-  public init(_ node: Node) throws(IOError) {
+  /// node says; EPROTO when it speaks another version; EINVAL when what it has uncommitted
+  /// cannot be of these devices.
+  public init(
+    _ node: Node, _ devices: KernelDevices, offload: @escaping Offload
+  ) throws(IOError) {
     self.node = node
+    self.devices = devices
+    self.offload = offload
+    lengths = devices.known.map(\.store.size)
     let results = try node.answer([.getVersion, .dump])
     guard results == [0, 0] else {
       throw IOError(results.first { $0 != 0 } ?? EPROTO, "shake hands with", "a dmu node")
@@ -47,7 +76,7 @@ public final class KernelTarget: TargetEngine {
       }
       switch message {
       case .version(let it): geometry = it
-      case .uncommitted(let it): found.append(Self.extent(it))
+      case .uncommitted(let it): found.append(try Self.extent(it, devices))
       case .dumpDone(let mark): last = mark
       default: break
       }
@@ -63,9 +92,14 @@ public final class KernelTarget: TargetEngine {
     shift = (last ?? 0) - dumped
   }
 
-  private static func extent(_ it: Message.Uncommitted) -> Extent {
-    let place: Place =
+  private static func extent(
+    _ it: Message.Uncommitted, _ devices: KernelDevices
+  ) throws(IOError) -> Extent {
+    let said: Place =
       it.device == DMU.Answer.zeroDevice ? .zero : .device(it.device, sector: it.sector)
+    guard let place = devices.restore(said) else {
+      throw IOError(EINVAL, "take up block \(it.block) of", "a dmu node")
+    }
     return Extent(
       BlockRange(it.block, it.count), place, writable: it.writable, mark: it.mark)
   }
@@ -78,9 +112,12 @@ public final class KernelTarget: TargetEngine {
     mark > dumped + shift ? mark - shift : min(mark, dumped)
   }
 
+  // MARK: Faults
+
   /// The next fault; nil when there is none now, or when the node has failed.
   public func nextFault() -> Fault? {
     guard failure == nil else { return nil }
+    if !news.isEmpty { return news.removeFirst() }
     do throws(IOError) {
       while let message = try node.next() {
         if let fault = fault(of: message) { return fault }
@@ -93,40 +130,149 @@ public final class KernelTarget: TargetEngine {
 
   private func fault(of message: Message) -> Fault? {
     switch message {
-    case .fault(let id, let block, let count, let write, let whole):
+    case .fault(let id, let block, let count, let write, let whole, let request):
       let blocks = BlockRange(block, count)
-      return write ? .write(id, blocks: blocks, whole: whole) : .read(id, blocks: blocks)
+      if write { return .write(id, blocks: blocks, whole: whole) }
+      reads[id] = request
+      return .read(id, blocks: blocks)
     case .flush(let id, let mark): return .flush(id, upTo: fromKernel(mark))
     case .discard(let id, let block, let count, let zeroing):
       discards.insert(id)
       return .discard(id, blocks: BlockRange(block, count), zeroing: zeroing)
     case .mapError(let block, let mark, let code):
+      note(code, "a write")
       return .mapError(block: block, mark: fromKernel(mark), code: code)
     case .invalidateDone(let block, let count): return .invalidateDone(BlockRange(block, count))
     case .syncDone, .version, .statistic, .uncommitted, .dumpDone, .unknown: return nil
     }
   }
 
-  /// Gives an answer. Throws what the module had against it, and then nothing has changed.
+  // MARK: Answers
+
+  /// Takes an answer. Throws what the module had against it, and then nothing has changed. One
+  /// that has to wait for bytes, or for such a one before it, is taken before it is given: if it
+  /// comes to nothing its requests fail, and a mark is told as `mapError`.
   public func answer(_ answer: Answer) throws(AnswerRefusal) {
+    switch answer {
+    case .map(let id, let placement, let temporary):
+      try map(id, placement, temporary, answer)
+    case .prime(let extent): try prime(extent, answer)
+    case .done(let id, let blocks): try give(.done(id: id, count: blocks), answer)
+    case .fail(let id, let code): try give(.fail(id: id, code: code), answer)
+    case .flushDone(let id): try give(.flushDone(id: id), answer)
+    case .invalidate(let blocks):
+      try give(.invalidate(block: blocks.first, count: blocks.count), answer)
+    }
+  }
+
+  private func map(
+    _ id: FaultID, _ placement: Placement, _ isTemporary: Bool, _ answer: Answer
+  ) throws(AnswerRefusal) {
+    let found = placement.extent
+    let (place, count) = devices.translate(found.place, blocks: found.blocks.count)
+    guard let place else {
+      guard case .device(let number, let sector) = found.place, let request = reads[id],
+        let store = devices.store(number)
+      else { throw refusal(answer, ENXIO) }
+      reads[id] = nil
+      read(Reading(id: id, block: found.blocks.first, store, at: sector * 512, request))
+      return
+    }
+    guard found.mark == 0 || count == found.blocks.count else { throw refusal(answer, ENXIO) }
+    let blocks = BlockRange(found.blocks.first, count)
+    let extent = Extent(blocks, place, writable: found.writable, mark: found.mark)
+    try cover(extent, answer)
+    guard !discards.contains(id), case .copy(let from) = placement.preparation else {
+      let preparation = discards.contains(id) ? .none : placement.preparation
+      return try take(said(id, extent, preparation, isTemporary), answer)
+    }
+    if let source = devices.translate(from, blocks: 1).place {
+      return try take(said(id, extent, .copy(from: source), isTemporary), answer)
+    }
+    guard case .device(let number, let sector) = from, let store = devices.store(number) else {
+      throw refusal(answer, ENXIO)
+    }
+    let turn = Turn(answer, said(id, extent, .none, isTemporary))
+    turns.append(turn)
+    noteMark(extent.mark)
+    carry(from: store, at: sector * 512, to: extent, turn)
+  }
+
+  /// A mapping that nobody asked for. What has to be read through user space is left out: the
+  /// kernel asks for it.
+  private func prime(_ extent: Extent, _ answer: Answer) throws(AnswerRefusal) {
+    var rest = extent
+    while rest.blocks.count > 0 {
+      let (place, count) = devices.translate(rest.place, blocks: rest.blocks.count)
+      if let place {
+        let piece = Extent(
+          BlockRange(rest.blocks.first, count), place, writable: rest.writable, mark: rest.mark)
+        try cover(piece, answer)
+        try take(said(0, piece, .none, false), answer)
+      }
+      rest.blocks = BlockRange(rest.blocks.first + count, rest.blocks.count - count)
+      rest.place = rest.place.advanced(by: count * UInt64(blockSize) / 512)
+    }
+  }
+
+  /// Sees to it that a file is as long as what may be written in it: its loop device is longer,
+  /// and what a read finds past the file's end is not defined.
+  private func cover(_ extent: Extent, _ answer: Answer) throws(AnswerRefusal) {
+    guard extent.writable, case .device(let number, let sector) = extent.place else { return }
+    let end = sector * 512 + bytes(of: extent.blocks)
+    let index = Int(number)
+    guard end > lengths[index] else { return }
+    let store = devices.known[index].store
+    lengths[index] = store.size
+    guard end > lengths[index] else { return }
+    do throws(IOError) {
+      try store.resize(to: end)
+    } catch {
+      note(error.code, "a write")
+      throw refusal(answer, ENXIO)
+    }
+    lengths[index] = end
+  }
+
+  /// How many bytes of the disk are in a run of blocks.
+  func bytes(of blocks: BlockRange) -> UInt64 {
+    let start = blocks.first * UInt64(blockSize)
+    return min(blocks.count * UInt64(blockSize), max(sectors * 512, start) - start)
+  }
+
+  /// Gives an answer when it is its turn.
+  private func take(_ said: DMU.Answer, _ answer: Answer) throws(AnswerRefusal) {
+    let mark = Self.extent(of: answer)?.mark ?? 0
+    guard !turns.isEmpty, mark > highest else { return try give(said, answer) }
+    let turn = Turn(answer, said)
+    turn.isReady = true
+    turns.append(turn)
+    noteMark(mark)
+  }
+
+  private func noteMark(_ mark: Mark) { highest = max(highest, mark) }
+
+  func give(_ said: DMU.Answer, _ answer: Answer) throws(AnswerRefusal) {
     let code: Int32
     do throws(IOError) {
-      code = try give(answer)
+      code = try tell(said)
     } catch {
       failure = error
       throw refusal(answer, error.code)
     }
     guard code == 0 else { throw refusal(answer, code) }
     switch answer {
-    case .map(let id, _, _), .done(let id, _), .fail(let id, _): discards.remove(id)
+    case .map(let id, _, _), .done(let id, _), .fail(let id, _):
+      discards.remove(id)
+      reads[id] = nil
     case .prime, .flushDone, .invalidate: break
     }
-    if let mark = Self.extent(of: answer)?.mark { highest = max(highest, mark) }
+    noteMark(Self.extent(of: answer)?.mark ?? 0)
   }
 
-  /// An answer that finds no memory in the kernel is given again.
-  private func give(_ answer: Answer) throws(IOError) -> Int32 {
-    let said = said(answer)
+  /// The errno of an answer's refusal, or 0. One that finds no memory in the kernel is given
+  /// again.
+  func tell(_ said: DMU.Answer) throws(IOError) -> Int32 {
     var code = try node.answer(said)
     var tries = 0
     while code == ENOMEM || code == ENOBUFS, tries < 1000 {
@@ -137,21 +283,9 @@ public final class KernelTarget: TargetEngine {
     return code
   }
 
-  private func said(_ answer: Answer) -> DMU.Answer {
-    switch answer {
-    case .map(let id, let placement, let temporary):
-      let preparation = discards.contains(id) ? .none : placement.preparation
-      return map(id, placement.extent, preparation, temporary)
-    case .prime(let extent): return map(0, extent, .none, false)
-    case .done(let id, let blocks): return .done(id: id, count: blocks)
-    case .fail(let id, let code): return .fail(id: id, code: code)
-    case .flushDone(let id): return .flushDone(id: id)
-    case .invalidate(let blocks): return .invalidate(block: blocks.first, count: blocks.count)
-    }
-  }
-
-  private func map(
-    _ id: FaultID, _ extent: Extent, _ preparation: Preparation, _ temporary: Bool
+  /// The extent's place and the preparation's are the kernel's.
+  private func said(
+    _ id: FaultID, _ extent: Extent, _ preparation: Preparation, _ isTemporary: Bool
   ) -> DMU.Answer {
     let first: DMU.Answer.Preparation =
       switch preparation {
@@ -164,7 +298,7 @@ public final class KernelTarget: TargetEngine {
     return .map(
       id: id, block: extent.blocks.first, count: extent.blocks.count,
       at: Self.place(extent.place), writable: extent.writable, preparation: first, mark: mark,
-      temporary: temporary)
+      temporary: isTemporary)
   }
 
   private static func place(_ place: Place) -> DMU.Answer.Place {
@@ -174,7 +308,7 @@ public final class KernelTarget: TargetEngine {
     }
   }
 
-  private static func extent(of answer: Answer) -> Extent? {
+  static func extent(of answer: Answer) -> Extent? {
     switch answer {
     case .map(_, let placement, _): placement.extent
     case .prime(let extent): extent

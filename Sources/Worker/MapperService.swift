@@ -46,25 +46,18 @@ struct ByMapper {
     guard Userspace.isName(name), name != "control" else {
       throw WorkerError("usage", "'\(name)' cannot be the name of a device")
     }
-    let (image, state) = try open()
-    if let why = Self.hindrance(image) {
-      guard options.transport == .dm || state != .absent else {
-        log(.info, "serving by nbd", ["reason": why])
-        return false
-      }
-      throw WorkerError("unsupported", "\(options.store) \(why): say --transport nbd")
-    }
+    guard let (image, plan, state) = try open() else { return false }
     Self.harden(log)
     if state == .absent {
       try mapping { () throws(DeviceMapperError) in
         _ = try device.make(
-          size: image.format.size, blockSize: image.format.blockSize, backings(of: image),
+          size: image.format.size, blockSize: image.format.blockSize, plan.backings,
           readOnly: options.readOnly)
       }
     }
     let disk: NodeDisk
     do throws(WorkerError) {
-      disk = try NodeDisk(try Self.node(name), image, name: name, loop: loop, log: log)
+      disk = try NodeDisk(try Self.node(name), image, plan, name: name, loop: loop, log: log)
     } catch {
       if state == .absent { giveUp() }
       throw error
@@ -83,45 +76,35 @@ struct ByMapper {
     return true
   }
 
-  /// Why the kernel cannot serve an image; nil when it can.
-  static func hindrance(_ image: OpenImage) -> String? {
-    if image.format.size % 512 != 0 { return "is no multiple of 512 bytes" }
-    if image.devices.count > 15 { return "lies in more than 15 files" }
-    if !image.devices.allSatisfy({ $0 is FileStore }) {
-      return "has to be read through user space"
-    }
-    // A loop device does not grow with its file, and of these only the length is fixed.
-    let isFixed = image.readOnly || ["dscow", "raw"].contains(image.formatName)
-    return isFixed ? nil : "grows as it is written"
-  }
-
   /// Opens the image. One that a former worker's device holds is taken over with the locks
-  /// that the kernel keeps for it.
-  private func open() throws(WorkerError) -> (OpenImage, ServedDevice.State) {
+  /// that the kernel keeps for it. nil, and nothing has happened, when it is none that the
+  /// kernel can serve and another way may be taken.
+  private func open() throws(WorkerError) -> (OpenImage, KernelPlan, ServedDevice.State)? {
     var request = request
     request.isLocked = try mapping { () throws(DeviceMapperError) in
       try device.device.information() != nil
     }
     let image = try Opening.image(format, store: options.store, request)
+    let plan: KernelPlan
+    switch KernelPlan.make(image) {
+    case .plan(let it): plan = it
+    case .hindrance(let why):
+      guard options.transport != .dm else {
+        throw WorkerError("unsupported", "\(options.store) \(why): say --transport nbd")
+      }
+      log(.info, "serving by nbd", ["reason": why])
+      return nil
+    }
     let state = try mapping { () throws(DeviceMapperError) in
-      try device.state(over: backings(of: image))
+      try device.state(over: plan.backings)
     }
     switch state {
-    case .absent, .ours: return (image, state)
+    case .absent, .ours: return (image, plan, state)
     case .foreign(let why): throw WorkerError("in-use", "\(why): choose another name")
     case .unfinished:
       // Its maker died before anybody could use it.
       try remove()
       return try open()
-    }
-  }
-
-  /// What the device stands on: the store, and what is under it.
-  private func backings(of image: OpenImage) -> [ServedDevice.Backing] {
-    image.devices.enumerated().compactMap { index, device in
-      guard let file = device as? FileStore else { return nil }
-      return ServedDevice.Backing(
-        descriptor: file.raw, name: file.name, readOnly: index > 0 || options.readOnly)
     }
   }
 

@@ -4,7 +4,8 @@
 // Invariants:
 // - There is nothing to end in order: the kernel keeps what is not answered and what is not
 //   committed, so a signal may end this process at any instant.
-// - Guest data never comes here, and nothing here waits for a medium on the loop's thread.
+// - Guest data comes here only where the kernel has no way to it (see KernelTarget+Bytes), and
+//   nothing here waits for a medium on the loop's thread.
 
 internal import DMU
 import Glibc
@@ -26,22 +27,30 @@ final class NodeDisk {
   private let worker: Worker
   private let log: Log
   private var registration: EventLoop.Registration?
+  private var spaceTimer: EventLoop.Timer?
+  /// How often a disk without space looks for some, in milliseconds.
+  private static let lookForSpace: Int64 = 3000
 
   /// Shakes hands with the module over an open node and takes up what it has uncommitted.
   /// Throws when the image is not the one of the device.
   init(
-    _ node: consuming Node, _ image: OpenImage, name: String, loop: EventLoop, log: Log
+    _ node: consuming Node, _ image: OpenImage, _ plan: KernelPlan, name: String,
+    loop: EventLoop, log: Log
   ) throws(WorkerError) {
     let format = image.format
+    let pool = try system { () throws(IOError) in try ThreadPool(loop: loop) }
     let target: KernelTarget
     do throws(IOError) {
-      target = try KernelTarget(node)
-    } catch { throw WorkerError(error) }
+      target = try KernelTarget(node, plan.devices, offload: { pool.run($0, then: $1) })
+    } catch {
+      pool.shutdown()
+      throw WorkerError(error)
+    }
     guard target.sectors * 512 == format.size, target.blockSize == format.blockSize else {
+      pool.shutdown()
       throw WorkerError(
         "size", "device \(name) and its store differ in size or blocks: load another table")
     }
-    let pool = try system { () throws(IOError) in try ThreadPool(loop: loop) }
     self.pool = pool
     self.image = image
     self.target = target
@@ -62,6 +71,9 @@ final class NodeDisk {
     }
     let worker = worker
     loop.addStage(.answer) { worker.pump() }
+    spaceTimer = loop.addTimer(after: Self.lookForSpace, every: Self.lookForSpace) {
+      target.lookForSpace()
+    }
   }
 
   /// Whether the device is gone. Throws when the node has failed otherwise.
@@ -74,8 +86,9 @@ final class NodeDisk {
   /// One turn of the loop.
   func turn(timeout: Int32 = -1) throws(WorkerError) {
     try system { () throws(IOError) in try loop.turn(timeout: timeout) }
-    guard worker.condition != condition else { return }
-    condition = worker.condition
+    let now = worker.condition.worse(Condition(target.health))
+    guard now != condition else { return }
+    condition = now
     log(
       condition.state == .ready ? .info : .error, "the disk's state has changed",
       ["state": condition.state.rawValue, "error": condition.reason])
@@ -114,6 +127,8 @@ final class NodeDisk {
 
   /// Ends the threads. Nothing may be asked after it.
   func shutdown() {
+    if let spaceTimer { loop.cancel(spaceTimer) }
+    spaceTimer = nil
     if let registration { loop.remove(registration) }
     registration = nil
     pool.shutdown()

@@ -34,7 +34,7 @@ public final class Supervised {
     case waiting
     case opening(Opening)
     case serving(Disk)
-    case prepared(OpenImage)
+    case prepared(OpenImage, KernelPlan)
     case byNode(NodeDisk)
     case ended(Int32)
   }
@@ -152,11 +152,11 @@ public final class Supervised {
         return server.refuse("attach", "'attach' came without a descriptor")
       }
       disk.attach(socket)
-    case (.attach, .prepared(let image)):
+    case (.attach, .prepared(let image, let plan)):
       guard let node = descriptors.take(.node) else {
         return server.refuse("attach", "'attach' came without a node")
       }
-      serve(node, image)
+      serve(node, image, plan)
     case (.status, .serving(let disk)): server.send(.status(report(disk)))
     case (.status, .byNode(let disk)): server.send(.status(named(disk.report())))
     case (.descriptors(let index), .serving(let disk)): returnDescriptors(disk.image, index)
@@ -238,9 +238,12 @@ public final class Supervised {
         return server.send(.needFile(missing))
       }
       if opening.order.byNode {
-        hindrance = ByMapper.hindrance(image)
-        if hindrance == nil { return try prepare(image, opening) }
-        log(.info, "the kernel cannot serve it", ["reason": hindrance ?? ""])
+        switch KernelPlan.make(image) {
+        case .plan(let plan): return try prepare(image, plan, opening)
+        case .hindrance(let why):
+          log(.info, "the kernel cannot serve it", ["reason": why])
+          hindrance = why
+        }
       }
       pending = opening.descriptors.take(.pending)
       let disk = try Disk(image, pending: pending?.raw, loop: loop, log: log)
@@ -248,20 +251,30 @@ public final class Supervised {
     } catch { fail(error) }
   }
 
-  /// Waits for the node of a device that stands on the image's files.
-  private func prepare(_ image: OpenImage, _ opening: Opening) throws(WorkerError) {
+  /// Waits for the node of a device that stands on the files of a plan.
+  private func prepare(
+    _ image: OpenImage, _ plan: KernelPlan, _ opening: Opening
+  ) throws(WorkerError) {
     var report = DiskReport(image)
     report.byNode = true
-    report.parts = try image.devices.map { device throws(WorkerError) in
-      if device === opening.store { return .store }
-      if device === opening.base { return .base }
-      guard let index = files.firstIndex(where: { $0.store === device }) else {
-        throw WorkerError("protocol", "\(device.name) is no file that was handed over")
-      }
-      return .file(index)
+    report.parts = try plan.backings.map { backing throws(WorkerError) in
+      DiskPart(
+        try role(of: backing.descriptor, opening), isWritable: !backing.readOnly,
+        isDirect: backing.isDirect, reach: backing.reach)
     }
-    phase = .prepared(image)
+    phase = .prepared(image, plan)
     server.send(.ready(named(report)))
+  }
+
+  private func role(
+    of descriptor: Int32, _ opening: Opening
+  ) throws(WorkerError) -> DiskPart.Role {
+    if descriptor == opening.store.raw { return .store }
+    if descriptor == opening.base?.raw { return .base }
+    guard let index = files.firstIndex(where: { $0.store.raw == descriptor }) else {
+      throw WorkerError("protocol", "the image stands on a file that was not handed over")
+    }
+    return .file(index)
   }
 
   private func serve(_ disk: Disk, _ descriptors: LinkDescriptors) {
@@ -277,11 +290,11 @@ public final class Supervised {
   }
 
   /// Serves a device's node. What the device keeps is taken up first.
-  private func serve(_ node: consuming Descriptor, _ image: OpenImage) {
+  private func serve(_ node: consuming Descriptor, _ image: OpenImage, _ plan: KernelPlan) {
     let name = order?.disk ?? ""
     do throws(WorkerError) {
       let node = try Self.node(node)
-      let disk = try NodeDisk(node, image, name: name, loop: loop, log: log)
+      let disk = try NodeDisk(node, image, plan, name: name, loop: loop, log: log)
       disk.conditionChanged = { [unowned self] condition in
         server.send(.event(condition.state, error: condition.reason))
       }

@@ -10,36 +10,6 @@ public enum DiskState: String, Sendable {
   case noSpace = "no-space"
 }
 
-/// One of the files and devices that a disk stands on, by how the worker came to it.
-public enum DiskPart: Sendable, Hashable {
-  /// The store.
-  case store
-  /// The base that came with the order.
-  case base
-  /// The file that was asked for as so many-th, from 0.
-  case file(Int)
-
-  var word: String {
-    switch self {
-    case .store: "store"
-    case .base: "base"
-    case .file(let index): "file-\(index)"
-    }
-  }
-
-  init?(_ word: some StringProtocol) {
-    switch word {
-    case "store": self = .store
-    case "base": self = .base
-    default:
-      guard word.hasPrefix("file-"), let index = Int(word.dropFirst(5)), index >= 0 else {
-        return nil
-      }
-      self = .file(index)
-    }
-  }
-}
-
 /// A disk that is served, as its worker sees it.
 public struct DiskReport: Sendable, Equatable {
   /// What the daemon calls the disk.

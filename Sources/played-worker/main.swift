@@ -27,9 +27,9 @@ private final class Played {
       order?.byNode == true && order?.format == "raw" ? "is only played" : nil
     report.attached = node != nil
     if report.byNode {
-      report.parts = [.store]
-      if file != nil { report.parts.append(.file(0)) }
-      if base != nil { report.parts.append(.base) }
+      report.parts = [DiskPart(.store, isWritable: true)]
+      if file != nil { report.parts.append(DiskPart(.file(0), isWritable: true)) }
+      if base != nil { report.parts.append(DiskPart(.base, isWritable: false)) }
     }
     return report
   }

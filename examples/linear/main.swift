@@ -29,7 +29,7 @@ func serve(_ node: Node) throws {
     guard let message = try node.next(within: -1) else { continue }
     let answer: Answer
     switch message {
-    case .fault(let id, let block, let count, let write, _):
+    case .fault(let id, let block, let count, let write, _, _):
       say("fault \(id): \(write ? "write" : "read") block \(block)")
       let place = Answer.Place(device: 0, sector: block * sectors)
       answer = .map(id: id, block: block, count: count, at: place, writable: true)

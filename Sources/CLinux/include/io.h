@@ -22,6 +22,13 @@ int dmu_zero_range(int fd, int64_t offset, int64_t count);
 // Gives a range of a file its space, lengthening it when need be. Source: fallocate(2).
 int dmu_allocate(int fd, int64_t offset, int64_t count);
 
+// Writes a range of a file out, waits for that, and forgets what the page cache has of it.
+// Source: sync_file_range(2), posix_fadvise(2).
+int dmu_settle_range(int fd, int64_t offset, int64_t count);
+
+// Bytes that a file's file system has left for anybody. Source: fstatvfs(3).
+int dmu_free_space(int fd, uint64_t *bytes);
+
 // Copies between files within the kernel. Source: copy_file_range(2).
 ssize_t dmu_copy_range(int from, off_t *source, int to, off_t *offset, size_t count);
 

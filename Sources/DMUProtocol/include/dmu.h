@@ -35,7 +35,10 @@
 
 /* From the kernel: struct dmu_message.type. */
 enum dmu_message_type {
-	/* A request finds no mapping for block, or none with the right it needs. */
+	/*
+	 * A request finds no mapping for block, or none with the right it needs. sector and
+	 * block_sectors say what it wants: no more than a DMU_MAX_DATA holds, when it reads.
+	 */
 	DMU_FAULT = 1,
 	/* A flush is held; every mapping with a mark up to mark may be made durable. */
 	DMU_FLUSH = 2,
@@ -73,11 +76,11 @@ struct dmu_message {
 	__u64 block;		/* the first block */
 	__u64 count;		/* how many blocks; version: length in sectors */
 	__u64 mark;		/* flush, errors, dump: a mark */
-	__u64 sector;		/* dump: the place of the first block */
+	__u64 sector;		/* dump: the place of the first; fault: of the request */
 	__u16 device;		/* dump: its device; version: how many devices */
 	__u16 version;		/* version: DMU_VERSION */
 	__s32 code;		/* errors: a positive errno */
-	__u32 block_sectors;	/* version: sectors of a block */
+	__u32 block_sectors;	/* version: sectors of a block; fault: of the request */
 	__u32 reserved;
 };
 

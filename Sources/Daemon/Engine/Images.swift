@@ -110,7 +110,7 @@ enum Images {
       try image.file.lock(exclusive: role == .store && !shared)
       return true
     } catch {
-      if error.code == EAGAIN { return isHeld && !image.file.isBlockDevice }
+      if error.code == EAGAIN { return isHeld }
       throw DiskFailure(error)
     }
   }

@@ -12,14 +12,15 @@ internal import Posix
 internal import WorkerLink
 import Glibc
 
-/// A file or device that a disk stands on.
+/// A file or device that a disk stands on, and how its worker wishes it to be used.
 struct DiskBacking: Sendable {
   let image: OpenImage
-  let readOnly: Bool
+  let part: DiskPart
 
   var lent: ServedDevice.Backing {
     ServedDevice.Backing(
-      descriptor: image.file.raw, name: image.file.name, readOnly: readOnly)
+      descriptor: image.file.raw, name: image.file.name, readOnly: !part.isWritable,
+      isDirect: part.isDirect, reach: part.reach)
   }
 }
 
@@ -198,22 +199,25 @@ extension Reconciler {
 
 extension Disk {
   /// What the disk's device stands on, by the worker's report. `asked` are the files that the
-  /// worker asked for, in that order. Nothing is believed but numbers.
+  /// worker asked for, in that order. It may write what it was lent for writing.
   func backings(
     _ parts: [DiskPart], asked: [NamedFile]
   ) throws(DiskFailure) -> [DiskBacking] {
     try parts.map { part throws(DiskFailure) in
-      switch part {
-      case .store:
-        if let store { return DiskBacking(image: store, readOnly: readOnly) }
-      case .base:
-        if let base { return DiskBacking(image: base, readOnly: true) }
+      var found: OpenImage?
+      var mayWrite = !readOnly
+      switch part.role {
+      case .store: found = store
+      case .base: (found, mayWrite) = (base, false)
       case .file(let index):
-        if asked.indices.contains(index), let image = files[asked[index]] {
-          return DiskBacking(image: image, readOnly: readOnly || !asked[index].need.writable)
-        }
+        guard asked.indices.contains(index) else { break }
+        found = files[asked[index]]
+        mayWrite = mayWrite && asked[index].need.writable
       }
-      throw .worker("the worker names a file that it was never given: is cowd of this version?")
+      guard let found, mayWrite || !part.isWritable else {
+        throw .worker("the worker wishes for what it was not given: is cowd of this version?")
+      }
+      return DiskBacking(image: found, part: part)
     }
   }
 }

@@ -60,6 +60,8 @@ public final class Dscow: ImageFormat {
 
   /// See `ImageFormat`.
   public var devices: [any ByteStore]? { view?.devices }
+  /// A store is made as long as it can become, its blocks apart from the rest.
+  public var isFixed: Bool { blockSize >= 4096 && header.firstBlock % 4096 == 0 }
   /// Length of the disk in bytes.
   public var size: UInt64 { header.size }
   /// Bytes of a block.

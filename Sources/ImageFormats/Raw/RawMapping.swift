@@ -10,6 +10,8 @@ public final class Raw: ImageFormat {
   public let size: UInt64
   /// Bytes of a block, which means nothing here but the unit of questions.
   public let blockSize: UInt32 = 65536
+  /// It has nothing but blocks.
+  public let isFixed = true
   private let isWritable: Bool
 
   private var blocks: UInt64 { (size + UInt64(blockSize) - 1) / UInt64(blockSize) }

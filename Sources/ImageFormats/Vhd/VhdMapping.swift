@@ -56,6 +56,8 @@ public final class Vhd: ImageFormat {
   public var blockSize: UInt32 { header.blockSize }
   /// See `ImageFormat`.
   public var devices: [any ByteStore]? { base.devices }
+  /// A fixed one; the footer behind its disk is not written.
+  public var isFixed: Bool { header.kind == .fixed }
   /// Estimated from the space that the image takes, save for a fixed one.
   public var allocatedBlocks: UInt64 { durableBlocks + pending.blocks }
 

@@ -95,6 +95,14 @@ public final class Vmdk: ImageFormat {
   public var allocatedBlocks: UInt64 {
     min(blockCount, durableBytes / UInt64(blockSize) + pending.blocks)
   }
+  /// A flat one, whose extents begin at pages.
+  public var isFixed: Bool {
+    sparse.isEmpty
+      && pieces.allSatisfy { piece in
+        if case .flat(_, let sector) = piece.kind { return sector % 8 == 0 }
+        return true
+      } && layout.header == nil
+  }
   private var blockSectors: UInt64 { UInt64(blockSize) / 512 }
 
   private func checkWritable() throws(ImageError) {

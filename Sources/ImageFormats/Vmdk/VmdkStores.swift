@@ -1,13 +1,21 @@
 // Two stores behind a VMDK disk: several sparse extents as one range of bytes, so that first
 // writes have one device to go to; and the compressed grains of one.
 
-import Posix
+public import Posix
+
+/// Several stores as one, each beginning at a multiple of a power of two.
+public protocol JoinedStore: ByteStore {
+  /// The stores.
+  var parts: [any ByteStore] { get }
+  /// Store i begins at byte i << bits.
+  static var bits: UInt64 { get }
+}
 
 /// Several files as one. File i begins at i << 41 bytes, which is as far as a sparse extent
 /// can name sectors.
-final class VmdkJoinedStore: ByteStore {
+final class VmdkJoinedStore: JoinedStore {
   static let bits: UInt64 = 41
-  private let parts: [any ByteStore]
+  let parts: [any ByteStore]
   let name: String
   let isWritable: Bool
   var size: UInt64 { UInt64(parts.count) << Self.bits }

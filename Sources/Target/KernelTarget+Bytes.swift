@@ -1,0 +1,226 @@
+// What the kernel cannot move by itself, because it lies where the kernel knows no device:
+// reads get their bytes in the answer, and a block that is to move is written to its new place
+// before the kernel is told of that. Both happen off the target's thread.
+//
+// A block that moves is written through the page cache. Where the kernel passes that by, the
+// cache is written out and forgotten before the kernel writes there.
+
+import DMU
+import Glibc
+import Posix
+
+extension KernelTarget {
+  /// An answer whose mark has to be given in its turn.
+  final class Turn {
+    let answer: Answer
+    let said: DMU.Answer
+    var isReady = false
+    var failure: IOError?
+
+    init(_ answer: Answer, _ said: DMU.Answer) {
+      self.answer = answer
+      self.said = said
+    }
+  }
+
+  /// A read through user space.
+  struct Reading {
+    let id: FaultID
+    let block: UInt64
+    let store: any ByteStore
+    /// The byte of the store where the block begins.
+    let place: UInt64
+    /// What is wanted, in sectors of the disk.
+    let request: Message.Request
+
+    init(
+      id: FaultID, block: UInt64, _ store: any ByteStore, at place: UInt64,
+      _ request: Message.Request
+    ) {
+      self.id = id
+      self.block = block
+      self.store = store
+      self.place = place
+      self.request = request
+    }
+  }
+
+  /// So many reads are under way at once, each with at most 1 MiB.
+  private static let most = 8
+  /// Of larger blocks only what is wanted is read, in units of so many bytes.
+  private static let unit: UInt64 = 64 << 10
+
+  // MARK: Reads
+
+  /// Reads now, or when others have ended.
+  func read(_ reading: Reading) {
+    guard self.reading < Self.most else { return queue.append(reading) }
+    self.reading += 1
+    let part = part(of: reading)
+    let bytes = Bytes(Int(part.count))
+    offload(
+      {
+        do throws(IOError) {
+          try reading.store.read(bytes.buffer, at: reading.place + part.offset)
+          return nil
+        } catch { return error }
+      },
+      { [self] failure in
+        finish(reading, bytes, part.offset, failure)
+        self.reading -= 1
+        if !queue.isEmpty { read(queue.removeFirst()) }
+      })
+  }
+
+  /// The bytes of the block that are read for a request.
+  private func part(of reading: Reading) -> (offset: UInt64, count: UInt64) {
+    Self.part(
+      of: reading.request, start: reading.block * UInt64(blockSize),
+      length: bytes(of: BlockRange(reading.block)))
+  }
+
+  /// The bytes, counted from the start of a block, that are read for a request: all of a small
+  /// block, and of a larger one what is wanted, in whole units. At most what one answer holds.
+  static func part(
+    of request: Message.Request, start: UInt64, length: UInt64
+  ) -> (offset: UInt64, count: UInt64) {
+    let first = max(request.sector * 512, start) - start
+    let end = min(length, first + UInt64(max(1, request.count)) * 512)
+    guard length > unit, first < end else { return (0, min(length, UInt64(DMU.Answer.mostData))) }
+    let from = first / unit * unit
+    let to = min(length, (end + unit - 1) / unit * unit)
+    guard to - from > UInt64(DMU.Answer.mostData) else { return (from, to - from) }
+    return (first, min(end - first, UInt64(DMU.Answer.mostData)))
+  }
+
+  private func finish(
+    _ reading: Reading, _ bytes: Bytes, _ offset: UInt64, _ failure: IOError?
+  ) {
+    guard self.failure == nil else { return }
+    do throws(IOError) {
+      guard failure == nil else {
+        return try lose(reading.id, reading.block, 0, failure?.code ?? EIO, "a read")
+      }
+      let data = DMU.Answer.data(
+        id: reading.id, UnsafeRawBufferPointer(bytes.buffer), offset: UInt32(offset))
+      switch try tell(data) {
+      case 0, ENOENT: break
+      case ERANGE:
+        // Another request has come first meanwhile: the kernel asks again.
+        _ = try node.answer([.wait(id: reading.id), .retry(id: reading.id)])
+      case let code: try lose(reading.id, reading.block, 0, code, "a read")
+      }
+    } catch { self.failure = error }
+  }
+
+  // MARK: Blocks that move
+
+  /// Writes a block to its new place, and gives the answer after that.
+  func carry(from store: any ByteStore, at offset: UInt64, to extent: Extent, _ turn: Turn) {
+    guard case .device(let number, let sector) = extent.place else {
+      preconditionFailure("a block is carried to no device")
+    }
+    let known = devices.known[Int(number)]
+    let count = bytes(of: extent.blocks)
+    offload(
+      {
+        do throws(IOError) {
+          try Self.copy(store, offset, known, sector * 512, count)
+          return nil
+        } catch { return error }
+      },
+      { [self] failure in
+        turn.failure = failure
+        turn.isReady = true
+        proceed()
+      })
+  }
+
+  private static func copy(
+    _ from: any ByteStore, _ offset: UInt64, _ to: KernelDevices.Known, _ place: UInt64,
+    _ count: UInt64
+  ) throws(IOError) {
+    let bytes = Bytes(Int(min(count, 1 << 20)))
+    var done: UInt64 = 0
+    while done < count {
+      let piece = UnsafeMutableRawBufferPointer(
+        rebasing: bytes.buffer[..<Int(min(count - done, UInt64(bytes.buffer.count)))])
+      try from.read(piece, at: offset + done)
+      try to.store.write(UnsafeRawBufferPointer(piece), at: place + done)
+      done += UInt64(piece.count)
+    }
+    if to.isDirect, let file = to.store as? FileStore { try file.settle(at: place, count: count) }
+  }
+
+  /// Gives the answers whose turn it is.
+  private func proceed() {
+    while failure == nil, let turn = turns.first, turn.isReady {
+      turns.removeFirst()
+      var code = turn.failure?.code
+      if code == nil {
+        do throws(AnswerRefusal) { try give(turn.said, turn.answer) } catch { code = EIO }
+      }
+      guard let code, failure == nil, case .map(let id, let placement, _) = turn.answer else {
+        continue
+      }
+      let extent = placement.extent
+      do throws(IOError) {
+        try lose(id, extent.blocks.first, extent.mark, code, "a write")
+      } catch { failure = error }
+    }
+  }
+
+  // MARK: Failures
+
+  /// Fails what waits for an answer that came to nothing.
+  private func lose(
+    _ id: FaultID, _ block: UInt64, _ mark: Mark, _ code: Int32, _ what: String
+  ) throws(IOError) {
+    note(code, what)
+    discards.remove(id)
+    news.append(.mapError(block: block, mark: mark, code: code))
+    // Whoever waited may have left: then nobody is to be told.
+    _ = try tell(.fail(id: id, code: code))
+  }
+
+  /// How the disk is after a failure. A full file system under a loop device is an I/O error.
+  func note(_ code: Int32, _ what: String) {
+    if case .degraded = health { return }
+    if [ENOSPC, EDQUOT, EFBIG].contains(code) || (code == EIO && isFull) {
+      health = .noSpace(ENOSPC)
+    } else if code != ECANCELED {
+      health = .degraded(code, IOError(code, "serve \(what)", "a backing device").description)
+    }
+  }
+
+  /// Looks whether a disk without space has found some.
+  public func lookForSpace() {
+    if case .noSpace = health, !isFull { health = .ready }
+  }
+
+  /// Whether a file system has no room for a block.
+  private var isFull: Bool {
+    devices.known.contains { known in
+      guard known.store.isWritable, let file = known.store as? FileStore else { return false }
+      do throws(IOError) {
+        guard let free = try file.freeBytes() else { return false }
+        return free < UInt64(blockSize) + 1 << 20
+      } catch {
+        // Then it is not for want of space, as far as anybody can tell.
+        return false
+      }
+    }
+  }
+}
+
+/// Memory that one thread fills and then another reads. Freed with its owner.
+private final class Bytes: @unchecked Sendable {
+  // Handed from thread to thread by the pool's queue, never used by two at once.
+  let buffer: UnsafeMutableRawBufferPointer
+
+  init(_ count: Int) {
+    buffer = .allocate(byteCount: max(count, 1), alignment: 4096)
+  }
+
+  deinit { buffer.deallocate() }
+}
