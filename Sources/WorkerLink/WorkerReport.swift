@@ -40,6 +40,10 @@ public struct DiskReport: Sendable, Equatable {
   public var attached = false
   /// Whether it is a node that is served or waited for.
   public var byNode = false
+  /// Why no node can be served although one was to follow; nil when one can.
+  public var hindrance: String?
+  /// With a node: what its device has to stand on, in the order of their numbers.
+  public var parts: [DiskPart] = []
   /// Placements that are not durable yet.
   public var uncommitted: UInt64 = 0
   /// Requests since the worker started.
@@ -67,6 +71,8 @@ public struct DiskReport: Sendable, Equatable {
     ]
     fields["base-path"] = basePath
     if byNode { fields["by-node"] = "1" }
+    fields["hindrance"] = hindrance
+    if !parts.isEmpty { fields["parts"] = parts.map(\.word).joined(separator: ",") }
     return fields
   }
 
@@ -85,6 +91,14 @@ public struct DiskReport: Sendable, Equatable {
     error = message.fields["error"] ?? ""
     attached = try message.flag("attached")
     byNode = try message.flag("by-node")
+    hindrance = message.fields["hindrance"]
+    let words = (message.fields["parts"] ?? "").split(separator: ",")
+    parts = try words.map { word throws(LinkFault) in
+      guard let part = DiskPart(word) else {
+        throw .badField(verb: message.verb, field: "parts")
+      }
+      return part
+    }
     uncommitted = try message.number("uncommitted")
     reads = try message.number("reads")
     writes = try message.number("writes")

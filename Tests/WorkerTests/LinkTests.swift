@@ -39,6 +39,11 @@ import WorkerLink
 
   private static let report: DiskReport = {
     var report = DiskReport()
+    report.hindrance = "is strange"
+    report.parts = [
+      DiskPart(.store, isWritable: true, isDirect: false, reach: 1 << 30),
+      DiskPart(.file(1), isWritable: true), DiskPart(.base, isWritable: false),
+    ]
     report.size = 1 << 40
     report.blockSize = 65536
     report.basePath = "/b"

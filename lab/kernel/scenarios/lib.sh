@@ -13,12 +13,13 @@ cowd=
 die() { echo "${0##*/}: $*"; exit 1; }
 note() { echo "# $*"; }
 
-# serve NAME STORE [OPTION...]: starts cowd and waits until the device is there.
+# serve NAME STORE [OPTION...]: starts cowd and waits until the device is there. The store is of
+# the format that the variable says, dscow unless it is set.
 serve() {
     local name=$1 store=$2
     shift 2
     : >"/mnt/$name.said"
-    "$programs/cowd" -p dscow --transport dm "$@" "$name" "$store" \
+    "$programs/cowd" -p "${format:-dscow}" --transport dm "$@" "$name" "$store" \
         >"/mnt/$name.said" 2>"/mnt/$name.errors" &
     cowd=$!
     for _ in $(seq 600); do

@@ -1,0 +1,59 @@
+// What a disk's device stands on, in the worker's words: "store:wd:0", "file-2:w:1073741824".
+
+/// One of the files and devices that a disk's device stands on.
+public struct DiskPart: Sendable, Hashable {
+  /// Which one, by how the worker came to it.
+  public enum Role: Sendable, Hashable {
+    /// The store.
+    case store
+    /// The base that came with the order.
+    case base
+    /// The file that was asked for as so many-th, from 0.
+    case file(Int)
+  }
+
+  /// Which one.
+  public var role: Role
+  /// Whether the device may write it.
+  public var isWritable: Bool
+  /// Whether the page cache is passed by.
+  public var isDirect: Bool
+  /// How long it may become, in bytes; 0 for what keeps its length.
+  public var reach: UInt64
+
+  /// A part from its properties.
+  public init(_ role: Role, isWritable: Bool, isDirect: Bool = true, reach: UInt64 = 0) {
+    self.role = role
+    self.isWritable = isWritable
+    self.isDirect = isDirect
+    self.reach = reach
+  }
+
+  var word: String {
+    let name =
+      switch role {
+      case .store: "store"
+      case .base: "base"
+      case .file(let index): "file-\(index)"
+      }
+    return "\(name):\(isWritable ? "w" : "")\(isDirect ? "d" : ""):\(reach)"
+  }
+
+  init?(_ word: some StringProtocol) {
+    let fields = word.split(separator: ":", omittingEmptySubsequences: false)
+    guard fields.count == 3, fields[1].allSatisfy({ "wd".contains($0) }),
+      let reach = UInt64(fields[2]), reach <= 1 << 62
+    else { return nil }
+    let role: Role
+    switch fields[0] {
+    case "store": role = .store
+    case "base": role = .base
+    default:
+      guard fields[0].hasPrefix("file-"), let index = Int(fields[0].dropFirst(5)), index >= 0
+      else { return nil }
+      role = .file(index)
+    }
+    self.init(
+      role, isWritable: fields[1].contains("w"), isDirect: fields[1].contains("d"), reach: reach)
+  }
+}
