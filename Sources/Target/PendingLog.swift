@@ -89,12 +89,8 @@ public final class PendingLog {
     capacity = PendingLog.initialCapacity
     tail = 0
     head = 0
-    do throws(PendingLogError) {
-      if isNew { format() } else { try takeOver(fileSize: Int(status.st_size)) }
-    } catch {
-      munmap(base, PendingLog.mapped)
-      throw error
-    }
+    // Everything is set by now, so that an error here ends in the deinit, which unmaps.
+    if isNew { format() } else { try takeOver(fileSize: Int(status.st_size)) }
   }
 
   /// A log in anonymous memory, for a worker that nobody stands behind.

@@ -122,8 +122,11 @@ private final class Life: RequestOwner {
   init(_ run: CrashRun, log: PendingLog) throws {
     executor = ShuffledExecutor(devices: [run.disk, run.base], seed: run.random.next())
     let dscow = try Dscow.open(store: run.disk, base: run.base, writable: true)
+    var limits = TargetLimits()
+    // In two lives of three a block is put together in pieces.
+    limits.piece = [512, 1024, 1 << 20][run.random.below(3)]
     target = try UserTarget(
-      size: dscow.size, blockSize: dscow.blockSize, executor: executor, log: log)
+      size: dscow.size, blockSize: dscow.blockSize, executor: executor, log: log, limits: limits)
     let target = target
     worker = Worker(
       target: target,
