@@ -117,7 +117,7 @@ import Testing
 
   /// No line, whatever stands in it, does anything but parse or throw; what parses is printed
   /// so that it parses to the same.
-  @Test func mangledLinesThrowAndNeverTrap() {
+  @Test func mangledLinesThrowAndNeverTrap() throws {
     var random = SeededRandom(announcedAs: "mangled tables")
     let words = Self.good.joined(separator: " ").split(separator: " ").map(String.init)
     var taken = 0
@@ -134,13 +134,15 @@ import Testing
         }
         line = parts.joined(separator: " ")
       }
+      let table: Table
       do throws(TableError) {
-        let table = try Table(parsing: line)
-        taken += 1
-        #expect(throws: Never.self) { #expect(try Table(parsing: "\(table)") == table) }
+        table = try Table(parsing: line)
       } catch {
         #expect(error.line >= 1)
+        continue
       }
+      taken += 1
+      #expect(try Table(parsing: "\(table)") == table)
     }
     #expect(taken > 1000)
   }
