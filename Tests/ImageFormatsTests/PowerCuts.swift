@@ -21,6 +21,9 @@ struct PowerCuts {
   let name: String
   /// The image that each life begins with.
   let image: [UInt8]
+  /// Files beside it that hold parts of the disk, each on a medium of its own; the stores that
+  /// `open`, `check` and `repair` are given have them as `others`.
+  var others: [[UInt8]] = []
   /// Whether it is over a base of stamps, as `base` makes it; else its disk is of zeroes.
   let isFull: Bool
   let open: (any ByteStore, _ writable: Bool) throws -> any ImageFormat
@@ -53,23 +56,23 @@ struct PowerCuts {
     let isFull = isFull
     var model = DiskModel(sectors: Self.sectors) { isFull ? UInt64($0 + 1) : 0 }
     let room = [UInt8](repeating: 0, count: 1 << 20)
-    var disk = SimulatedDisk("store", contents: image + room)
-    var used = UInt64(image.count)
+    let images = [image] + others
+    var disks = images.map { SimulatedDisk("store", contents: $0 + room) }
+    var used = images.map { UInt64($0.count) }
     var stamp: UInt64 = 1 << 32
     var leaks: UInt64 = 0
     for _ in 0..<3 {
-      disk.cutPower(after: random.below(90))
       // A file grows where a disk cannot: each life goes on where the last one ended.
-      let store = GrowingDisk(disk, used: used)
+      let store = GrowingDisk(disks, used: used, fuse: GrowingDisk.Fuse(random.below(90)))
       do {
         let engine = DeviceEngine(try open(store, true), store: store)
         engine.keepsOrder = keepsOrder
         for _ in 0..<40 { try step(engine, &model, &stamp, &random) }
       } catch let error as IOError where error.code == 5 || error.code == 28 {
       } catch let error as ImageError where [5, 28].contains(error.cause?.code ?? 0) {}
-      used = store.size
-      disk = disk.afterPowerCut(using: &random)
-      let after = GrowingDisk(disk, used: used)
+      used = store.sizes
+      disks = disks.map { $0.afterPowerCut(using: &random) }
+      let after = GrowingDisk(disks, used: used)
       let report = try check(after)
       guard report.corruptions == 0 else {
         throw Violation(description: "\(report.problems)")
@@ -81,7 +84,7 @@ struct PowerCuts {
         guard again.isClean else {
           throw Violation(description: "repaired: \(again.problems)")
         }
-        used = after.size
+        used = after.sizes
       }
       try inspect(after, &model)
     }
@@ -181,33 +184,62 @@ struct PowerCuts {
 
 /// A part of a simulated disk, as a file that grows up to the disk's end. Used from one thread.
 final class GrowingDisk: ByteStore, @unchecked Sendable {
+  /// What may still be done before the power of all files goes.
+  final class Fuse {
+    var left: Int
+    init(_ left: Int) { self.left = left }
+  }
+
   // Guarded by the tests, which are single-threaded.
   private var used: UInt64
   private let disk: SimulatedDisk
+  private let fuse: Fuse?
+  /// The files beside this one.
+  let others: [GrowingDisk]
+  /// Lengths of this file and of those beside it.
+  var sizes: [UInt64] { [used] + others.map(\.used) }
   var name: String { disk.name }
   var size: UInt64 { used }
   let isWritable = true
 
-  init(_ disk: SimulatedDisk, used: UInt64) {
-    self.disk = disk
-    self.used = used
+  convenience init(_ disk: SimulatedDisk, used: UInt64) { self.init([disk], used: [used]) }
+
+  /// One file and those beside it, by their media and lengths.
+  init(_ disks: [SimulatedDisk], used: [UInt64], fuse: Fuse? = nil) {
+    disk = disks[0]
+    self.used = used[0]
+    self.fuse = fuse
+    others = zip(disks, used).dropFirst().map { GrowingDisk([$0], used: [$1], fuse: fuse) }
+  }
+
+  /// The medium's own fuse is the common one.
+  private func burn(_ count: Int = 1) {
+    guard let fuse else { return }
+    disk.cutPower(after: fuse.left)
+    fuse.left = max(-1, fuse.left - count)
   }
 
   func identity() -> StoreIdentity { disk.identity() }
   func allocatedBytes() -> UInt64 { used }
   func read(_ buffer: UnsafeMutableRawBufferPointer, at offset: UInt64) throws(IOError) {
+    burn(0)
     try disk.read(buffer, at: offset)
   }
   func write(_ buffer: UnsafeRawBufferPointer, at offset: UInt64) throws(IOError) {
+    burn()
     try disk.write(buffer, at: offset)
     used = max(used, offset + UInt64(buffer.count))
   }
   func zero(at offset: UInt64, count: UInt64) throws(IOError) {
+    burn()
     try disk.zero(at: offset, count: count)
   }
   func resize(to size: UInt64) throws(IOError) {
     try disk.resize(to: size)
     used = size
   }
-  func flush() throws(IOError) { try disk.flush() }
+  func flush() throws(IOError) {
+    burn()
+    try disk.flush()
+  }
 }

@@ -141,25 +141,85 @@ import Testing
     #expect(error?.code == .unsupported)
   }
 
-  private static func cuts(overBase: Bool) throws -> PowerCuts {
-    let size = UInt64(PowerCuts.sectors * 512)
+  /// A base of stamps.
+  private static func stamped() throws -> MemoryStore {
     let base = MemoryStore("base")
-    try Vmdk.create(store: base, size: size)
+    try Vmdk.create(store: base, size: UInt64(PowerCuts.sectors * 512))
     let lower = DeviceEngine(try Vmdk.open(store: base, writable: true), store: base)
     try lower.write(0, PowerCuts.base)
     try lower.flush()
-    let fresh = MemoryStore()
-    var options = VmdkOptions()
-    if overBase { options.base = ("base", try Vmdk.contentID(of: base)) }
-    try Vmdk.create(store: fresh, size: size, options: options)
-    // Small grains, so that there is something to be torn; tables that are not there yet.
-    var image = fresh.contents()
+    return base
+  }
+
+  /// Small grains, so that there is something to be torn; tables that are not there yet.
+  private static func worn(_ extent: [UInt8]) -> [UInt8] {
+    var image = extent
     image[20] = 8
     for copy in [56, 48] {
       let directory = Int(image[copy]) + Int(image[copy + 1]) << 8
       image.replaceSubrange(
         (directory * 512)..<(directory * 512 + 4), with: repeatElement(0, count: 4))
     }
+    return image
+  }
+
+  /// A disk in three sparse extents, whose text is a file of its own.
+  private static func splitCuts(overBase: Bool) throws -> PowerCuts {
+    let base = try stamped()
+    let borders = [0, 64, 192, PowerCuts.sectors]
+    var text = ""
+    var extents: [[UInt8]] = []
+    for (index, (start, end)) in zip(borders, borders.dropFirst()).enumerated() {
+      let (store, extent) = (MemoryStore("text"), MemoryStore("extent"))
+      var options = VmdkOptions()
+      options.subformat = .twoGbMaxExtentSparse
+      options.name = "part\(index)"
+      if overBase { options.base = ("base", try Vmdk.contentID(of: base)) }
+      try Vmdk.create(
+        store: store, size: UInt64((end - start) * 512), options: options, extents: [extent])
+      extents.append(worn(extent.contents()))
+      let own = String(decoding: store.contents(), as: UTF8.self)
+      let line = try #require(own.split(separator: "\n").first { $0.hasPrefix("RW ") })
+      if let last = text.range(of: "\nRW ", options: .backwards) {
+        let next = text[last.upperBound...].firstIndex(of: "\n") ?? text.endIndex
+        text.insert(contentsOf: "\n\(line)", at: next)
+      } else {
+        text = own
+      }
+    }
+    let padding = [UInt8](repeating: 0, count: 511 - (text.utf8.count + 511) % 512)
+    return PowerCuts(
+      name: "vmdk in three extents", image: Array(text.utf8) + padding, others: extents,
+      isFull: overBase,
+      open: { store, writable in
+        let below = ImageStore(try Vmdk.open(store: base, writable: false), store: base)
+        return try Vmdk.open(
+          store: store, extents: try others(store), base: below, writable: writable)
+      },
+      check: { try Vmdk.check(store: $0, extents: try others($0)) },
+      repair: { try Vmdk.repair(store: $0, extents: try others($0), .all) })
+  }
+
+  private static func others(_ store: any ByteStore) throws -> [any ByteStore] {
+    try #require(store as? GrowingDisk).others
+  }
+
+  @Test(arguments: [false, true]) func powerCutsOfExtents(overBase: Bool) throws {
+    try Self.splitCuts(overBase: overBase).run(seeds: Depth.times(20))
+  }
+
+  @Test func brokenOrderOfExtentsIsFound() throws {
+    try Self.splitCuts(overBase: true).findBrokenOrder()
+  }
+
+  private static func cuts(overBase: Bool) throws -> PowerCuts {
+    let size = UInt64(PowerCuts.sectors * 512)
+    let base = try stamped()
+    let fresh = MemoryStore()
+    var options = VmdkOptions()
+    if overBase { options.base = ("base", try Vmdk.contentID(of: base)) }
+    try Vmdk.create(store: fresh, size: size, options: options)
+    let image = worn(fresh.contents())
     return PowerCuts(
       name: "vmdk", image: image, isFull: overBase,
       open: { store, writable in
