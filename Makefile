@@ -87,6 +87,7 @@ install: ## install into $(DESTDIR)$(PREFIX), etc. into $(DESTDIR)/etc
 	for program in $(PROGRAMS) $(TOOLS); do \
 	  $(BIN)/$$program --generate-completion-script bash \
 	    >$(DESTDIR)$(PREFIX)/share/bash-completion/completions/$$program || exit 1; done
+	$(MAKE) --no-print-directory -C module dkms DESTDIR=$(DESTDIR)
 	for page in man/man*/*; do \
 	  install -D -m 644 $$page $(DESTDIR)$(PREFIX)/share/$$page || exit 1; done
 

@@ -64,8 +64,11 @@ let package = Package(
       "Worker", ["Target", "DMU", "DeviceMapper", "ImageFormats", "WorkerLink", "Posix"]),
     room(
       "Daemon",
-      ["XenStore", "WorkerLink", "Posix", logging, lifecycle, signals, toml, nio, nioPosix]),
-    program("cowd", ["Worker", argumentParser]),
+      [
+        "XenStore", "WorkerLink", "DeviceMapper", "Posix", logging, lifecycle, signals, toml, nio,
+        nioPosix,
+      ]),
+    program("cowd", ["Worker", "WorkerLink", argumentParser]),
     program("kernel-exercise", ["DeviceMapper", "WorkerLink", "Posix"]),
     .executableTarget(
       name: "linear", dependencies: ["DMU", "Posix"], path: "examples/linear",
@@ -82,6 +85,7 @@ let package = Package(
     tests("TargetTests", ["Target", "Posix", "TestSupport"]),
     tests(
       "WorkerTests", ["Worker", "Target", "ImageFormats", "WorkerLink", "Posix", "TestSupport"]),
+    program("played-worker", ["WorkerLink", "Posix"]),
     tests("DaemonTests", ["Daemon", "WorkerLink", "Posix", "TestSupport", logging]),
   ],
   cLanguageStandard: .gnu11,

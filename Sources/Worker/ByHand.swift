@@ -5,6 +5,7 @@
 import Glibc
 import Posix
 import Target
+public import WorkerLink
 
 /// What a person asked for.
 public struct ByHandOptions: Sendable {

@@ -6,16 +6,7 @@ import DeviceMapper
 import Glibc
 import ImageFormats
 import Posix
-
-/// The way by which the kernel reaches a disk.
-public enum Transport: String, Sendable, CaseIterable {
-  /// The device-mapper when the module is there, else nbd.
-  case auto
-  /// The device-mapper's target `userspace`.
-  case dm
-  /// The nbd driver.
-  case nbd
-}
+import WorkerLink
 
 /// A worker by hand whose device is the device-mapper's.
 struct ByMapper {

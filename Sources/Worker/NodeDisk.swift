@@ -103,6 +103,9 @@ final class NodeDisk {
     report.state = condition.state
     report.error = condition.reason
     report.faults = worker.faults
+    do throws(IOError) {
+      report.memory = try Hardening.residentMemory()
+    } catch { log(.warning, "cannot tell the memory in use", ["error": "\(error)"]) }
     return report
   }
 

@@ -60,6 +60,8 @@ public final class Supervised {
   private var base: FileStore?
   /// What was asked for and came, in that order.
   private var files: [(need: FileNeed, store: FileStore)] = []
+  /// Why a disk that was to be served by its node is not.
+  private var hindrance: String?
   private var stopping = false
 
   /// Runs a worker to its end. Answers its exit status: 0 after an order or a signal to stop,
@@ -235,16 +237,44 @@ public final class Supervised {
         phase = .opening(waiting)
         return server.send(.needFile(missing))
       }
-      if opening.order.byNode, case .plan(let plan) = KernelPlan.make(image) {
-        phase = .prepared(image, plan)
-        var report = DiskReport(image)
-        report.byNode = true
-        return server.send(.ready(named(report)))
+      if opening.order.byNode {
+        switch KernelPlan.make(image) {
+        case .plan(let plan): return try prepare(image, plan, opening)
+        case .hindrance(let why):
+          hindrance = why
+          log(.info, "the kernel cannot serve it", ["reason": why])
+        }
+      }
       }
       pending = opening.descriptors.take(.pending)
       let disk = try Disk(image, pending: pending?.raw, loop: loop, log: log)
       serve(disk, opening.descriptors)
     } catch { fail(error) }
+  }
+
+  /// Waits for the node of a device that stands on the image's files.
+  private func prepare(
+    _ image: OpenImage, _ plan: KernelPlan, _ opening: Opening
+  ) throws(WorkerError) {
+    var report = DiskReport(image)
+    report.byNode = true
+    for file in plan.files {
+      let part = try part(file.store, opening)
+      report.parts.append(part)
+      if !file.isDirect { report.cachedParts.append(part) }
+    }
+    phase = .prepared(image, plan)
+    server.send(.ready(named(report)))
+  }
+
+  /// How a file came here.
+  private func part(_ store: FileStore, _ opening: Opening) throws(WorkerError) -> DiskPart {
+    if store === opening.store { return .store }
+    if store === opening.base { return .base }
+    guard let index = files.firstIndex(where: { $0.store === store }) else {
+      throw WorkerError("protocol", "\(store.name) is no file that was handed over")
+    }
+    return .file(index)
   }
 
   private func serve(_ disk: Disk, _ descriptors: LinkDescriptors) {
@@ -313,7 +343,9 @@ public final class Supervised {
   }
 
   private func report(_ disk: Disk) -> DiskReport {
-    disk.report(disk: order?.disk ?? "", version: version)
+    var report = disk.report(disk: order?.disk ?? "", version: version)
+    report.hindrance = hindrance
+    return report
   }
 
   private func fail(_ error: WorkerError) {

@@ -10,6 +10,55 @@ public enum DiskState: String, Sendable {
   case noSpace = "no-space"
 }
 
+/// One of the files and devices that a disk stands on, by how the worker came to it.
+public enum DiskPart: Sendable, Hashable {
+  /// The store.
+  case store
+  /// The base that came with the order.
+  case base
+  /// The file that was asked for as so many-th, from 0.
+  case file(Int)
+
+  var word: String {
+    switch self {
+    case .store: "store"
+    case .base: "base"
+    case .file(let index): "file-\(index)"
+    }
+  }
+
+  init?(_ word: some StringProtocol) {
+    switch word {
+    case "store": self = .store
+    case "base": self = .base
+    default:
+      guard word.hasPrefix("file-"), let index = Int(word.dropFirst(5)), index >= 0 else {
+        return nil
+      }
+      self = .file(index)
+    }
+  }
+}
+
+extension DiskPart {
+  /// A field's value; nil when there is nothing to say.
+  fileprivate static func words(_ parts: [DiskPart]) -> String? {
+    parts.isEmpty ? nil : parts.map(\.word).joined(separator: ",")
+  }
+
+  fileprivate static func list(
+    _ message: LinkMessage, _ field: String
+  ) throws(LinkFault) -> [DiskPart] {
+    let words = (message.fields[field] ?? "").split(separator: ",")
+    return try words.map { word throws(LinkFault) in
+      guard let part = DiskPart(word) else {
+        throw .badField(verb: message.verb, field: field)
+      }
+      return part
+    }
+  }
+}
+
 /// A disk that is served, as its worker sees it.
 public struct DiskReport: Sendable, Equatable {
   /// What the daemon calls the disk.
@@ -40,6 +89,12 @@ public struct DiskReport: Sendable, Equatable {
   public var attached = false
   /// Whether it is a node that is served or waited for.
   public var byNode = false
+  /// Why no node can be served although one was to follow; nil when one can.
+  public var hindrance: String?
+  /// With a node: what its device has to stand on, in the order of their numbers.
+  public var parts: [DiskPart] = []
+  /// Those of them that have to be read and written through the page cache.
+  public var cachedParts: [DiskPart] = []
   /// Placements that are not durable yet.
   public var uncommitted: UInt64 = 0
   /// Requests since the worker started.
@@ -67,6 +122,9 @@ public struct DiskReport: Sendable, Equatable {
     ]
     fields["base-path"] = basePath
     if byNode { fields["by-node"] = "1" }
+    fields["hindrance"] = hindrance
+    fields["parts"] = DiskPart.words(parts)
+    fields["cached-parts"] = DiskPart.words(cachedParts)
     return fields
   }
 
@@ -85,6 +143,9 @@ public struct DiskReport: Sendable, Equatable {
     error = message.fields["error"] ?? ""
     attached = try message.flag("attached")
     byNode = try message.flag("by-node")
+    hindrance = message.fields["hindrance"]
+    parts = try DiskPart.list(message, "parts")
+    cachedParts = try DiskPart.list(message, "cached-parts")
     uncommitted = try message.number("uncommitted")
     reads = try message.number("reads")
     writes = try message.number("writes")

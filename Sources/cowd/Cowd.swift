@@ -3,6 +3,7 @@
 import ArgumentParser
 import Glibc
 import Worker
+import WorkerLink
 
 @main
 struct Cowd: ParsableCommand {

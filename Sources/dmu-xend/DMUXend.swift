@@ -31,9 +31,16 @@ struct DMUXend: AsyncParsableCommand {
       "Make no devices, only keep their sockets: for tests.", visibility: .hidden))
   var standInDevices = false
 
+  @Option(
+    name: .long,
+    help: ArgumentHelp(
+      "With the former: keep devices of the device-mapper as files here.",
+      visibility: .hidden))
+  var standInMapper: String?
+
   func run() async throws {
     var surroundings = Daemon.Surroundings()
-    if standInDevices { surroundings.standIn() }
+    if standInDevices { surroundings.standIn(mapperFolder: standInMapper) }
     let daemon: Daemon
     do {
       daemon = try Daemon(configurationPath: config, surroundings: surroundings)

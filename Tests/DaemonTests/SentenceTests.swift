@@ -108,7 +108,8 @@ struct SentenceTests {
       #expect(
         said9
           .hasPrefix(
-            "option 'blocksize' is unknown: format dscow has block-size, base-format, force"))
+            "option 'blocksize' is unknown: format dscow has block-size, base-format, force,"
+              + " transport"))
       let said10 = try await sentence(world, world.spec("g", options: "?block-size=5K"))
       #expect(
         said10

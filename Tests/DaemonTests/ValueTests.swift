@@ -109,6 +109,12 @@ import WorkerLink
       worker: 5, workerStart: 6,
       device: DeviceNode(index: 1, path: "/dev/nbd1", major: 43, minor: 32), since: 7)
     #expect(DiskRecord(record.text) == record)
+    var mapped = record
+    mapped.device = DeviceNode(
+      kind: .dm, index: 3, path: "/dev/mapper/dmu-5-51712", major: 253, minor: 3)
+    #expect(DiskRecord(mapped.text) == mapped)
+    let old = record.text.replacing("device-kind=nbd\n", with: "")
+    #expect(DiskRecord(old) == record, "the record of a daemon that knew nbd only")
     #expect(DiskRecord("") == nil)
     #expect(DiskRecord("worker=1") == nil)
     let bytes = Array(record.text.utf8)
@@ -160,6 +166,8 @@ import WorkerLink
     one.store = "/s"
     one.base = "/b"
     one.device = "/dev/nbd0"
+    one.transport = .nbd
+    one.note = "served by nbd, since its image grows"
     one.size = 10 << 30
     one.allocated = 3 << 19
     one.worker = 77
@@ -168,9 +176,10 @@ import WorkerLink
     let since = StatusTable.time(0)
     #expect(
       StatusTable.render([one, two]) == """
-        DOMAIN   VDEV  FORMAT  STORE  BASE  DEVICE     SIZE  ALLOCATED  STATE   WORKER  SINCE
-        web (5)  xvda  dscow   /s     /b    /dev/nbd0   10G       1.5M  ready   77      \(since)
-        12       xvdb  -       -      -     -             -          -  failed  -       \(since)
+        DOMAIN   VDEV  FORMAT  STORE  BASE  DEVICE     VIA  SIZE  ALLOCATED  STATE   WORKER  SINCE
+        web (5)  xvda  dscow   /s     /b    /dev/nbd0  nbd   10G       1.5M  ready   77      \(since)
+        12       xvdb  -       -      -     -          -       -          -  failed  -       \(since)
+        web (5) xvda: served by nbd, since its image grows
         12 xvdb: base /b does not exist: correct the path
 
         """)

@@ -75,13 +75,19 @@ final class World: Sendable {
   let toolstack: FakeToolstack
   private let running = Mutex<ProcessHandle?>(nil)
 
-  init(_ settings: [String: String] = [:]) throws {
+  /// The daemon of this world has a device-mapper, which is played, and so are its workers.
+  let hasMapper: Bool
+
+  init(_ settings: [String: String] = [:], hasMapper: Bool = false) throws {
+    self.hasMapper = hasMapper
     folder = try TemporaryFolder()
     xenstored = try XenStored.start()
     toolstack = try FakeToolstack(xenstored)
     // The real worker, its log put aside.
+    let program = "\(Programs.directory)/\(hasMapper ? "played-worker" : "cowd")"
     let wrapper = try file(
-      "cowd", Array("#!/bin/sh\nexec '\(Programs.directory)/cowd' \"$@\" 2>>'\(workerLog)'\n".utf8))
+      "cowd", Array("#!/bin/sh\nexec '\(program)' \"$@\" 2>>'\(workerLog)'\n".utf8))
+    try #require(mkdir(mapper, 0o700) == 0)
     try #require(chmod(wrapper, 0o755) == 0)
     try configure(settings)
     try file("base", [UInt8](repeating: 0xB5, count: 1 << 20))
@@ -91,6 +97,8 @@ final class World: Sendable {
 
   var configurationPath: String { folder.file("dmu-xen.toml") }
   var workerLog: String { folder.file("workers.log") }
+  /// Where the stand-in of the device-mapper has its devices.
+  var mapper: String { folder.file("mapper") }
   var runDirectory: String { folder.file("run") }
   var socket: String { runDirectory + "/control.sock" }
 
@@ -125,7 +133,9 @@ final class World: Sendable {
 
   func startDaemon() async throws {
     var command = Command(
-      Programs.directory + "/dmu-xend", ["--config", configurationPath, "--stand-in-devices"],
+      Programs.directory + "/dmu-xend",
+      ["--config", configurationPath, "--stand-in-devices"]
+        + (hasMapper ? ["--stand-in-mapper", mapper] : []),
       environment: ["XENSTORED_PATH=\(xenstored.socketPath)", "PATH=/usr/bin:/bin"])
     let log = try Descriptor(
       path: folder.file("daemon.log"), flags: O_WRONLY | O_CREAT | O_APPEND, mode: 0o600)
@@ -263,7 +273,8 @@ final class World: Sendable {
     let log = workerLog
     return try await blocking {
       World.names("/proc").compactMap { Int32($0) }.filter { pid in
-        World.link("/proc/\(pid)/exe").hasSuffix("/cowd") && World.link("/proc/\(pid)/fd/2") == log
+        ["cowd", "played-worker"].contains { World.link("/proc/\(pid)/exe").hasSuffix("/" + $0) }
+          && World.link("/proc/\(pid)/fd/2") == log
       }
     }
   }
@@ -304,10 +315,10 @@ final class World: Sendable {
 
 /// Runs a test in a world and ends it, whatever the test throws.
 func inWorld(
-  _ settings: [String: String] = [:], daemon: Bool = true,
+  _ settings: [String: String] = [:], daemon: Bool = true, hasMapper: Bool = false,
   _ body: (World) async throws -> Void
 ) async throws {
-  let world = try World(settings)
+  let world = try World(settings, hasMapper: hasMapper)
   do {
     if daemon { try await world.startDaemon() }
     try await body(world)

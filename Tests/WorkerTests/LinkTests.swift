@@ -39,6 +39,8 @@ import WorkerLink
 
   private static let report: DiskReport = {
     var report = DiskReport()
+    report.hindrance = "is strange"
+    report.parts = [.store, .file(1), .base]
     report.size = 1 << 40
     report.blockSize = 65536
     report.basePath = "/b"

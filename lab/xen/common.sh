@@ -1,17 +1,28 @@
 # shellcheck shell=bash
 # common.sh: what the host side of the Xen lab shares: the cache, and booting dom0.
 #
-# The cache is ${XDG_CACHE_HOME:-~/.cache}/dmu-xen/xen. `prepare` leaves two links there:
+# LAB_KERNEL is the series of dom0's kernel, 6.1 unless it is set; LAB_TRANSPORT the way that
+# the daemon's configuration wishes: auto, dm, nbd.
 #
-#   base/xen.elf        the hypervisor
-#   base/vmlinux        the kernel of dom0 and of the guests, uncompressed
-#   base/dom0.cpio.gz   dom0's first root: finds the disk and the share, and leaves
-#   base/dom0.ext4      dom0's root (never written to: QEMU keeps a snapshot)
-#   guest/guest.cpio.gz the guests' whole world: labio as init, and xen-blkfront
-#   guest/labio         the same program for use in dom0 and on this computer
+# The cache is ${XDG_CACHE_HOME:-~/.cache}/dmu-xen/xen. `prepare` leaves links there for each
+# series:
+#
+#   base-6.1/xen.elf        the hypervisor
+#   base-6.1/release        the kernel's release
+#   base-6.1/vmlinux        the kernel of dom0 and of the guests, uncompressed
+#   base-6.1/dom0.cpio.gz   dom0's first root: finds the disk and the share, and leaves
+#   base-6.1/dom0.ext4      dom0's root (never written to: QEMU keeps a snapshot)
+#   guest-6.1/guest.cpio.gz the guests' whole world: labio as init, and xen-blkfront
+#   guest-6.1/labio         the same program for use in dom0 and on this computer
+#   module-6.1.ko           dm-userspace for that kernel, which dom0 puts among its modules
 
 lab_dir=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/dmu-xen/xen
+
+kernel=${LAB_KERNEL:-6.1}
+transport=${LAB_TRANSPORT:-auto}
+base=$cache/base-$kernel
+guest=$cache/guest-$kernel
 
 say() { printf 'lab: %s\n' "$*" >&2; }
 die() {
@@ -25,7 +36,9 @@ new_share() {
   share=$(mktemp -d "${TMPDIR:-/tmp}/dmu-xen-lab.XXXXXX")
   mkdir -p "$share/out" "$share/dist" "$share/guest"
   cp -a "$lab_dir/dom0" "$lab_dir/scenarios" "$share/"
-  cp "$cache/guest/guest.cpio.gz" "$cache/guest/labio" "$share/guest/"
+  cp "$guest/guest.cpio.gz" "$guest/labio" "$share/guest/"
+  cp "$cache/module-$kernel.ko" "$share/guest/dm-userspace.ko"
+  echo "$transport" >"$share/transport"
   if [ -n "$1" ]; then
     [ -d "$1" ] || die "no install tree at $1: make install DESTDIR=$1 makes one"
     cp -a "$1/." "$share/dist/"
@@ -42,10 +55,10 @@ boot_dom0() {
   exec qemu-system-x86_64 -name dmu-xen-lab \
     -accel tcg,thread=multi -cpu qemu64,+svm,+npt,-rdtscp -m 3072 -smp 2 \
     -no-reboot -nodefaults -display none "$@" \
-    -kernel "$cache/base/xen.elf" \
+    -kernel "$base/xen.elf" \
     -append "console=com1 com1=115200 dom0_mem=1024M,max:1024M bootscrub=0 loglvl=warning" \
-    -initrd "$cache/base/vmlinux console=hvc0 quiet panic=-1,$cache/base/dom0.cpio.gz" \
-    -drive "file=$cache/base/dom0.ext4,if=virtio,format=raw,snapshot=on" \
+    -initrd "$base/vmlinux console=hvc0 quiet panic=-1,$base/dom0.cpio.gz" \
+    -drive "file=$base/dom0.ext4,if=virtio,format=raw,snapshot=on" \
     -virtfs "local,path=$share,mount_tag=share,security_model=none"
 }
 

@@ -2,6 +2,7 @@
 // a test holds the two together.
 
 public import Logging
+public import WorkerLink
 
 /// The daemon's configuration: a value, replaced whole by a reload.
 public struct Configuration: Sendable, Equatable {
@@ -16,6 +17,9 @@ public struct Configuration: Sendable, Equatable {
   public var lookInterval = Duration.seconds(60)
   /// How long an attach may take in all, well under libxl's 40 s.
   public var attachTimeout = Duration.seconds(30)
+
+  /// By which way the kernel reaches the disks that do not say so themselves.
+  public var transport = Transport.auto
 
   /// Path of cowd; empty: beside dmu-xend, then along PATH.
   public var workerProgram = ""

@@ -2,6 +2,7 @@
 
 internal import Logging
 internal import TOMLKit
+internal import WorkerLink
 
 /// What a value must be; thrown when it is not.
 struct Wanted: Error {
@@ -23,6 +24,7 @@ struct ConfigurationKey: Sendable {
     logLevel,
     seconds("daemon", "look-interval", \.lookInterval, 1...86_400),
     seconds("daemon", "attach-timeout", \.attachTimeout, 1...35),
+    transport,
     path("worker", "program", \.workerProgram, mayBeEmpty: true),
     number("worker", "user", \.workerUser, 0...4_294_967_294),
     number("worker", "group", \.workerGroup, 0...4_294_967_294),
@@ -37,15 +39,23 @@ struct ConfigurationKey: Sendable {
     seconds("nbd", "dead-connection-timeout", \.deadConnectionTimeout, 1...31_536_000),
   ]
 
-  private static let logLevel = ConfigurationKey(
-    table: "daemon", name: "log-level",
-    take: { configuration, value throws(Wanted) in
-      let levels = Logger.Level.allCases.map(\.rawValue)
-      guard let text = value.string, let level = Logger.Level(rawValue: text) else {
-        throw Wanted("one of " + levels.map { "\"\($0)\"" }.joined(separator: ", "))
-      }
-      configuration.logLevel = level
-    }, show: { "\"\($0.logLevel.rawValue)\"" })
+  private static let logLevel = word("daemon", "log-level", \.logLevel)
+  private static let transport = word("daemon", "transport", \.transport)
+
+  private static func word<Word: RawRepresentable<String> & CaseIterable & Sendable>(
+    _ table: String, _ name: String,
+    _ field: any WritableKeyPath<Configuration, Word> & Sendable
+  ) -> ConfigurationKey {
+    ConfigurationKey(
+      table: table, name: name,
+      take: { configuration, value throws(Wanted) in
+        guard let text = value.string, let word = Word(rawValue: text) else {
+          let words = Word.allCases.map { "\"\($0.rawValue)\"" }
+          throw Wanted("one of " + words.joined(separator: ", "))
+        }
+        configuration[keyPath: field] = word
+      }, show: { "\"\($0[keyPath: field].rawValue)\"" })
+  }
 
   private static func path(
     _ table: String, _ name: String,

@@ -34,7 +34,8 @@ struct DiskRecord: Sendable, Equatable {
     }
     if let device {
       fields += [
-        "device=\(device.index)", "device-path=" + PercentCode.encode(device.path),
+        "device-kind=\(device.kind.rawValue)", "device=\(device.index)",
+        "device-path=" + PercentCode.encode(device.path),
         "device-major=\(device.major)", "device-minor=\(device.minor)",
       ]
     }
@@ -61,7 +62,9 @@ struct DiskRecord: Sendable, Equatable {
       let major = fields["device-major"].flatMap({ UInt32($0) }),
       let minor = fields["device-minor"].flatMap({ UInt32($0) })
     {
-      device = DeviceNode(index: index, path: path, major: major, minor: minor)
+      // A record without it is of a daemon that knew nbd only.
+      guard let kind = DeviceKind(rawValue: fields["device-kind"] ?? "nbd") else { return nil }
+      device = DeviceNode(kind: kind, index: index, path: path, major: major, minor: minor)
     }
   }
 

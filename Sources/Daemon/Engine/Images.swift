@@ -50,14 +50,15 @@ enum StoreState: Sendable {
 
 enum Images {
   /// Opens and locks the store and the base of a spec. Blocks. `mayCreate`: a store that
-  /// is not there is made.
+  /// is not there is made. `isHeld`: the kernel has a loop device of each file for this very
+  /// disk, which the caller sees to, and with it the lock.
   static func open(
-    _ spec: Spec, readOnly: Bool, mayCreate: Bool = true
+    _ spec: Spec, readOnly: Bool, mayCreate: Bool = true, isHeld: Bool = false
   ) throws(DiskFailure) -> OpenOutcome {
     var base: OpenImage?
     if let path = spec.base {
       let image = try openBase(path)
-      guard try lock(image, .base) else { return .locked(.base, image.identity) }
+      guard try lock(image, .base, isHeld: isHeld) else { return .locked(.base, image.identity) }
       base = image
     }
     var state = StoreState.used
@@ -76,7 +77,8 @@ enum Images {
       state = .made
     }
     guard let store else { throw .storeMissing(spec.store) }
-    guard try lock(store, .store, shared: readOnly && state == .used) else {
+    let shared = readOnly && state == .used
+    guard try lock(store, .store, shared: shared, isHeld: isHeld) else {
       return .locked(.store, store.identity)
     }
     if state == .used, mayCreate, base != nil, !store.file.isBlockDevice, store.file.size == 0 {
@@ -100,15 +102,15 @@ enum Images {
     }
   }
 
-  /// Takes the lock; false when another has it.
+  /// Takes the lock; false when another has it. Of a file that is held its loop device may.
   static func lock(
-    _ image: OpenImage, _ role: SpecError.Role, shared: Bool = false
+    _ image: OpenImage, _ role: SpecError.Role, shared: Bool = false, isHeld: Bool = false
   ) throws(DiskFailure) -> Bool {
     do throws(IOError) {
       try image.file.lock(exclusive: role == .store && !shared)
       return true
     } catch {
-      if error.code == EAGAIN { return false }
+      if error.code == EAGAIN { return isHeld && !image.file.isBlockDevice }
       throw DiskFailure(error)
     }
   }

@@ -72,10 +72,12 @@ struct NamingPolicy: Sendable {
 
 extension Images {
   /// Opens and locks a file that was allowed. Blocks.
-  static func open(_ file: NamedFile, of store: OpenImage) throws(DiskFailure) -> OpenImage {
+  static func open(
+    _ file: NamedFile, of store: OpenImage, isHeld: Bool = false
+  ) throws(DiskFailure) -> OpenImage {
     let image = try openNamed(file)
     guard image.identity != store.identity else { throw .namesItself(store.file.name) }
-    guard try lock(image, file.need.writable ? .store : .base) else {
+    guard try lock(image, file.need.writable ? .store : .base, isHeld: isHeld) else {
       if file.need.role == "base" { throw .sameStoreTwice(file.path) }
       throw .fileInUse(file.need.role, file.path)
     }

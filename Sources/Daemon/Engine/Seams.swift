@@ -29,8 +29,18 @@ public struct DeviceWish: Sendable {
   public var identifier: String
 }
 
+/// By which way a device came to be.
+public enum DeviceKind: String, Sendable, Codable {
+  /// By the device-mapper's target `userspace`.
+  case dm
+  /// By the nbd driver.
+  case nbd
+}
+
 /// A device that is attached.
 public struct DeviceNode: Sendable, Hashable {
+  /// By which way.
+  public var kind: DeviceKind
   /// Its number among its kind.
   public var index: UInt32
   /// Path of its node.
@@ -41,12 +51,18 @@ public struct DeviceNode: Sendable, Hashable {
   public var minor: UInt32
 
   /// A node from its parts.
-  public init(index: UInt32, path: String, major: UInt32, minor: UInt32) {
+  public init(
+    kind: DeviceKind = .nbd, index: UInt32, path: String, major: UInt32, minor: UInt32
+  ) {
+    self.kind = kind
     self.index = index
     self.path = path
     self.major = major
     self.minor = minor
   }
+
+  /// Path of the node that the kernel names it by: "/dev/nbd0", "/dev/dm-3".
+  public var kernelPath: String { kind == .dm ? "/dev/dm-\(index)" : path }
 
   /// "2b:20": as the toolstack wants `physical-device`.
   public var hexadecimal: String { String(major, radix: 16) + ":" + String(minor, radix: 16) }

@@ -26,6 +26,8 @@ final class Disk {
   /// are open.
   var allowed: [NamedFile] = []
   var files: [NamedFile: OpenImage] = [:]
+  /// What a device of the device-mapper stands on, by the worker's word.
+  var backings: [DiskBacking] = []
   var pending: FileStore?
   /// Whether this attempt made the store, which then goes again if the attempt fails.
   var madeStore = false
@@ -88,6 +90,9 @@ final class Disk {
 
   /// The name by which its device is known again.
   var identifier: String { KernelAttacher.mark + "\(id)" }
+
+  /// Whether the kernel has the disk's files and their locks, whatever became of a worker.
+  var isHeldByKernel: Bool { device?.kind == .dm }
 
   /// The path of the base that is used, if any.
   var basePath: String? {

@@ -4,6 +4,7 @@
 // time), when it answers on its link, and when it gives the descriptors back. In any other
 // case it is ended and replaced, which a guest sees as a pause at most.
 
+internal import DeviceMapper
 internal import Logging
 internal import Posix
 internal import WorkerLink
@@ -42,11 +43,7 @@ extension Reconciler {
       disk.vdev = record.vdev
       disk.allowed = record.files
       disk.since = record.since
-      let (attacher, identifier) = (attacher, disk.identifier)
-      let attached = try await offload.run { () throws(IOError) in
-        try attacher.isAttached(device, identifier: identifier)
-      }
-      guard attached else {
+      guard try await isAttached(disk, device) else {
         log.error("the device has gone", metadata: ["device": "\(device.path)"])
         try await end(record, directory)
         try await offload.run { () throws(IOError) in try directory.remove() }
@@ -63,6 +60,25 @@ extension Reconciler {
       table[id] = disk
       disk.phase = .failed(DiskFailure(error), attached: disk.device != nil)
       log.error("cannot take the disk over", metadata: ["error": "\(error)"])
+    }
+  }
+
+  private func isAttached(
+    _ disk: Disk, _ device: DeviceNode
+  ) async throws(IOError) -> Bool {
+    switch device.kind {
+    case .nbd:
+      let (attacher, identifier) = (attacher, disk.identifier)
+      return try await offload.run { () throws(IOError) in
+        try attacher.isAttached(device, identifier: identifier)
+      }
+    case .dm:
+      let (mapper, id) = (mapper, disk.id)
+      do throws(DeviceMapperError) {
+        return try await mapping.run { () throws(DeviceMapperError) in
+          try mapper.isAttached(id, device)
+        }
+      } catch { throw IOError(error.code, error.operation, error.subject) }
     }
   }
 
@@ -93,15 +109,18 @@ extension Reconciler {
       }
       let handed = try await descriptors(0, of: worker)
       guard case .descriptors(let count, _) = handed.report, let spec = disk.spec,
-        let store = handed.descriptors.take(.store), let pending = handed.descriptors.take(.pending)
+        let store = handed.descriptors.take(.store)
       else { throw WorkerSilence.closed("it does not give the descriptors back") }
       disk.store = try OpenImage(store, name: spec.store)
-      disk.pending = try FileStore(pending, name: directory.pending)
+      try await takePending(handed.descriptors, disk)
       if let base = handed.descriptors.take(.base) {
         disk.base = try OpenImage(base, name: spec.base ?? "base")
       }
       try await takeFiles(min(count, NamingPolicy.mostFiles), worker, disk)
       disk.report = report
+      guard report.byNode == disk.isHeldByKernel, report.attached || !report.byNode else {
+        throw WorkerSilence.closed("it does not serve the device")
+      }
       disk.socketLost = !report.attached
       disk.phase = .serving(DiskPhase.Trouble(report))
       log.info("took the worker over", metadata: ["worker": "\(record.worker)"])
@@ -115,6 +134,20 @@ extension Reconciler {
       disk.device = device
       disk.allowed = allowed
       return false
+    }
+  }
+
+  /// A worker that serves a node has no use for the file, but the next one is given it again.
+  private func takePending(_ handed: LinkDescriptors, _ disk: Disk) async throws {
+    let directory = DiskDirectory(configuration, disk.id)
+    if let pending = handed.take(.pending) {
+      disk.pending = try FileStore(pending, name: directory.pending)
+    } else if disk.isHeldByKernel {
+      disk.pending = try await offload.run { () throws(IOError) in
+        try directory.openPending(new: false)
+      }
+    } else {
+      throw WorkerSilence.closed("it does not give the descriptors back")
     }
   }
 
@@ -194,7 +227,8 @@ extension Reconciler {
   /// device and writing it down.
   private func endStrayDevices() async {
     let attacher = attacher
-    let known = Set(table.values.compactMap { $0.device?.index })
+    let devices = table.values.compactMap(\.device)
+    let known = Set(devices.filter { $0.kind == .nbd }.map(\.index))
     do throws(IOError) {
       let strays = try await offload.run { () throws(IOError) in
         try attacher.devices().filter { !known.contains($0.index) }
@@ -204,6 +238,17 @@ extension Reconciler {
         try await offload.run { () throws(IOError) in try attacher.detach(stray) }
       }
     } catch { log.error("cannot look for stray devices", metadata: ["error": "\(error)"]) }
+    let mapper = mapper
+    do throws(DeviceMapperError) {
+      let found = try await mapping.run { () throws(DeviceMapperError) in try mapper.devices() }
+      for (id, stray) in found where table[id]?.device != stray {
+        log.warning("ends a device of no disk", metadata: ["device": "\(stray.path)"])
+        try await mapping.run { () throws(DeviceMapperError) in
+          try mapper.failFaults(id)
+          try mapper.remove(id, deferred: true)
+        }
+      }
+    } catch { log.error("cannot end stray devices", metadata: ["error": "\(error)"]) }
   }
 }
 

@@ -1,5 +1,6 @@
 // What the control socket asks of the reconciler.
 
+internal import DeviceMapper
 internal import Logging
 internal import Posix
 internal import WorkerLink
@@ -65,7 +66,8 @@ extension Reconciler {
     for disk in table.values {
       disk.backOff.limit = new.restartLimit
       disk.backOff.window = new.restartWindow
-      guard case .failed(_, let attached) = disk.phase else { continue }
+      // One that has a worker has failed on its way out, and is tried again in time.
+      guard case .failed(_, let attached) = disk.phase, disk.worker == nil else { continue }
       disk.backOff.reset()
       enter(disk, attached ? .restarting(at: .now) : .idle)
       mark(disk.id)
@@ -105,6 +107,11 @@ extension Reconciler {
     status.store = disk.spec?.store
     status.base = disk.basePath ?? disk.report?.basePath
     status.device = disk.device?.path
+    status.transport = disk.device?.kind
+    status.kernelDevice = disk.device?.kernelPath
+    if let why = disk.report?.hindrance, disk.device?.kind == .nbd {
+      status.note = "served by nbd, since its image \(why)"
+    }
     status.error = disk.phase.error
     status.worker = disk.worker?.process.pid
     if let report = disk.report {
@@ -118,7 +125,24 @@ extension Reconciler {
       status.faults = report.faults
       status.memory = report.memory
     }
+    if let device = disk.device, device.kind == .dm { await count(&status, id, device) }
     return status
+  }
+
+  /// What only the kernel sees of a device that it serves.
+  private func count(_ status: inout DiskStatus, _ id: DiskID, _ device: DeviceNode) async {
+    let mapper = mapper
+    do throws(DeviceMapperError) {
+      let counters = try await mapping.run { () throws(DeviceMapperError) in
+        try mapper.counters(id, device)
+      }
+      status.reads = counters.reads
+      status.writes = counters.writes
+      status.flushes = counters.flushes
+      status.uncommitted = counters.uncommitted
+    } catch {
+      log.warning("no counters", metadata: ["disk": "\(id)", "error": "\(error)"])
+    }
   }
 
   private func refresh(_ disk: Disk, _ worker: Worker) async {

@@ -23,9 +23,16 @@ extension Reconciler {
       disk.spec = spec
       try await open(disk, spec)
       do throws(DiskFailure) {
+        let transport = try FormatOptions(spec).transport ?? configuration.transport
+        let byNode = try await wantsNode(transport)
         try await prepareDirectory(disk)
-        try await launch(disk, create: disk.needsFormat)
-        try await attach(disk)
+        try await launch(disk, create: disk.needsFormat, byNode: byNode)
+        if byNode, disk.report?.byNode == true {
+          try await attachMapped(disk)
+        } else {
+          if byNode { try fallBack(disk, transport) }
+          try await attach(disk)
+        }
         try await save(disk)
       } catch { throw .failed(error) }
       disk.madeStore = false
@@ -101,6 +108,13 @@ extension Reconciler {
     }
   }
 
+  /// The image is none that the kernel can serve.
+  private func fallBack(_ disk: Disk, _ transport: Transport) throws(DiskFailure) {
+    let why = disk.report?.hindrance ?? "does not say why"
+    guard transport != .dm else { throw .notMappable(disk.spec?.store ?? "", why) }
+    log(for: disk).notice("serving by nbd", metadata: ["reason": "\(why)"])
+  }
+
   /// Makes the device and gives its two ends to the worker and to the kernel.
   private func attach(_ disk: Disk) async throws(DiskFailure) {
     guard let worker = disk.worker, let report = disk.report else { return }
@@ -146,7 +160,7 @@ extension Reconciler {
         if try await !worker.kill() { log.error("the worker cannot be killed") }
       } catch { log.error("cannot kill the worker", metadata: ["error": "\(error)"]) }
     }
-    await detach(disk)
+    _ = await detach(disk)
     let directory = DiskDirectory(configuration, disk.id)
     let unfinished = disk.madeStore ? disk.spec?.store : nil
     do throws(IOError) {
@@ -167,6 +181,7 @@ extension Reconciler {
     disk.base = nil
     disk.allowed = []
     disk.files = [:]
+    disk.backings = []
     disk.pending = nil
     disk.madeStore = false
     disk.needsFormat = false

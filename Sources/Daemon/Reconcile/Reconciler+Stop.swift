@@ -12,7 +12,15 @@ extension Reconciler {
     enter(disk, .stopping)
     await publish(disk)
     disk.timer?.cancel()
-    await detach(disk)
+    guard await detach(disk) else {
+      enter(
+        disk,
+        .failed(
+          .worker("the device cannot be written out: look for a device or file system that hangs"),
+          attached: true))
+      wake(disk, after: .seconds(10))
+      return
+    }
     guard await stopWorker(disk) else {
       // It holds the store's lock as long as it lives. Looked at again later.
       enter(
@@ -36,9 +44,14 @@ extension Reconciler {
     log(for: disk).info("the disk is gone")
   }
 
-  /// Ends the device, if there is one.
-  func detach(_ disk: Disk) async {
-    guard let device = disk.device else { return }
+  /// Ends the device, if there is one. False when something below it hangs; then it stays.
+  func detach(_ disk: Disk) async -> Bool {
+    guard let device = disk.device else { return true }
+    guard device.kind == .nbd else {
+      guard await withdraw(disk, device) else { return false }
+      disk.device = nil
+      return true
+    }
     let attacher = attacher
     for attempt in 1...3 {
       do throws(IOError) {
@@ -51,6 +64,7 @@ extension Reconciler {
       }
     }
     disk.device = nil
+    return true
   }
 
   /// Asks the worker to end, then makes it. False when it lives on.
@@ -67,8 +81,9 @@ extension Reconciler {
       }
       log.error("the worker does not end and is killed")
     } catch {
+      // One whose device is gone ends by itself.
+      if await worker.waitForEnd(.seconds(1)) { return true }
       log.warning("the worker cannot be asked to end", metadata: ["reason": "\(error.words)"])
-      if worker.ended != nil { return true }
     }
     do throws(IOError) { return try await worker.kill() } catch {
       log.error("cannot kill the worker", metadata: ["error": "\(error)"])

@@ -6,7 +6,8 @@ internal import WorkerLink
 
 extension Reconciler {
   /// Starts a worker with the disk's descriptors and waits until its image is open.
-  func launch(_ disk: Disk, create: Bool) async throws(DiskFailure) {
+  /// `byNode`: it is to wait for its device's node, if it can.
+  func launch(_ disk: Disk, create: Bool, byNode: Bool) async throws(DiskFailure) {
     guard let spec = disk.spec, let store = disk.store, let pending = disk.pending else { return }
     let options = try FormatOptions(spec)
     let worker = try await startProcess(disk)
@@ -22,6 +23,8 @@ extension Reconciler {
     order.depth = configuration.chainDepth
     order.readOnly = disk.readOnly
     order.force = options.force
+    order.byNode = byNode
+    var asked: [NamedFile] = []
     var lent: [LinkRole: Int32] = [.store: store.file.raw, .pending: pending.raw]
     lent[.base] = disk.base?.file.raw
     var next = WorkerOrder.start(order)
@@ -34,11 +37,14 @@ extension Reconciler {
       switch reply.report {
       case .ready(let report):
         disk.report = report
+        disk.backings = try disk.backings(report, asked: asked)
         return
       case .needFile(let need):
         next = .file
         do throws(DiskFailure) {
-          lent = [.file: try await find(need, disk, spec, store).file.raw]
+          let (file, image) = try await find(need, disk, spec, store)
+          asked.append(file)
+          lent = [.file: image.file.raw]
         } catch { try refuse(worker, error) }
       case .failed(let code, let message):
         throw DiskFailure(worker: code, message, disk)
@@ -66,18 +72,19 @@ extension Reconciler {
   /// Opens a file that an image names, if that is allowed or was so when the disk started.
   private func find(
     _ need: FileNeed, _ disk: Disk, _ spec: Spec, _ store: OpenImage
-  ) async throws(DiskFailure) -> OpenImage {
+  ) async throws(DiskFailure) -> (NamedFile, OpenImage) {
     let policy = NamingPolicy(configuration, file: configurationPath)
     let before = disk.allowed.first { $0.need == need }
-    if let before, let image = disk.files[before] { return image }
+    if let before, let image = disk.files[before] { return (before, image) }
+    let isHeld = disk.isHeldByKernel
     if before == nil { try policy.check(need, after: disk.allowed, of: spec) }
     let (file, image) = try await offload.run { () throws(DiskFailure) -> (NamedFile, OpenImage) in
       let file = try policy.resolve(need, of: spec, unless: before)
-      return (file, try Images.open(file, of: store))
+      return (file, try Images.open(file, of: store, isHeld: isHeld))
     }
     if before == nil { disk.allowed.append(file) }
     disk.files[file] = image
-    return image
+    return (file, image)
   }
 
   private func startProcess(_ disk: Disk) async throws(DiskFailure) -> Worker {
@@ -119,7 +126,7 @@ extension Reconciler {
   }
 
   /// What it means that a worker did not answer.
-  private func silence(_ worker: Worker, _ why: WorkerSilence) async -> DiskFailure {
+  func silence(_ worker: Worker, _ why: WorkerSilence) async -> DiskFailure {
     switch why {
     case .overdue:
       return .timeout(
@@ -202,8 +209,9 @@ extension Reconciler {
   func restart(_ disk: Disk) async {
     do throws(DiskFailure) {
       try await reopen(disk)
-      try await launch(disk, create: false)
-      try await replaceSocketOnce(disk)
+      let byNode = disk.device?.kind == .dm
+      try await launch(disk, create: false, byNode: byNode)
+      if byNode { try await handNodeAgain(disk) } else { try await replaceSocketOnce(disk) }
       try await save(disk)
       enter(disk, .serving(DiskPhase.Trouble(disk.report)))
       if let worker = disk.worker, worker.ended != nil { died(disk, "it ended at once") }
@@ -221,10 +229,11 @@ extension Reconciler {
   /// name follow when the next worker asks for them.
   private func reopen(_ disk: Disk) async throws(DiskFailure) {
     guard let spec = disk.spec, disk.store == nil || disk.pending == nil else { return }
-    let readOnly = disk.readOnly
+    let (readOnly, isHeld) = (disk.readOnly, disk.isHeldByKernel)
     let directory = DiskDirectory(configuration, disk.id)
     let (outcome, pending) = try await offload.run { () throws(DiskFailure) in
-      let outcome = try Images.open(spec, readOnly: readOnly, mayCreate: false)
+      let outcome = try Images.open(
+        spec, readOnly: readOnly, mayCreate: false, isHeld: isHeld)
       do throws(IOError) { return (outcome, try directory.openPending(new: false)) } catch {
         throw DiskFailure(error)
       }

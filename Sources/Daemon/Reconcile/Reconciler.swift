@@ -22,8 +22,11 @@ public actor Reconciler {
   let view: XenStoreView
   let launcher: any WorkerLauncher
   let attacher: any DeviceAttacher
+  let mapper: any DeviceMapping
   let poller: Poller
   let offload = Offload()
+  /// The device-mapper's library takes one call at a time.
+  let mapping = Offload(threads: 1)
   let log: Logger
   var table: [DiskID: Disk] = [:]
   var nextWaiter: UInt64 = 1
@@ -34,13 +37,15 @@ public actor Reconciler {
 
   init(
     configuration: Configuration, configurationPath: String, view: XenStoreView,
-    launcher: any WorkerLauncher, attacher: any DeviceAttacher, log: Logger
+    launcher: any WorkerLauncher, attacher: any DeviceAttacher, mapper: any DeviceMapping,
+    log: Logger
   ) throws(IOError) {
     self.configuration = configuration
     self.configurationPath = configurationPath
     self.view = view
     self.launcher = launcher
     self.attacher = attacher
+    self.mapper = mapper
     self.log = log
     poller = try Poller()
   }

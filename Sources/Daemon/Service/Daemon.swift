@@ -16,6 +16,8 @@ public struct Daemon: Sendable {
     public var launcher: any WorkerLauncher = ProcessLauncher()
     /// Makes devices.
     public var attacher: any DeviceAttacher = KernelAttacher()
+    /// Makes devices of the device-mapper.
+    public var mapper: any DeviceMapping = KernelMapper()
     /// xenstored's socket; nil: where libxenstore finds it.
     public var xenStoreSocket: String?
     var standInDevices: StandInAttacher?
@@ -24,9 +26,11 @@ public struct Daemon: Sendable {
     public init() {}
 
     /// Makes no devices, only keeps their sockets, and opens a door to them.
-    public mutating func standIn() {
+    /// With a folder there is a device-mapper, too, which keeps its devices there.
+    public mutating func standIn(mapperFolder: String?) {
       let attacher = StandInAttacher()
       self.attacher = attacher
+      mapper = StandInMapper(folder: mapperFolder)
       standInDevices = attacher
     }
   }
@@ -73,7 +77,7 @@ public struct Daemon: Sendable {
     let reconciler = try Reconciler(
       configuration: configuration, configurationPath: configurationPath,
       view: XenStoreView(client: client), launcher: surroundings.launcher,
-      attacher: surroundings.attacher, log: log)
+      attacher: surroundings.attacher, mapper: surroundings.mapper, log: log)
     // Before anybody can ask for a disk: what is there already must be known.
     try await reconciler.adopt()
     let services: [any Service] = [

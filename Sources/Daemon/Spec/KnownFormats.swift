@@ -1,6 +1,8 @@
 // The formats that this daemon's workers know, and their options. The daemon never reads
 // an image: it knows a format by name only.
 
+public import WorkerLink
+
 /// A format by name, with the options that a spec may give it.
 public struct KnownFormat: Sendable, Hashable {
   /// Its name in a spec.
@@ -16,6 +18,11 @@ public struct KnownFormat: Sendable, Hashable {
     meaning: "the base's format, whatever the store says of it (default: what the store says)"
   )
 
+  private static let transport = (
+    name: "transport",
+    meaning: "the way to the kernel: auto, dm or nbd (default: what the configuration says)"
+  )
+
   /// All of them.
   public static let all: [KnownFormat] = [
     KnownFormat(
@@ -26,6 +33,7 @@ public struct KnownFormat: Sendable, Hashable {
           "size of a block of a store that is created, 4K to 4M, a power of two"
         ),
         baseFormat, ("force", "yes: use the store although its base has changed (default: no)"),
+        transport,
       ], blockSizes: 4096...4_194_304),
     KnownFormat(
       name: "qcow2",
@@ -33,13 +41,13 @@ public struct KnownFormat: Sendable, Hashable {
         (
           "block-size",
           "size of a cluster of a store that is created, 512 to 2M, a power of two"
-        ), baseFormat,
+        ), baseFormat, transport,
       ], blockSizes: 512...2_097_152),
-    KnownFormat(name: "qcow", options: [baseFormat], blockSizes: nil),
-    KnownFormat(name: "vhd", options: [baseFormat], blockSizes: nil),
-    KnownFormat(name: "vpc", options: [baseFormat], blockSizes: nil),
-    KnownFormat(name: "vmdk", options: [baseFormat], blockSizes: nil),
-    KnownFormat(name: "raw", options: [], blockSizes: nil),
+    KnownFormat(name: "qcow", options: [baseFormat, transport], blockSizes: nil),
+    KnownFormat(name: "vhd", options: [baseFormat, transport], blockSizes: nil),
+    KnownFormat(name: "vpc", options: [baseFormat, transport], blockSizes: nil),
+    KnownFormat(name: "vmdk", options: [baseFormat, transport], blockSizes: nil),
+    KnownFormat(name: "raw", options: [transport], blockSizes: nil),
   ]
 
   /// The format of that name.
@@ -60,6 +68,8 @@ public struct FormatOptions: Sendable, Hashable {
   public var force = false
   /// Name of the base's format; nil: what the store says.
   public var baseFormat: String?
+  /// By which way the kernel shall reach the disk; nil: what the configuration says.
+  public var transport: Transport?
 
   /// Understands the options of a spec. Throws: unknown format, unknown option, bad value.
   public init(_ spec: Spec) throws(DiskFailure) {
@@ -94,6 +104,11 @@ public struct FormatOptions: Sendable, Hashable {
           throw .optionBad(option.name, option.value, wanted: "yes or no")
         }
         force = value
+      case "transport":
+        guard let value = Transport(rawValue: option.value) else {
+          throw .optionBad(option.name, option.value, wanted: "auto, dm or nbd")
+        }
+        transport = value
       default: throw .optionUnknown(option.name, format)
       }
     }

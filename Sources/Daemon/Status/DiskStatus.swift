@@ -18,6 +18,10 @@ public struct DiskStatus: Codable, Sendable, Hashable {
   public var base: String?
   /// Path of the block device.
   public var device: String?
+  /// The same by the kernel's own name for it.
+  public var kernelDevice: String?
+  /// By which way the kernel reaches it.
+  public var transport: DeviceKind?
   /// Length of the disk in bytes.
   public var size: UInt64?
   /// Bytes of the blocks that have a place in the store.
@@ -30,17 +34,19 @@ public struct DiskStatus: Codable, Sendable, Hashable {
   public var state: PublicState
   /// Why it is not ready, or not wholly.
   public var error: String?
+  /// What else there is to know, one line.
+  public var note: String?
   /// Process id of the worker.
   public var worker: Int32?
   /// Unix time of the last change of state.
   public var since: Int64
   /// Placements that are not durable yet.
   public var uncommitted: UInt64?
-  /// Read requests since the worker started.
+  /// Read requests since the worker started, or its device was made.
   public var reads: UInt64?
-  /// Write requests since the worker started.
+  /// Write requests since then.
   public var writes: UInt64?
-  /// Flush requests since the worker started.
+  /// Flush requests since then.
   public var flushes: UInt64?
   /// Questions to the format since the worker started.
   public var faults: UInt64?

@@ -6,10 +6,10 @@ import Glibc
 /// Renders status for people.
 public enum StatusTable {
   private static let headings = [
-    "DOMAIN", "VDEV", "FORMAT", "STORE", "BASE", "DEVICE", "SIZE", "ALLOCATED", "STATE",
-    "WORKER", "SINCE",
+    "DOMAIN", "VDEV", "FORMAT", "STORE", "BASE", "DEVICE", "VIA", "SIZE", "ALLOCATED",
+    "STATE", "WORKER", "SINCE",
   ]
-  private static let right: Set<Int> = [6, 7]
+  private static let right: Set<Int> = [7, 8]
 
   /// The whole text, a newline at the end of each line.
   public static func render(_ disks: [DiskStatus]) -> String {
@@ -29,8 +29,9 @@ public enum StatusTable {
       text += line + "\n"
     }
     for disk in disks {
-      guard let error = disk.error else { continue }
-      text += "\(domain(disk)) \(disk.vdev): \(error)\n"
+      for line in [disk.error, disk.note].compactMap({ $0 }) {
+        text += "\(domain(disk)) \(disk.vdev): \(line)\n"
+      }
     }
     return text
   }
@@ -42,7 +43,7 @@ public enum StatusTable {
   private static func row(_ disk: DiskStatus) -> [String] {
     [
       domain(disk), disk.vdev, disk.format ?? "-", disk.store ?? "-", disk.base ?? "-",
-      disk.device ?? "-", disk.size.map(ByteCount.short) ?? "-",
+      disk.device ?? "-", disk.transport?.rawValue ?? "-", disk.size.map(ByteCount.short) ?? "-",
       disk.allocated.map(ByteCount.short) ?? "-", disk.state.rawValue,
       disk.worker.map { String($0) } ?? "-", time(disk.since),
     ]

@@ -49,6 +49,7 @@ need() {
 finish() {
   local file
   echo "plan $scenario $count" >>"$results"
+  [ "$failures" != 0 ] || cat "$daemon_log"
   if [ "$failures" != 0 ]; then
     xl list
     xenstore-ls -f /local/domain/0/backend/vbd 2>/dev/null
@@ -205,9 +206,24 @@ worker() { told "$1" "$2" worker; }
 is_alive() { kill -0 "$1"; }
 no_workers() { ! pidof cowd; }
 
-# nbd_in_use: how many nbd devices are attached.
+# no_devices: no nbd device is attached, no device of the module and no loop device is there.
 nbd_in_use() { find /sys/block/nbd*/pid 2>/dev/null | wc -l; }
-no_nbd() { [ "$(nbd_in_use)" = 0 ]; }
+no_devices() {
+  [ "$(nbd_in_use)" = 0 ] && [ -z "$(losetup -n -l)" ] &&
+    ! dmsetup ls | grep -E '^(dmu-|lab[[:space:]])'
+}
+
+# The way that the daemon's configuration wishes, and the one by which a disk then is served.
+transport=$(cat /share/transport)
+# shellcheck disable=SC2034 # scenarios use it
+case $transport in nbd) way=nbd ;; *) way=dm ;; esac
+
+# transport_of NAME VDEV: how the kernel reaches a disk.
+transport_of() {
+  dmu-xen status --json "$1" | jq -r --arg vdev "$2" '.[] | select(.vdev == $vdev).transport'
+}
+# comes_by WAY NAME VDEV
+comes_by() { [ "$(transport_of "$2" "$3")" = "$1" ]; }
 
 # table_has WORD: whether a line of `dmu-xen status` has it.
 table_has() { has_line "$1" dmu-xen status; }

@@ -1,0 +1,183 @@
+// Where the daemon touches the device-mapper: a seam with a real implementation and a
+// stand-in for tests, as the nbd driver's.
+
+public import DeviceMapper
+public import Posix
+internal import WorkerLink
+import Glibc
+
+/// What a device of the target `userspace` has to be made with.
+public struct MappedWish: Sendable {
+  /// The disk, which names the device.
+  public var disk: DiskID
+  /// Length in bytes.
+  public var size: UInt64
+  /// Bytes of a block.
+  public var blockSize: UInt32
+  /// What it stands on, in the order of their numbers; the descriptors are lent.
+  public var backings: [ServedDevice.Backing]
+  /// Whether the guest may only read.
+  public var readOnly: Bool
+}
+
+/// What the kernel counts of a device since it was made.
+public struct MappedCounters: Sendable, Equatable {
+  /// Read requests.
+  public var reads: UInt64 = 0
+  /// Write requests.
+  public var writes: UInt64 = 0
+  /// Flush requests.
+  public var flushes: UInt64 = 0
+  /// Placements that are not durable yet.
+  public var uncommitted: UInt64 = 0
+
+  /// Nothing yet.
+  public init() {}
+}
+
+/// Makes block devices of the target `userspace`, which a worker serves by their nodes. All
+/// calls block. Those of the device-mapper itself are made one at a time and never from a
+/// thread that a worker waits for.
+public protocol DeviceMapping: Sendable {
+  /// Whether the kernel has the target. Loads its module if that is installed.
+  func isAvailable() throws(DeviceMapperError) -> Bool
+  /// Makes a device: suspended, its node there for a worker. What is left of a start that came
+  /// to nothing goes first. Throws EBUSY when the name is taken.
+  func make(_ wish: MappedWish) throws(DeviceMapperError) -> DeviceNode
+  /// Opens a device's node for a worker. Throws EBUSY while another has it.
+  func openNode(_ disk: DiskID) throws(IOError) -> Descriptor
+  /// Brings a device into use.
+  func start(_ disk: DiskID) throws(DeviceMapperError)
+  /// What there is under the disk's name.
+  func state(
+    _ disk: DiskID, over backings: [ServedDevice.Backing]
+  ) throws(DeviceMapperError) -> ServedDevice.State
+  /// Whether a device in use, made earlier and perhaps by an earlier daemon, is there and ours.
+  func isAttached(_ disk: DiskID, _ node: DeviceNode) throws(DeviceMapperError) -> Bool
+  /// Writes out what was written to a device and commits it. Waits for the worker, for ever if
+  /// there is none; `failFaults` ends the wait with an error.
+  func flush(_ node: DeviceNode) throws(IOError)
+  /// Fails every request that waits for a worker. Without a table in use there is none.
+  func failFaults(_ disk: DiskID) throws(DeviceMapperError)
+  /// Removes a device. One that is not there is no error. Throws EBUSY while somebody has it
+  /// open; `deferred`: then it goes with the last close.
+  func remove(_ disk: DiskID, deferred: Bool) throws(DeviceMapperError)
+  /// What the kernel counts of a device.
+  func counters(_ disk: DiskID, _ node: DeviceNode) throws(DeviceMapperError) -> MappedCounters
+  /// Every device that a daemon like this one has made.
+  func devices() throws(DeviceMapperError) -> [DiskID: DeviceNode]
+}
+
+/// The kernel's device-mapper.
+public struct KernelMapper: DeviceMapping {
+  /// The mapper.
+  public init() {}
+
+  private static let prefix = "dmu-"
+
+  private func served(_ disk: DiskID) -> ServedDevice {
+    ServedDevice(name: KernelMapper.prefix + "\(disk)", owner: "dmu-xend")
+  }
+
+  private func node(_ number: DeviceNumber, _ device: MappedDevice) -> DeviceNode {
+    DeviceNode(
+      kind: .dm, index: number.minor, path: device.path, major: number.major,
+      minor: number.minor)
+  }
+
+  /// Asks the kernel for the target's version.
+  public func isAvailable() throws(DeviceMapperError) -> Bool { try ServedDevice.isAvailable() }
+
+  /// Makes dmu-DOMAIN-DEVICE.
+  public func make(_ wish: MappedWish) throws(DeviceMapperError) -> DeviceNode {
+    let served = served(wish.disk)
+    if try served.state(over: wish.backings) == .unfinished { try served.device.remove() }
+    let number = try served.make(
+      size: wish.size, blockSize: wish.blockSize, wish.backings, readOnly: wish.readOnly)
+    return node(number, served.device)
+  }
+
+  /// Opens /dev/dmu/dmu-DOMAIN-DEVICE.
+  public func openNode(_ disk: DiskID) throws(IOError) -> Descriptor {
+    try Descriptor(path: "/dev/dmu/" + served(disk).device.name, flags: O_RDWR)
+  }
+
+  /// Resumes it for the first time.
+  public func start(_ disk: DiskID) throws(DeviceMapperError) { try served(disk).start() }
+
+  /// Compares name, identifier and table.
+  public func state(
+    _ disk: DiskID, over backings: [ServedDevice.Backing]
+  ) throws(DeviceMapperError) -> ServedDevice.State { try served(disk).state(over: backings) }
+
+  /// Compares name, identifier and number.
+  public func isAttached(
+    _ disk: DiskID, _ node: DeviceNode
+  ) throws(DeviceMapperError) -> Bool {
+    let served = served(disk)
+    guard DeviceMapper.isAvailable, let found = try served.device.information() else {
+      return false
+    }
+    let identifier = try served.device.uuid()
+    return found.hasLiveTable && self.node(found.number, served.device) == node
+      && identifier == served.identifier
+  }
+
+  /// Has the device's page cache written, and the device flushed.
+  public func flush(_ node: DeviceNode) throws(IOError) {
+    let device = try Descriptor(path: node.path, flags: O_RDONLY)
+    guard fsync(device.raw) == 0 else { throw IOError.last("write out", node.path) }
+  }
+
+  /// Tells the target.
+  public func failFaults(_ disk: DiskID) throws(DeviceMapperError) {
+    let device = served(disk).device
+    guard try device.information()?.hasLiveTable == true else { return }
+    _ = try device.message("fail_faults")
+  }
+
+  /// Removes it, and with it the loop devices that were made for it.
+  public func remove(_ disk: DiskID, deferred: Bool) throws(DeviceMapperError) {
+    do throws(DeviceMapperError) {
+      try served(disk).device.remove(deferred: deferred)
+    } catch {
+      guard error.code == ENXIO else { throw error }
+    }
+  }
+
+  /// Reads the target's status and the device's own counters.
+  public func counters(
+    _ disk: DiskID, _ node: DeviceNode
+  ) throws(DeviceMapperError) -> MappedCounters {
+    var counters = MappedCounters()
+    // NAME MAJOR:MINOR WORKER EXTENTS UNCOMMITTED WAITING HEALTH
+    let words = try served(disk).device.status(flush: false).first?.words.split(separator: " ")
+    if let words, words.count > 4, let count = UInt64(words[4]) { counters.uncommitted = count }
+    let path = "/sys/block/dm-\(node.index)/stat"
+    do throws(IOError) {
+      let numbers = try TextFile.read(path).split { $0 == " " || $0 == "\n" }.map { UInt64($0) }
+      func number(_ index: Int) -> UInt64 {
+        numbers.indices.contains(index) ? numbers[index] ?? 0 : 0
+      }
+      (counters.reads, counters.writes, counters.flushes) = (number(0), number(4), number(15))
+    } catch { throw DeviceMapperError(error.code, "read", path) }
+    return counters
+  }
+
+  /// Every device with our name and identifier.
+  public func devices() throws(DeviceMapperError) -> [DiskID: DeviceNode] {
+    guard DeviceMapper.isAvailable else { return [:] }
+    var found: [DiskID: DeviceNode] = [:]
+    for (device, number) in try DeviceMapper.devices()
+    where device.name.hasPrefix(KernelMapper.prefix) {
+      guard let disk = DiskID(device.name.dropFirst(KernelMapper.prefix.count)) else { continue }
+      let served = served(disk)
+      do throws(DeviceMapperError) {
+        if try device.uuid() == served.identifier { found[disk] = node(number, device) }
+      } catch {
+        guard error.code == ENXIO else { throw error }
+      }
+    }
+    return found
+  }
+}

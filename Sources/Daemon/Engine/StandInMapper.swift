@@ -1,0 +1,141 @@
+// Devices of the device-mapper that are none: for tests, with workers that are played. A
+// device is a file in a folder, so that it outlives the daemon as the kernel's do; the node
+// that a worker is given is one end of a pair of sockets, whose other end is kept here.
+
+public import DeviceMapper
+public import Posix
+import Glibc
+import Synchronization
+
+/// Keeps what the device-mapper would. The files say SUSPENDED or LIVE, and what the device
+/// stands on.
+public final class StandInMapper: DeviceMapping {
+  private let folder: String
+  private let isThere: Bool
+  /// The kernel's ends of the nodes that were opened last.
+  private let ends = Mutex<[DiskID: PassedDescriptor]>([:])
+
+  /// A mapper with its devices in a folder, which has to be there; without one it is as if the
+  /// module were not installed.
+  public init(folder: String?) {
+    isThere = folder != nil
+    self.folder = folder ?? ""
+  }
+
+  /// Whether there is a folder.
+  public func isAvailable() throws(DeviceMapperError) -> Bool { isThere }
+
+  /// Writes the device's file.
+  public func make(_ wish: MappedWish) throws(DeviceMapperError) -> DeviceNode {
+    guard access(path(wish.disk), F_OK) != 0 else {
+      throw DeviceMapperError(EBUSY, "create", "\(wish.disk)")
+    }
+    try write(wish.disk, "SUSPENDED " + Self.names(wish.backings))
+    return node(wish.disk)
+  }
+
+  /// Makes a pair of sockets, unless a worker has the last one.
+  public func openNode(_ disk: DiskID) throws(IOError) -> Descriptor {
+    let pair = try UnixSocket.pair(.stream)
+    let first = try pair.first.duplicate()
+    let kept = PassedDescriptor(try pair.second.duplicate())
+    let isFree = ends.withLock { ends in
+      guard ends[disk].map({ Self.hasEnded($0) }) ?? true else { return false }
+      ends[disk] = kept
+      return true
+    }
+    guard isFree else { throw IOError(EBUSY, "open", "the stand-in's node of \(disk)") }
+    return first
+  }
+
+  private static func hasEnded(_ end: PassedDescriptor) -> Bool {
+    guard let raw = end.raw else { return true }
+    var wait = pollfd(fd: raw, events: Int16(POLLIN), revents: 0)
+    return poll(&wait, 1, 0) > 0
+  }
+
+  /// Marks it as live.
+  public func start(_ disk: DiskID) throws(DeviceMapperError) {
+    try write(disk, try text(disk).replacing("SUSPENDED", with: "LIVE"))
+  }
+
+  /// Compares the file.
+  public func state(
+    _ disk: DiskID, over backings: [ServedDevice.Backing]
+  ) throws(DeviceMapperError) -> ServedDevice.State {
+    guard access(path(disk), F_OK) == 0 else { return .absent }
+    let words = try text(disk).split(separator: " ", maxSplits: 1)
+    guard words.first == "LIVE" else { return .unfinished }
+    return words.last.map { $0 == Self.names(backings) } == true
+      ? .ours : .foreign("the stand-in of \(disk) stands on other files")
+  }
+
+  /// Whether its file is there.
+  public func isAttached(
+    _ disk: DiskID, _ node: DeviceNode
+  ) throws(DeviceMapperError) -> Bool {
+    access(path(disk), F_OK) == 0 && self.node(disk) == node
+  }
+
+  /// Leaves a mark that the device was flushed.
+  public func flush(_ node: DeviceNode) throws(IOError) {
+    try TextFile.replace(folder + "/flushed", with: node.path)
+  }
+
+  /// Nobody waits.
+  public func failFaults(_ disk: DiskID) throws(DeviceMapperError) {}
+
+  /// Removes the file and ends the worker's socket.
+  public func remove(_ disk: DiskID, deferred: Bool) throws(DeviceMapperError) {
+    guard unlink(path(disk)) == 0 || errno == ENOENT else {
+      throw DeviceMapperError(errno, "remove", "\(disk)")
+    }
+    ends.withLock { $0[disk] = nil }
+  }
+
+  /// Nothing is counted.
+  public func counters(
+    _ disk: DiskID, _ node: DeviceNode
+  ) throws(DeviceMapperError) -> MappedCounters { MappedCounters() }
+
+  /// Every file.
+  public func devices() throws(DeviceMapperError) -> [DiskID: DeviceNode] {
+    guard isThere else { return [:] }
+    guard let folder = opendir(folder) else {
+      throw DeviceMapperError(errno, "list", folder)
+    }
+    defer { closedir(folder) }
+    var found: [DiskID: DeviceNode] = [:]
+    while let entry = readdir(folder) {
+      let name = withUnsafeBytes(of: entry.pointee.d_name) {
+        String(decoding: $0.prefix { $0 != 0 }, as: UTF8.self)
+      }
+      if let disk = DiskID(name) { found[disk] = node(disk) }
+    }
+    return found
+  }
+
+  private func path(_ disk: DiskID) -> String { "\(folder)/\(disk)" }
+
+  private func node(_ disk: DiskID) -> DeviceNode {
+    let minor = UInt32(disk.domain)
+    return DeviceNode(
+      kind: .dm, index: minor, path: "/stand-in/dmu-\(disk)", major: 253, minor: minor)
+  }
+
+  private static func names(_ backings: [ServedDevice.Backing]) -> String {
+    backings.map { ($0.readOnly ? "ro:" : "") + $0.name }.joined(separator: " ")
+  }
+
+  private func text(_ disk: DiskID) throws(DeviceMapperError) -> String {
+    do throws(IOError) { return try TextFile.read(path(disk)) } catch {
+      throw DeviceMapperError(error.code, "read", error.subject)
+    }
+  }
+
+  private func write(_ disk: DiskID, _ text: String) throws(DeviceMapperError) {
+    do throws(IOError) { try TextFile.replace(path(disk), with: text) } catch {
+      throw DeviceMapperError(error.code, "write", error.subject)
+    }
+  }
+}
