@@ -245,7 +245,6 @@ public final class Supervised {
           log(.info, "the kernel cannot serve it", ["reason": why])
         }
       }
-      }
       pending = opening.descriptors.take(.pending)
       let disk = try Disk(image, pending: pending?.raw, loop: loop, log: log)
       serve(disk, opening.descriptors)

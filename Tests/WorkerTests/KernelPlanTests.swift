@@ -4,6 +4,7 @@
 import Glibc
 import ImageFormats
 import Posix
+import Target
 import TestSupport
 import Testing
 
@@ -40,7 +41,7 @@ import Testing
       #expect(found == index.map { .device(UInt16($0), sector: 64) })
     }
     // Who comes later plans alike.
-    #expect(plan.backings.map(\.name) == KernelPlan.names(of: opened))
+    #expect(plan.files.map(\.store.name) == KernelPlan.names(of: opened))
   }
 
   @Test func whatTheKernelHasNoNumberForIsReadOtherwise() throws {
