@@ -83,7 +83,7 @@ let package = Package(
     tests("XenStoreTests", ["XenStore", "TestSupport"]),
     tests("ImageFormatsTests", ["ImageFormats", "Posix", "TestSupport"]),
     tests("ImageToolTests", ["ImageTool", "ImageFormats", "Posix", "TestSupport"]),
-    tests("TargetTests", ["Target", "Posix", "TestSupport"]),
+    tests("TargetTests", ["Target", "DMU", "Posix", "TestSupport"]),
     tests(
       "WorkerTests", ["Worker", "Target", "ImageFormats", "WorkerLink", "Posix", "TestSupport"]),
     program("played-worker", ["WorkerLink", "Posix"]),

@@ -24,18 +24,18 @@ public struct ServedDevice: Sendable {
     /// loop device, so that whoever reads and writes the same through its node meets no other
     /// bytes.
     public var isDirect: Bool
-    /// How long a file that grows may become, in bytes; 0 for one that keeps its length.
-    public var reach: UInt64
+    /// By how many bytes a file may grow; 0 for one that keeps its length.
+    public var growth: UInt64
 
     /// A backing from its parts.
     public init(
-      descriptor: Int32, name: String, readOnly: Bool, isDirect: Bool = true, reach: UInt64 = 0
+      descriptor: Int32, name: String, readOnly: Bool, isDirect: Bool = true, growth: UInt64 = 0
     ) {
       self.descriptor = descriptor
       self.name = name
       self.readOnly = readOnly
       self.isDirect = isDirect
-      self.reach = reach
+      self.growth = growth
     }
   }
 
@@ -69,6 +69,12 @@ public struct ServedDevice: Sendable {
   /// if it is installed.
   public static func isAvailable() throws(DeviceMapperError) -> Bool {
     try DeviceMapper.version(ofTarget: target)?.major == 1
+  }
+
+  /// By how many bytes the files of a disk of so many may grow: each block gets a new place once,
+  /// its part of the tables included, and some are placed for nothing.
+  public static func growth(of size: UInt64) -> UInt64 {
+    2 * min(size, 1 << 60) + 1 << 30
   }
 
   /// What there is under the name.
@@ -192,7 +198,7 @@ private struct Loops: ~Copyable {
     do throws(IOError) {
       let loop = try LoopDevice(
         file: backing.descriptor, name: backing.name, readOnly: backing.readOnly,
-        direct: backing.isDirect, reach: backing.readOnly ? 0 : backing.reach)
+        direct: backing.isDirect, growth: backing.readOnly ? 0 : backing.growth)
       let link = LoopChain(loop, first)
       first = link
       return DeviceNumber(UInt64(try link.loop.deviceNumber()))

@@ -11,6 +11,29 @@ public final class ImageStore: ByteStore {
   private struct Guarded: @unchecked Sendable {
     // Guarded by the mutex around it: nobody else has a reference.
     let image: any ImageFormat
+    /// The last answers, by the block asked for. A run is looked beyond to see where it ends,
+    /// and each image of a chain looks beyond what the one below it has just said: without
+    /// these a chain would be asked twice as often with every image in it.
+    var recent: [(limit: UInt64, extent: Extent)] = []
+    var next = 0
+
+    mutating func find(_ block: UInt64, limit: UInt64) throws(ImageError) -> Extent {
+      for known in recent where known.extent.blocks.first == block {
+        var extent = known.extent
+        // It ended there by itself, or is asked for no further than it is known.
+        guard extent.blocks.count < known.limit || limit <= known.limit else { continue }
+        extent.blocks.count = min(extent.blocks.count, limit)
+        return extent
+      }
+      let extent = try image.find(block, limit: limit)
+      if recent.count < 8 {
+        recent.append((limit, extent))
+      } else {
+        recent[next] = (limit, extent)
+        next = (next + 1) % recent.count
+      }
+      return extent
+    }
   }
 
   private let guarded: Mutex<Guarded>
@@ -61,7 +84,7 @@ public final class ImageStore: ByteStore {
     let last = (offset + min(count, size - offset) - 1) / blockSize
     let found = guarded.withLock { (guarded) -> Result<Extent, ImageError> in
       do throws(ImageError) {
-        return .success(try guarded.image.find(first, limit: last - first + 1))
+        return .success(try guarded.find(first, limit: last - first + 1))
       } catch { return .failure(error) }
     }
     switch found {

@@ -36,17 +36,17 @@ public struct LoopDevice: ~Copyable, Sendable {
 
   /// Makes a device of an open file or device, which stays the caller's. With `direct` requests
   /// pass the page cache by where the file system lets them, in sectors as small as it takes;
-  /// otherwise sectors have 512 bytes. `reach`: so many bytes the device has at least, if the
-  /// file is shorter, as far as its file system has files of that length. `name` is what losetup
+  /// otherwise sectors have 512 bytes. `growth`: by so many bytes the device is longer than
+  /// the file, as far as its file system has files of that length. `name` is what losetup
   /// prints. Throws: ENOENT without the driver, EBADF, and the errno of the ioctl calls of
   /// loop(4).
   public init(
-    file: Int32, name: String, readOnly: Bool, direct: Bool = true, reach: UInt64 = 0
+    file: Int32, name: String, readOnly: Bool, direct: Bool = true, growth: UInt64 = 0
   ) throws(IOError) {
     let control = try Descriptor(path: "/dev/loop-control", flags: O_RDWR)
     let flags =
       Self.autoClear | (direct ? Self.directIO : 0) | (readOnly ? Self.readOnly : 0)
-    let length = try Self.stretch(file, name, to: reach)
+    let length = try Self.stretch(file, name, by: growth)
     var made: Made?
     var failure: IOError?
     do throws(IOError) {
@@ -72,14 +72,14 @@ public struct LoopDevice: ~Copyable, Sendable {
 
   /// Lengthens a file; its former length, or nil when nothing was done.
   private static func stretch(
-    _ file: Int32, _ name: String, to reach: UInt64
+    _ file: Int32, _ name: String, by growth: UInt64
   ) throws(IOError) -> UInt64? {
-    guard reach > 0 else { return nil }
+    guard growth > 0 else { return nil }
     var status = stat()
     guard fstat(file, &status) == 0 else { throw IOError.last("examine", name) }
     guard status.st_mode & S_IFMT == S_IFREG else { return nil }
     let length = UInt64(status.st_size)
-    var ahead = reach > length ? (reach - length) / 4096 * 4096 : 0
+    var ahead = growth / 4096 * 4096
     while ahead >= 4096 {
       if ftruncate(file, off_t(length + ahead)) == 0 { return length }
       guard errno == EFBIG || errno == ENOSPC || errno == EINVAL else {

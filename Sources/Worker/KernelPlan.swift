@@ -35,9 +35,8 @@ struct KernelPlan {
   let files: [File]
   /// How the format's devices are to be found among them.
   let devices: KernelDevices
-  /// How many bytes a file may grow by: each block gets a new place once, its part of the tables
-  /// included, and some are placed for nothing.
-  private let ahead: UInt64
+  /// By how many bytes a file may grow.
+  private let growth: UInt64
 
   /// Makes the plan of an image.
   static func make(_ image: OpenImage) -> Outcome {
@@ -63,8 +62,7 @@ struct KernelPlan {
 
   private init(_ image: OpenImage, _ files: [File]) {
     self.files = files
-    // No disk is longer than 2^56 bytes.
-    ahead = 2 * image.format.size + 1 << 30
+    growth = ServedDevice.growth(of: image.format.size)
     func number(_ store: any ByteStore) -> UInt16? {
       files.firstIndex { $0.store === store }.map { UInt16($0) }
     }
@@ -99,10 +97,9 @@ struct KernelPlan {
   /// What the device is made of.
   var backings: [ServedDevice.Backing] {
     files.map { file in
-      let grows = file.isWritable && !file.isDirect && !file.store.isBlockDevice
-      return ServedDevice.Backing(
+      ServedDevice.Backing(
         descriptor: file.store.raw, name: file.store.name, readOnly: !file.isWritable,
-        isDirect: file.isDirect, reach: grows ? file.store.size + ahead : 0)
+        isDirect: file.isDirect, growth: file.isDirect ? 0 : growth)
     }
   }
 }

@@ -261,7 +261,7 @@ public final class Supervised {
     report.parts = try plan.backings.map { backing throws(WorkerError) in
       DiskPart(
         try role(of: backing.descriptor, opening), isWritable: !backing.readOnly,
-        isDirect: backing.isDirect, reach: backing.reach)
+        isDirect: backing.isDirect, growth: backing.growth)
     }
     phase = .prepared(image, plan)
     server.send(.ready(named(report)))

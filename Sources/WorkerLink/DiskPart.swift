@@ -18,15 +18,15 @@ public struct DiskPart: Sendable, Hashable {
   public var isWritable: Bool
   /// Whether the page cache is passed by.
   public var isDirect: Bool
-  /// How long it may become, in bytes; 0 for what keeps its length.
-  public var reach: UInt64
+  /// By how many bytes it may grow; 0 for what keeps its length.
+  public var growth: UInt64
 
   /// A part from its properties.
-  public init(_ role: Role, isWritable: Bool, isDirect: Bool = true, reach: UInt64 = 0) {
+  public init(_ role: Role, isWritable: Bool, isDirect: Bool = true, growth: UInt64 = 0) {
     self.role = role
     self.isWritable = isWritable
     self.isDirect = isDirect
-    self.reach = reach
+    self.growth = growth
   }
 
   var word: String {
@@ -36,13 +36,13 @@ public struct DiskPart: Sendable, Hashable {
       case .base: "base"
       case .file(let index): "file-\(index)"
       }
-    return "\(name):\(isWritable ? "w" : "")\(isDirect ? "d" : ""):\(reach)"
+    return "\(name):\(isWritable ? "w" : "")\(isDirect ? "d" : ""):\(growth)"
   }
 
   init?(_ word: some StringProtocol) {
     let fields = word.split(separator: ":", omittingEmptySubsequences: false)
     guard fields.count == 3, fields[1].allSatisfy({ "wd".contains($0) }),
-      let reach = UInt64(fields[2]), reach <= 1 << 62
+      let growth = UInt64(fields[2]), growth <= 1 << 62
     else { return nil }
     let role: Role
     switch fields[0] {
@@ -54,6 +54,6 @@ public struct DiskPart: Sendable, Hashable {
       role = .file(index)
     }
     self.init(
-      role, isWritable: fields[1].contains("w"), isDirect: fields[1].contains("d"), reach: reach)
+      role, isWritable: fields[1].contains("w"), isDirect: fields[1].contains("d"), growth: growth)
   }
 }

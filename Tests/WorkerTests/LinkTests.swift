@@ -41,7 +41,7 @@ import WorkerLink
     var report = DiskReport()
     report.hindrance = "is strange"
     report.parts = [
-      DiskPart(.store, isWritable: true, isDirect: false, reach: 1 << 30),
+      DiskPart(.store, isWritable: true, isDirect: false, growth: 1 << 30),
       DiskPart(.file(1), isWritable: true), DiskPart(.base, isWritable: false),
     ]
     report.size = 1 << 40

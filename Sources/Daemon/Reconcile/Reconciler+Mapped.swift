@@ -20,7 +20,7 @@ struct DiskBacking: Sendable {
   var lent: ServedDevice.Backing {
     ServedDevice.Backing(
       descriptor: image.file.raw, name: image.file.name, readOnly: !part.isWritable,
-      isDirect: part.isDirect, reach: part.reach)
+      isDirect: part.isDirect, growth: part.growth)
   }
 }
 

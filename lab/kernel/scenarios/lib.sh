@@ -11,7 +11,8 @@ rounds=${DMU_ROUNDS:-1}
 cowd=
 
 die() { echo "${0##*/}: $*"; exit 1; }
-note() { echo "# $*"; }
+# A word for the log; on the host it is seen at once.
+note() { echo "# $*" | tee -a "$DMU_WORK/progress"; }
 
 # serve NAME STORE [OPTION...]: starts cowd and waits until the device is there. The store is of
 # the format that the variable says, dscow unless it is set.
