@@ -8,6 +8,7 @@
 // Opening begins anew with every file that comes: up to the last one nothing is written.
 
 internal import DMU
+import DeviceMapper
 import Glibc
 import ImageFormats
 import Posix
