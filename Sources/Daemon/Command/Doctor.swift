@@ -1,7 +1,9 @@
 // `dmu-xen doctor`: everything that a dmu disk needs of its host, one check after the
 // other, each with what to do when it fails. Changes nothing.
 
+internal import DeviceMapper
 internal import Posix
+internal import WorkerLink
 internal import XenStore
 import Glibc
 
@@ -68,7 +70,7 @@ public struct Doctor: Sendable {
     }
     findings += [dom0(), await xenStore()]
     findings.append(module("xen_blkback", "xen-blkback", "guests' disks"))
-    findings.append(netBlock())
+    findings += devices(configuration.transport)
     findings += [script(), worker(configuration), runDirectory(configuration)]
     findings.append(daemon(configuration))
     return findings
@@ -109,6 +111,27 @@ public struct Doctor: Sendable {
     return Finding(
       "the driver \(name) (\(purpose))", there ? nil : "it is not loaded",
       remedy: "modprobe \(name)")
+  }
+
+  /// The ways to the kernel: the one that is forced, or the better one and the other.
+  private func devices(_ transport: Transport) -> [Finding] {
+    switch transport {
+    case .nbd: [netBlock()]
+    case .dm: [target(isNeeded: true)]
+    case .auto: [target(isNeeded: false), netBlock()]
+    }
+  }
+
+  private func target(isNeeded: Bool) -> Finding {
+    let what = "the target userspace (devices by the device-mapper)"
+    let remedy = "dkms install dm-userspace/1.0, then: modprobe dm-userspace"
+    do throws(DeviceMapperError) {
+      if try KernelMapper().isAvailable() { return Finding(what, nil, remedy: remedy) }
+      guard isNeeded else {
+        return Finding(what + ": not there, so that disks go by nbd", nil, remedy: remedy)
+      }
+      return Finding(what, "the kernel has none of version 1", remedy: remedy)
+    } catch { return Finding(what, "\(error)", remedy: remedy) }
   }
 
   private func netBlock() -> Finding {

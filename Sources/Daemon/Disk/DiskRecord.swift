@@ -117,9 +117,14 @@ struct DiskDirectory: Sendable {
 
   /// The disks that have a directory.
   static func all(_ configuration: Configuration) throws(IOError) -> [DiskID] {
-    guard let folder = opendir(configuration.disksDirectory) else {
+    try named(in: configuration.disksDirectory)
+  }
+
+  /// The disks that something in a folder is named after.
+  static func named(in path: String) throws(IOError) -> [DiskID] {
+    guard let folder = opendir(path) else {
       if errno == ENOENT { return [] }
-      throw IOError.last("list", configuration.disksDirectory)
+      throw IOError.last("list", path)
     }
     defer { closedir(folder) }
     var found: [DiskID] = []

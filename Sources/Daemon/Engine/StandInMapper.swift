@@ -101,18 +101,10 @@ public final class StandInMapper: DeviceMapping {
   /// Every file.
   public func devices() throws(DeviceMapperError) -> [DiskID: DeviceNode] {
     guard isThere else { return [:] }
-    guard let folder = opendir(folder) else {
-      throw DeviceMapperError(errno, "list", folder)
-    }
-    defer { closedir(folder) }
-    var found: [DiskID: DeviceNode] = [:]
-    while let entry = readdir(folder) {
-      let name = withUnsafeBytes(of: entry.pointee.d_name) {
-        String(decoding: $0.prefix { $0 != 0 }, as: UTF8.self)
-      }
-      if let disk = DiskID(name) { found[disk] = node(disk) }
-    }
-    return found
+    do throws(IOError) {
+      let disks = try DiskDirectory.named(in: folder)
+      return Dictionary(uniqueKeysWithValues: disks.map { ($0, node($0)) })
+    } catch { throw DeviceMapperError(error.code, error.operation, error.subject) }
   }
 
   private func path(_ disk: DiskID) -> String { "\(folder)/\(disk)" }

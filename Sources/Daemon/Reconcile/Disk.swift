@@ -26,6 +26,8 @@ final class Disk {
   /// are open.
   var allowed: [NamedFile] = []
   var files: [NamedFile: OpenImage] = [:]
+  /// Why the kernel cannot serve the disk by itself although it might have; nil when it does.
+  var hindrance: String?
   /// What a device of the device-mapper stands on, by the worker's word.
   var backings: [DiskBacking] = []
   var pending: FileStore?

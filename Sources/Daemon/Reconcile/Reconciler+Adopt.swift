@@ -121,6 +121,7 @@ extension Reconciler {
       guard report.byNode == disk.isHeldByKernel, report.attached || !report.byNode else {
         throw WorkerSilence.closed("it does not serve the device")
       }
+      disk.hindrance = report.hindrance
       disk.socketLost = !report.attached
       disk.phase = .serving(DiskPhase.Trouble(report))
       log.info("took the worker over", metadata: ["worker": "\(record.worker)"])

@@ -109,9 +109,7 @@ extension Reconciler {
     status.device = disk.device?.path
     status.transport = disk.device?.kind
     status.kernelDevice = disk.device?.kernelPath
-    if let why = disk.report?.hindrance, disk.device?.kind == .nbd {
-      status.note = "served by nbd, since its image \(why)"
-    }
+    if let why = disk.hindrance { status.note = "served by nbd, since its image \(why)" }
     status.error = disk.phase.error
     status.worker = disk.worker?.process.pid
     if let report = disk.report {

@@ -112,6 +112,7 @@ extension Reconciler {
   private func fallBack(_ disk: Disk, _ transport: Transport) throws(DiskFailure) {
     let why = disk.report?.hindrance ?? "does not say why"
     guard transport != .dm else { throw .notMappable(disk.spec?.store ?? "", why) }
+    disk.hindrance = why
     log(for: disk).notice("serving by nbd", metadata: ["reason": "\(why)"])
   }
 
@@ -182,6 +183,7 @@ extension Reconciler {
     disk.allowed = []
     disk.files = [:]
     disk.backings = []
+    disk.hindrance = nil
     disk.pending = nil
     disk.madeStore = false
     disk.needsFormat = false
