@@ -14,23 +14,6 @@
 #include "dmu-core.h"
 #include "dmu-trace.h"
 
-struct dmu_epoch *dmu_epoch_enter(struct dmu_device *dev)
-{
-	struct dmu_epoch *epoch;
-
-	rcu_read_lock();
-	/* Who sees the new epoch sees the tree without what was invalidated before. */
-	epoch = smp_load_acquire(&dev->epoch);
-	percpu_ref_get(&epoch->ref);
-	rcu_read_unlock();
-	return epoch;
-}
-
-void dmu_epoch_leave(struct dmu_epoch *epoch)
-{
-	percpu_ref_put(&epoch->ref);
-}
-
 void dmu_end_bio(struct bio *bio, blk_status_t status)
 {
 	bio->bi_status = status;
@@ -118,10 +101,11 @@ void dmu_issue(struct dmu_device *dev, struct bio *bio, unsigned long word,
 static unsigned long dmu_serving(struct dmu_device *dev, struct bio *bio)
 {
 	unsigned long word;
+	u64 run;
 
 	if (dmu_is_run(dev, bio))
 		return 0;
-	word = dmu_extent_find(dev, dmu_block_of(dev, bio->bi_iter.bi_sector), NULL);
+	word = dmu_index_lookup(dev, dmu_block_of(dev, bio->bi_iter.bi_sector), 1, &run);
 	if (op_is_write(bio_op(bio)) && !dmu_word_writable(word))
 		return 0;
 	return word;
@@ -130,9 +114,13 @@ static unsigned long dmu_serving(struct dmu_device *dev, struct bio *bio)
 /* Issues the bio if it is served now. */
 bool dmu_try_issue(struct dmu_device *dev, struct bio *bio)
 {
-	struct dmu_epoch *epoch = dmu_epoch_enter(dev);
-	unsigned long word = dmu_serving(dev, bio);
+	struct dmu_epoch *epoch;
+	unsigned long word;
 
+	rcu_read_lock();
+	epoch = dmu_epoch_enter_rcu(dev);
+	word = dmu_serving(dev, bio);
+	rcu_read_unlock();
 	if (!word) {
 		dmu_epoch_leave(epoch);
 		return false;

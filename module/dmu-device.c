@@ -43,6 +43,7 @@ static void dmu_device_destroy(struct dmu_device *dev)
 	bioset_exit(&dev->bios);
 	mempool_exit(&dev->cell_pool);
 	mtree_destroy(&dev->extents);
+	dmu_index_free(dev);
 	dmu_device_put(dev);
 }
 
@@ -112,6 +113,9 @@ static struct dmu_device *dmu_device_create(struct dm_target *ti, const char *na
 	error = dmu_epochs_init(dev);
 	if (error)
 		goto no_epochs;
+	error = dmu_index_reach(dev, dev->blocks);
+	if (error)
+		goto no_index;
 	error = dmu_node_add(dev);
 	if (error) {
 		ti->error = "the node in /dev/dmu cannot be made";
@@ -121,6 +125,8 @@ static struct dmu_device *dmu_device_create(struct dm_target *ti, const char *na
 	return dev;
 
 no_node:
+	dmu_index_free(dev);
+no_index:
 	dmu_epochs_exit(dev);
 no_epochs:
 	dm_kcopyd_client_destroy(dev->kcopyd);

@@ -7,7 +7,8 @@
  * the distance from a sector of the device to its place, signed. Two runs that continue
  * each other have the same word, so merging is a comparison and splitting costs nothing.
  *
- * Readers walk under RCU. Changes are made under map_mutex.
+ * Readers walk under RCU. Changes are made under map_mutex. Requests read the index of
+ * dmu-index.c, which is told every change, and come here when it cannot say.
  */
 #include <linux/rcupdate_wait.h>
 #include <linux/sched/mm.h>
@@ -46,6 +47,17 @@ static int dmu_extent_put(struct dmu_device *dev, u64 first, u64 last, void *ent
 	return error;
 }
 
+/* Changes tree and index. */
+static int dmu_extent_change(struct dmu_device *dev, u64 block, u64 count, u64 first, u64 last,
+			     unsigned long word)
+{
+	int error = dmu_extent_put(dev, first, last, (void *)word);
+
+	if (!error)
+		dmu_index_set(dev, block, block + count - 1, word);
+	return error;
+}
+
 /* Maps a run, taking in the neighbours that it continues. */
 int dmu_extent_store(struct dmu_device *dev, u64 block, u64 count, unsigned long word)
 {
@@ -68,13 +80,13 @@ int dmu_extent_store(struct dmu_device *dev, u64 block, u64 count, unsigned long
 			last = mas.last;
 		rcu_read_unlock();
 	}
-	return dmu_extent_put(dev, first, last, (void *)word);
+	return dmu_extent_change(dev, block, count, first, last, word);
 }
 
 int dmu_extent_erase(struct dmu_device *dev, u64 block, u64 count)
 {
 	lockdep_assert_held(&dev->map_mutex);
-	return dmu_extent_put(dev, block, block + count - 1, NULL);
+	return dmu_extent_change(dev, block, count, block, block + count - 1, 0);
 }
 
 /*

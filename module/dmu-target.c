@@ -196,7 +196,11 @@ static int dmu_preresume(struct dm_target *ti)
 {
 	struct dmu_table *table = ti->private;
 	struct dmu_device *dev = table->dev;
+	int error;
 
+	error = dmu_index_reach(dev, ((ti->len - 1) >> dev->block_shift) + 1);
+	if (error)
+		return error;
 	mutex_lock(&dev->answer_mutex);
 	spin_lock_irq(&dev->lock);
 	dev->table = table;
