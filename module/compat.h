@@ -127,6 +127,13 @@ static inline void dmu_limit_swap(struct dm_target *ti)
 #define DMU_REF_FLAGS 0
 #endif
 
+/* A request that must not wait is mapped, or held, without waiting. */
+#ifdef DM_TARGET_NOWAIT
+#define DMU_TARGET_NOWAIT DM_TARGET_NOWAIT
+#else
+#define DMU_TARGET_NOWAIT 0
+#endif
+
 /* For who holds the RCU read lock already. */
 #if DMU_KERNEL(5, 18)
 #define dmu_ref_tryget_live_rcu(ref) percpu_ref_tryget_live_rcu(ref)

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * The path of a request: through the tree if it can, into a queue if it must.
+ * The path of a request: through the index if it can, into a queue if it must.
  */
 #include "dmu-core.h"
 
-/* A bio that needs more than the tree: true when it is held, else as dmu_hold() says. */
+/* A bio that needs more than the index: true when it is held, else as dmu_hold() says. */
 static int dmu_map_held(struct dmu_device *dev, struct bio *bio)
 {
 	bool requeue;
@@ -83,7 +83,7 @@ static unsigned int dmu_lookup(struct dmu_table *table, struct bio *bio, unsigne
 				*word = dmu_word(DMU_WORD_ZERO, false, 0);
 		}
 	}
-	smp_rmb();	/* see dmu-core.h: the tree before the cells */
+	smp_rmb();	/* see dmu-core.h: the index before the cells */
 	if (unlikely(atomic_read(&dev->busy))) {
 		blocks = dmu_block_of(dev, bio->bi_iter.bi_sector + count - 1) - block + 1;
 		free = dmu_free_run(dev, block, blocks);
