@@ -67,11 +67,12 @@ fuzz: build ## hostile images for every format, a minute for each target (20 min
 	@lab/prerequisites test
 	fuzz/run --seconds 60
 
-bench: build ## measure against qemu-nbd and qemu-img, in one run each
-	@lab/prerequisites bench
+bench: build ## measure against dm-linear, dm-snapshot, loop, qemu-nbd and qemu-img
+	@lab/prerequisites bench xen module
 	bench/nbd
 	FORMAT=qcow2 bench/nbd
 	bench/images
+	lab/speed/run
 
 install: ## install into $(DESTDIR)$(PREFIX), etc. into $(DESTDIR)/etc
 	install -d $(DESTDIR)$(PREFIX)/sbin $(DESTDIR)$(PREFIX)/bin $(DESTDIR)/etc/xen/scripts \

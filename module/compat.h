@@ -11,6 +11,7 @@
 #include <linux/device-mapper.h>
 #include <linux/device.h>
 #include <linux/highmem.h>
+#include <linux/percpu-refcount.h>
 #include <linux/version.h>
 
 #define DMU_KERNEL(major, minor) (LINUX_VERSION_CODE >= KERNEL_VERSION(major, minor, 0))
@@ -124,6 +125,20 @@ static inline void dmu_limit_swap(struct dm_target *ti)
 #define DMU_REF_FLAGS PERCPU_REF_ALLOW_REINIT
 #else
 #define DMU_REF_FLAGS 0
+#endif
+
+/* A request that must not wait is mapped, or held, without waiting. */
+#ifdef DM_TARGET_NOWAIT
+#define DMU_TARGET_NOWAIT DM_TARGET_NOWAIT
+#else
+#define DMU_TARGET_NOWAIT 0
+#endif
+
+/* For who holds the RCU read lock already. */
+#if DMU_KERNEL(5, 18)
+#define dmu_ref_tryget_live_rcu(ref) percpu_ref_tryget_live_rcu(ref)
+#else
+#define dmu_ref_tryget_live_rcu(ref) percpu_ref_tryget_live(ref)
 #endif
 
 #endif

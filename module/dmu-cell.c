@@ -14,23 +14,6 @@
 #include "dmu-core.h"
 #include "dmu-trace.h"
 
-struct dmu_epoch *dmu_epoch_enter(struct dmu_device *dev)
-{
-	struct dmu_epoch *epoch;
-
-	rcu_read_lock();
-	/* Who sees the new epoch sees the tree without what was invalidated before. */
-	epoch = smp_load_acquire(&dev->epoch);
-	percpu_ref_get(&epoch->ref);
-	rcu_read_unlock();
-	return epoch;
-}
-
-void dmu_epoch_leave(struct dmu_epoch *epoch)
-{
-	percpu_ref_put(&epoch->ref);
-}
-
 void dmu_end_bio(struct bio *bio, blk_status_t status)
 {
 	bio->bi_status = status;
@@ -114,14 +97,17 @@ void dmu_issue(struct dmu_device *dev, struct bio *bio, unsigned long word,
 	dmu_submit_bio(bio);
 }
 
-/* Whether the tree serves the bio. */
+/* Whether the index serves the bio. */
 static unsigned long dmu_serving(struct dmu_device *dev, struct bio *bio)
 {
 	unsigned long word;
+	u64 run;
 
 	if (dmu_is_run(dev, bio))
 		return 0;
-	word = dmu_extent_find(dev, dmu_block_of(dev, bio->bi_iter.bi_sector), NULL);
+	rcu_read_lock();
+	word = dmu_index_lookup(dev, dmu_block_of(dev, bio->bi_iter.bi_sector), 1, &run);
+	rcu_read_unlock();
 	if (op_is_write(bio_op(bio)) && !dmu_word_writable(word))
 		return 0;
 	return word;
@@ -288,12 +274,12 @@ static struct dmu_cell *dmu_cell_make(struct dmu_device *dev, struct bio *bio)
 	}
 	list_add_tail(&cell->all, &dev->cells);
 	atomic_inc(&dev->busy);
-	smp_mb__after_atomic();	/* the cell stands before its place enters the tree */
+	smp_mb__after_atomic();	/* the cell stands before its place enters the index */
 	return cell;
 }
 
 /*
- * Finds a bio its place in the queues: true when it has one, false when the tree serves it.
+ * Finds a bio its place in the queues: true when it has one, false when the index serves it.
  * The caller holds dev->lock.
  */
 static bool dmu_queue(struct dmu_device *dev, struct bio *bio)
@@ -323,7 +309,7 @@ static void dmu_defer(struct dmu_device *dev, struct bio *bio)
 }
 
 /*
- * Takes a bio that the tree did not serve. False: look again, or, with *requeue, give it
+ * Takes a bio that the index did not serve. False: look again, or, with *requeue, give it
  * back to the device-mapper core.
  */
 bool dmu_hold(struct dmu_device *dev, struct bio *bio, bool *requeue)
@@ -333,6 +319,8 @@ bool dmu_hold(struct dmu_device *dev, struct bio *bio, bool *requeue)
 
 	*requeue = false;
 	dmu_io(bio)->since = jiffies;
+	/* Who sends it on may wait. */
+	bio->bi_opf &= ~REQ_NOWAIT;
 	spin_lock_irqsave(&dev->lock, flags);
 	if (dev->requeue) {
 		*requeue = true;
@@ -425,7 +413,7 @@ static void dmu_scatter(struct dmu_cell *cell)
 }
 
 /*
- * Serves the queue of a claimed cell as far as the tree allows: ends with the cell gone, or
+ * Serves the queue of a claimed cell as far as the index allows: ends with the cell gone, or
  * asking for its first bio. Process context.
  */
 void dmu_process(struct dmu_cell *cell)

@@ -8,10 +8,10 @@
  *                  uncommitted placements belong to it, not to a table.
  *   dmu_table      one loaded table of it: the references to backing devices. Its target
  *                  is ti->private. The device uses that which resumed last.
- *   extents        the remembered mapping: a maple tree from runs of blocks to one word
- *                  (device, right, distance in sectors), so that looking up needs no lock
- *                  and no reference, storing over a run trims what was there, and runs
- *                  that continue each other, having the same word, become one.
+ *   dmu_index      the remembered mapping: tables like a processor's page tables, from a
+ *                  block to one word (device, right, distance in sectors), so that looking
+ *                  up takes four steps at most, no lock and no reference. Runs that
+ *                  continue each other have the same word, and are one extent.
  *   dmu_cell       a block (for a discard: a run) that is in question: the requests that
  *                  wait for it, in order, the fault that was raised, and, once answered,
  *                  the preparation of its new place. While a cell stands every request to
@@ -23,19 +23,19 @@
  *
  * Hot paths
  *
- *   dmu_map(): enter the epoch, walk the tree, see that no cell stands (one atomic), send
+ *   dmu_map(): enter the epoch, read the index, see that no cell stands (one atomic), send
  *   the bio on. No lock, no memory, no shared cache line written.
  *   dmu_end_io(): leave the epoch.
  *
- *   The walk comes before the look for cells, and a place enters the tree after its cell
- *   stands and its cell goes after its data is there. So whoever finds a place in the tree
+ *   The reading comes before the look for cells, and a place enters the index after its
+ *   cell stands and its cell goes after its data is there. So whoever finds a place there
  *   and no cell has found a place that is ready.
  *
  * Locks, outermost first
  *
  *   dmu_devices_mutex   the list of devices and their minors
  *   answer_mutex        answers are taken one at a time; guards table and gone
- *   map_mutex           changes of the extent tree
+ *   map_mutex           changes of the index
  *   lock                (spin, any context) cells, placements, messages, marks, the flush,
  *                       invalidations, opener
  *
@@ -52,7 +52,6 @@
 #include <linux/completion.h>
 #include <linux/dm-kcopyd.h>
 #include <linux/kref.h>
-#include <linux/maple_tree.h>
 #include <linux/mempool.h>
 #include <linux/mutex.h>
 #include <linux/percpu-refcount.h>
@@ -69,6 +68,7 @@
 #define DMU_MAX_EVENTS	65536
 
 struct dmu_device;
+struct dmu_index;
 
 struct dmu_epoch {
 	struct percpu_ref ref;
@@ -195,7 +195,7 @@ struct dmu_device {
 	u64 blocks;
 	unsigned int fault_timeout;
 
-	struct maple_tree extents;
+	struct dmu_index __rcu *index;
 	struct mutex map_mutex;
 	struct mutex answer_mutex;
 
@@ -247,6 +247,7 @@ extern struct mutex dmu_devices_mutex;
 extern struct kmem_cache *dmu_cell_cache;
 extern struct kmem_cache *dmu_event_cache;
 extern struct kmem_cache *dmu_placement_cache;
+extern struct kmem_cache *dmu_index_cache;
 
 static inline void dmu_count(struct dmu_device *dev, enum dmu_stat which)
 {
@@ -271,6 +272,32 @@ static inline u64 dmu_run_sectors(struct dmu_device *dev, u64 block, u64 count)
 	return min(count << dev->block_shift, dev->sectors - start);
 }
 
+/* The caller holds the RCU read lock: an epoch that is left by all is not entered again. */
+static inline struct dmu_epoch *dmu_epoch_enter_rcu(struct dmu_device *dev)
+{
+	/* Who sees the new epoch sees the mapping without what was invalidated before. */
+	struct dmu_epoch *epoch = smp_load_acquire(&dev->epoch);
+
+	if (unlikely(!dmu_ref_tryget_live_rcu(&epoch->ref)))
+		percpu_ref_get(&epoch->ref);
+	return epoch;
+}
+
+static inline struct dmu_epoch *dmu_epoch_enter(struct dmu_device *dev)
+{
+	struct dmu_epoch *epoch;
+
+	rcu_read_lock();
+	epoch = dmu_epoch_enter_rcu(dev);
+	rcu_read_unlock();
+	return epoch;
+}
+
+static inline void dmu_epoch_leave(struct dmu_epoch *epoch)
+{
+	percpu_ref_put(&epoch->ref);
+}
+
 /* dmu-extent.c: a word says where blocks are; 0 is nowhere. */
 unsigned long dmu_word(unsigned int device, bool writable, s64 shift);
 
@@ -291,15 +318,19 @@ static inline s64 dmu_word_shift(unsigned long word)
 
 #define DMU_WORD_ZERO 15
 
-unsigned long dmu_extent_find(struct dmu_device *dev, u64 block, u64 *last);
 int dmu_extent_store(struct dmu_device *dev, u64 block, u64 count, unsigned long word);
 int dmu_extent_erase(struct dmu_device *dev, u64 block, u64 count);
 bool dmu_extent_conflict(struct dmu_device *dev, u64 block, u64 count, unsigned long word);
 u64 dmu_extent_count(struct dmu_device *dev);
 
+/* dmu-index.c: blocks to words. */
+unsigned long dmu_index_lookup(struct dmu_device *dev, u64 block, u64 want, u64 *run);
+int dmu_index_set(struct dmu_device *dev, u64 block, u64 count, unsigned long word);
+int dmu_index_reach(struct dmu_device *dev, u64 blocks);
+void dmu_index_free(struct dmu_device *dev);
+struct kmem_cache *dmu_index_cache_create(void);
+
 /* dmu-cell.c: requests that wait, and their questions. */
-struct dmu_epoch *dmu_epoch_enter(struct dmu_device *dev);
-void dmu_epoch_leave(struct dmu_epoch *epoch);
 void dmu_issue(struct dmu_device *dev, struct bio *bio, unsigned long word,
 	       struct dmu_epoch *epoch);
 bool dmu_try_issue(struct dmu_device *dev, struct bio *bio);

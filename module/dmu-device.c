@@ -42,7 +42,7 @@ static void dmu_device_destroy(struct dmu_device *dev)
 	WARN_ON(dev->event_count || atomic_read(&dev->busy));
 	bioset_exit(&dev->bios);
 	mempool_exit(&dev->cell_pool);
-	mtree_destroy(&dev->extents);
+	dmu_index_free(dev);
 	dmu_device_put(dev);
 }
 
@@ -52,7 +52,6 @@ static void dmu_device_init(struct dmu_device *dev)
 
 	kref_init(&dev->ref);
 	INIT_LIST_HEAD(&dev->tables);
-	mt_init_flags(&dev->extents, MT_FLAGS_USE_RCU);
 	mutex_init(&dev->map_mutex);
 	mutex_init(&dev->answer_mutex);
 	INIT_LIST_HEAD(&dev->invalidations);
@@ -112,6 +111,11 @@ static struct dmu_device *dmu_device_create(struct dm_target *ti, const char *na
 	error = dmu_epochs_init(dev);
 	if (error)
 		goto no_epochs;
+	error = dmu_index_reach(dev, dev->blocks);
+	if (error == -EFBIG)
+		ti->error = "the device has too many blocks";
+	if (error)
+		goto no_index;
 	error = dmu_node_add(dev);
 	if (error) {
 		ti->error = "the node in /dev/dmu cannot be made";
@@ -121,6 +125,8 @@ static struct dmu_device *dmu_device_create(struct dm_target *ti, const char *na
 	return dev;
 
 no_node:
+	dmu_index_free(dev);
+no_index:
 	dmu_epochs_exit(dev);
 no_epochs:
 	dm_kcopyd_client_destroy(dev->kcopyd);

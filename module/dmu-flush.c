@@ -228,7 +228,7 @@ void dmu_epoch_work(struct work_struct *work)
 	spin_unlock_irq(&dev->lock);
 	if (dev->turning) {
 		old = dev->epoch;
-		/* See dmu_epoch_enter(). */
+		/* See dmu_epoch_enter_rcu(). */
 		smp_store_release(&dev->epoch, dmu_epoch_other(dev));
 		percpu_ref_kill(&old->ref);
 	}

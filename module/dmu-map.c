@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * The path of a request: through the tree if it can, into a queue if it must.
+ * The path of a request: through the index if it can, into a queue if it must.
  */
 #include "dmu-core.h"
 
-/* A bio that needs more than the tree: true when it is held, else as dmu_hold() says. */
+/* A bio that needs more than the index: true when it is held, else as dmu_hold() says. */
 static int dmu_map_held(struct dmu_device *dev, struct bio *bio)
 {
 	bool requeue;
@@ -60,18 +60,19 @@ static int dmu_map_discard(struct dmu_device *dev, struct bio *bio)
 
 /*
  * The fast path: how many sectors of the bio go where word says, 0 when it has to wait.
- * The caller has entered the epoch.
+ * The caller has entered the epoch and holds the RCU read lock.
  */
 static unsigned int dmu_lookup(struct dmu_table *table, struct bio *bio, unsigned long *word)
 {
 	struct dmu_device *dev = table->dev;
-	u64 sector = bio->bi_iter.bi_sector, block = dmu_block_of(dev, sector), last, size;
+	u64 sector = bio->bi_iter.bi_sector, block = dmu_block_of(dev, sector), run, size;
 	unsigned int count = bio_sectors(bio), blocks, free;
 
-	*word = dmu_extent_find(dev, block, &last);
+	*word = dmu_index_lookup(dev, block, dmu_block_of(dev, sector + count - 1) - block + 1,
+				 &run);
 	if (!*word || (op_is_write(bio_op(bio)) && !dmu_word_writable(*word)))
 		return 0;
-	count = min_t(u64, count, ((last + 1) << dev->block_shift) - sector);
+	count = min_t(u64, count, ((block + run) << dev->block_shift) - sector);
 	if (dmu_word_device(*word) != DMU_WORD_ZERO) {
 		size = dmu_bdev_sectors(table->devs[dmu_word_device(*word)].dm_dev->bdev);
 		sector += dmu_word_shift(*word);
@@ -82,7 +83,7 @@ static unsigned int dmu_lookup(struct dmu_table *table, struct bio *bio, unsigne
 				*word = dmu_word(DMU_WORD_ZERO, false, 0);
 		}
 	}
-	smp_rmb();	/* see dmu-core.h: the tree before the cells */
+	smp_rmb();	/* see dmu-core.h: the index before the cells */
 	if (unlikely(atomic_read(&dev->busy))) {
 		blocks = dmu_block_of(dev, bio->bi_iter.bi_sector + count - 1) - block + 1;
 		free = dmu_free_run(dev, block, blocks);
@@ -154,8 +155,10 @@ int dmu_map(struct dm_target *ti, struct bio *bio)
 		return DM_MAPIO_KILL;
 	}
 	for (;;) {
-		epoch = dmu_epoch_enter(dev);
+		rcu_read_lock();
+		epoch = dmu_epoch_enter_rcu(dev);
 		count = dmu_lookup(table, bio, &word);
+		rcu_read_unlock();
 		if (likely(count)) {
 			if (count < bio_sectors(bio))
 				dm_accept_partial_bio(bio, count);

@@ -6,7 +6,7 @@
  * zeroed (kcopyd, in pieces, cell->pending counts them); then the write itself goes there;
  * then, in process context, the placement counts as written, the request ends and the queue
  * behind it is served. Any failure ends in the third step too, which then takes the place
- * out of the tree again and reports MAP_ERROR. The cell is in its epoch throughout.
+ * out of the index again and reports MAP_ERROR. The cell is in its epoch throughout.
  */
 #include <linux/delay.h>
 #include <linux/sched/mm.h>
@@ -155,7 +155,7 @@ static void dmu_place_write(struct dmu_cell *cell)
 	dmu_submit_bio(bio);
 }
 
-/* Takes a place that came to nothing out of the tree; memory is there sooner or later. */
+/* Takes a place that came to nothing out of the index; memory is there sooner or later. */
 static void dmu_place_forget(struct dmu_cell *cell)
 {
 	struct dmu_device *dev = cell->dev;

@@ -16,6 +16,7 @@
 struct kmem_cache *dmu_cell_cache;
 struct kmem_cache *dmu_event_cache;
 struct kmem_cache *dmu_placement_cache;
+struct kmem_cache *dmu_index_cache;
 
 static bool dmu_name_ok(const char *name)
 {
@@ -196,7 +197,11 @@ static int dmu_preresume(struct dm_target *ti)
 {
 	struct dmu_table *table = ti->private;
 	struct dmu_device *dev = table->dev;
+	int error;
 
+	error = dmu_index_reach(dev, ((ti->len - 1) >> dev->block_shift) + 1);
+	if (error)
+		return error;
 	mutex_lock(&dev->answer_mutex);
 	spin_lock_irq(&dev->lock);
 	dev->table = table;
@@ -299,6 +304,7 @@ static void dmu_io_hints(struct dm_target *ti, struct queue_limits *limits)
 static struct target_type dmu_target = {
 	.name = "userspace",
 	.version = {1, 0, 0},
+	.features = DMU_TARGET_NOWAIT,
 	.module = THIS_MODULE,
 	.ctr = dmu_ctr,
 	.dtr = dmu_dtr,
@@ -316,6 +322,9 @@ static struct target_type dmu_target = {
 
 static void dmu_caches_destroy(void)
 {
+	/* What dmu-index.c has given up may still be on its way. */
+	rcu_barrier();
+	kmem_cache_destroy(dmu_index_cache);
 	kmem_cache_destroy(dmu_placement_cache);
 	kmem_cache_destroy(dmu_event_cache);
 	kmem_cache_destroy(dmu_cell_cache);
@@ -328,7 +337,8 @@ static int __init dmu_init(void)
 	dmu_cell_cache = KMEM_CACHE(dmu_cell, 0);
 	dmu_event_cache = KMEM_CACHE(dmu_event, 0);
 	dmu_placement_cache = KMEM_CACHE(dmu_placement, 0);
-	if (!dmu_cell_cache || !dmu_event_cache || !dmu_placement_cache)
+	dmu_index_cache = dmu_index_cache_create();
+	if (!dmu_cell_cache || !dmu_event_cache || !dmu_placement_cache || !dmu_index_cache)
 		goto no_caches;
 	error = dmu_node_init();
 	if (error)

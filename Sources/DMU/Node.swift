@@ -61,23 +61,30 @@ public final class Node {
   /// Gives answers, in order; each has its own result: 0, or the errno of its refusal.
   public func answer(_ answers: [Answer]) throws(IOError) -> [Int32] {
     var raw = answers.map(\.raw)
-    var start = 0
-    while start < raw.count {
-      let part = min(raw.count - start, Int(DMU_MAX_BATCH))
-      let status = raw.withUnsafeMutableBufferPointer { buffer in
-        var order = dmu_batch()
-        order.answers = UInt64(UInt(bitPattern: buffer.baseAddress! + start))
-        order.count = UInt32(part)
-        return dmu_answer_call(descriptor.raw, &order)
+    try raw.withUnsafeMutableBufferPointer { (buffer) throws(IOError) in
+      var start = 0
+      while start < buffer.count {
+        let part = min(buffer.count - start, Int(DMU_MAX_BATCH))
+        try call(buffer.baseAddress! + start, part)
+        start += part
       }
-      guard status == 0 else { throw IOError.last("answer", "a dmu node") }
-      start += part
     }
     return raw.map { -$0.result }
   }
 
-  /// Gives one answer; 0, or the errno of its refusal.
+  private func call(_ answers: UnsafeMutablePointer<dmu_answer>, _ count: Int) throws(IOError) {
+    var order = dmu_batch()
+    order.answers = UInt64(UInt(bitPattern: answers))
+    order.count = UInt32(count)
+    guard dmu_answer_call(descriptor.raw, &order) == 0 else {
+      throw IOError.last("answer", "a dmu node")
+    }
+  }
+
+  /// Gives one answer; 0, or the errno of its refusal. Needs no memory.
   public func answer(_ answer: Answer) throws(IOError) -> Int32 {
-    try self.answer([answer])[0]
+    var raw = answer.raw
+    try withUnsafeMutablePointer(to: &raw) { (one) throws(IOError) in try call(one, 1) }
+    return -raw.result
   }
 }

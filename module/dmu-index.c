@@ -1,0 +1,260 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * From a block to its word, in four steps at most, whether there is one extent or a million.
+ *
+ * Like a page table: a root, and tables of 64 slots down to leaves with a slot for each block. A
+ * slot is 0 where nothing is mapped, a word (bit 0 set) that all blocks under it share, or
+ * a table that tells them apart. A disk of few extents has hardly any tables; the most that
+ * they can cost is a long for each block. A table whose slots have become alike goes.
+ *
+ * Readers hold the RCU read lock. Changes are made under map_mutex, in two parts: the cuts at both
+ * ends of a run, which change nothing that a reader sees and may find no memory, and then
+ * the run itself, which cannot fail.
+ */
+#include <linux/mm.h>
+#include <linux/sched.h>
+#include <linux/sched/mm.h>
+#include <linux/slab.h>
+#include "dmu-core.h"
+
+#define DMU_INDEX_BITS	6
+#define DMU_INDEX_SLOTS	(1UL << DMU_INDEX_BITS)
+#define DMU_INDEX_TOP	(3 * DMU_INDEX_BITS)	/* blocks under a slot of the root, as a shift */
+#define DMU_INDEX_MOST	(1UL << 20)		/* slots of the root */
+
+struct dmu_index_table {
+	unsigned long slot[DMU_INDEX_SLOTS];
+	struct rcu_head rcu;
+};
+
+struct dmu_index {
+	unsigned long slots;
+	unsigned long slot[];
+};
+
+static bool dmu_index_is_table(unsigned long slot)
+{
+	return slot && !(slot & 1);
+}
+
+static struct dmu_index_table *dmu_index_table(unsigned long slot)
+{
+	return (struct dmu_index_table *)slot;
+}
+
+/* The root, for who changes it. */
+static struct dmu_index *dmu_index_root(struct dmu_device *dev)
+{
+	return rcu_dereference_protected(dev->index, lockdep_is_held(&dev->map_mutex));
+}
+
+/* As dmu_index_lookup(), but sees no further than one slot, or one leaf. */
+static unsigned long dmu_index_find(struct dmu_index *index, u64 block, u64 want, u64 *run)
+{
+	unsigned int shift = DMU_INDEX_TOP;
+	unsigned long *slot = &index->slot[block >> DMU_INDEX_TOP];
+	unsigned long word = READ_ONCE(*slot), limit;
+
+	while (dmu_index_is_table(word)) {
+		shift -= DMU_INDEX_BITS;
+		slot = &dmu_index_table(word)->slot[(block >> shift) & (DMU_INDEX_SLOTS - 1)];
+		word = READ_ONCE(*slot);
+	}
+	*run = (1UL << shift) - (block & ((1UL << shift) - 1));
+	if (shift || want == 1)
+		return word;
+	limit = min_t(u64, want, DMU_INDEX_SLOTS - (block & (DMU_INDEX_SLOTS - 1)));
+	while (*run < limit && READ_ONCE(slot[*run]) == word)
+		++*run;
+	return word;
+}
+
+/*
+ * The word of a block, 0 without one. Sets run to how many blocks from it on share the word,
+ * as far as want asks. The caller holds the RCU read lock.
+ */
+unsigned long dmu_index_lookup(struct dmu_device *dev, u64 block, u64 want, u64 *run)
+{
+	struct dmu_index *index = rcu_dereference(dev->index);
+	u64 end = (u64)index->slots << DMU_INDEX_TOP, more;
+	unsigned long word;
+
+	word = dmu_index_find(index, block, want, run);
+	while (unlikely(*run < want) && block + *run < end) {
+		if (dmu_index_find(index, block + *run, want - *run, &more) != word)
+			break;
+		*run += more;
+	}
+	return word;
+}
+
+/* Makes a table of a slot that all blocks under it share. */
+static int dmu_index_split(unsigned long *slot)
+{
+	struct dmu_index_table *table;
+	unsigned int i;
+
+	table = kmem_cache_alloc(dmu_index_cache, GFP_NOIO | __GFP_NOWARN);
+	if (!table)
+		return -ENOMEM;
+	for (i = 0; i < DMU_INDEX_SLOTS; i++)
+		table->slot[i] = *slot;
+	/* Who sees the table sees its slots. */
+	smp_store_release(slot, (unsigned long)table);
+	return 0;
+}
+
+/* Sees to it that no slot has both block and the one before, unless they may stay together. */
+static int dmu_index_cut(struct dmu_index *index, u64 block, unsigned long word)
+{
+	unsigned int shift = DMU_INDEX_TOP;
+	unsigned long *slot;
+	int error;
+
+	if (block >> DMU_INDEX_TOP >= index->slots)
+		return 0;
+	slot = &index->slot[block >> DMU_INDEX_TOP];
+	while (block & ((1UL << shift) - 1)) {
+		if (!dmu_index_is_table(*slot)) {
+			if (*slot == word)
+				return 0;
+			error = dmu_index_split(slot);
+			if (error)
+				return error;
+		}
+		shift -= DMU_INDEX_BITS;
+		slot = &dmu_index_table(*slot)->slot[(block >> shift) & (DMU_INDEX_SLOTS - 1)];
+	}
+	return 0;
+}
+
+static void dmu_index_free_rcu(struct rcu_head *rcu)
+{
+	kmem_cache_free(dmu_index_cache, container_of(rcu, struct dmu_index_table, rcu));
+}
+
+/* Frees what a slot of the root or of a table had, when readers are done with it. */
+static void dmu_index_drop(unsigned long slot)
+{
+	struct dmu_index_table *table = dmu_index_table(slot);
+	unsigned int i;
+
+	if (!dmu_index_is_table(slot))
+		return;
+	for (i = 0; i < DMU_INDEX_SLOTS; i++)
+		dmu_index_drop(table->slot[i]);
+	call_rcu(&table->rcu, dmu_index_free_rcu);
+}
+
+static bool dmu_index_is_uniform(struct dmu_index_table *table, unsigned long word)
+{
+	unsigned int i;
+
+	if (table->slot[DMU_INDEX_SLOTS - 1] != word)
+		return false;
+	for (i = 0; i < DMU_INDEX_SLOTS - 1; i++)
+		if (table->slot[i] != word)
+			return false;
+	return true;
+}
+
+/* Sets first to last, counted from the first block under the slot. The cuts are made. */
+static void dmu_index_put(unsigned long *slot, unsigned int shift, u64 first, u64 last,
+			  unsigned long word)
+{
+	u64 step = 1UL << shift >> DMU_INDEX_BITS, at;
+	unsigned long old = *slot;
+	bool whole = !first && last == (1UL << shift) - 1;
+
+	if (!whole) {
+		/* Only a run that has the word already was not cut. */
+		if (!dmu_index_is_table(old))
+			return;
+		for (at = round_down(first, step); at <= last; at += step)
+			dmu_index_put(&dmu_index_table(old)->slot[at / step],
+				      shift - DMU_INDEX_BITS, max(first, at) - at,
+				      min(last - at, step - 1), word);
+		whole = dmu_index_is_uniform(dmu_index_table(old), word);
+	}
+	if (whole) {
+		/* See dmu-core.h: the cell that stands, then the place that enters. */
+		smp_store_release(slot, word);
+		dmu_index_drop(old);
+	}
+}
+
+/* Gives count blocks the word; -ENOMEM, and nothing has changed. */
+int dmu_index_set(struct dmu_device *dev, u64 block, u64 count, unsigned long word)
+{
+	u64 last = block + count - 1, at, start;
+	struct dmu_index *index;
+	int error;
+
+	lockdep_assert_held(&dev->map_mutex);
+	might_sleep();
+	index = dmu_index_root(dev);
+	error = dmu_index_cut(index, block, word);
+	if (!error)
+		error = dmu_index_cut(index, last + 1, word);
+	if (error)
+		return error;
+	for (at = block >> DMU_INDEX_TOP; at <= last >> DMU_INDEX_TOP; at++) {
+		start = at << DMU_INDEX_TOP;
+		dmu_index_put(&index->slot[at], DMU_INDEX_TOP, max(block, start) - start,
+			      min(last - start, (1ULL << DMU_INDEX_TOP) - 1), word);
+		cond_resched();
+	}
+	return 0;
+}
+
+/* Makes the root reach over so many blocks. The new ones are mapped nowhere. */
+int dmu_index_reach(struct dmu_device *dev, u64 blocks)
+{
+	u64 slots = ((blocks - 1) >> DMU_INDEX_TOP) + 1;
+	struct dmu_index *index, *old;
+	unsigned int noio;
+
+	if (slots > DMU_INDEX_MOST)
+		return -EFBIG;
+	mutex_lock(&dev->map_mutex);
+	old = dmu_index_root(dev);
+	if (old && old->slots >= slots) {
+		mutex_unlock(&dev->map_mutex);
+		return 0;
+	}
+	noio = memalloc_noio_save();
+	index = kvzalloc(struct_size(index, slot, slots), GFP_KERNEL | __GFP_NOWARN);
+	memalloc_noio_restore(noio);
+	if (index) {
+		index->slots = slots;
+		if (old)
+			memcpy(index->slot, old->slot, old->slots * sizeof(*old->slot));
+		rcu_assign_pointer(dev->index, index);
+	}
+	mutex_unlock(&dev->map_mutex);
+	if (!index)
+		return -ENOMEM;
+	if (old) {
+		synchronize_rcu();
+		kvfree(old);
+	}
+	return 0;
+}
+
+/* No reader is left. */
+void dmu_index_free(struct dmu_device *dev)
+{
+	struct dmu_index *index = rcu_dereference_protected(dev->index, true);
+	unsigned long i;
+
+	for (i = 0; index && i < index->slots; i++) {
+		dmu_index_drop(index->slot[i]);
+		cond_resched();
+	}
+	kvfree(index);
+}
+
+struct kmem_cache *dmu_index_cache_create(void)
+{
+	return KMEM_CACHE(dmu_index_table, 0);
+}
