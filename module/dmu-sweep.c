@@ -57,16 +57,22 @@ static void dmu_collect(struct dmu_device *dev, struct bio_list *bios)
 	}
 }
 
-/* For a suspend without flush. */
+/*
+ * For a suspend without flush. The core puts each bio that is given back at the head of its own
+ * list: the last has to go first, so that a block's requests come again in their order.
+ */
 void dmu_requeue_all(struct dmu_device *dev)
 {
-	struct bio_list bios = BIO_EMPTY_LIST;
+	struct bio_list bios = BIO_EMPTY_LIST, reversed = BIO_EMPTY_LIST;
+	struct bio *bio;
 
 	spin_lock_irq(&dev->lock);
 	dev->requeue = true;
 	dmu_collect(dev, &bios);
 	spin_unlock_irq(&dev->lock);
-	dmu_end_list(&bios, BLK_STS_DM_REQUEUE);
+	while ((bio = bio_list_pop(&bios)))
+		bio_list_add_head(&reversed, bio);
+	dmu_end_list(&reversed, BLK_STS_DM_REQUEUE);
 }
 
 /* For the administrator: nothing is to wait any more. */

@@ -9,6 +9,7 @@ seed=${DMU_SEED:-1}
 # shellcheck disable=SC2034
 rounds=${DMU_ROUNDS:-1}
 cowd=
+exec {never}<> <(:)
 
 die() { echo "${0##*/}: $*"; exit 1; }
 # A word for the log; on the host it is seen at once.
@@ -17,16 +18,19 @@ note() { echo "# $*" | tee -a "$DMU_WORK/progress"; }
 # serve NAME STORE [OPTION...]: starts cowd and waits until the device is there. The store is of
 # the format that the variable says, dscow unless it is set.
 serve() {
-    local name=$1 store=$2
+    local name=$1 store=$2 line
     shift 2
     : >"/mnt/$name.said"
     "$programs/cowd" -p "${format:-dscow}" --transport dm "$@" "$name" "$store" \
         >"/mnt/$name.said" 2>"/mnt/$name.errors" &
     cowd=$!
-    for _ in $(seq 600); do
-        grep -q 'is served' "/mnt/$name.said" && return
+    for _ in {1..1500}; do
+        while read -r line; do
+            case $line in *"is served"*) return ;; esac
+        done <"/mnt/$name.said"
         kill -0 "$cowd" 2>/dev/null || { cat "/mnt/$name.errors"; die "cowd has ended"; }
-        sleep 0.05
+        # A sleep that is no process.
+        read -rt 0.02 <&"$never" || true
     done
     die "cowd does not serve $store"
 }

@@ -90,7 +90,10 @@ static void take_over(int node)
 		marks[m.block] = m.mark;
 	}
 	last_mark = m.mark;
-	for (i = 0; i < BLOCKS; i++)
+	/* Some tell all they know, some let everything be asked again. */
+	if (getpid() & 1)
+		tell(node, (struct dmu_answer){ .type = DMU_INVALIDATE, .count = BLOCKS });
+	for (i = 0; i < BLOCKS && !(getpid() & 1); i++)
 		if (placed[i] && !marks[i])
 			tell(node, map(0, i, 1, 0, PLACE(i), DMU_WRITABLE));
 }
@@ -110,6 +113,8 @@ static void worker(void)
 	for (;;) {
 		if (!next_message(node, &m, 60000))
 			continue;
+		if (m.type == DMU_INVALIDATE_DONE)
+			continue;
 		if (m.type == DMU_FLUSH)
 			commit(node, &m);
 		else if (m.type == DMU_DISCARD && !(m.flags & DMU_ZEROING))
@@ -126,8 +131,11 @@ static void worker(void)
 	}
 }
 
-/* Runs the load with a worker that is killed so many times, then with one that is left. */
-static void under_kills(const char *load, unsigned int kills)
+/*
+ * Runs the load with a worker that is killed so many times, 5 to 5 + pause ms apart, then with
+ * one that is left. A load may run until there is a file /mnt/enough.
+ */
+static void under_kills(const char *load, unsigned int kills, unsigned int pause)
 {
 	uint64_t state = strtoull(getenv("DMU_SEED") ?: "1", NULL, 10) + 7;
 	unsigned int done = 0;
@@ -149,7 +157,7 @@ static void under_kills(const char *load, unsigned int kills)
 			worker();
 		state = state * 6364136223846793005ull + 1442695040888963407ull;
 		if (!last) {
-			sleep_ms(5 + (state >> 33) % 120);
+			sleep_ms(5 + (state >> 33) % pause);
 			last = waitpid(guest, &result, WNOHANG) == guest;
 		} else {
 			CHECK(waitpid(guest, &result, 0) == guest);
@@ -160,7 +168,8 @@ static void under_kills(const char *load, unsigned int kills)
 		CHECK(waitpid(child, &status, 0) == child);
 		if (last)
 			break;
-		done++;
+		if (++done == kills)
+			run("touch /mnt/enough");
 	}
 	printf("# %u kills, %u placed, %u commits\n", done, table->placed, table->commits);
 	CHECK(result == 0, "the load failed");
@@ -188,17 +197,17 @@ static void fio_kills(void)
 	char load[1024];
 
 	begin_load();
-	run("rm -f /mnt/fio.*");
+	run("rm -f /mnt/fio.* /mnt/enough");
 	snprintf(load, sizeof(load),
-		 "for i in $(seq %u); do fio --name=v --filename=%s --direct=1 --ioengine=psync "
-		 "--rw=randrw --bsrange=512-96k --size=20m --io_size=12m --verify=crc32c "
+		 "i=0; until [ -e /mnt/enough ]; do i=$((i + 1)); "
+		 "fio --name=v --filename=%s --direct=1 --ioengine=psync --rw=randrw --bsrange=512-96k --size=20m --io_size=12m --verify=crc32c "
 		 "--verify_fatal=1 --fsync=16 --randrepeat=0 --randseed=$((%s + i)) "
 		 "--output=/mnt/fio.$i || { cat /mnt/fio.$i; exit 1; }; done",
-		 2 * rounds(), DISK, getenv("DMU_SEED") ?: "1");
-	under_kills(load, 40 * rounds());
+		 DISK, getenv("DMU_SEED") ?: "1");
+	under_kills(load, 500 * rounds(), 60);
 	run("awk -F'[ (),=:]+' '/ clat \\(/ { m = $7 * ($3 == \"msec\" ? 1000 : $3 == \"nsec\" ? "
 	    ".001 : 1); if (m > most) most = m } END { printf \"%%d\", most / 1000 }' /mnt/fio.*");
-	printf("# the longest request took %s ms\n", said());
+	printf("# the longest of fio's requests took %s ms\n", said());
 	rig_down(&rig);
 }
 
@@ -215,7 +224,7 @@ static void ext4_load(unsigned int kills)
 		 "umount /mnt/fs; mount %s /mnt/fs; md5sum --quiet -c /mnt/sums; umount /mnt/fs; "
 		 "e2fsck -fn %s", DISK, DISK, 8 * rounds(), DISK, DISK);
 	run("rm -f /mnt/sums");
-	under_kills(load, kills);
+	under_kills(load, kills, 120);
 }
 
 static void ext4_kills(void)

@@ -4,9 +4,11 @@
  *
  *   replay list LOG                          a line an entry: number, flags, sector, sectors, mark
  *   replay apply LOG DEVICE FROM TO          writes entries FROM to TO - 1 to DEVICE
- *   replay some LOG DEVICE FROM TO SEED      the same, but each entry only perhaps, and writes
- *                                            torn at a sector: what a power cut may leave of
- *                                            writes that no flush has confirmed
+ *   replay cut LOG DEVICE FROM FLOOR TO SEED CUT
+ *                                            applies FROM to FLOOR - 1 and copies DEVICE to the
+ *                                            file CUT; there, of FLOOR to TO - 1 each entry only
+ *                                            perhaps, and writes torn at a sector: what a power
+ *                                            cut may leave of writes that no flush has confirmed
  *
  * The log: a sector with magic, version, count and sector size; then for each entry a sector
  * with its head (and a mark's text) and the data. Source: the kernel's
@@ -99,47 +101,88 @@ static void put(const struct head *head, uint64_t offset, uint64_t *state)
 	free(data);
 }
 
-int main(int argc, char **argv)
+/* Copies what the device's file holds to another of the same length. */
+static void copy_to(const char *path)
 {
-	bool list = argc == 3 && !strcmp(argv[1], "list");
-	bool some = argc == 7 && !strcmp(argv[1], "some");
-	uint64_t at, i, from = 0, to, seed = 0;
+	off_t size = lseek(device, 0, SEEK_END), from = 0, to;
+	int file = open(path, O_RDWR | O_CREAT | O_TRUNC, 0600);
+
+	if (file < 0 || ftruncate(file, size))
+		die(path);
+	while ((from = lseek(device, from, SEEK_DATA)) >= 0) {
+		to = lseek(device, from, SEEK_HOLE);
+		if (lseek(file, from, SEEK_SET) < 0 || lseek(device, from, SEEK_SET) < 0)
+			die("cannot seek");
+		while (from < to) {
+			ssize_t part = copy_file_range(device, NULL, file, NULL, to - from, 0);
+
+			if (part <= 0)
+				die("cannot copy");
+			from += part;
+		}
+	}
+	close(device);
+	device = file;
+}
+
+static void entries(uint64_t from, uint64_t middle, uint64_t to, uint64_t seed, const char *cut)
+{
+	bool list = device < 0;
+	uint64_t at = unit, i;
 	struct head head;
 	char text[SECTOR];
 
-	if (!list && !some && !(argc == 6 && !strcmp(argv[1], "apply"))) {
-		fprintf(stderr, "usage: replay list LOG | apply LOG DEVICE FROM TO | some ... SEED\n");
-		return 2;
-	}
-	open_log(argv[2]);
-	to = count;
-	if (!list) {
-		device = open(argv[3], O_WRONLY);
-		if (device < 0)
-			die(argv[3]);
-		from = strtoull(argv[4], NULL, 10);
-		to = strtoull(argv[5], NULL, 10);
-		seed = some ? strtoull(argv[6], NULL, 10) : 0;
-	}
-	at = unit;
-	for (i = 0; i < to && i < count; i++) {
+	for (i = 0; i <= to && i <= count; i++) {
+		if (i == middle && cut)
+			copy_to(cut);
+		if (i == to || i == count)
+			break;
 		read_log(&head, sizeof(head), at);
 		head.sector = le64toh(head.sector);
 		head.sectors = le64toh(head.sectors);
 		head.flags = le64toh(head.flags);
 		head.length = le64toh(head.length);
 		memset(text, 0, sizeof(text));
-		if (head.flags & IS_MARK && head.length < sizeof(text) - sizeof(head))
+		if (list && head.flags & IS_MARK && head.length < sizeof(text) - sizeof(head))
 			read_log(text, head.length, at + sizeof(head));
 		if (list)
 			printf("%llu %llu %llu %llu %s\n", (unsigned long long)i,
 			       (unsigned long long)head.flags, (unsigned long long)head.sector,
 			       (unsigned long long)head.sectors, text);
 		else if (i >= from && head.sectors && !(head.flags & IS_MARK))
-			put(&head, at + unit, some ? &seed : NULL);
+			put(&head, at + unit, i >= middle ? &seed : NULL);
 		at += unit + (head.flags & IS_DISCARD ? 0 : head.sectors * unit);
 	}
-	if (device >= 0 && (fsync(device) || close(device)))
+}
+
+static uint64_t number(const char *text)
+{
+	return strtoull(text, NULL, 10);
+}
+
+int main(int argc, char **argv)
+{
+	bool list = argc == 3 && !strcmp(argv[1], "list");
+	bool cut = argc == 9 && !strcmp(argv[1], "cut");
+
+	if (!list && !cut && !(argc == 6 && !strcmp(argv[1], "apply"))) {
+		fprintf(stderr, "usage: replay list LOG | apply LOG DEVICE FROM TO | "
+			"cut LOG DEVICE FROM FLOOR TO SEED CUT\n");
+		return 2;
+	}
+	open_log(argv[2]);
+	if (list) {
+		entries(0, UINT64_MAX, count, 0, NULL);
+		return 0;
+	}
+	device = open(argv[3], O_RDWR);
+	if (device < 0)
+		die(argv[3]);
+	if (cut)
+		entries(number(argv[4]), number(argv[5]), number(argv[6]), number(argv[7]), argv[8]);
+	else
+		entries(number(argv[4]), UINT64_MAX, number(argv[5]), 0, NULL);
+	if (fsync(device) || close(device))
 		die("cannot write out");
 	return 0;
 }

@@ -6,6 +6,7 @@
  *                                        and of DIR; then puts the mark "done N" into the
  *                                        log-writes device LOG
  *   witness check DIR SEED COUNT         the first COUNT of them have to be there and right
+ *   witness cut DIR SEED COUNT DEVICE    mounts DEVICE (ext4) on DIR, checks, unmounts
  *
  * What a file holds follows from SEED and its number. Between them other files come and go
  * unsynced, and one is replaced again and again by rename.
@@ -19,6 +20,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/mount.h>
 #include <unistd.h>
 
 static const char *folder;
@@ -125,24 +127,10 @@ static int is(const char *name, unsigned int number, uint64_t *data, uint64_t *f
 	return got == (ssize_t)size && !memcmp(data, found, size);
 }
 
-int main(int argc, char **argv)
+static int check(unsigned int count, uint64_t *data, uint64_t *found)
 {
-	uint64_t *data = malloc(16384 * 8 + 16), *found = malloc(16384 * 8 + 16);
-	unsigned int count, i;
+	unsigned int i;
 
-	if (argc < 5 || argc > 6) {
-		fprintf(stderr, "usage: witness write|check DIR SEED COUNT [LOG]\n");
-		return 2;
-	}
-	folder = argv[2];
-	seed = strtoull(argv[3], NULL, 10);
-	count = atoi(argv[4]);
-	errno = 0;
-	if (!strcmp(argv[1], "write")) {
-		for (i = 0; i < count; i++)
-			write_one(i, argc == 6 ? argv[5] : NULL, data);
-		return 0;
-	}
 	for (i = 0; i < count; i++) {
 		char name[32];
 
@@ -160,4 +148,35 @@ int main(int argc, char **argv)
 		}
 	}
 	return 0;
+}
+
+int main(int argc, char **argv)
+{
+	uint64_t *data = malloc(16384 * 8 + 16), *found = malloc(16384 * 8 + 16);
+	unsigned int count, i;
+
+	if (argc < 5 || argc > 6) {
+		fprintf(stderr, "usage: witness write|check|cut DIR SEED COUNT [LOG|DEVICE]\n");
+		return 2;
+	}
+	folder = argv[2];
+	seed = strtoull(argv[3], NULL, 10);
+	count = atoi(argv[4]);
+	errno = 0;
+	if (!strcmp(argv[1], "write")) {
+		for (i = 0; i < count; i++)
+			write_one(i, argc == 6 ? argv[5] : NULL, data);
+		return 0;
+	}
+	if (!strcmp(argv[1], "cut")) {
+		int result;
+
+		if (argc != 6 || mount(argv[5], folder, "ext4", 0, NULL))
+			die("cannot mount for", count);
+		result = check(count, data, found);
+		if (umount(folder))
+			die("cannot unmount for", count);
+		return result;
+	}
+	return check(count, data, found);
 }
