@@ -37,7 +37,7 @@ extension Reconciler {
       switch reply.report {
       case .ready(let report):
         disk.report = report
-        disk.backings = try disk.backings(report, asked: asked)
+        disk.backings = try disk.backings(report.parts, asked: asked)
         return
       case .needFile(let need):
         next = .file
