@@ -66,7 +66,9 @@ let package = Package(
       "Daemon",
       ["XenStore", "WorkerLink", "Posix", logging, lifecycle, signals, toml, nio, nioPosix]),
     program("cowd", ["Worker", argumentParser]),
-    program("kernel-exercise", ["DeviceMapper", "Posix"]),
+    .target(name: "CTrials"),
+    room("TargetTrials", ["CTrials", "DMU", "DeviceMapper", "Target", "Posix", "TestSupport"]),
+    program("kernel-exercise", ["DeviceMapper", "Posix", "Target", "TargetTrials"]),
     .executableTarget(
       name: "linear", dependencies: ["DMU", "Posix"], path: "examples/linear",
       swiftSettings: swiftSettings),
@@ -80,7 +82,7 @@ let package = Package(
     tests("XenStoreTests", ["XenStore", "TestSupport"]),
     tests("ImageFormatsTests", ["ImageFormats", "Posix", "TestSupport"]),
     tests("ImageToolTests", ["ImageTool", "ImageFormats", "Posix", "TestSupport"]),
-    tests("TargetTests", ["Target", "Posix", "TestSupport"]),
+    tests("TargetTests", ["Target", "TargetTrials", "Posix", "TestSupport"]),
     tests(
       "WorkerTests", ["Worker", "Target", "ImageFormats", "WorkerLink", "Posix", "TestSupport"]),
     tests("DaemonTests", ["Daemon", "WorkerLink", "Posix", "TestSupport", logging]),
