@@ -35,18 +35,21 @@ run: ## boot a real Xen and run a guest from a dmu disk (10 minutes once, then u
 	{ status=$$?; tail -n 20 .lab-prepare.log; exit $$status; }
 	@lab/xen/demo $(DIST)
 
-test: ## every suite: unit, xenstored, NBD clients, the Xen lab (under 40 minutes cold)
-	@lab/prerequisites build test xen
-	@$(MAKE) --no-print-directory dist
+test: ## every suite: unit, xenstored, NBD clients, both labs (under 40 minutes cold)
+	@lab/prerequisites build test xen kernel
+	@echo "test: building the programs and the kernel lab's kernel side by side"
+	@lab/kernel/prepare >.lab-kernel.log 2>&1 & lab=$$!; \
+	$(MAKE) --no-print-directory dist && wait $$lab || \
+	{ status=$$?; tail -n 20 .lab-kernel.log; exit $$status; }
 	Tests/run
 	fuzz/run --seconds 3
+	lab/kernel/all --programs $(BIN)
 	lab/xen/run --dist $(DIST)
 
-kernel-lab: build ## the module's scenarios in a checked kernel (25 minutes once, then 20)
-	@lab/prerequisites kernel
-	lab/kernel/prepare
-	lab/kernel/run --programs $(BIN)
-	lab/kernel/run --programs $(BIN) --memory 256 memory-pressure
+kernel-lab: ## the module's scenarios in a checked kernel (the kernel is built once)
+	@lab/prerequisites build kernel
+	@$(MAKE) --no-print-directory build
+	lab/kernel/all --programs $(BIN)
 
 check: ## format, lint, warnings as errors, shellcheck
 	@lab/prerequisites build check
@@ -92,4 +95,4 @@ install: ## install into $(DESTDIR)$(PREFIX), etc. into $(DESTDIR)/etc
 	  install -D -m 644 $$page $(DESTDIR)$(PREFIX)/share/$$page || exit 1; done
 
 clean: ## remove what was built here (the cache of the labs stays)
-	rm -rf .build .build-release .build-fuzz .lab-prepare.log
+	rm -rf .build .build-release .build-fuzz .lab-prepare.log .lab-kernel.log

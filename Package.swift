@@ -69,7 +69,10 @@ let package = Package(
         nioPosix,
       ]),
     program("cowd", ["Worker", "WorkerLink", argumentParser]),
-    program("kernel-exercise", ["DeviceMapper", "WorkerLink", "Posix"]),
+    .target(name: "CTrials"),
+    room("TargetTrials", ["CTrials", "DMU", "DeviceMapper", "Target", "Posix", "TestSupport"]),
+    program(
+      "kernel-exercise", ["DeviceMapper", "WorkerLink", "Posix", "Target", "TargetTrials"]),
     .executableTarget(
       name: "linear", dependencies: ["DMU", "Posix"], path: "examples/linear",
       swiftSettings: swiftSettings),
@@ -83,7 +86,7 @@ let package = Package(
     tests("XenStoreTests", ["XenStore", "TestSupport"]),
     tests("ImageFormatsTests", ["ImageFormats", "Posix", "TestSupport"]),
     tests("ImageToolTests", ["ImageTool", "ImageFormats", "Posix", "TestSupport"]),
-    tests("TargetTests", ["Target", "DMU", "Posix", "TestSupport"]),
+    tests("TargetTests", ["Target", "TargetTrials", "DMU", "Posix", "TestSupport"]),
     tests(
       "WorkerTests", ["Worker", "Target", "ImageFormats", "WorkerLink", "Posix", "TestSupport"]),
     program("played-worker", ["WorkerLink", "Posix"]),

@@ -1,116 +1,129 @@
-// What the conformance suite asks of an engine's surroundings. `UserTargetDriver` drives the
-// engine in user space over simulated devices; another one can drive the kernel's.
+// The engine in user space over simulated devices, moved by hand.
 
 import Glibc
-import Posix
-import Synchronization
-import Target
-import TestSupport
-
-/// A disk of an engine under test, over a store (device 0) and a base (device 1) that the
-/// test can look into. The base holds stamp 1000 + n in sector n.
-protocol EngineDriver: AnyObject {
-  var engine: any TargetEngine { get }
-  /// Makes a request, numbered in the order of making, and does not wait.
-  func submit(_ request: DriverRequest) -> Int
-  /// The errno of a request, 0 for success; nil while it is under way.
-  func result(_ request: Int) -> Int32?
-  /// What a read that has completed has brought.
-  func bytes(_ request: Int) -> [UInt8]
-  /// Lets everything happen that can happen without an answer.
-  func settle()
-  /// Lets no backing operation end until `release`.
-  func holdIO()
-  func release()
-  /// The next backing operations fail with EIO.
-  func failIO(_ fails: Bool)
-  /// The contents of a backing device.
-  func contents(_ device: UInt16) -> [UInt8]
-  /// How often each device has been flushed.
-  var flushes: Int { get }
-}
-
-/// A request as a test makes it, in bytes.
-enum DriverRequest {
-  case read(UInt64, Int)
-  case write(UInt64, [UInt8], fua: Bool = false)
-  case zero(UInt64, Int)
-  case discard(UInt64, Int)
-  case flush
-}
+public import Posix
+public import Synchronization
+public import Target
+public import TestSupport
 
 /// A store that counts its flushes.
-final class CountingStore: ByteStore {
+public final class CountingStore: ByteStore {
   let inner: SimulatedDisk
-  let flushes = Atomic<Int>(0)
-  let isWritable: Bool
+  /// How often it was flushed.
+  public let flushes = Atomic<Int>(0)
+  /// As it was made.
+  public let isWritable: Bool
 
-  init(_ inner: SimulatedDisk, writable: Bool) {
+  /// Counts for a simulated disk.
+  public init(_ inner: SimulatedDisk, writable: Bool) {
     self.inner = inner
     isWritable = writable
   }
 
-  var name: String { inner.name }
-  var size: UInt64 { inner.size }
-  func identity() throws(IOError) -> StoreIdentity { inner.identity() }
-  func allocatedBytes() throws(IOError) -> UInt64 { inner.allocatedBytes() }
-  func read(_ buffer: UnsafeMutableRawBufferPointer, at offset: UInt64) throws(IOError) {
+  /// What errors call it.
+  public var name: String { inner.name }
+  /// Bytes.
+  public var size: UInt64 { inner.size }
+  /// That of the disk.
+  public func identity() throws(IOError) -> StoreIdentity { inner.identity() }
+  /// All.
+  public func allocatedBytes() throws(IOError) -> UInt64 { inner.allocatedBytes() }
+  /// Reads.
+  public func read(_ buffer: UnsafeMutableRawBufferPointer, at offset: UInt64) throws(IOError) {
     try inner.read(buffer, at: offset)
   }
-  func write(_ buffer: UnsafeRawBufferPointer, at offset: UInt64) throws(IOError) {
+  /// Writes.
+  public func write(_ buffer: UnsafeRawBufferPointer, at offset: UInt64) throws(IOError) {
     try inner.write(buffer, at: offset)
   }
-  func zero(at offset: UInt64, count: UInt64) throws(IOError) {
+  /// Zeroes.
+  public func zero(at offset: UInt64, count: UInt64) throws(IOError) {
     try inner.zero(at: offset, count: count)
   }
-  func resize(to size: UInt64) throws(IOError) { try inner.resize(to: size) }
-  func flush() throws(IOError) {
+  /// Never longer.
+  public func resize(to size: UInt64) throws(IOError) { try inner.resize(to: size) }
+  /// Flushes, and counts.
+  public func flush() throws(IOError) {
     flushes.add(1, ordering: .relaxed)
     try inner.flush()
   }
 }
 
 /// The engine in user space over simulated devices.
-final class UserTargetDriver: EngineDriver, RequestOwner {
-  let target: UserTarget
-  let executor: SimulatedExecutor
-  let store: CountingStore
-  let base: CountingStore
+public final class UserTargetDriver: EngineDriver, RequestOwner {
+  /// The engine of the moment.
+  public private(set) var target: UserTarget
+  /// What moves its I/O.
+  public private(set) var executor: SimulatedExecutor
+  /// The device that first writes go to.
+  public let store: CountingStore
+  private let base: CountingStore
+  private let sectors: Int
+  private let blockSize: UInt32
+  private let readOnly: Bool
+  private let limits: TargetLimits
+  private let manners: SimulatedExecutor.Manners
+  private var random: SplitMix64
+  private let memory: Int32?
+  private var requests: [TargetRequest] = []
   private var results: [Int32?] = []
   private var buffers: [UnsafeMutableRawBufferPointer] = []
+  /// Done before the worker died, and done again by its successor: nobody is told twice.
+  private var again: Set<Int> = []
   private var isHeld = false
   private var owner: Int32 = -1
   /// Every completion, to notice one that comes twice.
-  private(set) var completions: [Int] = []
+  public private(set) var completions: [Int] = []
 
-  /// `sectors` of the disk; the base has as many unless told otherwise.
-  init(
+  /// `sectors` of the disk; the base has as many unless told otherwise. `memory`: a file for
+  /// the pending log, which `replaceWorker` needs; it stays the caller's.
+  public init(
     sectors: Int = 64, blockSize: UInt32 = 4096, baseSectors: Int? = nil, atOnce: Int = 0,
-    readOnly: Bool = false, limits: TargetLimits = TargetLimits(), seed: UInt64 = 1
+    readOnly: Bool = false, limits: TargetLimits = TargetLimits(), seed: UInt64 = 1,
+    memory: Int32? = nil
   ) throws {
-    store = CountingStore(SimulatedDisk("store", size: (sectors + 64) * 512), writable: true)
+    let block = Int(blockSize) / 512
+    store = CountingStore(
+      SimulatedDisk("store", size: (2 * sectors + 64 + 4 * block) * 512), writable: true)
     let count = baseSectors ?? sectors
     let stamps = (0..<count).flatMap { Stamp.sectors(1, UInt64(1000 + $0)) }
     base = CountingStore(SimulatedDisk("base", contents: stamps), writable: false)
     var manners = SimulatedExecutor.Manners()
     manners.atOnce = atOnce
-    executor = SimulatedExecutor(devices: [store, base], seed: seed, manners: manners)
+    self.manners = manners
+    self.sectors = sectors
+    self.blockSize = blockSize
+    self.readOnly = readOnly
+    self.limits = limits
+    self.memory = memory
+    random = SplitMix64(seed: seed)
+    executor = SimulatedExecutor(devices: [store, base], seed: random.next(), manners: manners)
     let size = UInt64(sectors) * 512
+    let log = try Self.log(memory, size, blockSize)
     target = try UserTarget(
-      size: size, blockSize: blockSize, executor: executor,
-      log: PendingLog(anonymousFor: size, blockSize: blockSize), readOnly: readOnly,
+      size: size, blockSize: blockSize, executor: executor, log: log, readOnly: readOnly,
       limits: limits)
     owner = target.enroll(self)
+  }
+
+  private static func log(_ memory: Int32?, _ size: UInt64, _ blockSize: UInt32) throws
+    -> PendingLog
+  {
+    guard let memory else { return try PendingLog(anonymousFor: size, blockSize: blockSize) }
+    return try PendingLog(mapping: memory, size: size, blockSize: blockSize)
   }
 
   deinit {
     for buffer in buffers { buffer.deallocate() }
   }
 
-  var engine: any TargetEngine { target }
-  var flushes: Int { store.flushes.load(ordering: .relaxed) }
+  /// The engine of the moment.
+  public var engine: any TargetEngine { target }
+  /// Of the store.
+  public var flushes: Int? { store.flushes.load(ordering: .relaxed) }
 
-  func submit(_ request: DriverRequest) -> Int {
+  /// Makes a request.
+  public func submit(_ request: DriverRequest) -> Int {
     let number = results.count
     results.append(nil)
     var buffer = UnsafeMutableRawBufferPointer(start: nil, count: 0)
@@ -133,28 +146,102 @@ final class UserTargetDriver: EngineDriver, RequestOwner {
     buffers.append(buffer)
     wanted.buffer = buffer.baseAddress
     wanted.tag = UInt64(number)
-    if let code = target.submit(wanted, owner: owner) {
-      completed(tag: UInt64(number), code: code)
-    }
+    requests.append(wanted)
+    hand(wanted)
     return number
   }
 
-  func completed(tag: UInt64, code: Int32) {
-    precondition(results[Int(tag)] == nil, "request \(tag) completed twice")
-    results[Int(tag)] = code
-    completions.append(Int(tag))
+  private func hand(_ wanted: TargetRequest) {
+    if let code = target.submit(wanted, owner: owner) { completed(tag: wanted.tag, code: code) }
   }
 
-  func result(_ request: Int) -> Int32? { results[request] }
-  func bytes(_ request: Int) -> [UInt8] { Array(buffers[request]) }
-  func settle() { if !isHeld { while executor.step() {} } }
-  func holdIO() { isHeld = true }
-  func release() {
+  /// Notes a completion.
+  public func completed(tag: UInt64, code: Int32) {
+    let number = Int(tag)
+    guard again.remove(number) == nil else { return }
+    precondition(results[number] == nil, "request \(tag) completed twice")
+    results[number] = code
+    completions.append(number)
+  }
+
+  /// Its errno.
+  public func result(_ request: Int) -> Int32? { results[request] }
+  /// Its bytes.
+  public func bytes(_ request: Int) -> [UInt8] { Array(buffers[request]) }
+  /// Runs the executor dry, unless it is held.
+  public func settle() { if !isHeld { while executor.step() {} } }
+  /// One step of the executor.
+  public func progress(patience: Int32) -> Bool { !isHeld && executor.step() }
+  /// Holds the executor.
+  public func holdIO() { isHeld = true }
+  /// Lets it go, and dry.
+  public func release() {
     isHeld = false
     settle()
   }
-  func failIO(_ fails: Bool) { executor.manners.failing = fails ? 100 : 0 }
-  func contents(_ device: UInt16) -> [UInt8] {
+  /// All, or none.
+  public func failIO(_ fails: Bool) { executor.manners.failing = fails ? 100 : 0 }
+  /// All, or none.
+  public func failFlushes(_ fail: Bool) -> Bool {
+    executor.manners.failingFlush = fail ? 100 : 0
+    return true
+  }
+  /// The engine's own way.
+  public func clearFailure() { target.clearFailure() }
+  /// Of the simulated disk.
+  public func contents(_ device: UInt16) -> [UInt8] {
     device == 0 ? store.inner.contents() : base.inner.contents()
+  }
+
+  /// The successor starts from the pending log. Its client makes again what was not
+  /// acknowledged, and what it had made after that, since it cannot know how far that is.
+  public func replaceWorker() throws {
+    guard memory != nil else { preconditionFailure("no memory file was given") }
+    executor.kill { work in if random.chance(50) { _ = work() } }
+    executor = SimulatedExecutor(devices: [store, base], seed: random.next(), manners: manners)
+    let size = UInt64(sectors) * 512
+    target = try UserTarget(
+      size: size, blockSize: blockSize, executor: executor,
+      log: Self.log(memory, size, blockSize), readOnly: readOnly, limits: limits)
+    owner = target.enroll(self)
+    let lost = [results.firstIndex { $0 == nil }, again.min()].compactMap { $0 }
+    guard let first = lost.min() else { return }
+    for number in first..<results.count {
+      guard results[number] != nil else { continue }
+      if requests[number].operation != .read { again.insert(number) }
+    }
+    let repeated = again
+    for number in first..<requests.count
+    where results[number] == nil || repeated.contains(number) { hand(requests[number]) }
+  }
+
+  /// There is no such thing.
+  public func suspend() {}
+
+  /// Through the simulated disk.
+  public func moveStore(from: UInt64, to: UInt64, sectors: Int) {
+    let buffer = UnsafeMutableRawBufferPointer.allocate(byteCount: sectors * 512, alignment: 8)
+    defer { buffer.deallocate() }
+    do throws(IOError) {
+      try store.inner.read(buffer, at: from * 512)
+      try store.inner.write(UnsafeRawBufferPointer(buffer), at: to * 512)
+      Stamp.fill(buffer, 0xdead)
+      try store.inner.write(UnsafeRawBufferPointer(buffer), at: from * 512)
+    } catch {
+      preconditionFailure("\(error)")
+    }
+  }
+
+  /// An engine anew over the same devices.
+  public func renew() throws {
+    precondition(target.outstanding == 0 && target.uncommitted().isEmpty)
+    again = []
+    for buffer in buffers { buffer.deallocate() }
+    buffers = []
+    requests = []
+    results = []
+    completions = []
+    if let memory { guard ftruncate(memory, 0) == 0 else { throw IOError.last("empty", "log") } }
+    try replaceWorker()
   }
 }

@@ -1,5 +1,6 @@
-// kernel-exercise device-mapper|loop: the kernel lab's trial of DeviceMapper and of LoopDevice
-// against a real kernel. Says nothing when all holds; else one line, and ends with 1.
+// kernel-exercise TRIAL [SEED COUNT]: the kernel lab's trials of DeviceMapper, of LoopDevice and
+// of the contract's suites against a real kernel. Says nothing but notes when all holds; else
+// one line, and ends with 1.
 
 import DeviceMapper
 import Glibc
@@ -17,13 +18,16 @@ func check(_ holds: Bool, _ what: String, line: Int = #line) {
   complain("line \(line): \(what)")
 }
 
+let arguments = CommandLine.arguments
+let numbers = arguments.dropFirst(2).compactMap { UInt64($0) }
 let trials: [String: () throws -> Void] = [
   "device-mapper": tryDeviceMapper, "loop": tryLoopDevices, "served": tryServedDevice,
-  "supervised": trySupervisedWorker,
+  "supervised": trySupervisedWorker, "rules": tryRules,
+  "traces": { try tryTraces(seed: numbers.first ?? 1, count: Int(numbers.last ?? 500)) },
 ]
 let names = trials.keys.sorted().joined(separator: "|")
-guard CommandLine.arguments.count == 2, let trial = trials[CommandLine.arguments[1]] else {
-  complain("usage: kernel-exercise \(names)")
+guard arguments.count == 2 || numbers.count == 2, let trial = trials[arguments[1]] else {
+  complain("usage: kernel-exercise \(names) [SEED COUNT]")
 }
 do {
   try trial()

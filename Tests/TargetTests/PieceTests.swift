@@ -4,6 +4,7 @@
 import Glibc
 import Posix
 @testable import Target
+import TargetTrials
 import TestSupport
 import Testing
 

@@ -3,6 +3,7 @@
 import Glibc
 import Posix
 import Target
+import TargetTrials
 import TestSupport
 import Testing
 

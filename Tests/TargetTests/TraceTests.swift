@@ -6,6 +6,7 @@
 import Glibc
 import Posix
 @testable import Target
+import TargetTrials
 import TestSupport
 import Testing
 

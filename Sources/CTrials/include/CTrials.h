@@ -1,0 +1,42 @@
+// Requests of a block device that do not wait, in the order in which they are made. As in
+// CLinux.h: bare doors, -1 and errno on failure. For the trials of the target only.
+#ifndef DMU_CTRIALS_H
+#define DMU_CTRIALS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+// What DMU_TRIAL_* asks of a device.
+#define DMU_TRIAL_READ 0
+#define DMU_TRIAL_WRITE 1
+#define DMU_TRIAL_FLUSH 2
+
+// Opens a device for reading and writing past the page cache. Source: open(2), O_DIRECT.
+int dmu_trial_open(const char *path);
+
+// An eventfd that does not wait. Source: eventfd(2).
+int dmu_trial_event(void);
+
+// A queue for so many requests. Source: io_setup(2).
+int dmu_aio_open(unsigned count, uint64_t *queue);
+int dmu_aio_close(uint64_t queue);
+
+// Makes a request; `event`, an eventfd, is told of its end. `forced`: a write is durable
+// before it ends. Source: io_submit(2).
+int dmu_aio_submit(uint64_t queue, int device, int operation, int forced, void *buffer,
+                   uint64_t count, int64_t offset, uint64_t tag, int event);
+
+// Takes what has ended, without waiting: tags, and results as of read(2), errors negative.
+// Source: io_getevents(2).
+int dmu_aio_reap(uint64_t queue, uint64_t *tags, int64_t *results, unsigned most);
+
+// Discards a range, or makes it zeroes, in a thread of its own; `event` is told of its end.
+// Source: BLKDISCARD, BLKZEROOUT in linux/fs.h.
+struct dmu_discard;
+struct dmu_discard *dmu_discard_begin(int device, int zeroing, uint64_t offset, uint64_t count,
+                                      int event);
+
+// Its errno, 0 for success, and it is gone; -1 while it is under way.
+int dmu_discard_end(struct dmu_discard *discard);
+
+#endif

@@ -1,0 +1,239 @@
+// Random traces: what a guest asks follows from a seed alone, and so does what the disk holds
+// after it. When and in which order a worker answers, dies, takes mappings back and moves
+// blocks is by another seed. Every read is compared with a naive model, and so is the whole
+// disk at the end: two engines that pass the same trace hold the same bytes.
+
+import Posix
+import Target
+import TestSupport
+
+/// What a guest asks, and what it has to find.
+public struct Trace: Sendable {
+  private struct Step {
+    var request: DriverRequest
+    /// For a read: what it finds.
+    var found: [UInt64] = []
+  }
+
+  /// The seed it follows from, with the disk's sectors and block size.
+  public let seed: UInt64
+  private var steps: [Step] = []
+  private var disk: [UInt64]
+
+  /// A trace for a disk of so many sectors.
+  public init(seed: UInt64, sectors: Int, blockSize: UInt32) {
+    self.seed = seed
+    var random = SplitMix64(seed: seed)
+    disk = (0..<sectors).map { UInt64(1000 + $0) }
+    let perBlock = Int(blockSize) / 512
+    for number in 0..<(4 + random.below(9)) {
+      let first = random.below(sectors)
+      let most = min(sectors - first, random.chance(30) ? 3 * perBlock : perBlock)
+      add(number, first..<(first + 1 + random.below(most)), perBlock, &random)
+    }
+    steps.append(Step(request: .flush))
+    steps.append(Step(request: .read(0, sectors * 512), found: disk))
+  }
+
+  private mutating func add(
+    _ number: Int, _ range: Range<Int>, _ perBlock: Int, _ random: inout SplitMix64
+  ) {
+    let offset = UInt64(range.lowerBound * 512)
+    let bytes = range.count * 512
+    switch random.below(16) {
+    case 0..<5:
+      steps.append(Step(request: .read(offset, bytes), found: Array(disk[range])))
+    case 5..<11:
+      let stamp = seed << 8 | UInt64(number + 1)
+      steps.append(
+        Step(request: .write(offset, Stamp.sectors(range.count, stamp), fua: random.chance(10))))
+      set(range, stamp)
+    case 11, 12:
+      steps.append(Step(request: .zero(offset, bytes)))
+      set(range, 0)
+    case 13:
+      steps.append(Step(request: .discard(offset, bytes)))
+      for block in range.lowerBound / perBlock...(range.upperBound - 1) / perBlock {
+        let sectors = block * perBlock..<min((block + 1) * perBlock, disk.count)
+        let isWhole = sectors.clamped(to: range) == sectors
+        if isWhole && TraceWorker.zeroes(UInt64(block)) { set(sectors, 0) }
+      }
+    default: steps.append(Step(request: .flush))
+    }
+  }
+
+  private mutating func set(_ range: Range<Int>, _ stamp: UInt64) {
+    for sector in range { disk[sector] = stamp }
+  }
+
+  /// What may be counted of a run.
+  public struct Tally: Sendable {
+    /// Workers that died.
+    public var deaths = 0
+    /// Suspends.
+    public var suspends = 0
+    /// Requests, invalidations not counted.
+    public var requests = 0
+    /// Nothing yet.
+    public init() {}
+  }
+
+  /// Runs it on a disk that was just made or renewed, and leaves it with nothing under way.
+  /// Throws what was found broken.
+  public func run(on driver: any EngineDriver, tally: inout Tally) throws {
+    var run = try TraceRun(driver, seed: seed)
+    do {
+      for (number, step) in steps.enumerated() {
+        // The last two wait for all that came before them.
+        if number >= steps.count - 2 { try run.finish() }
+        run.submit(step.request, step.found)
+        try run.wander(driver)
+      }
+      try run.finish()
+      tally.deaths += run.deaths
+      tally.suspends += run.suspends
+      tally.requests += steps.count
+    } catch {
+      throw TrialBroken(
+        "trace \(seed), \(run.deaths) deaths, \(run.suspends) suspends: \(error)\n\(self)")
+    }
+  }
+}
+
+extension Trace: CustomStringConvertible {
+  /// A line a request.
+  public var description: String {
+    steps.map { "  " + Self.line($0.request) }.joined(separator: "\n")
+  }
+
+  fileprivate static func line(_ request: DriverRequest) -> String {
+    switch request {
+    case .read(let offset, let count): "read \(offset / 512) \(count / 512)"
+    case .write(let offset, let bytes, let fua):
+      "write \(offset / 512) \(bytes.count / 512)\(fua ? " forced" : "")"
+    case .zero(let offset, let count): "zero \(offset / 512) \(count / 512)"
+    case .discard(let offset, let count): "discard \(offset / 512) \(count / 512)"
+    case .flush: "flush"
+    }
+  }
+}
+
+/// A trace under way.
+private struct TraceRun {
+  private let driver: any EngineDriver
+  private let medium = TraceMedium()
+  private let lateness: Int
+  private var worker: TraceWorker
+  private var random: SplitMix64
+  private struct Open {
+    var number: Int
+    var isRead: Bool
+    var found: [UInt64]
+    var spansBlocks: Bool
+  }
+  private var open: [Open] = []
+  private(set) var deaths = 0
+  private(set) var suspends = 0
+  private let deadly: Bool
+
+  init(_ driver: any EngineDriver, seed: UInt64) throws {
+    self.driver = driver
+    random = SplitMix64(seed: ~seed)
+    lateness = [0, 40, 80][random.below(3)]
+    deadly = random.chance(40)
+    worker = try TraceWorker(driver, medium, lateness: lateness, seed: random.next())
+  }
+
+  mutating func submit(_ request: DriverRequest, _ found: [UInt64]) {
+    var isRead = false
+    var range: (UInt64, Int) = (0, 0)
+    switch request {
+    case .read(let offset, let count):
+      isRead = true
+      range = (offset, count)
+    case .write(let offset, let bytes, _): range = (offset, bytes.count)
+    case .zero(let offset, let count), .discard(let offset, let count): range = (offset, count)
+    case .flush: break
+    }
+    let block = UInt64(driver.engine.blockSize)
+    let spans = range.0 / block != (range.0 + UInt64(max(range.1, 1)) - 1) / block
+    let number = driver.submit(request)
+    tell("request \(number): \(Trace.line(request))")
+    open.append(
+      Open(number: number, isRead: isRead, found: found, spansBlocks: spans))
+  }
+
+  private mutating func replaceWorker() throws {
+    deaths += 1
+    tell("a death")
+    try driver.replaceWorker()
+    worker = try TraceWorker(driver, medium, lateness: lateness, seed: random.next())
+  }
+
+  /// Whether requests of several blocks are under way: of those the kernel's core does not keep
+  /// the order over a suspend.
+  private var isEntangled: Bool { open.contains { $0.spansBlocks } && open.count > 1 }
+
+  private mutating func pump() throws -> Bool {
+    do {
+      return try worker.pump()
+    } catch is TraceDeath {
+      try replaceWorker()
+      return true
+    }
+  }
+
+  /// Something happens between two requests, or nothing.
+  mutating func wander(_ driver: any EngineDriver) throws {
+    for _ in 0..<random.below(4) {
+      switch random.below(100) {
+      case 0..<55: _ = try pump()
+      case 55..<85: _ = driver.progress(patience: 0)
+      case 85..<95: try worker.invalidateSomething()
+      case 95..<98 where deadly: try replaceWorker()
+      case 98 where deadly && !isEntangled:
+        suspends += 1
+        tell("a suspend")
+        try driver.suspend()
+        // What was given back comes again from a thread of the kernel's, and what is asked anew
+        // may overtake it.
+        try finish()
+      default: break
+      }
+    }
+    try check()
+  }
+
+  private mutating func check() throws {
+    var left: [Open] = []
+    for request in open {
+      guard let code = driver.result(request.number) else {
+        left.append(request)
+        continue
+      }
+      tell("request \(request.number) ends")
+      try expect(code == 0, "request \(request.number) failed with \(code)")
+      guard request.isRead else { continue }
+      let bytes = driver.bytes(request.number)
+      for (index, wanted) in request.found.enumerated() {
+        let found = bytes.withUnsafeBytes { Stamp.read($0, at: index * 512) }
+        try expect(
+          found == wanted,
+          "request \(request.number), sector \(index): \(String(describing: found)), not \(wanted)")
+      }
+    }
+    open = left
+  }
+
+  /// Everything ends.
+  mutating func finish() throws {
+    var idle = 0
+    while !open.isEmpty {
+      let pumped = try pump()
+      let moved = driver.progress(patience: pumped || !worker.isIdle ? 0 : 100)
+      try check()
+      idle = pumped || moved ? 0 : idle + 1
+      try expect(idle < 300, "request \(open[0].number) does not end")
+    }
+  }
+}

@@ -1,0 +1,16 @@
+/// What a trial found that ought not to be.
+public struct TrialBroken: Error, CustomStringConvertible {
+  /// In words, with the place in the suite where there is one.
+  public let description: String
+
+  /// From its words.
+  public init(_ description: String) { self.description = description }
+}
+
+/// Throws unless what holds.
+func expect(
+  _ holds: Bool, _ what: @autoclosure () -> String = "", file: String = #fileID, line: Int = #line
+) throws(TrialBroken) {
+  guard !holds else { return }
+  throw TrialBroken("\(file):\(line): \(what())")
+}

@@ -1,0 +1,105 @@
+// The suites of the contract against the module, and side by side with UserTarget.
+
+import Glibc
+import Posix
+import Target
+import TargetTrials
+
+/// Every rule of the suite, each on a device of its own: on UserTarget, then on the module.
+func tryRules() throws {
+  for rule in Rules.all {
+    let log = try scratchFile("pending", bytes: 0)
+    defer { withExtendedLifetime(log) {} }
+    let driver = try UserTargetDriver(
+      sectors: Rules.sectors, blockSize: Rules.blockSize, memory: log.raw)
+    do {
+      try rule.check(Rules(driver))
+    } catch {
+      complain("rule \(rule.name), UserTarget: \(error)")
+    }
+  }
+  for rule in Rules.all {
+    let driver = try KernelTargetDriver(sectors: Rules.sectors, blockSize: Rules.blockSize)
+    do {
+      try rule.check(Rules(driver))
+    } catch {
+      driver.abandon()
+      complain("rule \(rule.name), the module: \(error)")
+    }
+    try driver.close()
+    print("# rule \(rule.name)")
+  }
+}
+
+/// The disks that traces are run on, one after the other, for some hundred traces each.
+private struct Shape {
+  var blockSize: UInt32
+  /// Sectors that the last block lacks.
+  var lacking = 0
+  var onLoops = false
+
+  var sectors: Int { 12 * Int(blockSize) / 512 - lacking }
+
+  static let all = [
+    Shape(blockSize: 4096), Shape(blockSize: 512), Shape(blockSize: 4096, lacking: 3),
+    Shape(blockSize: 2048, lacking: 1, onLoops: true), Shape(blockSize: 1024),
+    Shape(blockSize: 4096), Shape(blockSize: 16384, lacking: 7), Shape(blockSize: 2048),
+  ]
+}
+
+/// The same random traces on the module and on UserTarget, in this process: `count` from a
+/// seed on. Whatever an engine does wrong is told with the seed of its trace.
+func tryTraces(seed: UInt64, count: Int) throws {
+  let batch = 500
+  var tally = Trace.Tally()
+  var other = Trace.Tally()
+  for first in stride(from: 0, to: count, by: batch) {
+    let shape = Shape.all[first / batch % Shape.all.count]
+    let seeds = (seed + UInt64(first))..<(seed + UInt64(min(first + batch, count)))
+    try withBatch(shape) { kernel, user in
+      for seed in seeds {
+        let trace = Trace(seed: seed, sectors: shape.sectors, blockSize: shape.blockSize)
+        do {
+          try trace.run(on: user, tally: &other)
+        } catch {
+          kernel.abandon()
+          complain("UserTarget, \(shape): \(error)")
+        }
+        do {
+          try trace.run(on: kernel, tally: &tally)
+        } catch {
+          kernel.abandon()
+          complain("the module, \(shape): \(error)")
+        }
+        try user.renew()
+        try kernel.renew()
+      }
+    }
+  }
+  print(
+    "# \(count) traces from seed \(seed) on, on both engines: \(tally.requests) requests, workers",
+    "killed \(tally.deaths) and \(other.deaths) times, \(tally.suspends) suspends")
+}
+
+private func withBatch(
+  _ shape: Shape, _ body: (KernelTargetDriver, UserTargetDriver) throws -> Void
+) throws {
+  let log = try scratchFile("pending", bytes: 0)
+  defer { withExtendedLifetime(log) {} }
+  let user = try UserTargetDriver(
+    sectors: shape.sectors, blockSize: shape.blockSize, atOnce: 30, memory: log.raw)
+  func run(_ paths: [String]) throws {
+    let kernel = try KernelTargetDriver(
+      sectors: shape.sectors, blockSize: shape.blockSize, paths: paths)
+    try body(kernel, user)
+    try kernel.close()
+  }
+  guard shape.onLoops else { return try run(["/dev/ram0", "/dev/ram1"]) }
+  let files = try ["store.img", "base.img"].map { try scratchFile($0, bytes: 1 << 20) }
+  let store = try LoopDevice(file: files[0].raw, name: files[0].name, readOnly: false)
+  let base = try LoopDevice(file: files[1].raw, name: files[1].name, readOnly: false)
+  withExtendedLifetime(files) {}
+  try run([store.path, base.path])
+  try store.release()
+  try base.release()
+}
