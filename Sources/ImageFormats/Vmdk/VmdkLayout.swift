@@ -76,6 +76,8 @@ public struct VmdkLayout: Sendable {
 
   /// Gives the image another content ID, durably: whoever has it as its base shall notice.
   func renewContentID(in store: any ByteStore) throws(ImageError) {
+    // An extent without a descriptor has no ID.
+    guard place != nil else { return }
     try put(descriptor.nextContentID(), at: descriptor.contentIDDigits, in: store)
   }
 
