@@ -84,11 +84,12 @@ public final class FakeToolstack: Sendable {
 
   /// A domain goes: its nodes and libxl's. The backends of its disks stay until `finishDetach`.
   public func destroyDomain(_ domain: Int) throws(WireError) {
-    try wire.release(domain: domain)
     try wire.transaction { transaction throws(WireError) in
       try wire.remove("/local/domain/\(domain)", in: transaction)
       try wire.remove("/libxl/\(domain)", in: transaction)
     }
+    // Xen is asked last, so that whoever hears of the end finds the nodes gone.
+    try wire.release(domain: domain)
   }
 
   /// libxl attaches a disk: one transaction, all nodes with their permissions.
