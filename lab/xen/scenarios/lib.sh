@@ -208,6 +208,8 @@ no_workers() { ! pidof cowd; }
 
 # no_devices: no nbd device is attached, no device of the module and no loop device is there.
 nbd_in_use() { find /sys/block/nbd*/pid 2>/dev/null | wc -l; }
+# devices_in_use: how many devices the daemon has, by either way.
+devices_in_use() { echo $(($(nbd_in_use) + $(dmsetup ls | grep -c '^dmu-'))); }
 no_devices() {
   [ "$(nbd_in_use)" = 0 ] && [ -z "$(losetup -n -l)" ] &&
     ! dmsetup ls | grep -E '^(dmu-|lab[[:space:]])'
