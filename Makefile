@@ -70,12 +70,11 @@ fuzz: build ## hostile images for every format, a minute for each target (20 min
 	@lab/prerequisites test
 	fuzz/run --seconds 60
 
-bench: build ## measure against dm-linear, dm-snapshot, loop, qemu-nbd and qemu-img
+bench: dist ## measure against dm-linear, dm-snapshot, loop, qemu-nbd and qemu-img
 	@lab/prerequisites bench xen module
-	bench/nbd
-	FORMAT=qcow2 bench/nbd
-	bench/images
-	lab/speed/run
+	@status=0; for part in bench/nbd "env FORMAT=qcow2 bench/nbd" bench/images lab/speed/run \
+	  "env COUNTED=1 bench/guest-boot"; do \
+	  echo "bench: $$part"; $$part || { echo "bench: MISSED: $$part"; status=1; }; done; exit $$status
 
 install: ## install into $(DESTDIR)$(PREFIX), etc. into $(DESTDIR)/etc
 	install -d $(DESTDIR)$(PREFIX)/sbin $(DESTDIR)$(PREFIX)/bin $(DESTDIR)/etc/xen/scripts \

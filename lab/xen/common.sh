@@ -21,6 +21,7 @@ cache=${XDG_CACHE_HOME:-$HOME/.cache}/dmu-xen/xen
 
 kernel=${LAB_KERNEL:-6.1}
 transport=${LAB_TRANSPORT:-auto}
+processors='-accel tcg,thread=multi -smp 2'
 base=$cache/base-$kernel
 guest=$cache/guest-$kernel
 
@@ -52,8 +53,9 @@ new_share() {
 boot_dom0() {
   local share=$1
   shift
+  # shellcheck disable=SC2086 # words
   exec qemu-system-x86_64 -name dmu-xen-lab \
-    -accel tcg,thread=multi -cpu qemu64,+svm,+npt,-rdtscp -m 3072 -smp 2 \
+    $processors -cpu qemu64,+svm,+npt,-rdtscp -m 3072 \
     -no-reboot -nodefaults -display none "$@" \
     -kernel "$base/xen.elf" \
     -append "console=com1 com1=115200 dom0_mem=1024M,max:1024M bootscrub=0 loglvl=warning" \
@@ -62,7 +64,44 @@ boot_dom0() {
     -virtfs "local,path=$share,mount_tag=share,security_model=none"
 }
 
-# one_machine COMMAND...: waits for its turn on this computer.
+# follow SHARE WORD SECONDS [ARGUMENT...]: boots the machine with these arguments for QEMU besides
+# and prints what it writes into SHARE/out/report, until that says `WORD: ...` or the seconds are
+# over. Succeeds if it said `WORD: OK`. Takes the share with it.
+follow() {
+  local share=$1 word=$2 due=$((SECONDS + $3 * ${LAB_PATIENCE:-1})) shown=0 lines alive verdict
+  shift 3
+  : >"$share/out/report"
+  boot_dom0 "$share" "$@" -serial "file:$share/out/console" </dev/null 2>"$share/out/qemu" &
+  local machine=$!
+  # shellcheck disable=SC2064 # these two, as they are now
+  trap "kill $machine 2>/dev/null; wait $machine 2>/dev/null; rm -rf '$share'" EXIT
+  trap 'exit 1' HUP INT TERM
+  while :; do
+    # A last look after the machine has ended.
+    alive=yes
+    kill -0 "$machine" 2>/dev/null || alive=
+    lines=$(wc -l <"$share/out/report")
+    if [ "$lines" -gt "$shown" ]; then
+      sed -n "$((shown + 1)),${lines}p" "$share/out/report" | grep -v "^$word: " || true
+      shown=$lines
+    fi
+    ! grep -q "^$word: " "$share/out/report" || break
+    if [ -z "$alive" ] || [ $SECONDS -gt $due ]; then
+      tail -n 20 "$share/out/console" "$share/out/qemu" >&2
+      echo "$word: FAILED: the machine ${alive:+took too long}${alive:-stopped}"
+      return 1
+    fi
+    sleep 0.3
+  done
+  verdict=$(grep "^$word: " "$share/out/report" | tail -n 1)
+  if [ "$verdict" != "$word: OK" ] && [ -e "$share/out/log" ]; then
+    tail -n 100 "$share/out/log" >&2
+  fi
+  echo "$verdict"
+  [ "$verdict" = "$word: OK" ]
+}
+
+# lock_machine: waits for its turn on this computer.
 lock_machine() {
   mkdir -p "$cache"
   exec 9>"$cache/machine.lock"

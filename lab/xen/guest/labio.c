@@ -17,6 +17,7 @@
  *   count:DEV                    one more in the counter of boots, its last sector; then an
  *                                order that begins with @N: is done in boot N only
  *   flush:DEV  discard:DEV:SECTOR:COUNT  sleep:SECONDS  say:TEXT  poweroff  reboot
+ *   boot:DEV                     as a guest: mount it and run boot.sh with it as the root
  *
  *   OPT: depth=N in flight (8); sync=N, fsync after every N operations (0: at the end);
  *        nosync, no fsync at all; cached, through the page cache; ms=N, pause between
@@ -201,6 +202,8 @@ int obey(char *order)
 		status = leave(RB_POWER_OFF);
 	else if (!strcmp(words[0], "reboot"))
 		status = leave(RB_AUTOBOOT);
+	else if (n > 1 && !strcmp(words[0], "boot"))
+		status = is_init ? boot_disk(words[1]) : fail("only a guest can do that");
 	else if (n > 1 && (!strcmp(words[0], "wait") || !strcmp(words[0], "gone")))
 		status = await(words[1], n > 2 ? atof(words[2]) : 30, words[0][0] == 'w');
 	else

@@ -44,6 +44,8 @@ double now(void);
 void *aligned(size_t size);
 int obey(char *order);
 _Noreturn void guest_main(void);
+/* Boots the root that a disk holds, as far as boot.sh goes. */
+int boot_disk(const char *name);
 
 uint64_t mix(uint64_t x);
 void fill(struct sector *s, uint32_t seed, uint32_t op, uint64_t lba);
