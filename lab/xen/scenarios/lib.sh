@@ -210,8 +210,9 @@ no_workers() { ! pidof cowd; }
 nbd_in_use() { find /sys/block/nbd*/pid 2>/dev/null | wc -l; }
 # devices_in_use: how many devices the daemon has, by either way.
 devices_in_use() { echo $(($(nbd_in_use) + $(dmsetup ls | grep -c '^dmu-'))); }
+no_loops() { [ -z "$(losetup -n -l)" ]; }
 no_devices() {
-  [ "$(nbd_in_use)" = 0 ] && [ -z "$(losetup -n -l)" ] &&
+  [ "$(nbd_in_use)" = 0 ] && no_loops &&
     ! dmsetup ls | grep -E '^(dmu-|lab[[:space:]])'
 }
 
