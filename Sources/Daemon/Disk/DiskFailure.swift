@@ -111,12 +111,11 @@ extension DiskFailure {
       .baseMissing, "store \(store) names no base and the spec has none: add ':BASE' to the spec")
   }
 
-  static func baseChanged(_ base: String, store: String, detail: String) -> DiskFailure {
-    let why = detail.isEmpty ? "" : " (\(detail))"
-    return DiskFailure(
-      .baseChanged,
-      "base \(base) has changed since store \(store) was made from it\(why): bring the old base"
-        + " back, or make a new store; '?force=yes' in the spec uses it all the same")
+  /// - Parameter sentence: the worker's own, which ends with a remedy.
+  static func baseChanged(_ sentence: String, _ format: KnownFormat?) -> DiskFailure {
+    let isForced = format?.options.contains { $0.name == "force" } ?? false
+    let hint = isForced ? "; '?force=yes' in the spec uses it all the same" : ""
+    return DiskFailure(.baseChanged, sentence + hint)
   }
 
   static func baseRefused(_ base: String, store: String, configuration: String) -> DiskFailure {

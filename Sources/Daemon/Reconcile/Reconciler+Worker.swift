@@ -312,7 +312,7 @@ extension DiskFailure {
     let store = disk.spec?.store ?? ""
     switch code {
     case "base-changed":
-      self = .baseChanged(disk.basePath ?? "", store: store, detail: message)
+      self = .baseChanged(message, disk.spec.flatMap { KnownFormat.named($0.format) })
     case "base-missing": self = .baseUnnamed(store: store)
     case "unknown-format": self = .formatUnknown(disk.spec?.format ?? "")
     default:

@@ -186,7 +186,7 @@ extension Vmdk {
         .baseChanged,
         "base \(base.name) has changed since store \(store.name) was made from it: its CID is "
           + "\(VmdkDescriptor.digits(found)), not "
-          + "\(VmdkDescriptor.digits(layout.descriptor.parentContentID))")
+          + "\(VmdkDescriptor.digits(layout.descriptor.parentContentID)): put the old base back")
     }
   }
 }
