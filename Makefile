@@ -36,15 +36,12 @@ run: ## boot a real Xen and run a guest from a dmu disk (10 minutes once, then u
 	@lab/xen/demo $(DIST)
 
 test: ## every suite: unit, xenstored, NBD clients, both labs (under 40 minutes cold)
-	@lab/prerequisites build test xen kernel
+	@lab/prerequisites build test xen kernel module
 	@echo "test: building the programs and the kernel lab's kernel side by side"
 	@lab/kernel/prepare >.lab-kernel.log 2>&1 & lab=$$!; \
 	$(MAKE) --no-print-directory dist && wait $$lab || \
 	{ status=$$?; tail -n 20 .lab-kernel.log; exit $$status; }
-	Tests/run
-	fuzz/run --seconds 3
-	lab/kernel/all --programs $(BIN)
-	lab/xen/run --dist $(DIST)
+	Tests/all $(BIN) $(DIST)
 
 kernel-lab: ## the module's scenarios in a checked kernel (the kernel is built once)
 	@lab/prerequisites build kernel

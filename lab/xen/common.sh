@@ -66,16 +66,18 @@ boot_dom0() {
 
 # follow SHARE WORD SECONDS [ARGUMENT...]: boots the machine with these arguments for QEMU besides
 # and prints what it writes into SHARE/out/report, until that says `WORD: ...` or the seconds are
-# over. Succeeds if it said `WORD: OK`. Takes the share with it.
+# over. A machine that does not come as far as dom0's init is started once more. Succeeds if it
+# said `WORD: OK`. Takes the share with it.
 follow() {
-  local share=$1 word=$2 due=$((SECONDS + $3 * ${LAB_PATIENCE:-1})) shown=0 lines alive verdict
+  local share=$1 word=$2 patience=${LAB_PATIENCE:-1} shown=0 lines alive verdict
+  local due=$((SECONDS + $3 * patience)) up_due=$((SECONDS + 180 * patience))
   shift 3
   : >"$share/out/report"
-  boot_dom0 "$share" "$@" -serial "file:$share/out/console" </dev/null 2>"$share/out/qemu" &
-  local machine=$!
-  # shellcheck disable=SC2064 # these two, as they are now
-  trap "kill $machine 2>/dev/null; wait $machine 2>/dev/null; rm -rf '$share'" EXIT
+  machine=
+  # shellcheck disable=SC2064 # the share as it is now
+  trap "end_machine; rm -rf '$share'" EXIT
   trap 'exit 1' HUP INT TERM
+  start_machine "$share" "$@"
   while :; do
     # A last look after the machine has ended.
     alive=yes
@@ -86,7 +88,12 @@ follow() {
       shown=$lines
     fi
     ! grep -q "^$word: " "$share/out/report" || break
-    if [ -z "$alive" ] || [ $SECONDS -gt $due ]; then
+    if [ ! -e "$share/out/up" ] && [ "$up_due" != 0 ] && [ $SECONDS -gt "$up_due" ]; then
+      say "dom0 hangs in its boot; the machine is started once more"
+      end_machine
+      start_machine "$share" "$@"
+      up_due=0
+    elif [ -z "$alive" ] || [ $SECONDS -gt $due ]; then
       tail -n 20 "$share/out/console" "$share/out/qemu" >&2
       echo "$word: FAILED: the machine ${alive:+took too long}${alive:-stopped}"
       return 1
@@ -99,6 +106,20 @@ follow() {
   fi
   echo "$verdict"
   [ "$verdict" = "$word: OK" ]
+}
+
+# start_machine SHARE ARGUMENT...: boots it in the background; `machine` is its process.
+start_machine() {
+  local share=$1
+  boot_dom0 "$@" -serial "file:$share/out/console" </dev/null 2>>"$share/out/qemu" &
+  machine=$!
+}
+
+end_machine() {
+  [ -n "$machine" ] || return 0
+  kill "$machine" 2>/dev/null || true
+  wait "$machine" 2>/dev/null || true
+  machine=
 }
 
 # lock_machine: waits for its turn on this computer.
