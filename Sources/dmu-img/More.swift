@@ -8,6 +8,7 @@ import Posix
 
 struct Commit: ParsableCommand {
   static let configuration = CommandConfiguration(
+    commandName: "commit",
     abstract: "Write what an image has into its base.",
     discussion: "The image is empty afterwards, unless -d is given.")
   @OptionGroup var format: Format
@@ -28,6 +29,7 @@ struct Commit: ParsableCommand {
 
 struct Rebase: ParsableCommand {
   static let configuration = CommandConfiguration(
+    commandName: "rebase",
     abstract: "Put an image over another base.",
     discussion: """
       What the image shows stays the same: where old and new base differ, the old one's data \
@@ -55,6 +57,7 @@ struct Rebase: ParsableCommand {
 
 struct Resize: ParsableCommand {
   static let configuration = CommandConfiguration(
+    commandName: "resize",
     abstract: "Give a disk another length.",
     discussion: "The length is SIZE, +SIZE or -SIZE (write '-- -SIZE').")
   @OptionGroup var format: Format
@@ -74,7 +77,8 @@ struct Resize: ParsableCommand {
 }
 
 struct Snapshot: ParsableCommand {
-  static let configuration = CommandConfiguration(abstract: "List internal snapshots.")
+  static let configuration = CommandConfiguration(
+    commandName: "snapshot", abstract: "List internal snapshots.")
   @Flag(name: .customShort("l"), help: "List them, which is all there is.") var list = false
   @OptionGroup var format: Format
   @OptionGroup var form: Form
@@ -93,6 +97,7 @@ struct Snapshot: ParsableCommand {
 
 struct Dump: ParsableCommand {
   static let configuration = CommandConfiguration(
+    commandName: "dump",
     abstract: "Write an image's mapping as XML.",
     discussion: "The schema is that of thin_dump.")
   @OptionGroup var format: Format
@@ -112,6 +117,7 @@ struct Dump: ParsableCommand {
 
 struct Restore: ParsableCommand {
   static let configuration = CommandConfiguration(
+    commandName: "restore",
     abstract: "Make an image of a mapping in XML and the file that holds its blocks.")
   @Option(name: .shortAndLong, help: "The mapping, as 'dump' wrote it.") var input: String
   @Option(name: .customShort("D"), help: "The file that holds the blocks: the dumped image.")
@@ -135,6 +141,7 @@ struct Restore: ParsableCommand {
 
 struct Bench: ParsableCommand {
   static let configuration = CommandConfiguration(
+    commandName: "bench",
     abstract: "Time reads or writes of an image.",
     discussion: "Writes change the image.")
   @OptionGroup var format: Format

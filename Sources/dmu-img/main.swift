@@ -14,20 +14,18 @@ struct Tool: ParsableCommand {
     version: "1",
     subcommands: wanted)
 
-  private static let all: [(name: String, type: any ParsableCommand.Type)] = [
-    ("create", Create.self), ("info", Info.self), ("check", Check.self),
-    ("convert", Convert.self), ("map", Map.self), ("compare", Compare.self),
-    ("commit", Commit.self), ("rebase", Rebase.self), ("resize", Resize.self),
-    ("snapshot", Snapshot.self), ("dump", Dump.self), ("restore", Restore.self),
-    ("bench", Bench.self),
+  private static let all: [any ParsableCommand.Type] = [
+    Create.self, Info.self, Check.self, Convert.self, Map.self, Compare.self, Commit.self,
+    Rebase.self, Resize.self, Snapshot.self, Dump.self, Restore.self, Bench.self,
   ]
 
   /// The one that is called by its name: the parser then need not look at the others, which
-  /// would take it longer than most of what they do. All of them for anything else.
+  /// would take it longer than most of what they do. All of them for anything else. They say
+  /// their names, since the parser would find them by reflection, which takes long too.
   private static var wanted: [any ParsableCommand.Type] {
     let name = CommandLine.arguments.dropFirst().first
-    let called = all.filter { $0.name == name }
-    return (called.isEmpty ? all : called).map(\.type)
+    let called = all.filter { $0.configuration.commandName == name }
+    return called.isEmpty ? all : called
   }
 }
 
@@ -68,7 +66,8 @@ struct Quiet: ParsableArguments {
 }
 
 struct Create: ParsableCommand {
-  static let configuration = CommandConfiguration(abstract: "Make an image.")
+  static let configuration = CommandConfiguration(
+    commandName: "create", abstract: "Make an image.")
   @Option(name: .customShort("f"), help: "The format: raw, qcow2, dscow, vpc and others.")
   var format = "raw"
   @Option(name: .customShort("b"), help: "The base, as the image shall name it.") var base: String?
@@ -95,7 +94,8 @@ struct Create: ParsableCommand {
 }
 
 struct Info: ParsableCommand {
-  static let configuration = CommandConfiguration(abstract: "Describe an image.")
+  static let configuration = CommandConfiguration(
+    commandName: "info", abstract: "Describe an image.")
   @OptionGroup var format: Format
   @OptionGroup var form: Form
   @Flag(help: "Describe every image under it as well.") var backingChain = false
@@ -119,6 +119,7 @@ enum RepairWord: String, ExpressibleByArgument {
 
 struct Check: ParsableCommand {
   static let configuration = CommandConfiguration(
+    commandName: "check",
     abstract: "Look for damage.",
     discussion: """
       Ends with 0 for a sound image, 1 when the check could not be done, 2 for damage, 3 for \
@@ -146,6 +147,7 @@ struct Check: ParsableCommand {
 
 struct Convert: ParsableCommand {
   static let configuration = CommandConfiguration(
+    commandName: "convert",
     abstract: "Copy a disk into another format.",
     discussion: "The target gets its name when it is whole, in the place of what has it.")
   @OptionGroup var format: Format
@@ -211,7 +213,8 @@ struct Convert: ParsableCommand {
 }
 
 struct Map: ParsableCommand {
-  static let configuration = CommandConfiguration(abstract: "Say what is where.")
+  static let configuration = CommandConfiguration(
+    commandName: "map", abstract: "Say what is where.")
   @OptionGroup var format: Format
   @OptionGroup var form: Form
   @Option(name: [.short, .long], help: "The first byte.") var startOffset: Size?
@@ -237,6 +240,7 @@ struct Map: ParsableCommand {
 
 struct Compare: ParsableCommand {
   static let configuration = CommandConfiguration(
+    commandName: "compare",
     abstract: "Tell whether two disks hold the same.",
     discussion: "Ends with 0 for the same, 1 for a difference, 2 when it cannot be told.")
   @Option(name: .customShort("f"), help: "The first image's format.") var format: String?
