@@ -19,7 +19,8 @@ static int dmu_map_flush(struct dmu_table *table, struct bio *bio)
 	struct dmu_device *dev = table->dev;
 	unsigned int i;
 
-	if (atomic_read(&dev->uncommitted) || table->writable != 1 || dev->flush.failed) {
+	if (atomic_read(&dev->uncommitted) || table->writable != 1 ||
+	    READ_ONCE(dev->flush.failed)) {
 		if (dev->requeue)
 			return DM_MAPIO_REQUEUE;
 		dmu_flush_join(dev, bio);
@@ -106,7 +107,8 @@ static int dmu_remap(struct dmu_table *table, struct bio *bio, unsigned long wor
 		bio_endio(bio);
 		return DM_MAPIO_SUBMITTED;
 	}
-	if (unlikely(bio->bi_opf & REQ_FUA) && atomic_read(&table->dev->uncommitted)) {
+	if (unlikely(bio->bi_opf & REQ_FUA) &&
+	    (atomic_read(&table->dev->uncommitted) || READ_ONCE(table->dev->flush.failed))) {
 		bio->bi_opf &= ~REQ_FUA;
 		io->fua = true;
 	}
@@ -194,7 +196,9 @@ int dmu_end_io(struct dm_target *ti, struct bio *bio, blk_status_t *error)
 		io->epoch = NULL;
 	}
 	if (unlikely(*error)) {
-		if (issued && *error != BLK_STS_DM_REQUEUE && op_is_write(bio_op(bio)))
+		if (bio->bi_opf & REQ_PREFLUSH && *error != BLK_STS_DM_REQUEUE)
+			dmu_flush_failed(io->dev, blk_status_to_errno(*error));
+		else if (issued && *error != BLK_STS_DM_REQUEUE && op_is_write(bio_op(bio)))
 			dmu_io_failed(io->dev, bio, -blk_status_to_errno(*error));
 	} else if (unlikely(io->fua)) {
 		io->fua = false;
