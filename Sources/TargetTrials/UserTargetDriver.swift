@@ -119,6 +119,8 @@ public final class UserTargetDriver: EngineDriver, RequestOwner {
 
   /// The engine of the moment.
   public var engine: any TargetEngine { target }
+  /// Of one block by another, never.
+  public var isOvertaken: Bool { false }
   /// Of the store.
   public var flushes: Int? { store.flushes.load(ordering: .relaxed) }
 
@@ -170,6 +172,10 @@ public final class UserTargetDriver: EngineDriver, RequestOwner {
   public func bytes(_ request: Int) -> [UInt8] { Array(buffers[request]) }
   /// Runs the executor dry, unless it is held.
   public func settle() { if !isHeld { while executor.step() {} } }
+  /// The engine's.
+  public func nextFault() -> Fault? { target.nextFault() }
+  /// There are none.
+  public func giveWay() {}
   /// One step of the executor.
   public func progress(patience: Int32) -> Bool { !isHeld && executor.step() }
   /// Holds the executor.
