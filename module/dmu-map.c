@@ -42,7 +42,9 @@ static int dmu_map_discard(struct dmu_device *dev, struct bio *bio)
 
 	if (offset || (count < dev->block_sectors && end != dev->sectors)) {
 		count = min(count, dev->block_sectors - offset);
-		dm_accept_partial_bio(bio, count);
+		/* The core puts back a bio that was split behind those that were not. */
+		if (count < bio_sectors(bio))
+			dm_accept_partial_bio(bio, count);
 		if (bio_op(bio) == REQ_OP_DISCARD) {
 			bio_endio(bio);
 			return DM_MAPIO_SUBMITTED;
