@@ -65,14 +65,18 @@ private struct Shape {
 }
 
 /// The same random traces on the module and on UserTarget, in this process: `count` from a
-/// seed on. Whatever an engine does wrong is told with the seed of its trace.
+/// seed on. Whatever an engine does wrong is told with the seed of its trace, from which the
+/// disk follows too.
 func tryTraces(seed: UInt64, count: Int) throws {
-  let batch = 500
+  let batch: UInt64 = 500
+  let end = seed + UInt64(count)
+  var next = seed
   var tally = Trace.Tally()
   var other = Trace.Tally()
-  for first in stride(from: 0, to: count, by: batch) {
-    let shape = Shape.all[first / batch % Shape.all.count]
-    let seeds = (seed + UInt64(first))..<(seed + UInt64(min(first + batch, count)))
+  while next < end {
+    let shape = Shape.all[Int(next / batch % UInt64(Shape.all.count))]
+    let seeds = next..<min(end, (next / batch + 1) * batch)
+    next = seeds.upperBound
     try withBatch(shape) { kernel, user in
       for seed in seeds {
         let trace = Trace(seed: seed, sectors: shape.sectors, blockSize: shape.blockSize)
