@@ -100,7 +100,7 @@ public final class KernelTargetDriver: EngineDriver {
   }
 
   private func start() throws(IOError) {
-    guard let known else { preconditionFailure("closed") }
+    guard let known else { fatalError("closed") }
     // The kernel knows both: there is nothing to read elsewhere.
     target = try KernelTarget(Node(name: name), known, offload: { $1($0()) })
     hasNews = true
@@ -152,7 +152,7 @@ public final class KernelTargetDriver: EngineDriver {
 
   /// The engine of the moment.
   public var engine: any TargetEngine {
-    guard let target else { preconditionFailure("closed") }
+    guard let target else { fatalError("closed") }
     return target
   }
   /// On devices with a cache.
@@ -188,7 +188,7 @@ public final class KernelTargetDriver: EngineDriver {
       let code = dmu_aio_submit(
         queue, disk, operation, forced ? 1 : 0, buffer, UInt64(expected[number]),
         Int64(offset), UInt64(number), event)
-      precondition(code == 0, "request \(number) was not taken: errno \(errno)")
+      insist(code == 0, "request \(number) was not taken: errno \(errno)")
     }
     func give(_ offset: UInt64, _ count: Int, zeroing: Bool) {
       dmu_discard_begin(discards, zeroing ? 1 : 0, offset, UInt64(count))
@@ -209,10 +209,10 @@ public final class KernelTargetDriver: EngineDriver {
     var tags = [UInt64](repeating: 0, count: 32)
     var found = [Int64](repeating: 0, count: 32)
     let count = dmu_aio_reap(queue, &tags, &found, 32)
-    precondition(count >= 0, "io_getevents: errno \(errno)")
+    insist(count >= 0, "io_getevents: errno \(errno)")
     for index in 0..<Int(count) {
       let number = Int(tags[index])
-      precondition(results[number] == nil, "request \(number) completed twice")
+      insist(results[number] == nil, "request \(number) completed twice")
       results[number] =
         found[index] == Int64(expected[number]) ? 0 : found[index] < 0 ? Int32(-found[index]) : EIO
     }
@@ -281,7 +281,7 @@ public final class KernelTargetDriver: EngineDriver {
     do {
       for layer in layers { try change(layer) }
     } catch {
-      preconditionFailure("\(error)")
+      fatalError("\(error)")
     }
   }
 
@@ -322,7 +322,7 @@ public final class KernelTargetDriver: EngineDriver {
     do throws(DeviceMapperError) {
       _ = try device.message("clear_error")
     } catch {
-      preconditionFailure("\(error)")
+      fatalError("\(error)")
     }
   }
 
@@ -332,7 +332,7 @@ public final class KernelTargetDriver: EngineDriver {
     let buffer = UnsafeMutableRawBufferPointer.allocate(byteCount: count, alignment: 4096)
     defer { buffer.deallocate() }
     let got = pread(direct[Int(device)], buffer.baseAddress, count, 0)
-    precondition(got == count, "read of device \(device): errno \(errno)")
+    insist(got == count, "read of device \(device): errno \(errno)")
     return Array(buffer)
   }
 
@@ -355,7 +355,7 @@ public final class KernelTargetDriver: EngineDriver {
     defer { buffer.deallocate() }
     let store = direct[0]
     func move(_ call: Int, _ sector: UInt64) {
-      precondition(call == buffer.count, "sector \(sector) of the store: errno \(errno)")
+      insist(call == buffer.count, "sector \(sector) of the store: errno \(errno)")
     }
     move(pread(store, buffer.baseAddress, buffer.count, off_t(from * 512)), from)
     move(pwrite(store, buffer.baseAddress, buffer.count, off_t(to * 512)), to)
@@ -365,7 +365,9 @@ public final class KernelTargetDriver: EngineDriver {
 
   /// Another worker, whose marks start anew, invalidates everything.
   public func renew() throws {
-    precondition(discard == nil && held.isEmpty && results.allSatisfy { $0 != nil })
+    insist(
+      discard == nil && held.isEmpty && results.allSatisfy { $0 != nil },
+      "renewed with something under way")
     for buffer in buffers { buffer.deallocate() }
     buffers = []
     results = []
@@ -382,4 +384,10 @@ public final class KernelTargetDriver: EngineDriver {
     }
     throw TrialBroken("an invalidation of everything does not end")
   }
+}
+
+/// Ends the process with a word about it, in a release too.
+private func insist(_ holds: Bool, _ what: @autoclosure () -> String) {
+  guard !holds else { return }
+  fatalError(what())
 }

@@ -70,6 +70,8 @@ public final class UserTargetDriver: EngineDriver, RequestOwner {
   private var buffers: [UnsafeMutableRawBufferPointer] = []
   /// Done before the worker died, and done again by its successor: nobody is told twice.
   private var again: Set<Int> = []
+  /// Whether a successor had to do any: of those nobody waits for the end.
+  private var hasRepeated = false
   private var isHeld = false
   private var owner: Int32 = -1
   /// Every completion, to notice one that comes twice.
@@ -217,6 +219,7 @@ public final class UserTargetDriver: EngineDriver, RequestOwner {
       if requests[number].operation != .read { again.insert(number) }
     }
     let repeated = again
+    hasRepeated = hasRepeated || !repeated.isEmpty
     for number in first..<requests.count
     where results[number] == nil || repeated.contains(number) { hand(requests[number]) }
   }
@@ -240,7 +243,10 @@ public final class UserTargetDriver: EngineDriver, RequestOwner {
 
   /// An engine anew over the same devices.
   public func renew() throws {
-    precondition(target.outstanding == 0 && target.uncommitted().isEmpty)
+    guard hasRepeated || target.outstanding == 0 && target.uncommitted().isEmpty else {
+      fatalError("renewed with something under way")
+    }
+    hasRepeated = false
     again = []
     for buffer in buffers { buffer.deallocate() }
     buffers = []
