@@ -366,6 +366,7 @@ void dmu_placed_add(struct dmu_device *dev, struct dmu_placement *placement);
 void dmu_placed_drop(struct dmu_device *dev, struct dmu_placement *placement);
 
 /* dmu-flush.c: commit on flush, and invalidations. */
+void dmu_flush_failed(struct dmu_device *dev, int error);
 void dmu_flush_join(struct dmu_device *dev, struct bio *bio);
 void dmu_flush_work(struct work_struct *work);
 void dmu_flush_kick(struct dmu_device *dev);

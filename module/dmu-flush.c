@@ -37,6 +37,13 @@ void dmu_flush_kick(struct dmu_device *dev)
 		queue_work(dev->wq, &dev->flush.work);
 }
 
+/* A backing device has failed a flush, whoever has sent it. */
+void dmu_flush_failed(struct dmu_device *dev, int error)
+{
+	WRITE_ONCE(dev->flush.failed, true);
+	DMERR_LIMIT("%s: flush of a backing device failed with %d", dev->name, error);
+}
+
 static void dmu_flush_end_io(struct bio *bio)
 {
 	struct dmu_device *dev = bio->bi_private;
@@ -111,8 +118,7 @@ static void dmu_flush_devices_done(struct dmu_device *dev)
 	struct dmu_flush *flush = &dev->flush;
 
 	if (flush->error) {
-		flush->failed = true;
-		DMERR("%s: flush of a backing device failed with %d", dev->name, flush->error);
+		dmu_flush_failed(dev, flush->error);
 		dmu_flush_end(dev, BLK_STS_IOERR);
 	} else if (!dmu_flush_uncommitted(dev)) {
 		dmu_flush_end(dev, BLK_STS_OK);
@@ -141,7 +147,7 @@ void dmu_flush_work(struct work_struct *work)
 				break;
 			flush->active = flush->waiting;
 			bio_list_init(&flush->waiting);
-			if (flush->failed) {
+			if (READ_ONCE(flush->failed)) {
 				dmu_flush_end(dev, BLK_STS_IOERR);
 				continue;
 			}

@@ -19,7 +19,8 @@ static int dmu_map_flush(struct dmu_table *table, struct bio *bio)
 	struct dmu_device *dev = table->dev;
 	unsigned int i;
 
-	if (atomic_read(&dev->uncommitted) || table->writable != 1 || dev->flush.failed) {
+	if (atomic_read(&dev->uncommitted) || table->writable != 1 ||
+	    READ_ONCE(dev->flush.failed)) {
 		if (dev->requeue)
 			return DM_MAPIO_REQUEUE;
 		dmu_flush_join(dev, bio);
@@ -41,7 +42,9 @@ static int dmu_map_discard(struct dmu_device *dev, struct bio *bio)
 
 	if (offset || (count < dev->block_sectors && end != dev->sectors)) {
 		count = min(count, dev->block_sectors - offset);
-		dm_accept_partial_bio(bio, count);
+		/* The core puts back a bio that was split behind those that were not. */
+		if (count < bio_sectors(bio))
+			dm_accept_partial_bio(bio, count);
 		if (bio_op(bio) == REQ_OP_DISCARD) {
 			bio_endio(bio);
 			return DM_MAPIO_SUBMITTED;
@@ -106,7 +109,8 @@ static int dmu_remap(struct dmu_table *table, struct bio *bio, unsigned long wor
 		bio_endio(bio);
 		return DM_MAPIO_SUBMITTED;
 	}
-	if (unlikely(bio->bi_opf & REQ_FUA) && atomic_read(&table->dev->uncommitted)) {
+	if (unlikely(bio->bi_opf & REQ_FUA) &&
+	    (atomic_read(&table->dev->uncommitted) || READ_ONCE(table->dev->flush.failed))) {
 		bio->bi_opf &= ~REQ_FUA;
 		io->fua = true;
 	}
@@ -194,7 +198,9 @@ int dmu_end_io(struct dm_target *ti, struct bio *bio, blk_status_t *error)
 		io->epoch = NULL;
 	}
 	if (unlikely(*error)) {
-		if (issued && *error != BLK_STS_DM_REQUEUE && op_is_write(bio_op(bio)))
+		if (bio->bi_opf & REQ_PREFLUSH && *error != BLK_STS_DM_REQUEUE)
+			dmu_flush_failed(io->dev, blk_status_to_errno(*error));
+		else if (issued && *error != BLK_STS_DM_REQUEUE && op_is_write(bio_op(bio)))
 			dmu_io_failed(io->dev, bio, -blk_status_to_errno(*error));
 	} else if (unlikely(io->fua)) {
 		io->fua = false;

@@ -227,7 +227,7 @@ static void dmu_status(struct dm_target *ti, status_type_t type, unsigned int fl
 		DMEMIT("%s %d:%d %s %llu %d %d %s", dev->name, dev->major, dev->minor,
 		       dev->opened ? "worker" : "no-worker", dmu_extent_count(dev),
 		       atomic_read(&dev->uncommitted), atomic_read(&dev->busy),
-		       dev->flush.failed ? "flush-failed" : "ok");
+		       READ_ONCE(dev->flush.failed) ? "flush-failed" : "ok");
 		break;
 	case STATUSTYPE_TABLE:
 		DMEMIT("%s %u %u", dev->name, dev->block_sectors, table->count);
@@ -261,7 +261,7 @@ static int dmu_message(struct dm_target *ti, unsigned int argc, char **argv, cha
 	}
 	if (!strcasecmp(argv[0], "clear_error")) {
 		spin_lock_irq(&dev->lock);
-		dev->flush.failed = false;
+		WRITE_ONCE(dev->flush.failed, false);
 		spin_unlock_irq(&dev->lock);
 		return 0;
 	}

@@ -12,7 +12,6 @@
 #include <sys/eventfd.h>
 #include <sys/ioctl.h>
 #include <sys/syscall.h>
-#include <time.h>
 #include <unistd.h>
 
 int dmu_trial_open(const char *path) { return open(path, O_RDWR | O_DIRECT | O_CLOEXEC); }
@@ -48,56 +47,100 @@ int dmu_aio_submit(uint64_t queue, int device, int operation, int forced, void *
   return syscall(SYS_io_submit, (aio_context_t)queue, 1, &orders) == 1 ? 0 : -1;
 }
 
+// The head of the ring that a queue's number is the address of. Source: io_setup(2),
+// fs/aio.c: the ring may be read, and its head moved on, without a call.
+struct ring {
+  uint32_t id, count;
+  _Atomic uint32_t head, tail;
+  uint32_t magic, compatible, incompatible, header;
+  struct io_event events[];
+};
+
 int dmu_aio_reap(uint64_t queue, uint64_t *tags, int64_t *results, unsigned most) {
-  struct io_event events[64];
-  struct timespec none = {0, 0};
-  if (most > 64) most = 64;
-  long count = syscall(SYS_io_getevents, (aio_context_t)queue, 0L, (long)most, events, &none);
-  for (long i = 0; i < count; i++) {
-    tags[i] = events[i].data;
-    results[i] = events[i].res;
+  struct ring *ring = (struct ring *)(uintptr_t)queue;
+  if (ring->magic != 0xa10a10a1 || ring->incompatible != 0) {
+    errno = ENOTSUP;
+    return -1;
   }
-  return (int)count;
+  uint32_t head = atomic_load(&ring->head), found = 0;
+  uint32_t tail = atomic_load(&ring->tail);
+  while (head != tail && found < most) {
+    tags[found] = ring->events[head].data;
+    results[found] = ring->events[head].res;
+    head = (head + 1) % ring->count;
+    found++;
+  }
+  if (found > 0) atomic_store(&ring->head, head);
+  return (int)found;
 }
 
-struct dmu_discard {
+struct dmu_discards {
   pthread_t thread;
+  pthread_mutex_t lock;
+  pthread_cond_t wake;
+  // Guarded by the lock.
+  int wanted, over;
   uint64_t range[2];
   int device, zeroing, event, code;
   atomic_int done;
 };
 
-static void *discard_body(void *argument) {
-  struct dmu_discard *discard = argument;
-  int event = discard->event;
-  unsigned long order = discard->zeroing ? BLKZEROOUT : BLKDISCARD;
-  discard->code = ioctl(discard->device, order, discard->range) == 0 ? 0 : errno;
-  atomic_store(&discard->done, 1);
-  // Nobody can do anything about an event that is full: it is readable, then.
-  (void)eventfd_write(event, 1);
+static void *discards_body(void *argument) {
+  struct dmu_discards *discards = argument;
+  pthread_mutex_lock(&discards->lock);
+  for (;;) {
+    while (!discards->wanted && !discards->over) {
+      pthread_cond_wait(&discards->wake, &discards->lock);
+    }
+    if (!discards->wanted) break;
+    discards->wanted = 0;
+    pthread_mutex_unlock(&discards->lock);
+    unsigned long order = discards->zeroing ? BLKZEROOUT : BLKDISCARD;
+    discards->code = ioctl(discards->device, order, discards->range) == 0 ? 0 : errno;
+    atomic_store(&discards->done, 1);
+    // Nobody can do anything about an event that is full: it is readable, then.
+    (void)eventfd_write(discards->event, 1);
+    pthread_mutex_lock(&discards->lock);
+  }
+  pthread_mutex_unlock(&discards->lock);
   return NULL;
 }
 
-struct dmu_discard *dmu_discard_begin(int device, int zeroing, uint64_t offset, uint64_t count,
-                                      int event) {
-  struct dmu_discard *discard = calloc(1, sizeof(*discard));
-  if (!discard) return NULL;
-  discard->range[0] = offset;
-  discard->range[1] = count;
-  discard->device = device;
-  discard->zeroing = zeroing;
-  discard->event = event;
-  int error = pthread_create(&discard->thread, NULL, discard_body, discard);
-  if (error == 0) return discard;
-  free(discard);
+struct dmu_discards *dmu_discards_open(int device, int event) {
+  struct dmu_discards *discards = calloc(1, sizeof(*discards));
+  if (!discards) return NULL;
+  discards->device = device;
+  discards->event = event;
+  pthread_mutex_init(&discards->lock, NULL);
+  pthread_cond_init(&discards->wake, NULL);
+  int error = pthread_create(&discards->thread, NULL, discards_body, discards);
+  if (error == 0) return discards;
+  free(discards);
   errno = error;
   return NULL;
 }
 
-int dmu_discard_end(struct dmu_discard *discard) {
-  if (!atomic_load(&discard->done)) return -1;
-  pthread_join(discard->thread, NULL);
-  int code = discard->code;
-  free(discard);
-  return code;
+void dmu_discards_close(struct dmu_discards *discards) {
+  pthread_mutex_lock(&discards->lock);
+  discards->over = 1;
+  pthread_cond_signal(&discards->wake);
+  pthread_mutex_unlock(&discards->lock);
+  pthread_join(discards->thread, NULL);
+  free(discards);
+}
+
+void dmu_discard_begin(struct dmu_discards *discards, int zeroing, uint64_t offset,
+                       uint64_t count) {
+  pthread_mutex_lock(&discards->lock);
+  discards->range[0] = offset;
+  discards->range[1] = count;
+  discards->zeroing = zeroing;
+  atomic_store(&discards->done, 0);
+  discards->wanted = 1;
+  pthread_cond_signal(&discards->wake);
+  pthread_mutex_unlock(&discards->lock);
+}
+
+int dmu_discard_end(struct dmu_discards *discards) {
+  return atomic_load(&discards->done) ? discards->code : -1;
 }

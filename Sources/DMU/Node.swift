@@ -15,7 +15,8 @@ public final class Node {
   /// Takes over an open node.
   public init(owning descriptor: consuming Descriptor) throws(IOError) {
     let flags = fcntl(descriptor.raw, F_GETFL)
-    guard flags >= 0, fcntl(descriptor.raw, F_SETFL, flags | O_NONBLOCK) == 0 else {
+    let isSet = flags >= 0 && flags & O_NONBLOCK != 0
+    guard isSet || flags >= 0 && fcntl(descriptor.raw, F_SETFL, flags | O_NONBLOCK) == 0 else {
       throw IOError.last("set flags", "a dmu node")
     }
     self.descriptor = descriptor
@@ -24,7 +25,7 @@ public final class Node {
   /// Opens a device's node by the device's NAME. Throws: EPERM without CAP_SYS_ADMIN, EBUSY
   /// when it has an opener, ENOENT when there is no such device.
   public convenience init(name: String) throws(IOError) {
-    try self.init(owning: Descriptor(path: "/dev/dmu/" + name, flags: O_RDWR))
+    try self.init(owning: Descriptor(path: "/dev/dmu/" + name, flags: O_RDWR | O_NONBLOCK))
   }
 
   /// The next message; nil when there is none now. Throws: ENODEV when the device is gone.

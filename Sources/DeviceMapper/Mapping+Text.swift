@@ -11,6 +11,7 @@ extension Mapping {
     case .mirror: "mirror"
     case .snapshot: "snapshot"
     case .delay: "delay"
+    case .flakey: "flakey"
     case .userspace: "userspace"
     }
   }
@@ -30,6 +31,9 @@ extension Mapping {
       [delay.reads, delay.writes, delay.flushes].compactMap { $0 }.flatMap { way in
         way.location.words + ["\(way.milliseconds)"]
       }
+    case .flakey(let flakey):
+      flakey.location.words + ["\(flakey.up)", "\(flakey.down)"]
+        + (flakey.onlyWrites ? ["1", "error_writes"] : [])
     case .userspace(let device): device.words
     }
   }

@@ -28,6 +28,9 @@ extension Segment {
       for way in [delay.reads, delay.writes, delay.flushes] {
         if let way { try place(way.location, "OFFSET", line) }
       }
+    case .flakey(let flakey):
+      try place(flakey.location, "OFFSET", line)
+      try check(flakey.up > 0 || flakey.down > 0, "DOWN", "no seconds up and none down")
     case .userspace(let device): try validate(device, line)
     }
   }

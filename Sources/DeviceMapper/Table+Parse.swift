@@ -45,11 +45,13 @@ extension Mapping {
     case "mirror": self = .mirror(try Mirror(parsing: &fields))
     case "snapshot": self = .snapshot(try Snapshot(parsing: &fields))
     case "delay": self = .delay(try Delay(parsing: &fields))
+    case "flakey": self = .flakey(try Flakey(parsing: &fields))
     case "userspace": self = .userspace(try Userspace(parsing: &fields))
     default:
       throw fields.fail(
         "TYPE",
-        "'\(name)' is none of linear, error, zero, striped, mirror, snapshot, delay, userspace")
+        "'\(name)' is none of linear, error, zero, striped, mirror, snapshot, delay, flakey, "
+          + "userspace")
     }
   }
 }
@@ -132,6 +134,21 @@ extension Delay {
     self.init(reads: try way(""))
     if !fields.isEmpty { writes = try way("WRITE ") }
     if !fields.isEmpty { flushes = try way("FLUSH ") }
+  }
+}
+
+extension Flakey {
+  init(parsing fields: inout TableFields) throws(TableError) {
+    self.init(
+      try fields.location(), up: try fields.number("UP"), down: try fields.number("DOWN"))
+    guard !fields.isEmpty else { return }
+    for _ in 0..<(try fields.count("FEATURES", words: 1)) {
+      let word = try fields.word("FEATURE")
+      guard word == "error_writes" else {
+        throw fields.fail("FEATURE", "'\(word)' is not error_writes")
+      }
+      onlyWrites = true
+    }
   }
 }
 

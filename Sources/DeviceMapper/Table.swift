@@ -72,6 +72,8 @@ public enum Mapping: Sendable, Equatable {
   case snapshot(Snapshot)
   /// A run of another device, later.
   case delay(Delay)
+  /// A run of another device that fails now and then.
+  case flakey(Flakey)
   /// Decided by a worker.
   case userspace(Userspace)
 }
@@ -231,6 +233,26 @@ public struct Delay: Sendable, Equatable {
     self.reads = reads
     self.writes = writes
     self.flushes = flushes
+  }
+}
+
+/// The parameters of a device that fails for some seconds after each so many.
+public struct Flakey: Sendable, Equatable {
+  /// Where requests go.
+  public var location: Location
+  /// For how many seconds it works.
+  public var up: UInt32
+  /// For how many seconds it fails. Not both are 0.
+  public var down: UInt32
+  /// Whether only writes and flushes fail.
+  public var onlyWrites: Bool
+
+  /// A flakey device from its parts.
+  public init(_ location: Location, up: UInt32, down: UInt32, onlyWrites: Bool = false) {
+    self.location = location
+    self.up = up
+    self.down = down
+    self.onlyWrites = onlyWrites
   }
 }
 

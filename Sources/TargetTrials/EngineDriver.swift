@@ -17,6 +17,10 @@ public protocol EngineDriver: AnyObject {
   func bytes(_ request: Int) -> [UInt8]
   /// Lets everything happen that can happen without an answer.
   func settle()
+  /// The engine's next fault. Nil also where nothing has happened since it was asked last.
+  func nextFault() -> Fault?
+  /// Lets others run who may have something to do, where they are others.
+  func giveWay()
   /// Lets something happen; false when nothing could. `patience`: for how many milliseconds
   /// to wait for it where time passes by itself.
   func progress(patience: Int32) -> Bool
@@ -32,6 +36,9 @@ public protocol EngineDriver: AnyObject {
   func clearFailure()
   /// The contents of a backing device.
   func contents(_ device: UInt16) -> [UInt8]
+  /// Whether a backing device may let later requests pass a forced write that is under way: one
+  /// with a cache that knows no forced writes, where the kernel makes two requests of it.
+  var isOvertaken: Bool { get }
   /// How often the store has been flushed; nil where nobody counts.
   var flushes: Int? { get }
   /// The worker dies at once, and another one takes over.

@@ -8,6 +8,8 @@
 // - A request is given to the kernel by io_submit, which hands it to the module before it
 //   returns; while a discard is under way nothing else is made. So the order of the numbers
 //   is the order of arrival.
+// - A call costs far more in the lab than what is done between two: what has ended is looked for
+//   in shared memory, and the node is read only when something can have happened since.
 // - What the kernel refuses that ought not to be refused ends the process: a trial has no
 //   way to go on.
 
@@ -25,6 +27,7 @@ public final class KernelTargetDriver: EngineDriver {
   private let sectors: Int
   private let block: Int
   private let paths: [String]
+  private let hasCache: Bool
   private let device: MappedDevice
   private let layers: [MappedDevice]
   /// Descriptors: the disk's, and those of the devices below.
@@ -32,20 +35,27 @@ public final class KernelTargetDriver: EngineDriver {
   private let direct: [Int32]
   private var target: KernelTarget?
   private let event: Int32
+  /// The devices below, as the engine knows them; nil when closed.
+  private var known: KernelDevices?
+  private let discards: OpaquePointer
   private var queue: UInt64 = 0
+  /// Whether the node may have messages that were not looked for.
+  private var hasNews = true
   private var results: [Int32?] = []
   private var expected: [Int] = []
   private var buffers: [UnsafeMutableRawBufferPointer] = []
   /// Requests that wait for a discard.
   private var held: [(Int, DriverRequest)] = []
-  private var discard: (Int, OpaquePointer)?
+  /// The discard under way.
+  private var discard: Int?
 
   /// Makes the devices. `paths`: the store, of `2 * sectors + 64` sectors and four blocks at
-  /// least, and the base.
+  /// least, and the base. `hasCache`: they are devices to which the kernel sends flushes.
   public init(
     name: String = "trial", sectors: Int, blockSize: UInt32,
-    paths: [String] = ["/dev/ram0", "/dev/ram1"]
+    paths: [String] = ["/dev/ram0", "/dev/ram1"], hasCache: Bool = false
   ) throws {
+    self.hasCache = hasCache
     self.name = name
     self.sectors = sectors
     self.paths = paths
@@ -69,6 +79,17 @@ public final class KernelTargetDriver: EngineDriver {
     )
     try device.resume()
     disk = try Self.open(device.path)
+    guard let discards = dmu_discards_open(disk, event) else {
+      throw IOError.last("make", "a thread")
+    }
+    self.discards = discards
+    let stores = [
+      try FileStore(path: layers[0].path, writable: true),
+      try FileStore(path: layers[1].path, writable: false),
+    ]
+    known = KernelDevices(
+      stores.enumerated().map { ($1, .whole(UInt16($0))) },
+      known: stores.map { KernelDevices.Known($0, isDirect: true) }, blockSize: blockSize)
     try start()
   }
 
@@ -79,16 +100,10 @@ public final class KernelTargetDriver: EngineDriver {
   }
 
   private func start() throws(IOError) {
-    let stores = [
-      try FileStore(path: layers[0].path, writable: true),
-      try FileStore(path: layers[1].path, writable: false),
-    ]
-    let devices = KernelDevices(
-      stores.enumerated().map { ($1, .whole(UInt16($0))) },
-      known: stores.map { KernelDevices.Known($0, isDirect: true) },
-      blockSize: UInt32(block * 512))
+    guard let known else { fatalError("closed") }
     // The kernel knows both: there is nothing to read elsewhere.
-    target = try KernelTarget(Node(name: name), devices, offload: { $1($0()) })
+    target = try KernelTarget(Node(name: name), known, offload: { $1($0()) })
+    hasNews = true
   }
 
   /// The base's stamps.
@@ -111,7 +126,12 @@ public final class KernelTargetDriver: EngineDriver {
     do throws(DeviceMapperError) {
       for layer in layers { try layer.resume() }
       try device.resume()
-      _ = try device.message("fail_faults")
+      held = []
+      // What fails may let others ask.
+      for _ in 0..<100 where reap() || results.contains(where: { $0 == nil }) {
+        _ = try device.message("fail_faults")
+        usleep(20_000)
+      }
     } catch {
       print("# \(error)")
     }
@@ -120,8 +140,10 @@ public final class KernelTargetDriver: EngineDriver {
   /// Takes everything away. Nothing may be under way.
   public func close() throws {
     target = nil
+    known = nil
     for buffer in buffers { buffer.deallocate() }
     buffers = []
+    dmu_discards_close(discards)
     _ = dmu_aio_close(queue)
     for descriptor in [event, disk] + direct { _ = Glibc.close(descriptor) }
     try device.remove(patient: true)
@@ -130,9 +152,11 @@ public final class KernelTargetDriver: EngineDriver {
 
   /// The engine of the moment.
   public var engine: any TargetEngine {
-    guard let target else { preconditionFailure("closed") }
+    guard let target else { fatalError("closed") }
     return target
   }
+  /// On devices with a cache.
+  public var isOvertaken: Bool { hasCache }
   /// Nobody counts them.
   public var flushes: Int? { nil }
 
@@ -164,13 +188,13 @@ public final class KernelTargetDriver: EngineDriver {
       let code = dmu_aio_submit(
         queue, disk, operation, forced ? 1 : 0, buffer, UInt64(expected[number]),
         Int64(offset), UInt64(number), event)
-      precondition(code == 0, "request \(number) was not taken: errno \(errno)")
+      insist(code == 0, "request \(number) was not taken: errno \(errno)")
     }
     func give(_ offset: UInt64, _ count: Int, zeroing: Bool) {
-      let begun = dmu_discard_begin(disk, zeroing ? 1 : 0, offset, UInt64(count), event)
-      guard let begun else { preconditionFailure("no thread: errno \(errno)") }
-      discard = (number, begun)
+      dmu_discard_begin(discards, zeroing ? 1 : 0, offset, UInt64(count))
+      discard = number
     }
+    hasNews = true
     switch request {
     case .read(let offset, _): give(Int32(DMU_TRIAL_READ), offset)
     case .write(let offset, _, let fua): give(Int32(DMU_TRIAL_WRITE), offset, forced: fua)
@@ -185,16 +209,16 @@ public final class KernelTargetDriver: EngineDriver {
     var tags = [UInt64](repeating: 0, count: 32)
     var found = [Int64](repeating: 0, count: 32)
     let count = dmu_aio_reap(queue, &tags, &found, 32)
-    precondition(count >= 0, "io_getevents: errno \(errno)")
+    insist(count >= 0, "io_getevents: errno \(errno)")
     for index in 0..<Int(count) {
       let number = Int(tags[index])
-      precondition(results[number] == nil, "request \(number) completed twice")
+      insist(results[number] == nil, "request \(number) completed twice")
       results[number] =
         found[index] == Int64(expected[number]) ? 0 : found[index] < 0 ? Int32(-found[index]) : EIO
     }
     var isMoved = count > 0
-    if let (number, begun) = discard {
-      let code = dmu_discard_end(begun)
+    if let number = discard {
+      let code = dmu_discard_end(discards)
       if code >= 0 {
         discard = nil
         results[number] = code
@@ -206,6 +230,7 @@ public final class KernelTargetDriver: EngineDriver {
       hand(number, request)
       isMoved = true
     }
+    if isMoved { hasNews = true }
     return isMoved
   }
 
@@ -213,6 +238,20 @@ public final class KernelTargetDriver: EngineDriver {
   public func result(_ request: Int) -> Int32? { results[request] }
   /// Its bytes.
   public func bytes(_ request: Int) -> [UInt8] { Array(buffers[request][..<expected[request]]) }
+
+  /// The engine's, when there may be one.
+  public func nextFault() -> Fault? {
+    guard hasNews else { return nil }
+    let fault = engine.nextFault()
+    hasNews = fault != nil
+    return fault
+  }
+
+  /// To the kernel's own threads.
+  public func giveWay() {
+    sched_yield()
+    hasNews = true
+  }
 
   /// Waits for an end or for a fault.
   public func progress(patience: Int32) -> Bool {
@@ -224,6 +263,7 @@ public final class KernelTargetDriver: EngineDriver {
     ]
     guard poll(&wait, 2, patience) > 0 else { return false }
     var told: UInt64 = 0
+    hasNews = true
     if wait[0].revents != 0 { _ = read(event, &told, 8) }
     return reap() || wait[1].revents != 0
   }
@@ -241,7 +281,7 @@ public final class KernelTargetDriver: EngineDriver {
     do {
       for layer in layers { try change(layer) }
     } catch {
-      preconditionFailure("\(error)")
+      fatalError("\(error)")
     }
   }
 
@@ -253,28 +293,36 @@ public final class KernelTargetDriver: EngineDriver {
     settle()
   }
 
-  private func replaceLayers(failing: Bool) {
-    let sizes = [2 * sectors + 64 + 4 * block, sectors]
+  /// Another table below.
+  private func replaceLayer(_ index: Int, _ target: String) {
+    let size = [2 * sectors + 64 + 4 * block, sectors][index]
     layer { layer in
-      let index = layer.name == layers[0].name ? 0 : 1
-      let text = failing ? "error" : "linear \(paths[index]) 0"
-      try layer.load(Table(parsing: "0 \(sizes[index]) \(text)"))
+      guard layer.name == layers[index].name else { return }
+      try layer.load(Table(parsing: "0 \(size) \(target)"))
       try layer.suspend(flush: false, freeze: false)
       try layer.resume()
     }
   }
 
   /// Another table below.
-  public func failIO(_ fails: Bool) { replaceLayers(failing: fails) }
-  /// A memory disk has no cache, and the kernel sends it no flush that could fail: the lab's
-  /// scenario backing-errors has devices for that.
-  public func failFlushes(_ fail: Bool) -> Bool { false }
+  public func failIO(_ fails: Bool) {
+    for index in layers.indices {
+      replaceLayer(index, fails ? "error" : "linear \(paths[index]) 0")
+    }
+  }
+  /// By a store whose writes and flushes all fail. A memory disk has no cache, and the kernel sends
+  /// it no flush that could fail.
+  public func failFlushes(_ fail: Bool) -> Bool {
+    guard hasCache else { return false }
+    replaceLayer(0, fail ? "flakey \(paths[0]) 0 0 1 1 error_writes" : "linear \(paths[0]) 0")
+    return true
+  }
   /// By a message to the device.
   public func clearFailure() {
     do throws(DeviceMapperError) {
       _ = try device.message("clear_error")
     } catch {
-      preconditionFailure("\(error)")
+      fatalError("\(error)")
     }
   }
 
@@ -284,7 +332,7 @@ public final class KernelTargetDriver: EngineDriver {
     let buffer = UnsafeMutableRawBufferPointer.allocate(byteCount: count, alignment: 4096)
     defer { buffer.deallocate() }
     let got = pread(direct[Int(device)], buffer.baseAddress, count, 0)
-    precondition(got == count, "read of device \(device): errno \(errno)")
+    insist(got == count, "read of device \(device): errno \(errno)")
     return Array(buffer)
   }
 
@@ -307,7 +355,7 @@ public final class KernelTargetDriver: EngineDriver {
     defer { buffer.deallocate() }
     let store = direct[0]
     func move(_ call: Int, _ sector: UInt64) {
-      precondition(call == buffer.count, "sector \(sector) of the store: errno \(errno)")
+      insist(call == buffer.count, "sector \(sector) of the store: errno \(errno)")
     }
     move(pread(store, buffer.baseAddress, buffer.count, off_t(from * 512)), from)
     move(pwrite(store, buffer.baseAddress, buffer.count, off_t(to * 512)), to)
@@ -317,7 +365,9 @@ public final class KernelTargetDriver: EngineDriver {
 
   /// Another worker, whose marks start anew, invalidates everything.
   public func renew() throws {
-    precondition(discard == nil && held.isEmpty && results.allSatisfy { $0 != nil })
+    insist(
+      discard == nil && held.isEmpty && results.allSatisfy { $0 != nil },
+      "renewed with something under way")
     for buffer in buffers { buffer.deallocate() }
     buffers = []
     results = []
@@ -325,12 +375,19 @@ public final class KernelTargetDriver: EngineDriver {
     try replaceWorker()
     let all = BlockRange(0, UInt64((sectors + block - 1) / block))
     try engine.answer(.invalidate(all))
+    hasNews = true
     for _ in 0..<1000 {
-      while let fault = engine.nextFault() {
+      while let fault = nextFault() {
         if fault == .invalidateDone(all) { return }
       }
       _ = progress(patience: 20)
     }
     throw TrialBroken("an invalidation of everything does not end")
   }
+}
+
+/// Ends the process with a word about it, in a release too.
+private func insist(_ holds: Bool, _ what: @autoclosure () -> String) {
+  guard !holds else { return }
+  fatalError(what())
 }

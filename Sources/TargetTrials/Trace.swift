@@ -85,7 +85,7 @@ public struct Trace: Sendable {
     do {
       for (number, step) in steps.enumerated() {
         // The last two wait for all that came before them.
-        if number >= steps.count - 2 { try run.finish() }
+        if number >= steps.count - 2 || run.mayOvertake(step.request) { try run.finish() }
         run.submit(step.request, step.found)
         try run.wander(driver)
       }
@@ -129,7 +129,11 @@ private struct TraceRun {
     var number: Int
     var isRead: Bool
     var found: [UInt64]
-    var spansBlocks: Bool
+    /// The blocks of a write, a read, a discard.
+    var blocks: ClosedRange<UInt64>
+    var isForced: Bool
+    /// Whether a later request has written what this forced write writes.
+    var isPassed = false
   }
   private var open: [Open] = []
   private(set) var deaths = 0
@@ -144,23 +148,41 @@ private struct TraceRun {
     worker = try TraceWorker(driver, medium, lateness: lateness, seed: random.next())
   }
 
-  mutating func submit(_ request: DriverRequest, _ found: [UInt64]) {
-    var isRead = false
-    var range: (UInt64, Int) = (0, 0)
+  /// The blocks that a request touches; nil for a flush.
+  private func blocks(of request: DriverRequest) -> ClosedRange<UInt64>? {
+    let size = UInt64(driver.engine.blockSize)
+    let (offset, count): (UInt64, Int)
     switch request {
-    case .read(let offset, let count):
-      isRead = true
-      range = (offset, count)
-    case .write(let offset, let bytes, _): range = (offset, bytes.count)
-    case .zero(let offset, let count), .discard(let offset, let count): range = (offset, count)
-    case .flush: break
+    case .read(let from, let bytes), .zero(let from, let bytes), .discard(let from, let bytes):
+      (offset, count) = (from, bytes)
+    case .write(let from, let bytes, _): (offset, count) = (from, bytes.count)
+    case .flush: return nil
     }
-    let block = UInt64(driver.engine.blockSize)
-    let spans = range.0 / block != (range.0 + UInt64(max(range.1, 1)) - 1) / block
+    return offset / size...(offset + UInt64(count) - 1) / size
+  }
+
+  /// Whether a request would find what a forced write has not written yet.
+  func mayOvertake(_ request: DriverRequest) -> Bool {
+    guard driver.isOvertaken, let blocks = blocks(of: request) else { return false }
+    return open.contains { $0.isForced && $0.blocks.overlaps(blocks) }
+  }
+
+  mutating func submit(_ request: DriverRequest, _ found: [UInt64]) {
+    var isForced = false
+    if case .write(_, _, fua: true) = request { isForced = true }
+    var isRead = false
+    if case .read = request { isRead = true }
+    if !isRead, let blocks = blocks(of: request) {
+      for index in open.indices where open[index].isForced && open[index].blocks.overlaps(blocks) {
+        open[index].isPassed = true
+      }
+    }
     let number = driver.submit(request)
     tell("request \(number): \(Trace.line(request))")
     open.append(
-      Open(number: number, isRead: isRead, found: found, spansBlocks: spans))
+      Open(
+        number: number, isRead: isRead, found: found, blocks: blocks(of: request) ?? 0...0,
+        isForced: isForced))
   }
 
   private mutating func replaceWorker() throws {
@@ -171,8 +193,11 @@ private struct TraceRun {
   }
 
   /// Whether requests of several blocks are under way: of those the kernel's core does not keep
-  /// the order over a suspend.
-  private var isEntangled: Bool { open.contains { $0.spansBlocks } && open.count > 1 }
+  /// the order over a suspend. Or a forced write that waits for its commit, and is written again
+  /// after a suspend, over what was written since.
+  private var isEntangled: Bool {
+    open.contains(where: \.isPassed) || open.contains { $0.blocks.count > 1 } && open.count > 1
+  }
 
   private mutating func pump() throws -> Bool {
     do {
@@ -188,7 +213,9 @@ private struct TraceRun {
     for _ in 0..<random.below(4) {
       switch random.below(100) {
       case 0..<55: _ = try pump()
-      case 55..<85: _ = driver.progress(patience: 0)
+      case 55..<85:
+        driver.giveWay()
+        _ = driver.progress(patience: 0)
       case 85..<95: try worker.invalidateSomething()
       case 95..<98 where deadly: try replaceWorker()
       case 98 where deadly && !isEntangled:

@@ -75,7 +75,7 @@ final class TraceWorker {
 
   /// Takes the questions that are there and answers one, perhaps. True when something was done.
   func pump() throws -> Bool {
-    while let fault = engine.nextFault() {
+    while let fault = driver.nextFault() {
       tell("  told \(fault)")
       switch fault {
       case .mapError, .invalidateDone: try handle(fault)

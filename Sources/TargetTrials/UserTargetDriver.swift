@@ -70,6 +70,8 @@ public final class UserTargetDriver: EngineDriver, RequestOwner {
   private var buffers: [UnsafeMutableRawBufferPointer] = []
   /// Done before the worker died, and done again by its successor: nobody is told twice.
   private var again: Set<Int> = []
+  /// Whether a successor had to do any: of those nobody waits for the end.
+  private var hasRepeated = false
   private var isHeld = false
   private var owner: Int32 = -1
   /// Every completion, to notice one that comes twice.
@@ -119,6 +121,8 @@ public final class UserTargetDriver: EngineDriver, RequestOwner {
 
   /// The engine of the moment.
   public var engine: any TargetEngine { target }
+  /// Of one block by another, never.
+  public var isOvertaken: Bool { false }
   /// Of the store.
   public var flushes: Int? { store.flushes.load(ordering: .relaxed) }
 
@@ -170,6 +174,10 @@ public final class UserTargetDriver: EngineDriver, RequestOwner {
   public func bytes(_ request: Int) -> [UInt8] { Array(buffers[request]) }
   /// Runs the executor dry, unless it is held.
   public func settle() { if !isHeld { while executor.step() {} } }
+  /// The engine's.
+  public func nextFault() -> Fault? { target.nextFault() }
+  /// There are none.
+  public func giveWay() {}
   /// One step of the executor.
   public func progress(patience: Int32) -> Bool { !isHeld && executor.step() }
   /// Holds the executor.
@@ -211,6 +219,7 @@ public final class UserTargetDriver: EngineDriver, RequestOwner {
       if requests[number].operation != .read { again.insert(number) }
     }
     let repeated = again
+    hasRepeated = hasRepeated || !repeated.isEmpty
     for number in first..<requests.count
     where results[number] == nil || repeated.contains(number) { hand(requests[number]) }
   }
@@ -234,7 +243,10 @@ public final class UserTargetDriver: EngineDriver, RequestOwner {
 
   /// An engine anew over the same devices.
   public func renew() throws {
-    precondition(target.outstanding == 0 && target.uncommitted().isEmpty)
+    guard hasRepeated || target.outstanding == 0 && target.uncommitted().isEmpty else {
+      fatalError("renewed with something under way")
+    }
+    hasRepeated = false
     again = []
     for buffer in buffers { buffer.deallocate() }
     buffers = []

@@ -71,9 +71,6 @@ final class NodeDisk {
     }
     let worker = worker
     loop.addStage(.answer) { worker.pump() }
-    spaceTimer = loop.addTimer(after: Self.lookForSpace, every: Self.lookForSpace) {
-      target.lookForSpace()
-    }
   }
 
   /// Whether the device is gone. Throws when the node has failed otherwise.
@@ -86,6 +83,7 @@ final class NodeDisk {
   /// One turn of the loop.
   func turn(timeout: Int32 = -1) throws(WorkerError) {
     try system { () throws(IOError) in try loop.turn(timeout: timeout) }
+    watchSpace()
     let now = worker.condition.worse(Condition(target.health))
     guard now != condition else { return }
     condition = now
@@ -93,6 +91,19 @@ final class NodeDisk {
       condition.state == .ready ? .info : .error, "the disk's state has changed",
       ["state": condition.state.rawValue, "error": condition.reason])
     conditionChanged(condition)
+  }
+
+  /// A disk that wants space looks for some from time to time; any other sleeps.
+  private func watchSpace() {
+    guard case .noSpace = target.health else {
+      if let spaceTimer { loop.cancel(spaceTimer) }
+      spaceTimer = nil
+      return
+    }
+    guard spaceTimer == nil else { return }
+    spaceTimer = loop.addTimer(after: Self.lookForSpace, every: Self.lookForSpace) {
+      [target] in target.lookForSpace()
+    }
   }
 
   /// What there is to tell of the disk now. Requests are the kernel's, and counted there.

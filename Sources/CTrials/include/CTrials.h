@@ -26,17 +26,21 @@ int dmu_aio_close(uint64_t queue);
 int dmu_aio_submit(uint64_t queue, int device, int operation, int forced, void *buffer,
                    uint64_t count, int64_t offset, uint64_t tag, int event);
 
-// Takes what has ended, without waiting: tags, and results as of read(2), errors negative.
-// Source: io_getevents(2).
+// Takes what has ended, without waiting, from the memory that the kernel shares: it is no call.
+// Tags, and results as of read(2), errors negative. Source: io_setup(2).
 int dmu_aio_reap(uint64_t queue, uint64_t *tags, int64_t *results, unsigned most);
 
-// Discards a range, or makes it zeroes, in a thread of its own; `event` is told of its end.
-// Source: BLKDISCARD, BLKZEROOUT in linux/fs.h.
-struct dmu_discard;
-struct dmu_discard *dmu_discard_begin(int device, int zeroing, uint64_t offset, uint64_t count,
-                                      int event);
+// A thread for discards, which cannot but wait: one at a time; `event` is told of its end.
+struct dmu_discards;
+struct dmu_discards *dmu_discards_open(int device, int event);
+// None may be under way.
+void dmu_discards_close(struct dmu_discards *discards);
 
-// Its errno, 0 for success, and it is gone; -1 while it is under way.
-int dmu_discard_end(struct dmu_discard *discard);
+// Begins to discard a range, or to make it zeroes. Source: BLKDISCARD, BLKZEROOUT in linux/fs.h.
+void dmu_discard_begin(struct dmu_discards *discards, int zeroing, uint64_t offset,
+                       uint64_t count);
+
+// Its errno, 0 for success; -1 while it is under way.
+int dmu_discard_end(struct dmu_discards *discards);
 
 #endif
