@@ -69,8 +69,9 @@ static int dmu_check_map(struct dmu_device *dev, struct dmu_answer *a)
 	return 0;
 }
 
-/* Stores the run, unless it would move what may be in use. */
-static int dmu_remember(struct dmu_device *dev, struct dmu_answer *a, struct dmu_cell *cell)
+/* Stores the run, unless it would move what may be in use, and lists its placement. */
+static int dmu_remember(struct dmu_device *dev, struct dmu_answer *a, struct dmu_cell *cell,
+			struct dmu_placement *placement)
 {
 	unsigned long word = dmu_answer_word(dev, a);
 	int error = 0;
@@ -80,11 +81,18 @@ static int dmu_remember(struct dmu_device *dev, struct dmu_answer *a, struct dmu
 	if (dmu_preparing_overlap(dev, a->block, a->count, cell, word) ||
 	    dmu_placed_overlap(dev, a->block, a->count, word, !(a->flags & DMU_HOLD_FLUSH)))
 		error = -EEXIST;
+	else if (placement && a->mark <= dev->last_mark)
+		error = -ERANGE;	/* grants have used it up meanwhile */
 	spin_unlock_irq(&dev->lock);
 	if (!error && dmu_extent_conflict(dev, a->block, a->count, word))
 		error = -EEXIST;
 	if (!error && !(a->flags & DMU_TEMPORARY))
 		error = dmu_extent_store(dev, a->block, a->count, word);
+	if (!error && placement) {
+		spin_lock_irq(&dev->lock);
+		dmu_placed_add(dev, placement);
+		spin_unlock_irq(&dev->lock);
+	}
 	mutex_unlock(&dev->map_mutex);
 	return error;
 }
@@ -103,6 +111,7 @@ static struct dmu_placement *dmu_placement_make(struct dmu_answer *a, bool in_fl
 	placement->device = a->device;
 	placement->writable = a->flags & DMU_WRITABLE;
 	placement->in_flight = in_flight;
+	INIT_LIST_HEAD(&placement->untold);
 	return placement;
 }
 
@@ -119,18 +128,10 @@ static int dmu_map_plain(struct dmu_device *dev, struct dmu_answer *a, struct dm
 		if (!placement)
 			return -ENOMEM;
 	}
-	error = dmu_remember(dev, a, cell);
-	if (error) {
-		if (placement)
-			kmem_cache_free(dmu_placement_cache, placement);
-		return error;
-	}
-	if (placement) {
-		spin_lock_irq(&dev->lock);
-		dmu_placed_add(dev, placement);
-		spin_unlock_irq(&dev->lock);
-	}
-	return 0;
+	error = dmu_remember(dev, a, cell, placement);
+	if (error && placement)
+		kmem_cache_free(dmu_placement_cache, placement);
+	return error;
 }
 
 static int dmu_map_read(struct dmu_device *dev, struct dmu_answer *a, struct dmu_cell *cell)
@@ -204,7 +205,7 @@ static int dmu_map_write(struct dmu_device *dev, struct dmu_answer *a, struct dm
 		return 0;
 	}
 	cell->epoch = dmu_epoch_enter(dev);
-	error = dmu_remember(dev, a, cell);
+	error = dmu_remember(dev, a, cell, placement);
 	if (error)
 		goto refuse_epoch;
 	cell->answer = *a;
@@ -217,8 +218,6 @@ static int dmu_map_write(struct dmu_device *dev, struct dmu_answer *a, struct dm
 		chain->held = cell;
 	}
 	spin_lock_irq(&dev->lock);
-	if (placement)
-		dmu_placed_add(dev, placement);
 	cell->state = DMU_PREPARING;
 	spin_unlock_irq(&dev->lock);
 	dmu_prepare(cell);

@@ -203,6 +203,7 @@ static int dmu_take_version(struct dmu_device *dev)
 	if (!event)
 		return -ENOBUFS;
 	event->message.type = DMU_VERSION_IS;
+	event->message.flags = DMU_TAKES_GRANTS;
 	event->message.version = DMU_VERSION;
 	event->message.count = dev->sectors;
 	event->message.device = dev->table->count;
@@ -275,6 +276,8 @@ static int dmu_take_one(struct dmu_device *dev, struct dmu_answer *a, struct dmu
 		return dmu_take_stats(dev);
 	case DMU_DUMP:
 		return dmu_take_dump(dev);
+	case DMU_GRANT:
+		return dmu_take_grant(dev, a);
 	default:
 		return -EINVAL;
 	}

@@ -20,5 +20,6 @@ int dmu_check_place(struct dmu_device *dev, unsigned int device, u64 sector, u64
 		    bool written);
 int dmu_take_map(struct dmu_device *dev, struct dmu_answer *a, struct dmu_chain *chain);
 int dmu_take_data(struct dmu_device *dev, struct dmu_answer *a);
+int dmu_take_grant(struct dmu_device *dev, struct dmu_answer *a);
 
 #endif

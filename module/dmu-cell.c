@@ -297,7 +297,8 @@ static bool dmu_queue(struct dmu_device *dev, struct bio *bio)
 	if (!cell)
 		return false;
 	bio_list_add(&cell->bios, bio);
-	dmu_ask(cell);
+	if (!dmu_grant_offer(cell))
+		dmu_ask(cell);
 	return true;
 }
 
@@ -433,7 +434,8 @@ void dmu_process(struct dmu_cell *cell)
 			return;
 		}
 		if (!dmu_serving(dev, bio)) {
-			dmu_ask(cell);
+			if (!dmu_grant_offer(cell))
+				dmu_ask(cell);
 			break;
 		}
 		bio_list_pop(&cell->bios);

@@ -17,6 +17,7 @@
  *                  the preparation of its new place. While a cell stands every request to
  *                  its blocks queues behind it.
  *   dmu_placement  an answer that is not committed: listed by mark, found by block.
+ *   dmu_grant      where first writes may go without a question.
  *   dmu_epoch      counts requests that were sent to a place; there are two, and an
  *                  invalidation turns from one to the other and waits for the old one.
  *   dmu_io         what we keep beside each bio.
@@ -35,7 +36,7 @@
  *
  *   dmu_devices_mutex   the list of devices and their minors
  *   answer_mutex        answers are taken one at a time; guards table and gone
- *   map_mutex           changes of the index
+ *   map_mutex           changes of the index; new marks
  *   lock                (spin, any context) cells, placements, messages, marks, the flush,
  *                       invalidations, opener
  *
@@ -104,6 +105,7 @@ struct dmu_table {
 struct dmu_event {
 	struct list_head list;
 	u64 session;			/* of the opener it is for */
+	u64 after;			/* it happened after the placements up to this mark */
 	struct dmu_message message;
 };
 
@@ -111,7 +113,7 @@ enum dmu_cell_state {
 	DMU_ASKING,		/* in dev->unsent */
 	DMU_ASKED,		/* the worker has read it */
 	DMU_PARKED,		/* the worker said DMU_WAIT */
-	DMU_CLAIMED,		/* whoever claimed it works on its queue */
+	DMU_CLAIMED,		/* whoever claimed it works on its queue, or dev->granting has it */
 	DMU_PREPARING,		/* copies or writes are under way */
 };
 
@@ -121,7 +123,7 @@ struct dmu_cell {
 	struct hlist_node by_id;
 	struct list_head all;
 	struct list_head range;		/* discards */
-	struct list_head unsent;
+	struct list_head unsent;	/* or dev->granting */
 	struct bio_list bios;
 	u64 id;
 	u64 block;
@@ -147,6 +149,7 @@ struct dmu_cell {
 
 struct dmu_placement {
 	struct list_head list;		/* dev->placements, by mark */
+	struct list_head untold;	/* dev->untold, or empty */
 	struct rb_node node;		/* dev->placed, by block */
 	u64 block;
 	u64 count;
@@ -155,6 +158,13 @@ struct dmu_placement {
 	u16 device;
 	bool writable;
 	bool in_flight;
+};
+
+struct dmu_grant {
+	u64 block;
+	u64 count;			/* 0: nothing is granted */
+	unsigned long word;		/* where the blocks go */
+	u32 budget;			/* so many may be untold */
 };
 
 enum dmu_flush_state {
@@ -223,6 +233,13 @@ struct dmu_device {
 	atomic_t uncommitted;
 	u64 last_mark;
 	struct dmu_flush flush;
+
+	struct dmu_grant grant;
+	struct list_head granting;	/* cells for grant_work */
+	struct work_struct grant_work;
+	struct list_head untold;	/* placements of it that the worker has not read of */
+	unsigned int untold_count;
+	bool telling;			/* they are worth a message, up to the last */
 
 	struct list_head events;
 	unsigned int event_count;
@@ -325,6 +342,8 @@ u64 dmu_extent_count(struct dmu_device *dev);
 
 /* dmu-index.c: blocks to words. */
 unsigned long dmu_index_lookup(struct dmu_device *dev, u64 block, u64 want, u64 *run);
+int dmu_index_ready(struct dmu_device *dev, u64 block, u64 count, unsigned long word,
+		    gfp_t gfp);
 int dmu_index_set(struct dmu_device *dev, u64 block, u64 count, unsigned long word);
 int dmu_index_reach(struct dmu_device *dev, u64 blocks);
 void dmu_index_free(struct dmu_device *dev);
@@ -364,6 +383,13 @@ bool dmu_placed_overlap(struct dmu_device *dev, u64 block, u64 count, unsigned l
 			bool same_allowed);
 void dmu_placed_add(struct dmu_device *dev, struct dmu_placement *placement);
 void dmu_placed_drop(struct dmu_device *dev, struct dmu_placement *placement);
+
+/* dmu-grant.c: placements without a question. */
+bool dmu_grant_offer(struct dmu_cell *cell);
+void dmu_grant_work(struct work_struct *work);
+void dmu_grant_end(struct dmu_device *dev);
+void dmu_grant_told(struct dmu_device *dev, struct dmu_placement *placement);
+void dmu_grant_renew(struct dmu_device *dev);
 
 /* dmu-flush.c: commit on flush, and invalidations. */
 void dmu_flush_failed(struct dmu_device *dev, int error);

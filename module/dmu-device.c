@@ -27,6 +27,7 @@ static void dmu_device_destroy(struct dmu_device *dev)
 	wake_up(&dev->wait);
 	cancel_delayed_work_sync(&dev->timeout_work);
 	cancel_delayed_work_sync(&dev->deferred_work);
+	cancel_work_sync(&dev->grant_work);
 	cancel_work_sync(&dev->flush.work);
 	dmu_epochs_exit(dev);
 	dmu_free_cells(dev);
@@ -68,6 +69,9 @@ static void dmu_device_init(struct dmu_device *dev)
 	INIT_DELAYED_WORK(&dev->deferred_work, dmu_deferred);
 	INIT_DELAYED_WORK(&dev->timeout_work, dmu_timeout);
 	dev->next_id = 1;
+	INIT_LIST_HEAD(&dev->granting);
+	INIT_WORK(&dev->grant_work, dmu_grant_work);
+	INIT_LIST_HEAD(&dev->untold);
 	INIT_LIST_HEAD(&dev->placements);
 	dev->placed = RB_ROOT;
 	INIT_WORK(&dev->flush.work, dmu_flush_work);

@@ -89,12 +89,12 @@ unsigned long dmu_index_lookup(struct dmu_device *dev, u64 block, u64 want, u64 
 }
 
 /* Makes a table of a slot that all blocks under it share. */
-static int dmu_index_split(unsigned long *slot)
+static int dmu_index_split(unsigned long *slot, gfp_t gfp)
 {
 	struct dmu_index_table *table;
 	unsigned int i;
 
-	table = kmem_cache_alloc(dmu_index_cache, GFP_NOIO | __GFP_NOWARN);
+	table = kmem_cache_alloc(dmu_index_cache, gfp | __GFP_NOWARN);
 	if (!table)
 		return -ENOMEM;
 	for (i = 0; i < DMU_INDEX_SLOTS; i++)
@@ -105,7 +105,7 @@ static int dmu_index_split(unsigned long *slot)
 }
 
 /* Sees to it that no slot has both block and the one before, unless they may stay together. */
-static int dmu_index_cut(struct dmu_index *index, u64 block, unsigned long word)
+static int dmu_index_cut(struct dmu_index *index, u64 block, unsigned long word, gfp_t gfp)
 {
 	unsigned int shift = DMU_INDEX_TOP;
 	unsigned long *slot;
@@ -118,7 +118,7 @@ static int dmu_index_cut(struct dmu_index *index, u64 block, unsigned long word)
 		if (!dmu_index_is_table(*slot)) {
 			if (*slot == word)
 				return 0;
-			error = dmu_index_split(slot);
+			error = dmu_index_split(slot, gfp);
 			if (error)
 				return error;
 		}
@@ -183,6 +183,24 @@ static void dmu_index_put(unsigned long *slot, unsigned int shift, u64 first, u6
 	}
 }
 
+/*
+ * Sees to it that dmu_index_set() with the same will find memory, as long as map_mutex is held;
+ * -ENOMEM, and no mapping has changed.
+ */
+int dmu_index_ready(struct dmu_device *dev, u64 block, u64 count, unsigned long word,
+		    gfp_t gfp)
+{
+	struct dmu_index *index;
+	int error;
+
+	lockdep_assert_held(&dev->map_mutex);
+	index = dmu_index_root(dev);
+	error = dmu_index_cut(index, block, word, gfp);
+	if (!error)
+		error = dmu_index_cut(index, block + count, word, gfp);
+	return error;
+}
+
 /* Gives count blocks the word; -ENOMEM, and nothing has changed. */
 int dmu_index_set(struct dmu_device *dev, u64 block, u64 count, unsigned long word)
 {
@@ -192,12 +210,10 @@ int dmu_index_set(struct dmu_device *dev, u64 block, u64 count, unsigned long wo
 
 	lockdep_assert_held(&dev->map_mutex);
 	might_sleep();
-	index = dmu_index_root(dev);
-	error = dmu_index_cut(index, block, word);
-	if (!error)
-		error = dmu_index_cut(index, last + 1, word);
+	error = dmu_index_ready(dev, block, count, word, GFP_NOIO);
 	if (error)
 		return error;
+	index = dmu_index_root(dev);
 	for (at = block >> DMU_INDEX_TOP; at <= last >> DMU_INDEX_TOP; at++) {
 		start = at << DMU_INDEX_TOP;
 		dmu_index_put(&index->slot[at], DMU_INDEX_TOP, max(block, start) - start,

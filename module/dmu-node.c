@@ -2,9 +2,10 @@
 /*
  * /dev/dmu/NAME: the worker's end.
  *
- * read() hands out, in this order: a dump that was asked for, events, faults, the question of
- * a flush. What is handed out is told; when its opener closes the node it is to be told again
- * to the next one, events excepted, which were for that opener only.
+ * read() hands out, in this order: a dump that was asked for, placements of what was granted and
+ * events as they happened, faults, the question of a flush. What is handed out is told; when
+ * its opener closes the node it is to be told again to the next one, events excepted, which
+ * were for that opener only, and placements, of which the next one hears by its dump.
  */
 #include <linux/cdev.h>
 #include <linux/fs.h>
@@ -61,6 +62,7 @@ void dmu_event_post(struct dmu_device *dev, struct dmu_event *event)
 
 	spin_lock_irqsave(&dev->lock, flags);
 	post = dev->opened && !dev->gone && event->session == dev->session;
+	event->after = dev->last_mark;
 	if (post)
 		list_add_tail(&event->list, &dev->events);
 	spin_unlock_irqrestore(&dev->lock, flags);
@@ -145,6 +147,7 @@ static int dmu_release(struct inode *inode, struct file *file)
 	spin_lock_irq(&dev->lock);
 	dev->opened = false;
 	dev->dumping = false;
+	dmu_grant_end(dev);
 	list_splice_init(&dev->events, &events);
 	dmu_reask_all(dev);
 	if (dev->flush.state == DMU_FLUSH_ASKED) {
@@ -161,7 +164,20 @@ static int dmu_release(struct inode *inode, struct file *file)
 static bool dmu_has_message(struct dmu_device *dev)
 {
 	return dev->dumping || !list_empty(&dev->events) || !list_empty(&dev->unsent) ||
-	       dev->flush.state == DMU_FLUSH_ASKING;
+	       dev->flush.state == DMU_FLUSH_ASKING || dev->telling;
+}
+
+static void dmu_tell_placement(struct dmu_device *dev, struct dmu_placement *placement,
+			       struct dmu_message *message)
+{
+	message->flags = (placement->writable ? DMU_WRITE : 0) |
+			 (placement->in_flight ? DMU_IN_FLIGHT : 0);
+	message->block = placement->block;
+	message->count = placement->count;
+	message->mark = placement->mark;
+	message->sector = placement->sector;
+	message->device = placement->device;
+	dmu_grant_told(dev, placement);
 }
 
 /* The next record of a dump: a placement, or that there are no more. */
@@ -175,13 +191,7 @@ static void dmu_next_dump(struct dmu_device *dev, struct dmu_message *message)
 		if (placement->mark > dev->dump_last)
 			break;
 		message->type = DMU_UNCOMMITTED_IS;
-		message->flags = (placement->writable ? DMU_WRITE : 0) |
-				 (placement->in_flight ? DMU_IN_FLIGHT : 0);
-		message->block = placement->block;
-		message->count = placement->count;
-		message->mark = placement->mark;
-		message->sector = placement->sector;
-		message->device = placement->device;
+		dmu_tell_placement(dev, placement, message);
 		dev->dump_next = placement->mark;
 		return;
 	}
@@ -201,16 +211,31 @@ static void dmu_tell_request(struct dmu_cell *cell, struct dmu_message *message)
 	message->block_sectors = bio_sectors(bio);
 }
 
+/* The placement that has to be told before anything but a dump. */
+static struct dmu_placement *dmu_next_untold(struct dmu_device *dev)
+{
+	struct dmu_placement *placement;
+	struct dmu_event *event;
+
+	placement = list_first_entry_or_null(&dev->untold, struct dmu_placement, untold);
+	event = list_first_entry_or_null(&dev->events, struct dmu_event, list);
+	return placement && event && placement->mark > event->after ? NULL : placement;
+}
+
 /* Takes the next message; an event is handed out with it, to be freed. */
 static bool dmu_next(struct dmu_device *dev, struct dmu_message *message,
 		     struct dmu_event **event)
 {
+	struct dmu_placement *placement = dmu_next_untold(dev);
 	struct dmu_cell *cell;
 
 	memset(message, 0, sizeof(*message));
 	*event = NULL;
 	if (dev->dumping) {
 		dmu_next_dump(dev, message);
+	} else if (placement) {
+		message->type = DMU_PLACED;
+		dmu_tell_placement(dev, placement, message);
 	} else if (!list_empty(&dev->events)) {
 		*event = list_first_entry(&dev->events, struct dmu_event, list);
 		list_del(&(*event)->list);
@@ -241,11 +266,20 @@ static bool dmu_next(struct dmu_device *dev, struct dmu_message *message,
 static void dmu_untake(struct dmu_device *dev, struct dmu_message *message,
 		       struct dmu_event *event)
 {
+	struct dmu_placement *placement;
 	struct dmu_cell *cell;
 
 	spin_lock_irq(&dev->lock);
 	if (event) {
 		list_add(&event->list, &dev->events);
+	} else if (message->type == DMU_PLACED) {
+		list_for_each_entry(placement, &dev->placements, list) {
+			if (placement->mark != message->mark)
+				continue;
+			list_add(&placement->untold, &dev->untold);
+			dev->untold_count++;
+			break;
+		}
 	} else if (message->type == DMU_UNCOMMITTED_IS) {
 		dev->dump_next = message->mark - 1;
 	} else if (message->type == DMU_DUMP_DONE) {

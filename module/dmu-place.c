@@ -4,7 +4,7 @@
  *
  * A prepared cell goes through three steps: what the write does not cover is copied or
  * zeroed (kcopyd, in pieces, cell->pending counts them); then the write itself goes there;
- * then, in process context, the placement counts as written, the request ends and the queue
+ * then the placement counts as written, the request ends and, in process context, the queue
  * behind it is served. Any failure ends in the third step too, which then takes the place
  * out of the index again and reports MAP_ERROR. The cell is in its epoch throughout.
  */
@@ -104,6 +104,44 @@ void dmu_prepare(struct dmu_cell *cell)
 	dmu_place_put(cell);
 }
 
+/*
+ * The third step of what went well, in any context: no work item for a request that nobody
+ * queues behind. What it cannot do is left to dmu_place_work().
+ */
+static void dmu_place_done(struct dmu_cell *cell)
+{
+	struct dmu_device *dev = cell->dev;
+	struct dmu_epoch *epoch = cell->epoch;
+	struct dmu_event *event = cell->event;
+	struct bio *bio = cell->active;
+	unsigned long flags;
+	bool more;
+
+	if (cell->error || cell->linked || cell->answer.flags & DMU_SYNC) {
+		queue_work(dev->wq, &cell->work);
+		return;
+	}
+	spin_lock_irqsave(&dev->lock, flags);
+	if (cell->placement)
+		cell->placement->in_flight = false;
+	cell->placement = NULL;
+	cell->epoch = NULL;
+	cell->event = NULL;
+	cell->active = NULL;
+	cell->state = DMU_CLAIMED;
+	dev->event_count--;
+	more = !bio_list_empty(&cell->bios);
+	if (!more)
+		dmu_cell_remove(cell);
+	spin_unlock_irqrestore(&dev->lock, flags);
+	kmem_cache_free(dmu_event_cache, event);
+	dmu_epoch_leave(epoch);
+	dmu_flush_kick(dev);
+	if (more)
+		queue_work(dev->wq, &cell->work);
+	dmu_end_bio(bio, BLK_STS_OK);
+}
+
 static void dmu_place_end_io(struct bio *bio)
 {
 	struct dmu_io *io = dmu_io(bio);
@@ -112,7 +150,7 @@ static void dmu_place_end_io(struct bio *bio)
 	bio->bi_end_io = io->saved_end_io;
 	if (bio->bi_status)
 		cell->error = blk_status_to_errno(bio->bi_status);
-	queue_work(cell->dev->wq, &cell->work);
+	dmu_place_done(cell);
 }
 
 static void dmu_place_zeroed(int read_error, unsigned long write_error, void *context)
@@ -121,7 +159,7 @@ static void dmu_place_zeroed(int read_error, unsigned long write_error, void *co
 
 	if (read_error || write_error)
 		cell->error = -EIO;
-	queue_work(cell->dev->wq, &cell->work);
+	dmu_place_done(cell);
 }
 
 /* The request itself goes to the new place. */
@@ -205,6 +243,11 @@ void dmu_place_work(struct work_struct *work)
 	struct bio *bio = cell->active;
 	int error = cell->error;
 
+	if (!bio) {
+		/* dmu_place_done() has been here. */
+		dmu_process(cell);
+		return;
+	}
 	if (linked) {
 		cell->linked = NULL;
 		complete(linked);
@@ -322,6 +365,7 @@ void dmu_placed_drop(struct dmu_device *dev, struct dmu_placement *placement)
 {
 	lockdep_assert_held(&dev->lock);
 	rb_erase(&placement->node, &dev->placed);
+	dmu_grant_told(dev, placement);
 	list_del(&placement->list);
 	atomic_dec(&dev->uncommitted);
 	kmem_cache_free(dmu_placement_cache, placement);

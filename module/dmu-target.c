@@ -208,6 +208,7 @@ static int dmu_preresume(struct dm_target *ti)
 	dev->sectors = ti->len;
 	dev->blocks = ((ti->len - 1) >> dev->block_shift) + 1;
 	dev->fault_timeout = table->fault_timeout;
+	dmu_grant_renew(dev);
 	spin_unlock_irq(&dev->lock);
 	mutex_unlock(&dev->answer_mutex);
 	if (table->fault_timeout)
@@ -248,7 +249,7 @@ static int dmu_message(struct dm_target *ti, unsigned int argc, char **argv, cha
 {
 	static const char * const names[] = {
 		"", "faults", "answers", "refused", "copies", "flushes", "invalidates",
-		"uncommitted", "waiting", "errors",
+		"uncommitted", "waiting", "errors", "granted",
 	};
 	struct dmu_device *dev = ((struct dmu_table *)ti->private)->dev;
 	unsigned int sz = 0, i;

@@ -132,6 +132,25 @@ public struct Answer: Sendable {
     return answer
   }
 
+  /// First writes to these blocks, where they are mapped to be read, go to the place without a
+  /// question, and are told as `Message.placed`. At most `budget` of them are untold; the marks
+  /// follow the last that was given, so that the next one has to leave that many free. Takes
+  /// the place of any grant before it. Source: `Geometry.takesGrants` says whether it is known.
+  public static func grant(
+    block: UInt64, count: UInt64, at place: Place, budget: UInt32
+  ) -> Answer {
+    var answer = Answer(DMU_GRANT)
+    answer.raw.block = block
+    answer.raw.count = count
+    answer.raw.device = place.device
+    answer.raw.sector = place.sector
+    answer.raw.length = budget
+    return answer
+  }
+
+  /// Nothing is granted any more: what was placed is told, and no more is.
+  public static var revoke: Answer { Answer(DMU_GRANT) }
+
   /// Say `Message.version`.
   public static var getVersion: Answer { Answer(DMU_GET_VERSION) }
   /// Say `Message.statistic` for each counter.

@@ -26,6 +26,9 @@ public enum Message: Sendable, Equatable {
   case uncommitted(Uncommitted)
   /// The end of a dump: marks have to be greater than this one.
   case dumpDone(mark: UInt64)
+  /// A placement that was made because it was granted. Comes before every question that was
+  /// raised after it.
+  case placed(Uncommitted)
   /// A type that this version does not know.
   case unknown(type: UInt32)
 
@@ -53,6 +56,8 @@ public enum Message: Sendable, Equatable {
     public var sectors: UInt64
     /// How many backing devices there are.
     public var devices: UInt16
+    /// Whether `Answer.grant` is known.
+    public var takesGrants: Bool
   }
 
   /// A placement that is not committed.
@@ -69,6 +74,13 @@ public enum Message: Sendable, Equatable {
     public var writable: Bool
     /// Its mark.
     public var mark: UInt64
+
+    init(_ raw: dmu_message) {
+      (block, count) = (raw.block, raw.count)
+      (device, sector) = (raw.device, raw.sector)
+      writable = raw.flags & UInt32(DMU_WRITE) != 0
+      mark = raw.mark
+    }
   }
 
   init(_ raw: dmu_message) {
@@ -89,13 +101,10 @@ public enum Message: Sendable, Equatable {
       self = .version(
         Geometry(
           version: raw.version, blockSectors: raw.block_sectors, sectors: count,
-          devices: raw.device))
+          devices: raw.device, takesGrants: has(DMU_TAKES_GRANTS)))
     case DMU_STATS_ARE: self = .statistic(number: id, value: mark)
-    case DMU_UNCOMMITTED_IS:
-      self = .uncommitted(
-        Uncommitted(
-          block: block, count: count, device: raw.device, sector: raw.sector,
-          writable: has(DMU_WRITE), mark: mark))
+    case DMU_UNCOMMITTED_IS: self = .uncommitted(Uncommitted(raw))
+    case DMU_PLACED: self = .placed(Uncommitted(raw))
     case DMU_DUMP_DONE: self = .dumpDone(mark: mark)
     default: self = .unknown(type: raw.type)
     }

@@ -115,6 +115,16 @@ public protocol ImageFormat: AnyObject {
   /// The plan up to this mark has run: its placements are durable.
   func committed(upTo mark: Mark)
 
+  /// Space for first writes that a target may place by itself, if there is any that needs no
+  /// more thought: each block of it, as long as `find` has it for reading only, goes there as
+  /// `place` would have it, the rest of the block carried along. From then on its own marks
+  /// leave `Grant.room`.
+  func grant() -> Grant?
+
+  /// The target has placed blocks as granted, uncommitted under the extent's mark. Marks that
+  /// the format has given since may be greater.
+  func granted(_ extent: Extent) throws(ImageError)
+
   /// A placement that came to nothing; its block is where it was before.
   func abandon(_ mark: Mark)
 
@@ -127,4 +137,11 @@ extension ImageFormat {
   public var devices: [any ByteStore]? { nil }
   /// Not known to be.
   public var isFixed: Bool { false }
+  /// Every first write is asked for.
+  public func grant() -> Grant? { nil }
+  /// Nothing was granted.
+  public func granted(_ extent: Extent) throws(ImageError) {
+    throw ImageError(
+      .badRequest, "blocks \(extent.blocks.first)+\(extent.blocks.count) were not granted")
+  }
 }

@@ -60,6 +60,25 @@ public struct Extent: Sendable, Hashable {
   }
 }
 
+/// Space handed over in advance: where first writes to a run of blocks go. Whoever makes them
+/// gives each placement the mark after the last that was made.
+public struct Grant: Sendable, Hashable {
+  /// More marks than are ever made by grants before a format hears of them: a format that has
+  /// granted something leaves so many free after the last that it knows.
+  public static let room: Mark = 1 << 20
+
+  /// The blocks.
+  public var blocks: BlockRange
+  /// Where the first of them goes; the others follow it.
+  public var place: Place
+
+  /// A grant from its parts.
+  public init(_ blocks: BlockRange, _ place: Place) {
+    self.blocks = blocks
+    self.place = place
+  }
+}
+
 /// What must happen to a block's place before a first write may reach it.
 public enum Preparation: Sendable, Hashable {
   /// Nothing: the place holds the block, or the write covers it whole.

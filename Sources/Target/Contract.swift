@@ -31,6 +31,9 @@ public enum Fault: Sendable, Equatable {
   case mapError(block: UInt64, mark: Mark, code: Int32)
   /// The blocks have no mapping any more, and no request is under way to the old place.
   case invalidateDone(BlockRange)
+  /// A first write went where a grant let it: the extent is uncommitted, under the mark after
+  /// the last. Told before every fault that was raised after it.
+  case placed(Extent)
 }
 
 /// What a worker says to its target.
@@ -75,6 +78,21 @@ public protocol TargetEngine: AnyObject {
   func uncommitted() -> [Extent]
   /// The next fault that the worker has not seen yet.
   func nextFault() -> Fault?
+  /// Whether it can place first writes by itself.
+  var takesGrants: Bool { get }
+  /// First writes to blocks that are mapped for reading may go where the grant says, without a
+  /// fault, and are told as `placed`. The worker's own marks leave `Grant.room` from then on.
+  /// Takes the place of any grant before it; nil takes it back. It ends with the worker.
+  func grant(_ grant: Grant?) throws(AnswerRefusal)
   /// Takes an answer.
   func answer(_ answer: Answer) throws(AnswerRefusal)
+}
+
+extension TargetEngine {
+  /// It cannot, unless it says otherwise.
+  public var takesGrants: Bool { false }
+  /// Refuses any.
+  public func grant(_ grant: Grant?) throws(AnswerRefusal) {
+    if let grant { throw .badBlocks(grant.blocks) }
+  }
 }

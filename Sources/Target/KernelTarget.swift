@@ -7,6 +7,7 @@
 // - The module takes marks only in their order. An answer that has to wait (KernelTarget+Bytes)
 //   therefore holds up those with later marks.
 // - What may be written lies within its file: see `cover`.
+// - Nothing is granted where an answer may have to wait: its mark would be overtaken.
 // - A node that fails (the device is gone) yields no more faults; `failure` says why.
 
 public import DMU
@@ -24,6 +25,8 @@ public final class KernelTarget: TargetEngine {
   public let blockSize: UInt32
   /// Length in 512-byte sectors.
   public let sectors: UInt64
+  /// Whether it can place first writes by itself: this module does, and it knows all devices.
+  public let takesGrants: Bool
   /// Why the node is of no use any more.
   public internal(set) var failure: IOError?
   /// How the disk is.
@@ -86,6 +89,7 @@ public final class KernelTarget: TargetEngine {
     }
     blockSize = geometry.blockSectors * 512
     sectors = geometry.sectors
+    takesGrants = geometry.takesGrants && devices.isComplete
     restored = found
     dumped = found.last?.mark ?? 0
     highest = dumped
@@ -120,7 +124,7 @@ public final class KernelTarget: TargetEngine {
     if !news.isEmpty { return news.removeFirst() }
     do throws(IOError) {
       while let message = try node.next() {
-        if let fault = fault(of: message) { return fault }
+        if let fault = try fault(of: message) { return fault }
       }
     } catch {
       failure = error
@@ -128,7 +132,7 @@ public final class KernelTarget: TargetEngine {
     return nil
   }
 
-  private func fault(of message: Message) -> Fault? {
+  private func fault(of message: Message) throws(IOError) -> Fault? {
     switch message {
     case .fault(let id, let block, let count, let write, let whole, let request):
       let blocks = BlockRange(block, count)
@@ -143,6 +147,11 @@ public final class KernelTarget: TargetEngine {
       note(code, "a write")
       return .mapError(block: block, mark: fromKernel(mark), code: code)
     case .invalidateDone(let block, let count): return .invalidateDone(BlockRange(block, count))
+    case .placed(let it):
+      var extent = try Self.extent(it, devices)
+      extent.mark = fromKernel(extent.mark)
+      noteMark(extent.mark)
+      return .placed(extent)
     case .syncDone, .version, .statistic, .uncommitted, .dumpDone, .unknown: return nil
     }
   }
@@ -213,6 +222,46 @@ public final class KernelTarget: TargetEngine {
       rest.blocks = BlockRange(rest.blocks.first + count, rest.blocks.count - count)
       rest.place = rest.place.advanced(by: count * UInt64(blockSize) / 512)
     }
+  }
+
+  /// See `TargetEngine`. The blocks' place has to be one run of one device of the kernel's.
+  public func grant(_ grant: Grant?) throws(AnswerRefusal) {
+    let said: DMU.Answer
+    let blocks = grant?.blocks ?? BlockRange(0, 0)
+    if let grant {
+      let (place, count) = devices.translate(grant.place, blocks: blocks.count)
+      guard takesGrants, let place, count == blocks.count else { throw .badBlocks(blocks) }
+      let extent = Extent(blocks, place, writable: true)
+      guard canCover(extent) else { throw .badBlocks(blocks) }
+      try cover(extent, .prime(extent))
+      said = .grant(
+        block: blocks.first, count: count, at: Self.place(place), budget: Self.budget)
+    } else {
+      said = .revoke
+    }
+    let code: Int32
+    do throws(IOError) {
+      code = try tell(said)
+    } catch {
+      failure = error
+      throw .badBlocks(blocks)
+    }
+    guard code == 0 else { throw .badBlocks(blocks) }
+  }
+
+  /// So many placements are not told at most; half of them are worth a message.
+  private static let budget: UInt32 = 8192
+
+  /// Whether the place is there, or is in a file, which can be made longer.
+  private func canCover(_ extent: Extent) -> Bool {
+    guard case .device(let number, let sector) = extent.place, Int(number) < lengths.count else {
+      return false
+    }
+    let (end, isTooFar) = (sector &* 512).addingReportingOverflow(bytes(of: extent.blocks))
+    guard sector < 1 << 54, !isTooFar else { return false }
+    guard end > lengths[Int(number)] else { return true }
+    let store = devices.known[Int(number)].store
+    return end <= store.size || (store.isWritable && (store as? FileStore)?.isBlockDevice == false)
   }
 
   /// Sees to it that a file is as long as what may be written in it: its loop device is longer,

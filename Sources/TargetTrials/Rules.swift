@@ -17,7 +17,7 @@ public struct Rules {
   public static let blockSize: UInt32 = 4096
   /// Every rule, by the name that both suites print.
   public static let all: [(name: String, check: @Sendable (Rules) throws -> Void)] =
-    mappingRules + flushRules
+    mappingRules + flushRules + grantRules
 
   let driver: any EngineDriver
 

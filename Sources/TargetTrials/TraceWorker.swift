@@ -34,6 +34,8 @@ final class TraceWorker {
   private var invalidating: BlockRange?
   /// Blocks that an answer named since they were invalidated.
   private var touched: Set<UInt64> = []
+  /// Whether first writes may be placed without a question.
+  private var isGranting = false
 
   /// Starts from the medium and from what the engine remembers.
   init(_ driver: any EngineDriver, _ medium: TraceMedium, lateness: Int, seed: UInt64) throws {
@@ -55,6 +57,35 @@ final class TraceWorker {
       }
       lastMark = extent.mark
     }
+    if engine.takesGrants, random.chance(60) { try grant() }
+  }
+
+  /// Tells where unplaced blocks are read, and lets first writes to them, or to some, go without
+  /// a question.
+  private func grant() throws {
+    for block in 0..<blocks where !isPlaced(block) && random.chance(80) {
+      try engine.answer(
+        .prime(
+          Extent(BlockRange(block), .device(1, sector: block * perBlock), writable: false)))
+    }
+    let first = random.chance(50) ? 0 : UInt64(random.below(Int(blocks)))
+    let range = BlockRange(first, blocks - first)
+    try engine.grant(Grant(range, .device(0, sector: (1 + first) * perBlock)))
+    isGranting = true
+    tell("  grants \(range)")
+  }
+
+  /// The engine has placed a block as granted.
+  private func granted(_ extent: Extent) throws {
+    let block = extent.blocks.first
+    try expect(
+      isGranting && extent.blocks.count == 1 && !isPlaced(block)
+        && extent == self.extent(block, 1, mark: extent.mark),
+      "placed as nobody granted: \(extent)")
+    touched.insert(block)
+    placed[block] = extent.mark
+    // A placement of ours may have come after it.
+    lastMark = max(lastMark, extent.mark)
   }
 
   // Not kept: an engine may go only when nobody has it any more.
@@ -78,7 +109,7 @@ final class TraceWorker {
     while let fault = driver.nextFault() {
       tell("  told \(fault)")
       switch fault {
-      case .mapError, .invalidateDone: try handle(fault)
+      case .mapError, .invalidateDone, .placed: try handle(fault)
       default: waiting.append(fault)
       }
     }
@@ -97,6 +128,7 @@ final class TraceWorker {
     case .mapError(_, let mark, _):
       for (block, other) in placed where other == mark { placed[block] = nil }
     case .invalidateDone(let range): try invalidated(range)
+    case .placed(let extent): try granted(extent)
     }
   }
 
@@ -135,7 +167,7 @@ final class TraceWorker {
     while count < range.count, !isPlaced(first + count),
       medium.moved.contains(first + count) == medium.moved.contains(first), !random.chance(10)
     { count += 1 }
-    lastMark += 1 + UInt64(random.below(2))
+    lastMark += (isGranting ? Grant.room : 1) + UInt64(random.below(2))
     for block in first..<(first + count) {
       placed[block] = lastMark
       touched.insert(block)
@@ -155,7 +187,7 @@ final class TraceWorker {
       try engine.answer(.map(id, Placement(extent(block, 1), .zero)))
       return
     }
-    lastMark += 1
+    lastMark += isGranting ? Grant.room : 1
     placed[block] = lastMark
     try engine.answer(.map(id, Placement(extent(block, 1, mark: lastMark), .zero)))
   }

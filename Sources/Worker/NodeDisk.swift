@@ -62,6 +62,7 @@ final class NodeDisk {
     do throws(WorkerError) {
       do throws(ImageError) { try worker.restore() } catch { throw WorkerError(error) }
       try prime(format)
+      worker.grant()
       registration = try system { () throws(IOError) in
         try loop.add(target.descriptor, for: .readable) { _ in }
       }

@@ -49,6 +49,7 @@ final class Trace {
       line("fault \(id) \(zeroing ? "zero" : "discard") \(Self.words(blocks))")
     case .mapError(let block, let mark, let code):
       line("failed block \(block) mark \(mark) errno \(code)")
+    case .placed(let extent): line("placed \(Self.words(Placement(extent)))")
     case .invalidateDone(let blocks): line("forgotten \(Self.words(blocks))")
     }
   }

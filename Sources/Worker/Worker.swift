@@ -71,6 +71,8 @@ public final class Worker {
   /// The greatest mark that the target has been given. What bears one up to it is no news to
   /// the target, which takes only marks that grow.
   private var lastMark: Mark = 0
+  /// The first mark that the format could not take up: nothing from there on is ever durable.
+  private var lost: Mark?
   /// Flush faults not yet answered; the first one's plan is being run.
   private var flushes: [(id: FaultID, upTo: Mark)] = []
 
@@ -109,7 +111,7 @@ public final class Worker {
     var any = false
     while let fault = target.nextFault() {
       any = true
-      faults += 1
+      if case .placed = fault {} else { faults += 1 }
       handle(fault)
     }
     return any
@@ -140,8 +142,33 @@ public final class Worker {
     case .mapError(let block, let mark, let code):
       if mark != 0 { format.abandon(mark) }
       log(.warning, "a placement failed", ["block": String(block), "errno": reason(code)])
+    case .placed(let extent): placed(extent)
     case .invalidateDone:
       break
+    }
+  }
+
+  /// Lets the target place first writes by itself where the format knows beforehand where they
+  /// go. Once the mapping is told.
+  public func grant() {
+    guard target.takesGrants, let grant = format.grant() else { return }
+    do throws(AnswerRefusal) {
+      try target.grant(grant)
+    } catch {
+      // Then it asks, as it does without.
+      log(.info, "first writes are asked for", ["refusal": "\(error)"])
+    }
+  }
+
+  private func placed(_ extent: Extent) {
+    do throws(ImageError) {
+      try format.granted(extent)
+      lastMark = max(lastMark, extent.mark)
+    } catch {
+      // What the format does not know of it cannot commit: the flush must not end well.
+      log(.error, "the image cannot take up a placement", ["error": "\(error)"])
+      degrade(.degraded, "block \(extent.blocks.first): \(error)")
+      lost = min(lost ?? extent.mark, extent.mark)
     }
   }
 
@@ -156,7 +183,7 @@ public final class Worker {
   private func resolve(
     _ id: FaultID, _ blocks: BlockRange, _ ask: () throws(ImageError) -> Answer
   ) {
-    let answer: Answer
+    var answer: Answer
     do throws(ImageError) {
       answer = try ask()
     } catch {
@@ -165,6 +192,15 @@ public final class Worker {
       degrade(error.cause?.code == ENOSPC ? .noSpace : .degraded, what)
       give(.fail(id, code: error.cause?.code ?? EIO))
       return
+    }
+    if target.takesGrants, case .map(_, let placement, _) = answer,
+      placement.extent.mark == 0, placement.extent.blocks.count > 1
+    {
+      // Of the blocks beside those that were asked for some may have been placed meanwhile.
+      if offer(answer) == nil { return }
+      var asked = placement
+      asked.extent.blocks.count = min(blocks.count, placement.extent.blocks.count)
+      answer = .map(id, asked)
     }
     let mark: Mark = if case .map(_, let placement, _) = answer { placement.extent.mark } else { 0 }
     guard !give(answer) else {
@@ -178,19 +214,25 @@ public final class Worker {
 
   /// Whether the target took it.
   @discardableResult private func give(_ answer: Answer) -> Bool {
+    guard let refusal = offer(answer) else { return true }
+    log(
+      .error, "the target refused an answer", ["refusal": "\(refusal)", "answer": "\(answer)"])
+    return false
+  }
+
+  /// What the target has against it, if anything.
+  private func offer(_ answer: Answer) -> AnswerRefusal? {
     do throws(AnswerRefusal) {
       trace?.answer(answer)
       try target.answer(answer)
-      return true
-    } catch {
-      log(.error, "the target refused an answer", ["refusal": "\(error)", "answer": "\(answer)"])
-      return false
-    }
+      return nil
+    } catch { return error }
   }
 
   /// Runs the plan of the first flush that waits.
   private func commit() {
     guard let flush = flushes.first else { return }
+    if let lost, lost <= flush.upTo { return finish(.fail(flush.id, code: EIO)) }
     let plan: CommitPlan
     do throws(ImageError) {
       plan = try format.commitPlan(upTo: flush.upTo)

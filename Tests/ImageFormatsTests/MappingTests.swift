@@ -126,6 +126,42 @@ import Testing
     #expect(try bench.disk.place(BlockRange(1), whole: true).extent.mark == 2)
   }
 
+  @Test func whatWasGrantedIsTakenUp() throws {
+    let bench = try Bench()
+    #expect(throws: ImageError.self) { try bench.disk.granted(bench.inStore(3, 1, mark: 1)) }
+    let grant = try #require(bench.disk.grant())
+    #expect(grant == Grant(BlockRange(0, 16), bench.inStore(0, 16).place))
+    try bench.disk.granted(bench.inStore(3, 1, mark: 1))
+    #expect(try bench.disk.find(3, limit: 9) == bench.inStore(3, 1, mark: 1))
+    #expect(try bench.disk.place(BlockRange(3), whole: false) == Placement(bench.inStore(3, 1)))
+    // Marks of its own stay away from those that it may not have heard of.
+    let own = 1 + Grant.room
+    #expect(
+      try bench.disk.place(BlockRange(5), whole: true) == Placement(bench.inStore(5, 1, mark: own)))
+    try bench.disk.granted(bench.inStore(7, 2, mark: 2))
+    let next = own + Grant.room
+    #expect(
+      try bench.disk.place(BlockRange(9), whole: true)
+        == Placement(bench.inStore(9, 1, mark: next)))
+    #expect(bench.disk.allocatedBlocks == 5)
+    for wrong in [
+      bench.inStore(3, 1, mark: 9), bench.inStore(2, 2, mark: 9), bench.inStore(8, 1, mark: 9),
+      bench.inStore(16, 1, mark: 9), bench.inStore(10, 1), bench.inBase(10, 1),
+    ] {
+      #expect(throws: ImageError.self) { try bench.disk.granted(wrong) }
+    }
+    try bench.commit(2)
+    let again = try Dscow.open(store: bench.store, base: bench.base, writable: true)
+    #expect(try again.find(3, limit: 1) == bench.inStore(3, 1))
+    #expect(try again.find(7, limit: 2) == bench.inStore(7, 2))
+    #expect(try again.find(5, limit: 1) == bench.inBase(5, 1))
+    // One that failed and was never heard of has used its mark.
+    bench.disk.abandon(next + 7)
+    #expect(
+      try bench.disk.place(BlockRange(10), whole: true)
+        == Placement(bench.inStore(10, 1, mark: next + 7 + Grant.room)))
+  }
+
   @Test func discards() throws {
     let bench = try Bench()
     let all = BlockRange(0, 16)

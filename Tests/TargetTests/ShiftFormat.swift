@@ -81,6 +81,7 @@ final class ShiftWorker {
         preconditionFailure("an invalidation that was not asked for")
       }
       invalidating.remove(at: index)
+    case .placed(let extent): preconditionFailure("nothing was granted: \(extent)")
     }
   }
 

@@ -15,12 +15,20 @@ private final class ScriptedTarget: TargetEngine {
   var faults: [Fault] = []
   var answers: [Answer] = []
   var refusing = false
+  var takesGrants = false
+  var grants: [Grant?] = []
+  /// Answers for more than one block that find something in their way.
+  var crowded = false
 
+  func grant(_ grant: Grant?) throws(AnswerRefusal) { grants.append(grant) }
   func uncommitted() -> [Extent] { left }
   func nextFault() -> Fault? { faults.isEmpty ? nil : faults.removeFirst() }
   func answer(_ answer: Answer) throws(AnswerRefusal) {
     answers.append(answer)
     if refusing, case .map = answer { throw .badBlocks(BlockRange(0)) }
+    if crowded, case .map(_, let placement, _) = answer, placement.extent.blocks.count > 1 {
+      throw .overlap(placement.extent.blocks)
+    }
   }
 }
 
@@ -35,6 +43,13 @@ private final class ScriptedFormat: ImageFormat {
   var abandoned: [Mark] = []
   var durable: Mark = 0
   var plansEmpty = false
+  var grantedExtents: [Extent] = []
+
+  func grant() -> Grant? { Grant(BlockRange(0, 1000), .device(0, sector: 1000)) }
+  func granted(_ extent: Extent) throws(ImageError) {
+    try fail()
+    grantedExtents.append(extent)
+  }
 
   private func fail() throws(ImageError) {
     if let failure { throw failure }
@@ -183,6 +198,43 @@ private final class Elsewhere {
     #expect(format.abandoned == [1])
     #expect(target.answers.last == .fail(2, code: EIO))
     #expect(worker.condition.state == .degraded)
+  }
+
+  @Test func whatWasPlacedAsGrantedIsTakenUp() {
+    worker.grant()
+    #expect(target.grants.isEmpty, "this target takes none")
+    target.takesGrants = true
+    worker.grant()
+    #expect(target.grants == [format.grant()])
+    let placed = { (block: UInt64, mark: Mark) in
+      Extent(
+        BlockRange(block), .device(0, sector: 1000 + 8 * block), writable: true, mark: mark)
+    }
+    target.faults = [.placed(placed(5, 1)), .placed(placed(9, 2)), .flush(1, upTo: 2)]
+    _ = worker.pump()
+    elsewhere.runNext()
+    #expect(format.grantedExtents == [placed(5, 1), placed(9, 2)])
+    #expect(target.answers == [.flushDone(1)] && format.durable == 2)
+    // What the format could not take up must not look durable, nor anything after it.
+    format.failure = ImageError(.badRequest, "no")
+    target.faults = [.placed(placed(6, 3))]
+    _ = worker.pump()
+    format.failure = nil
+    target.faults = [.placed(placed(7, 4)), .flush(2, upTo: 2), .flush(3, upTo: 4)]
+    _ = worker.pump()
+    elsewhere.runNext()
+    #expect(target.answers == [.flushDone(1), .flushDone(2), .fail(3, code: EIO)])
+    #expect(worker.condition.state == .degraded)
+  }
+
+  @Test func aReadIsAnsweredBesideBlocksPlacedMeanwhile() {
+    target.takesGrants = true
+    target.crowded = true
+    target.faults = [.read(1, blocks: BlockRange(5))]
+    _ = worker.pump()
+    let found = Extent(BlockRange(5), .device(0, sector: 1040), writable: true)
+    #expect(target.answers.last == .map(1, Placement(found)))
+    #expect(worker.condition == .ready)
   }
 
   @Test func whatAFormerWorkerLeftIsTakenUp() throws {

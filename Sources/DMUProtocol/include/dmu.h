@@ -30,6 +30,9 @@
 /* The most answers that one DMU_IOC_ANSWER may carry. */
 #define DMU_MAX_BATCH		4096
 
+/* The most placements that a grant may have that the worker has not read of. */
+#define DMU_MAX_BUDGET		65536
+
 /* The most bytes that one DMU_DATA may carry. */
 #define DMU_MAX_DATA		(1 << 20)
 
@@ -58,6 +61,11 @@ enum dmu_message_type {
 	DMU_UNCOMMITTED_IS = 9,
 	/* The end of a dump; mark is the highest so far: new marks must be greater. */
 	DMU_DUMP_DONE = 10,
+	/*
+	 * A placement made by what was granted, uncommitted. Told before every question that is
+	 * read later, and, among the events, as it happened.
+	 */
+	DMU_PLACED = 11,
 };
 
 /* From the kernel: struct dmu_message.flags. */
@@ -67,6 +75,7 @@ enum dmu_message_type {
 #define DMU_ZEROING		0x08	/* discard: the blocks must read as zeroes */
 #define DMU_IN_FLIGHT		0x10	/* dump: its data is still being written */
 #define DMU_AGAIN		0x20	/* an earlier opener was told this already */
+#define DMU_TAKES_GRANTS	0x40	/* version: DMU_GRANT is known */
 
 /* One record of read(2). */
 struct dmu_message {
@@ -75,9 +84,9 @@ struct dmu_message {
 	__u64 id;		/* what an answer has to name; 0 where none is due */
 	__u64 block;		/* the first block */
 	__u64 count;		/* how many blocks; version: length in sectors */
-	__u64 mark;		/* flush, errors, dump: a mark */
-	__u64 sector;		/* dump: the place of the first; fault: of the request */
-	__u16 device;		/* dump: its device; version: how many devices */
+	__u64 mark;		/* flush, errors, dump, placed: a mark */
+	__u64 sector;		/* dump, placed: of the first; fault: of the request */
+	__u16 device;		/* dump, placed: its device; version: how many */
 	__u16 version;		/* version: DMU_VERSION */
 	__s32 code;		/* errors: a positive errno */
 	__u32 block_sectors;	/* version: sectors of a block; fault: of the request */
@@ -98,6 +107,11 @@ enum dmu_answer_type {
 	DMU_GET_VERSION = 10,
 	DMU_STATS = 11,
 	DMU_DUMP = 12,		/* every uncommitted placement, please */
+	/*
+	 * A first write to blocks that are mapped to be read need not ask: they go to the place,
+	 * which is in a row as the blocks are. There is one grant at a time; with count 0 none.
+	 */
+	DMU_GRANT = 13,
 };
 
 /* To the kernel: struct dmu_answer.flags. */
@@ -115,15 +129,15 @@ struct dmu_answer {
 	__u32 type;		/* enum dmu_answer_type */
 	__u32 flags;
 	__u64 id;		/* the fault that is answered, or 0 */
-	__u64 block;		/* map, invalidate: the first block */
-	__u64 count;		/* map, invalidate, done: how many blocks */
-	__u64 sector;		/* map: the place of the first; data with id 0: where */
+	__u64 block;		/* map, invalidate, grant: the first block */
+	__u64 count;		/* map, invalidate, done, grant: how many blocks */
+	__u64 sector;		/* map, grant: the first's place; data with id 0: where */
 	__u64 from_sector;	/* map with DMU_COPY_FIRST */
 	__u64 mark;		/* map with DMU_HOLD_FLUSH: greater than all before */
 	__u64 address;		/* data: where the bytes are, in the caller's memory */
-	__u32 length;		/* data: how many bytes, whole sectors */
+	__u32 length;		/* data: bytes, whole sectors; grant: at most so many untold */
 	__u32 offset;		/* data: where in the block they begin, in bytes */
-	__u16 device;		/* map; data with id 0 */
+	__u16 device;		/* map, grant; data with id 0 */
 	__u16 from_device;	/* map with DMU_COPY_FIRST */
 	__s32 code;		/* fail: a positive errno */
 	__s32 result;		/* set by DMU_IOC_ANSWER: 0 or a negative errno */
@@ -150,7 +164,8 @@ enum dmu_stat {
 	DMU_STAT_UNCOMMITTED,	/* placements uncommitted now */
 	DMU_STAT_WAITING,	/* blocks with a question or a preparation now */
 	DMU_STAT_ERRORS,	/* placements that came to nothing */
-	DMU_STAT_LAST = DMU_STAT_ERRORS,
+	DMU_STAT_GRANTED,	/* blocks placed by what was granted */
+	DMU_STAT_LAST = DMU_STAT_GRANTED,
 };
 
 #if !defined(__cplusplus) && !defined(__KERNEL__)

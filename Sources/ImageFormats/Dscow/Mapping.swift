@@ -39,6 +39,8 @@ public final class Dscow: ImageFormat {
   private var pending = DscowPending()
   private var durableBlocks: UInt64
   private var lastMark: Mark = 0
+  /// From one mark to the next.
+  private var step: Mark = 1
 
   /// `baseSize` is the base's length in bytes, 0 without one; `base` is needed only when it
   /// is itself an image; `durableBlocks` is how many bits are set, or an estimate of it.
@@ -169,7 +171,7 @@ public final class Dscow: ImageFormat {
 
   /// Places a run that has no place, under a new mark.
   private func assign(_ range: BlockRange) -> Extent {
-    lastMark += 1
+    lastMark += step
     pending.insert(DscowPending.Run(blocks: range, mark: lastMark, fresh: range.count))
     return Extent(range, storePlace(range.first), writable: true, mark: lastMark)
   }
@@ -193,7 +195,38 @@ public final class Dscow: ImageFormat {
 
   /// A placement that came to nothing.
   public func abandon(_ mark: Mark) {
+    // It may be a granted one that was never heard of.
+    if step > 1 { lastMark = max(lastMark, mark) }
     pending.remove { $0.mark == mark }
+  }
+
+  /// The whole disk: a block's place is known before it is asked for.
+  public func grant() -> Grant? {
+    guard isWritable else { return nil }
+    step = Grant.room
+    return Grant(BlockRange(0, blocks), storePlace(0))
+  }
+
+  /// See `ImageFormat`. Throws `badRequest` for what is none of what was granted.
+  public func granted(_ extent: Extent) throws(ImageError) {
+    try check(extent.blocks)
+    guard step > 1, extent.place == storePlace(extent.blocks.first), extent.writable,
+      extent.mark > 0
+    else { throw notOurs(extent) }
+    for run in try split(extent) {
+      // Two runs may not share a block.
+      let (holder, next) = pending.find(run.blocks.first)
+      guard holder == nil, next ?? run.blocks.end >= run.blocks.end else { throw notOurs(extent) }
+      pending.insert(run)
+    }
+    lastMark = max(lastMark, extent.mark)
+  }
+
+  private func notOurs(_ extent: Extent) -> ImageError {
+    ImageError(
+      .badRequest,
+      "an uncommitted placement of blocks \(extent.blocks.first)+\(extent.blocks.count) "
+        + "is not one of this store")
   }
 
   /// Takes over the uncommitted placements of a former worker. Throws `badRequest` for one
@@ -206,12 +239,7 @@ public final class Dscow: ImageFormat {
       try check(extent.blocks)
       guard extent.place == storePlace(extent.blocks.first), extent.writable,
         extent.mark >= mark, extent.mark > lastMark
-      else {
-        throw ImageError(
-          .badRequest,
-          "an uncommitted placement of blocks \(extent.blocks.first)+\(extent.blocks.count) "
-            + "is not one of this store")
-      }
+      else { throw notOurs(extent) }
       mark = extent.mark
       runs += try split(extent)
     }

@@ -2,7 +2,8 @@
 // can take exactly those up to a mark, even where later ones share their page.
 //
 // Invariants: runs do not overlap; none crosses a bitmap page; those of a page are in the
-// order of their blocks.
+// order of their blocks, in shelves of at most `DscowPending.shelfSize`, none of them empty. A
+// guest that writes all over a page puts runs between others, and a shelf is all that moves.
 
 import Posix
 
@@ -16,17 +17,35 @@ struct DscowPending {
     var fresh: UInt64
   }
 
-  private var pages: [UInt64: [Run]] = [:]
+  /// How many runs stand in one shelf at most.
+  static let shelfSize = 64
+
+  private var pages: [UInt64: [[Run]]] = [:]
   /// Blocks that have a place only here.
   private(set) var fresh: UInt64 = 0
 
   /// What is pending at a block: a run that holds it, or else the first block after it in
   /// its page that is pending.
   func find(_ block: UInt64) -> (run: Run?, next: UInt64?) {
-    guard let runs = pages[block / DscowBitmap.blocksPerPage] else { return (nil, nil) }
-    let after = Self.firstIndex(in: runs, after: block)
-    if after > 0, runs[after - 1].blocks.contains(block) { return (runs[after - 1], nil) }
-    return (nil, after < runs.count ? runs[after].blocks.first : nil)
+    guard let shelves = pages[block / DscowBitmap.blocksPerPage] else { return (nil, nil) }
+    let at = Self.shelf(in: shelves, of: block)
+    let after = Self.firstIndex(in: shelves[at], after: block)
+    if after > 0, shelves[at][after - 1].blocks.contains(block) {
+      return (shelves[at][after - 1], nil)
+    }
+    if after < shelves[at].count { return (nil, shelves[at][after].blocks.first) }
+    return (nil, at + 1 < shelves.count ? shelves[at + 1][0].blocks.first : nil)
+  }
+
+  /// The index of the last shelf that begins at or before a block, or of the first.
+  private static func shelf(in shelves: [[Run]], of block: UInt64) -> Int {
+    var low = 0
+    var high = shelves.count
+    while low < high {
+      let middle = (low + high) / 2
+      if shelves[middle][0].blocks.first <= block { low = middle + 1 } else { high = middle }
+    }
+    return max(low - 1, 0)
   }
 
   /// The index of the first run that begins after a block.
@@ -43,15 +62,24 @@ struct DscowPending {
   /// Takes in a run that overlaps none and crosses no page.
   mutating func insert(_ run: Run) {
     let page = run.blocks.first / DscowBitmap.blocksPerPage
-    let index = Self.firstIndex(in: pages[page, default: []], after: run.blocks.first)
-    pages[page, default: []].insert(run, at: index)
+    Self.insert(run, into: &pages[page, default: []])
     fresh += run.fresh
+  }
+
+  private static func insert(_ run: Run, into shelves: inout [[Run]]) {
+    guard !shelves.isEmpty else { return shelves.append([run]) }
+    let at = shelf(in: shelves, of: run.blocks.first)
+    shelves[at].insert(run, at: firstIndex(in: shelves[at], after: run.blocks.first))
+    guard shelves[at].count > shelfSize else { return }
+    let rest = Array(shelves[at][(shelfSize / 2)...])
+    shelves[at].removeSubrange((shelfSize / 2)...)
+    shelves.insert(rest, at: at + 1)
   }
 
   /// The pages that have runs up to a mark, in order, with those runs' blocks.
   func runs(upTo mark: Mark) -> [(page: UInt64, runs: [BlockRange])] {
     pages.keys.sorted().compactMap { page in
-      let runs = (pages[page] ?? []).filter { $0.mark <= mark }.map(\.blocks)
+      let runs = (pages[page] ?? []).joined().filter { $0.mark <= mark }.map(\.blocks)
       return runs.isEmpty ? nil : (page, runs)
     }
   }
@@ -61,15 +89,20 @@ struct DscowPending {
   mutating func remove(where condition: (Run) -> Bool) -> UInt64 {
     var removed: UInt64 = 0
     for page in Array(pages.keys) {
-      guard var runs = pages[page] else { continue }
-      let before = runs.count
-      runs.removeAll { run in
-        guard condition(run) else { return false }
-        removed += run.fresh
-        return true
+      guard var shelves = pages[page] else { continue }
+      var changed = false
+      for at in shelves.indices {
+        let count = shelves[at].count
+        shelves[at].removeAll { run in
+          guard condition(run) else { return false }
+          removed += run.fresh
+          return true
+        }
+        changed = changed || shelves[at].count < count
       }
-      guard runs.count < before else { continue }
-      pages[page] = runs.isEmpty ? nil : runs
+      guard changed else { continue }
+      shelves.removeAll(where: \.isEmpty)
+      pages[page] = shelves.isEmpty ? nil : shelves
     }
     fresh -= removed
     return removed

@@ -32,11 +32,14 @@ static volatile bool over, wiping;
 static struct {
 	int64_t place[BLOCKS];		/* sector of the store, -1 */
 	uint64_t mark[BLOCKS];		/* 0: committed */
-	bool used[BLOCKS * 2];
+	bool used[BLOCKS * 3 + 4];	/* the last for grants: block b goes to GRANTED + b */
 	uint64_t last_mark;
 	uint64_t parked;
-	unsigned int deaths, placed, commits, errors;
+	bool granting;
+	unsigned int deaths, placed, granted, commits, errors;
 } format;
+
+#define GRANTED (BLOCKS * 2 + 4)	/* in blocks of the store */
 
 static uint64_t draw(uint64_t *state)
 {
@@ -158,7 +161,8 @@ static struct dmu_answer place(struct actor *actor, struct dmu_message *m)
 	if (!fresh)
 		return a;
 	format.placed++;
-	a.mark = format.mark[block] = ++format.last_mark;
+	format.last_mark += format.granting ? 1 << 20 : 1;
+	a.mark = format.mark[block] = format.last_mark;
 	a.flags |= DMU_HOLD_FLUSH;
 	if (draw(&actor->state) % 8 == 0)
 		a.flags |= DMU_SYNC;
@@ -232,6 +236,43 @@ static void commit(struct dmu_message *m)
 	tell((struct dmu_answer){ .type = DMU_FLUSH_DONE, .id = m->id });
 }
 
+/* First writes need no question from now on, or do again. Marks keep their distance. */
+static void change_grant(struct actor *actor)
+{
+	struct dmu_answer a = { .type = DMU_GRANT };
+	int result = 0;
+	uint64_t i;
+
+	if (draw(&actor->state) % 3) {
+		a.block = draw(&actor->state) % (BLOCKS / 2);
+		a.count = BLOCKS - a.block;
+		a.sector = (GRANTED + a.block) * BLOCK;
+		a.length = 1 + draw(&actor->state) % 16;
+		format.granting = true;
+	}
+	tell(a);
+	for (i = 0; i < BLOCKS && format.granting; i++) {
+		/* Unless it is being placed, or was, and nobody has told us yet. */
+		if (format.place[i] < 0 && draw(&actor->state) % 2)
+			result = answer(rig.node, map(0, i, 1, 1, i * BLOCK, 0));
+		CHECK(!result || result == -EEXIST, "%d", result);
+	}
+}
+
+static void take_up(struct dmu_message *m)
+{
+	CHECK(format.place[m->block] < 0 && m->count == 1 &&
+	      m->sector == (GRANTED + m->block) * BLOCK, "block %llu",
+	      (unsigned long long)m->block);
+	format.place[m->block] = m->sector;
+	format.used[m->sector / BLOCK - 1] = true;
+	format.mark[m->block] = m->mark;
+	/* A placement of ours may have come after it. */
+	if (format.last_mark < m->mark)
+		format.last_mark = m->mark;
+	format.granted++;
+}
+
 /* A new worker: what was committed is in its image, the rest it is told. */
 static void replace_worker(void)
 {
@@ -263,6 +304,7 @@ static void replace_worker(void)
 		format.mark[m.block] = m.mark;
 	}
 	format.last_mark = m.mark;
+	format.granting = false;
 }
 
 static void handle(struct actor *actor, struct dmu_message *m)
@@ -290,6 +332,9 @@ static void handle(struct actor *actor, struct dmu_message *m)
 		CHECK(format.mark[m->block] == m->mark || !m->mark);
 		if (m->mark)
 			forget(m->block);
+		break;
+	case DMU_PLACED:
+		take_up(m);
 		break;
 	case DMU_SYNC_DONE:
 	case DMU_INVALIDATE_DONE:
@@ -332,10 +377,14 @@ static void *worker_body(void *argument)
 			replace_worker();	/* with a fault in its hands */
 			continue;
 		}
+		if (whim >= 60 && !format.granting)
+			change_grant(actor);
 		if (got && whim == 1)
 			sleep_ms(80);	/* long enough for a suspend to come between */
 		if (got)
 			handle(actor, &m);
+		if (whim == 10 || whim == 11)
+			change_grant(actor);
 		if (whim < 6)
 			tell((struct dmu_answer){ .type = DMU_INVALIDATE,
 						  .block = draw(&actor->state) % (BLOCKS - 4),
@@ -404,10 +453,10 @@ static void random_traces(void)
 	over = true;
 	pthread_join(admin.thread, NULL);
 	pthread_join(worker.thread, NULL);
-	printf("# %u traces of %u requests in %llu ms: %u placed, %u commits, %u deaths, "
-	       "%u cancelled\n", traces, GUESTS * OPERATIONS,
-	       (unsigned long long)(now_ms() - start), format.placed, format.commits,
-	       format.deaths, format.errors);
+	printf("# %u traces of %u requests in %llu ms: %u placed, %u granted, %u commits, "
+	       "%u deaths, %u cancelled\n", traces, GUESTS * OPERATIONS,
+	       (unsigned long long)(now_ms() - start), format.placed, format.granted,
+	       format.commits, format.deaths, format.errors);
 	rig_down(&rig);
 }
 
