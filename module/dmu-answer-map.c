@@ -2,6 +2,7 @@
 /*
  * MAP: checked, remembered, and, for a write or a discard, prepared.
  */
+#include <linux/sched/mm.h>
 #include <linux/slab.h>
 #include "dmu-answer.h"
 
@@ -236,16 +237,11 @@ refuse:
 	return error;
 }
 
-int dmu_take_map(struct dmu_device *dev, struct dmu_answer *a, struct dmu_chain *chain)
+static int dmu_map_fault(struct dmu_device *dev, struct dmu_answer *a, struct dmu_chain *chain)
 {
 	struct dmu_cell *cell;
-	int error = dmu_check_map(dev, a);
+	int error = dmu_claim(dev, a, &cell);
 
-	if (error)
-		return error;
-	if (!a->id)
-		return a->flags & DMU_TEMPORARY ? -EINVAL : dmu_map_plain(dev, a, NULL);
-	error = dmu_claim(dev, a, &cell);
 	if (error)
 		return error;
 	if (cell->type == DMU_FAULT && (cell->flags & DMU_READ))
@@ -255,4 +251,23 @@ int dmu_take_map(struct dmu_device *dev, struct dmu_answer *a, struct dmu_chain 
 		return -EINVAL;
 	}
 	return dmu_map_write(dev, a, cell, chain);
+}
+
+int dmu_take_map(struct dmu_device *dev, struct dmu_answer *a, struct dmu_chain *chain)
+{
+	int error = dmu_check_map(dev, a);
+	unsigned int flags;
+
+	if (error)
+		return error;
+	if (!a->id)
+		return a->flags & DMU_TEMPORARY ? -EINVAL : dmu_map_plain(dev, a, NULL);
+	/*
+	 * A request waits for it, which may be what makes memory free: it must not wait for
+	 * memory, and may take of the reserve the few bytes that it needs.
+	 */
+	flags = memalloc_noreclaim_save();
+	error = dmu_map_fault(dev, a, chain);
+	memalloc_noreclaim_restore(flags);
+	return error;
 }

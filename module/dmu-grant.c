@@ -15,6 +15,7 @@
  * in which the placement is listed. So after the end, or an answer that takes it back, every
  * placement of it is in the list, for PLACED and for a dump.
  */
+#include <linux/sched/mm.h>
 #include <linux/slab.h>
 #include "dmu-answer.h"
 #include "dmu-trace.h"
@@ -167,6 +168,8 @@ static void dmu_grant_cell(struct dmu_cell *cell)
 void dmu_grant_work(struct work_struct *work)
 {
 	struct dmu_device *dev = container_of(work, struct dmu_device, grant_work);
+	/* As an answer to it: see dmu_take_map(). */
+	unsigned int flags = memalloc_noreclaim_save();
 	struct dmu_cell *cell;
 
 	for (;;) {
@@ -176,9 +179,10 @@ void dmu_grant_work(struct work_struct *work)
 			list_del_init(&cell->unsent);
 		spin_unlock_irq(&dev->lock);
 		if (!cell)
-			return;
+			break;
 		dmu_grant_cell(cell);
 	}
+	memalloc_noreclaim_restore(flags);
 }
 
 /* The worker knows of the placement, or need not any more. */
