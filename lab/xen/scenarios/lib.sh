@@ -172,6 +172,19 @@ refused() {
   grep -qE -- "$pattern" <<<"$output"
 }
 
+# forget: dom0's own disks that a failed attach leaves in xenstore. Node by node: dom0's xenbus does
+# not hear of a device whose folder goes.
+forget() {
+  local vdev
+  for vdev in $(xenstore-list /local/domain/0/device/vbd 2>/dev/null); do
+    xenstore-rm "/local/domain/0/backend/vbd/0/$vdev" 2>/dev/null
+    xenstore-rm "/local/domain/0/device/vbd/$vdev"
+  done
+  xenstore-rm /libxl/0/device/vbd 2>/dev/null
+  until_true 20 no_frontends
+}
+no_frontends() { ! compgen -G '/sys/bus/xen/devices/vbd-*'; }
+
 # ---- the programs ----
 
 backend() { echo "/local/domain/0/backend/vbd/$(xl domid "$1")/$(vdev_number "$2")"; }
