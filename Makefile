@@ -67,7 +67,7 @@ fuzz: build ## hostile images for every format, a minute for each target (20 min
 	@lab/prerequisites test
 	fuzz/run --seconds 60
 
-bench: dist ## measure against dm-linear, dm-snapshot, loop, qemu-nbd and qemu-img
+bench: dist ## measure against dm-linear, dm-snapshot, loop, qemu-nbd, qemu-img and a plain disk
 	@lab/prerequisites bench xen module
 	@status=0; for part in bench/nbd "env FORMAT=qcow2 bench/nbd" bench/images lab/speed/run \
 	  "env COUNTED=1 bench/guest-boot"; do \
