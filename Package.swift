@@ -53,9 +53,11 @@ let package = Package(
     .systemLibrary(
       name: "CDeviceMapper", pkgConfig: "devmapper", providers: [.apt(["libdevmapper-dev"])]),
     room("DeviceMapper", ["CDeviceMapper", "Posix"]),
-    .systemLibrary(
-      name: "CLibXML2", pkgConfig: "libxml-2.0", providers: [.apt(["libxml2-dev"])]),
-    room("ImageTool", ["CLibXML2", "ImageFormats", "Posix"]),
+    // Loaded when it is wanted: by pkg-config it would be linked.
+    .systemLibrary(name: "CLibXML2", providers: [.apt(["libxml2-dev"])]),
+    .target(
+      name: "ImageTool", dependencies: ["CLibXML2", "ImageFormats", "Posix"],
+      swiftSettings: swiftSettings + [.unsafeFlags(["-Xcc", "-I/usr/include/libxml2"])]),
     .target(name: "DMUProtocol"),
     room("DMU", ["DMUProtocol", "Posix"]),
     room("Target", ["DMU", "Posix"]),
