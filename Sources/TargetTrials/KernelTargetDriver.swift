@@ -44,8 +44,10 @@ public final class KernelTargetDriver: EngineDriver {
   private var results: [Int32?] = []
   private var expected: [Int] = []
   private var buffers: [UnsafeMutableRawBufferPointer] = []
-  /// Requests that wait for a discard.
+  /// Requests that wait for a discard, or for what was there before a suspend.
   private var held: [(Int, DriverRequest)] = []
+  /// Whether there was a suspend since all had ended.
+  private var isResumed = false
   /// The discard under way.
   private var discard: Int?
 
@@ -225,13 +227,21 @@ public final class KernelTargetDriver: EngineDriver {
         isMoved = true
       }
     }
-    while discard == nil, !held.isEmpty {
+    while discard == nil, !held.isEmpty, !isOvertakable {
       let (number, request) = held.removeFirst()
       hand(number, request)
       isMoved = true
     }
     if isMoved { hasNews = true }
     return isMoved
+  }
+
+  /// Whether something that a suspend gave back may still be on its way from a thread of the
+  /// kernel's, so that what is handed now would overtake it.
+  private var isOvertakable: Bool {
+    guard isResumed else { return false }
+    isResumed = results.count(where: { $0 == nil }) > held.count
+    return isResumed
   }
 
   /// Its errno.
@@ -345,6 +355,7 @@ public final class KernelTargetDriver: EngineDriver {
   /// The questions go back to the core of device-mapper and come again.
   public func suspend() throws {
     try device.suspend(flush: false, freeze: false)
+    isResumed = true
     try device.resume()
   }
 
