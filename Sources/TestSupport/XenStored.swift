@@ -160,6 +160,7 @@ extension XenStored {
 
   private func waitUntilItListens(_ child: pid_t) throws(XenStoredFailure) {
     for _ in 0..<1000 {
+      // That it fails is what is waited out; a daemon that never listens is told of below.
       if (try? connect()) != nil { return }
       var status: Int32 = 0
       if waitpid(child, &status, WNOHANG) == child {

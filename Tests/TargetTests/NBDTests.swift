@@ -188,6 +188,7 @@ import Testing
   @Test func transmissionFromTheStart() throws {
     let ends = try UnixSocket.pair(.stream)
     let raw = try ends.second.duplicate().release()
+    // Written on the server's thread; an errand that was waited for makes it seen on this one.
     nonisolated(unsafe) var end: NBDEnd?
     server.onLoop { parts in
       try parts.export.serve(Descriptor(owning: raw)) { end = $0 }

@@ -178,6 +178,7 @@ import Testing
   }
 
   private static func file(_ bytes: [UInt8]) throws(PendingLogError) -> Int32 {
+    // Whatever fails here ends the test.
     guard let raw = try? memoryFile(), pwrite(raw, bytes, bytes.count, 0) == bytes.count else {
       preconditionFailure("no temporary file")
     }

@@ -112,6 +112,7 @@ final class TestServer: @unchecked Sendable {
   func onLoop(_ body: @escaping Errand) {
     let done = UnsafeMutablePointer<sem_t>.allocate(capacity: 1)
     sem_init(done, 0, 0)
+    // A semaphore is there to be shared by threads; it is freed after the wait for it.
     nonisolated(unsafe) let shared = done
     errands.withLock {
       $0.append { parts in
