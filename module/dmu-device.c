@@ -145,11 +145,27 @@ no_pool:
 	return ERR_PTR(error);
 }
 
-/* The device of that name, if a new table may join it. */
-static struct dmu_device *dmu_device_join(struct dm_target *ti, struct dmu_device *dev,
-					  unsigned int block_sectors, unsigned int count)
+/* Why a table may not follow the one in use, whose mapping stays; NULL when it may. */
+static char *dmu_follows_not(struct dmu_device *dev, struct dmu_table *next)
 {
+	struct dmu_table *table = dev->table;
+	unsigned int i;
+
+	if (next->count < table->count || next->ti->len < dev->sectors)
+		return "a device neither shrinks nor loses backing devices";
+	for (i = 0; i < table->count; i++)
+		if (table->devs[i].writable && !next->devs[i].writable)
+			return "a backing device was writable in the table before";
+	return NULL;
+}
+
+/* The device of that name, if a new table may join it. */
+static struct dmu_device *dmu_device_join(struct dmu_table *next, struct dmu_device *dev,
+					  unsigned int block_sectors)
+{
+	struct dm_target *ti = next->ti;
 	struct dmu_table *table;
+	char *reason;
 
 	if (dev->md != dm_table_get_md(ti->table)) {
 		ti->error = "NAME is in use by another device";
@@ -164,10 +180,11 @@ static struct dmu_device *dmu_device_join(struct dm_target *ti, struct dmu_devic
 			ti->error = "NAME stands twice in this table";
 			return ERR_PTR(-EINVAL);
 		}
-		if (table == dev->table && (count < table->count || ti->len < dev->sectors)) {
-			ti->error = "a device neither shrinks nor loses backing devices";
-			return ERR_PTR(-EINVAL);
-		}
+	}
+	reason = dmu_follows_not(dev, next);
+	if (reason) {
+		ti->error = reason;
+		return ERR_PTR(-EINVAL);
 	}
 	return dev;
 }
@@ -182,7 +199,7 @@ int dmu_attach(struct dmu_table *table, const char *name, unsigned int block_sec
 		if (!strcmp(at->name, name))
 			dev = at;
 	if (dev)
-		dev = dmu_device_join(ti, dev, block_sectors, table->count);
+		dev = dmu_device_join(table, dev, block_sectors);
 	else
 		dev = dmu_device_create(ti, name, block_sectors);
 	if (!IS_ERR(dev)) {

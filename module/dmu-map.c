@@ -105,7 +105,11 @@ static int dmu_remap(struct dmu_table *table, struct bio *bio, unsigned long wor
 
 	io->epoch = epoch;
 	if (dmu_word_device(word) == DMU_WORD_ZERO) {
-		zero_fill_bio(bio);
+		/* A write comes here when its device has become smaller than its place. */
+		if (op_is_write(bio_op(bio)))
+			bio->bi_status = BLK_STS_IOERR;
+		else
+			zero_fill_bio(bio);
 		bio_endio(bio);
 		return DM_MAPIO_SUBMITTED;
 	}

@@ -151,6 +151,22 @@ unsigned int dmu_retry(struct dmu_device *dev, struct dmu_cell *only)
 	return count;
 }
 
+/* The flush that is asked about, and those for the next one. */
+static void dmu_late_flushes(struct dmu_device *dev, unsigned long limit, struct bio_list *late)
+{
+	struct dmu_flush *flush = &dev->flush;
+	struct bio_list waiting = flush->waiting;
+	struct bio *bio;
+
+	if (time_before(flush->since, limit)) {
+		bio_list_merge(late, &flush->active);
+		bio_list_init(&flush->active);
+	}
+	bio_list_init(&flush->waiting);
+	while ((bio = bio_list_pop(&waiting)))
+		bio_list_add(time_after(dmu_io(bio)->since, limit) ? &flush->waiting : late, bio);
+}
+
 /* Fails what has waited for longer than fault_timeout. */
 void dmu_timeout(struct work_struct *work)
 {
@@ -162,6 +178,11 @@ void dmu_timeout(struct work_struct *work)
 	struct bio *bio;
 
 	spin_lock_irq(&dev->lock);
+	if (!dev->fault_timeout) {
+		/* Another table has none. */
+		spin_unlock_irq(&dev->lock);
+		return;
+	}
 	limit = jiffies - dev->fault_timeout * HZ;
 	list_for_each_entry_safe(cell, next, &dev->cells, all) {
 		bool first = true;
@@ -186,12 +207,9 @@ void dmu_timeout(struct work_struct *work)
 		else
 			dmu_ask(cell);
 	}
-	if (dev->flush.state >= DMU_FLUSH_ASKING && time_before(dev->flush.since, limit)) {
-		bio_list_merge(&late, &dev->flush.active);
-		bio_list_init(&dev->flush.active);
-	}
-	if (dev->fault_timeout)
-		queue_delayed_work(dev->wq, &dev->timeout_work, HZ / 2);
+	if (dev->flush.state >= DMU_FLUSH_ASKING)
+		dmu_late_flushes(dev, limit, &late);
+	queue_delayed_work(dev->wq, &dev->timeout_work, HZ / 2);
 	spin_unlock_irq(&dev->lock);
 	dmu_end_list(&late, BLK_STS_IOERR);
 }

@@ -371,9 +371,10 @@ static void grant_suspend(void)
 	end(g, 0);
 	end(begin(&rig, WRITE_IT, 4 * BLOCK, 1, 9), 0);
 	CHECK(stat_of("faults") == 0 && stat_of("granted") == 2);
-	CHECK(run("dmsetup load lab --table '0 %llu userspace lab %u 2 ro:%s ro:%s' && "
+	CHECK(run("dmsetup create small --table '0 512 zero' && "
+		  "dmsetup load lab --table '0 %llu userspace lab %u 2 /dev/mapper/small ro:%s' && "
 		  "dmsetup suspend lab && dmsetup resume lab", (unsigned long long)rig.sectors,
-		  BLOCK, rig.store, rig.base) == 0, "%s", said());
+		  BLOCK, rig.base) == 0, "%s", said());
 	g = begin(&rig, WRITE_IT, 5 * BLOCK, 1, 9);
 	CHECK(expect(rig.node, DMU_PLACED).block == 3);
 	CHECK(expect(rig.node, DMU_PLACED).block == 4);
@@ -382,6 +383,7 @@ static void grant_suspend(void)
 		.type = DMU_FAIL, .id = m.id, .code = EIO }) == 0);
 	end(g, EIO);
 	rig_down(&rig);
+	CHECK(run("dmsetup remove small") == 0, "%s", said());
 }
 
 const struct scenario grant_scenarios[] = {

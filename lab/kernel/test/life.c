@@ -71,6 +71,10 @@ static void ctr_errors(void)
 	CHECK(run("dmsetup load lab --table '0 1024 userspace lab 16 1 %s'", rig.store) != 0);
 	run("dmesg -c");
 	CHECK(strstr(said(), "neither shrinks"), "%s", said());
+	CHECK(run("dmsetup load lab --table '0 1024 userspace lab 16 2 ro:%s ro:%s'", rig.store,
+		  rig.base) != 0);
+	run("dmesg -c");
+	CHECK(strstr(said(), "was writable"), "%s", said());
 	rig_down(&rig);
 }
 
@@ -203,6 +207,69 @@ static void fault_timeout(void)
 	rig.node = -1;
 	end(begin(&rig, WRITE_IT, 0, 1, 1), EIO);
 	CHECK(stat_of("waiting") == 0);
+	rig_down(&rig);
+}
+
+/* Flushes that nobody answers end as well, and are tried again; another table waits for ever. */
+static void flush_timeout(void)
+{
+	struct rig rig = plain();
+	struct dmu_message m;
+	struct dmu_answer a;
+	struct guest *f[2], *g;
+
+	rig.features = "2 fault_timeout 2";
+	rig_up(&rig);
+	g = begin(&rig, WRITE_IT, 0, BLOCK, 7);
+	m = expect(rig.node, DMU_FAULT);
+	a = map(m.id, 0, 1, 0, PLACE(0), DMU_WRITABLE | DMU_HOLD_FLUSH);
+	a.mark = 1;
+	CHECK(answer(rig.node, a) == 0);
+	end(g, 0);
+	f[0] = begin(&rig, FLUSH_IT, 0, 1, 0);
+	m = expect(rig.node, DMU_FLUSH);
+	f[1] = begin(&rig, FLUSH_IT, 0, 1, 0);
+	end(f[0], EIO);
+	end(f[1], EIO);
+	run("dmsetup status lab");
+	CHECK(!strstr(said(), "flush-failed"), "%s", said());
+	CHECK(answer(rig.node, (struct dmu_answer){ .type = DMU_FLUSH_DONE, .id = m.id }) == 0);
+	end(begin(&rig, FLUSH_IT, 0, 1, 0), 0);
+	/* What waits when the timeout goes is not failed with it. */
+	g = begin(&rig, WRITE_IT, BLOCK, BLOCK, 7);
+	m = expect(rig.node, DMU_FAULT);
+	CHECK(run("dmsetup load lab --table '0 %d userspace lab %d 2 %s ro:%s' && "
+		  "dmsetup suspend --noflush --nolockfs lab && dmsetup resume lab", 64 * BLOCK,
+		  BLOCK, rig.store, rig.base) == 0, "%s", said());
+	sleep_ms(3000);
+	still_waits(g);
+	CHECK(answer(rig.node, map(m.id, 1, 1, 0, PLACE(1), DMU_WRITABLE)) == 0);
+	while (next_message(rig.node, &m, 500))
+		if (m.type == DMU_FAULT)
+			CHECK(answer(rig.node, map(m.id, 1, 1, 0, PLACE(1), DMU_WRITABLE)) == 0);
+	end(g, 0);
+	rig_down(&rig);
+}
+
+/* A table with a smaller device: what is mapped past its end cannot be written, and says so. */
+static void smaller_device(void)
+{
+	struct rig rig = plain();
+	struct guest *g;
+
+	rig_up(&rig);
+	CHECK(answer(rig.node, map(0, 32, 32, 0, PLACE(32), DMU_WRITABLE)) == 0);
+	CHECK(run("dmsetup load lab --table '0 %d userspace lab %d 2 %s ro:%s' && "
+		  "dmsetup suspend lab && dmsetup resume lab", 64 * BLOCK, BLOCK, rig.base,
+		  rig.base) == 0, "%s", said());
+	g = begin(&rig, WRITE_IT, 60 * BLOCK, BLOCK, 7);
+	while (!g->done)
+		sleep_ms(10);
+	check_fill(g, 0, BLOCK * SECTOR, 7);
+	end(g, EIO);
+	g = begin(&rig, READ_IT, 60 * BLOCK, BLOCK, 0);
+	end(g, 0);
+	check_fill(g, 0, BLOCK * SECTOR, 0);
 	rig_down(&rig);
 }
 
@@ -399,6 +466,8 @@ const struct scenario life_scenarios[] = {
 	{ "node-life", node_life },
 	{ "takeover", takeover },
 	{ "fault-timeout", fault_timeout },
+	{ "flush-timeout", flush_timeout },
+	{ "smaller-device", smaller_device },
 	{ "suspend-noflush", suspend_noflush },
 	{ "suspend-and-reload", suspend_and_reload },
 	{ "remove-by-force", remove_by_force },
