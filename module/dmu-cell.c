@@ -88,7 +88,7 @@ void dmu_issue(struct dmu_device *dev, struct bio *bio, unsigned long word,
 		return;
 	}
 	if (bio_op(bio) == REQ_OP_WRITE && (bio->bi_opf & REQ_FUA) &&
-	    atomic_read(&dev->uncommitted)) {
+	    (atomic_read(&dev->uncommitted) || READ_ONCE(dev->flush.failed))) {
 		bio->bi_opf &= ~REQ_FUA;
 		io->fua = true;
 	}

@@ -83,7 +83,7 @@ struct dmu_io {
 	bio_end_io_t *saved_end_io;
 	struct dmu_cell *cell;		/* whose preparation it is the write of */
 	bool fua;			/* a commit has to follow */
-	bool flushed;			/* that commit is done */
+	bool passed;			/* a flush that a backing device got as it is */
 };
 
 struct dmu_backing {

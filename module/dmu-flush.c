@@ -8,7 +8,8 @@
  * devices. All steps but the answer are taken by flush.work, which never runs twice at once.
  *
  * A device that failed a flush may have dropped what it was to write: every flush fails from
- * then on, until the administrator says clear_error.
+ * then on, until the administrator says clear_error. EIO of the worker says the same of what it
+ * writes itself; any other code of it only means that the next flush asks again.
  */
 #include "dmu-core.h"
 #include "dmu-trace.h"
@@ -37,11 +38,11 @@ void dmu_flush_kick(struct dmu_device *dev)
 		queue_work(dev->wq, &dev->flush.work);
 }
 
-/* A backing device has failed a flush, whoever has sent it. */
+/* What was to be durable may be lost, whoever has sent the flush. */
 void dmu_flush_failed(struct dmu_device *dev, int error)
 {
 	WRITE_ONCE(dev->flush.failed, true);
-	DMERR_LIMIT("%s: flush of a backing device failed with %d", dev->name, error);
+	DMERR_LIMIT("%s: a flush failed with %d: all do until clear_error", dev->name, error);
 }
 
 static void dmu_flush_end_io(struct bio *bio)
@@ -186,6 +187,8 @@ int dmu_flush_answer(struct dmu_device *dev, u64 id, int error)
 		return -ENOENT;
 	}
 	trace_dmu_commit(dev->minor, id, flush->upto, error);
+	if (error == -EIO)
+		dmu_flush_failed(dev, error);
 	while (!error && dmu_flush_uncommitted(dev)) {
 		placement = list_first_entry(&dev->placements, struct dmu_placement, list);
 		dmu_placed_drop(dev, placement);

@@ -28,6 +28,7 @@ static int dmu_map_flush(struct dmu_table *table, struct bio *bio)
 	}
 	for (i = 0; !table->devs[i].writable; i++)
 		;
+	dmu_io(bio)->passed = true;
 	bio_set_dev(bio, table->devs[i].dm_dev->bdev);
 	return DM_MAPIO_REMAPPED;
 }
@@ -149,6 +150,7 @@ int dmu_map(struct dm_target *ti, struct bio *bio)
 	io->dev = dev;
 	io->epoch = NULL;
 	io->fua = false;
+	io->passed = false;
 	if (bio->bi_opf & REQ_PREFLUSH)
 		return dmu_map_flush(table, bio);
 	bio->bi_iter.bi_sector = dm_target_offset(ti, bio->bi_iter.bi_sector);
@@ -202,7 +204,7 @@ int dmu_end_io(struct dm_target *ti, struct bio *bio, blk_status_t *error)
 		io->epoch = NULL;
 	}
 	if (unlikely(*error)) {
-		if (bio->bi_opf & REQ_PREFLUSH && *error != BLK_STS_DM_REQUEUE)
+		if (io->passed && *error != BLK_STS_DM_REQUEUE)
 			dmu_flush_failed(io->dev, blk_status_to_errno(*error));
 		else if (issued && *error != BLK_STS_DM_REQUEUE && op_is_write(bio_op(bio)))
 			dmu_io_failed(io->dev, bio, -blk_status_to_errno(*error));

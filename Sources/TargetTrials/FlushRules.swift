@@ -12,6 +12,7 @@ extension Rules {
     ("flush-waits-for-placements-up-to-its-mark", { try $0.flushWaits() }),
     ("forced-write-is-committed", { try $0.forced() }),
     ("failed-flush-stands", { try $0.failedFlush() }),
+    ("commit-without-room-is-tried-again", { try $0.failedCommit() }),
     ("successor-is-told-what-is-uncommitted", { try $0.successor() }),
     ("questions-outlive-their-worker", { try $0.unanswered() }),
     ("suspended-questions-come-again", { try $0.suspended() }),
@@ -99,6 +100,17 @@ extension Rules {
     try ended(write(0, 1, 3))
     driver.clearFailure()
     try ended(driver.submit(.flush))
+  }
+
+  func failedCommit() throws {
+    try engine.answer(.prime(base(0, 8)))
+    try ended(placed(1, 7, mark: 1))
+    let flush = driver.submit(.flush)
+    try engine.answer(.fail(try flushFault(upTo: 1), code: ENOSPC))
+    try ended(flush, with: ENOSPC)
+    let other = driver.submit(.flush)
+    try engine.answer(.flushDone(try flushFault(upTo: 1)))
+    try ended(other)
   }
 
   func successor() throws {

@@ -253,8 +253,10 @@ public final class Worker {
       { [self] failure in
         guard let failure else { return committed(flush) }
         log(.error, "a commit failed", ["error": "\(failure)"])
-        degrade(failure.code == ENOSPC ? .noSpace : .degraded, "cannot commit: \(failure)")
-        finish(.fail(flush.id, code: failure.code))
+        // What a failed flush was to write may be gone, whatever its errno: EIO stands.
+        let code = failure.operation == "flush" ? EIO : failure.code
+        degrade(code == ENOSPC ? .noSpace : .degraded, "cannot commit: \(failure)")
+        finish(.fail(flush.id, code: code))
       })
   }
 

@@ -171,6 +171,21 @@ private final class Elsewhere {
     #expect(worker.condition.state == (code == ENOSPC ? .ready : .degraded))
   }
 
+  @Test(arguments: 0..<2) func aFlushThatFailsInACommitStandsWhateverItsErrno(_ step: Int) {
+    let elsewhere = elsewhere
+    let worker = Worker(
+      target: target, format: format,
+      store: FailingStore(MemoryStore("store"), failAt: step, code: ENOSPC),
+      log: Log(level: .error, journal: false),
+      offload: { elsewhere.waiting.append(($0, $1)) })
+    target.faults = [.flush(1, upTo: 3)]
+    _ = worker.pump()
+    elsewhere.runNext()
+    // The write is the plan's first step, its flush the second.
+    #expect(target.answers == [.fail(1, code: step == 0 ? ENOSPC : EIO)])
+    #expect(worker.condition.state == (step == 0 ? .noSpace : .degraded))
+  }
+
   @Test func whatTheFormatCannotAnswerFailsWithItsErrno() {
     format.failure = ImageError(.io, "cannot read store", cause: IOError(ENOMEM, "read", "store"))
     target.faults = [.read(1, blocks: BlockRange(5)), .flush(2, upTo: 1)]

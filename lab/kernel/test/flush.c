@@ -62,7 +62,7 @@ static void flush_commit(void)
 	CHECK(answer(rig.node, (struct dmu_answer){ .type = DMU_FLUSH_DONE, .id = f.id }) == 0);
 	end(h, 0);
 	end(begin(&rig, WRITE_SYNC, 4 * BLOCK, 1, 6), 0);
-	/* A refused commit fails the flush and stays uncommitted. */
+	/* A refused commit fails the flush and stays uncommitted; the next flush asks again. */
 	h = begin(&rig, WRITE_IT, 6 * BLOCK, BLOCK, 8);
 	m = expect(rig.node, DMU_FAULT);
 	a = map(m.id, 6, 1, 0, PLACE(6), DMU_WRITABLE | DMU_HOLD_FLUSH);
@@ -72,9 +72,23 @@ static void flush_commit(void)
 	g = begin(&rig, FLUSH_IT, 0, 1, 0);
 	f = expect(rig.node, DMU_FLUSH);
 	CHECK(answer(rig.node, (struct dmu_answer){
+		.type = DMU_FAIL, .id = f.id, .code = ENOSPC }) == 0);
+	end(g, ENOSPC);
+	CHECK(stat_of("uncommitted") == 1);
+	g = begin(&rig, FLUSH_IT, 0, 1, 0);
+	f = expect(rig.node, DMU_FLUSH);
+	/* With EIO what the worker wrote may be lost: that stands, as of a device. */
+	CHECK(answer(rig.node, (struct dmu_answer){
 		.type = DMU_FAIL, .id = f.id, .code = EIO }) == 0);
 	end(g, EIO);
 	CHECK(stat_of("uncommitted") == 1);
+	end(begin(&rig, FLUSH_IT, 0, 1, 0), EIO);
+	expect_silence(rig.node);
+	CHECK(run("dmsetup message lab 0 clear_error") == 0);
+	g = begin(&rig, FLUSH_IT, 0, 1, 0);
+	f = expect(rig.node, DMU_FLUSH);
+	CHECK(answer(rig.node, (struct dmu_answer){ .type = DMU_FLUSH_DONE, .id = f.id }) == 0);
+	end(g, 0);
 	rig_down(&rig);
 }
 
