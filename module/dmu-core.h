@@ -184,6 +184,7 @@ struct dmu_flush {
 	unsigned long since;
 	bool told;
 	bool failed;			/* for good, until clear_error */
+	bool failure_told;		/* what the opener knows of that */
 	int error;
 	atomic_t pending;
 	struct work_struct work;

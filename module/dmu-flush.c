@@ -42,6 +42,7 @@ void dmu_flush_kick(struct dmu_device *dev)
 void dmu_flush_failed(struct dmu_device *dev, int error)
 {
 	WRITE_ONCE(dev->flush.failed, true);
+	wake_up(&dev->wait);
 	DMERR_LIMIT("%s: a flush failed with %d: all do until clear_error", dev->name, error);
 }
 

@@ -147,6 +147,7 @@ static int dmu_release(struct inode *inode, struct file *file)
 	spin_lock_irq(&dev->lock);
 	dev->opened = false;
 	dev->dumping = false;
+	dev->flush.failure_told = false;
 	dmu_grant_end(dev);
 	list_splice_init(&dev->events, &events);
 	dmu_reask_all(dev);
@@ -164,7 +165,8 @@ static int dmu_release(struct inode *inode, struct file *file)
 static bool dmu_has_message(struct dmu_device *dev)
 {
 	return dev->dumping || !list_empty(&dev->events) || !list_empty(&dev->unsent) ||
-	       dev->flush.state == DMU_FLUSH_ASKING || dev->telling;
+	       dev->flush.state == DMU_FLUSH_ASKING || dev->telling ||
+	       READ_ONCE(dev->flush.failed) != dev->flush.failure_told;
 }
 
 static void dmu_tell_placement(struct dmu_device *dev, struct dmu_placement *placement,
@@ -240,6 +242,10 @@ static bool dmu_next(struct dmu_device *dev, struct dmu_message *message,
 		*event = list_first_entry(&dev->events, struct dmu_event, list);
 		list_del(&(*event)->list);
 		*message = (*event)->message;
+	} else if (READ_ONCE(dev->flush.failed) != dev->flush.failure_told) {
+		dev->flush.failure_told = !dev->flush.failure_told;
+		message->type = DMU_FLUSH_FAILED;
+		message->code = dev->flush.failure_told ? EIO : 0;
 	} else if (!list_empty(&dev->unsent)) {
 		cell = list_first_entry(&dev->unsent, struct dmu_cell, unsent);
 		list_del_init(&cell->unsent);
@@ -284,6 +290,8 @@ static void dmu_untake(struct dmu_device *dev, struct dmu_message *message,
 		dev->dump_next = message->mark - 1;
 	} else if (message->type == DMU_DUMP_DONE) {
 		dev->dumping = true;
+	} else if (message->type == DMU_FLUSH_FAILED) {
+		dev->flush.failure_told = !message->code;
 	} else if (message->type == DMU_FLUSH) {
 		if (dev->flush.id == message->id && dev->flush.state == DMU_FLUSH_ASKED)
 			dev->flush.state = DMU_FLUSH_ASKING;

@@ -264,6 +264,7 @@ static int dmu_message(struct dm_target *ti, unsigned int argc, char **argv, cha
 		spin_lock_irq(&dev->lock);
 		WRITE_ONCE(dev->flush.failed, false);
 		spin_unlock_irq(&dev->lock);
+		wake_up(&dev->wait);
 		return 0;
 	}
 	if (strcasecmp(argv[0], "stats"))

@@ -29,6 +29,8 @@ public enum Message: Sendable, Equatable {
   /// A placement that was made because it was granted. Comes before every question that was
   /// raised after it.
   case placed(Uncommitted)
+  /// A flush has failed with this errno, and every one will; 0: they may be tried again.
+  case flushFailed(code: Int32)
   /// A type that this version does not know.
   case unknown(type: UInt32)
 
@@ -105,6 +107,7 @@ public enum Message: Sendable, Equatable {
     case DMU_STATS_ARE: self = .statistic(number: id, value: mark)
     case DMU_UNCOMMITTED_IS: self = .uncommitted(Uncommitted(raw))
     case DMU_PLACED: self = .placed(Uncommitted(raw))
+    case DMU_FLUSH_FAILED: self = .flushFailed(code: raw.code)
     case DMU_DUMP_DONE: self = .dumpDone(mark: mark)
     default: self = .unknown(type: raw.type)
     }

@@ -193,6 +193,17 @@ extension KernelTarget {
     }
   }
 
+  /// Every flush fails with this errno from now on; 0: they may be tried again.
+  func noteFlushes(_ code: Int32) {
+    let reason =
+      UserTarget.flushReason + "; once it is well, `dmsetup message DEVICE 0 clear_error`"
+    if code != 0 {
+      health = .degraded(code, reason)
+    } else if case .degraded(_, reason) = health {
+      health = .ready
+    }
+  }
+
   /// Looks whether a disk without space has found some.
   public func lookForSpace() {
     if case .noSpace = health, !isFull { health = .ready }

@@ -152,6 +152,9 @@ public final class KernelTarget: TargetEngine {
       extent.mark = fromKernel(extent.mark)
       noteMark(extent.mark)
       return .placed(extent)
+    case .flushFailed(let code):
+      noteFlushes(code)
+      return nil
     case .syncDone, .version, .statistic, .uncommitted, .dumpDone, .unknown: return nil
     }
   }

@@ -32,6 +32,8 @@ public protocol EngineDriver: AnyObject {
   func failIO(_ fails: Bool)
   /// Whether flushes of the backing devices fail with EIO. False: they cannot be made to.
   func failFlushes(_ fail: Bool) -> Bool
+  /// Whether the engine says that an admin has to act.
+  var isDegraded: Bool { get }
   /// An admin lets flushes be tried again after one that failed.
   func clearFailure()
   /// The contents of a backing device.

@@ -98,8 +98,17 @@ extension Rules {
     try expect(driver.failFlushes(false), "flushes go on failing")
     try ended(driver.submit(.flush), write(0, 1, 2, fua: true), with: EIO)
     try ended(write(0, 1, 3))
+    try nothing()
+    try expect(driver.isDegraded, "nobody is told")
+    // A new worker does not forget it, and an admin may.
+    try driver.replaceWorker()
+    try ended(driver.submit(.flush), with: EIO)
+    try nothing()
+    try expect(driver.isDegraded, "the successor is not told")
     driver.clearFailure()
     try ended(driver.submit(.flush))
+    try nothing()
+    try expect(!driver.isDegraded, "it is not told that all is well")
   }
 
   func failedCommit() throws {

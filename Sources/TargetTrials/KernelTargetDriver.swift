@@ -327,6 +327,10 @@ public final class KernelTargetDriver: EngineDriver {
     replaceLayer(0, fail ? "flakey \(paths[0]) 0 0 1 1 error_writes" : "linear \(paths[0]) 0")
     return true
   }
+  /// The worker's side of it.
+  public var isDegraded: Bool {
+    if case .degraded? = target?.health { true } else { false }
+  }
   /// By a message to the device.
   public func clearFailure() {
     do throws(DeviceMapperError) {

@@ -194,6 +194,10 @@ public final class UserTargetDriver: EngineDriver, RequestOwner {
     executor.manners.failingFlush = fail ? 100 : 0
     return true
   }
+  /// The engine's own state.
+  public var isDegraded: Bool {
+    if case .degraded = target.health { true } else { false }
+  }
   /// The engine's own way.
   public func clearFailure() { target.clearFailure() }
   /// Of the simulated disk.

@@ -66,6 +66,11 @@ enum dmu_message_type {
 	 * read later, and, among the events, as it happened.
 	 */
 	DMU_PLACED = 11,
+	/*
+	 * A flush has failed, and every one will from now on; with code 0: the administrator lets
+	 * them be tried again. A new opener is told while it stands.
+	 */
+	DMU_FLUSH_FAILED = 12,
 };
 
 /* From the kernel: struct dmu_message.flags. */

@@ -83,8 +83,10 @@ static void flush_commit(void)
 	end(g, EIO);
 	CHECK(stat_of("uncommitted") == 1);
 	end(begin(&rig, FLUSH_IT, 0, 1, 0), EIO);
+	CHECK(expect(rig.node, DMU_FLUSH_FAILED).code == EIO);
 	expect_silence(rig.node);
 	CHECK(run("dmsetup message lab 0 clear_error") == 0);
+	CHECK(expect(rig.node, DMU_FLUSH_FAILED).code == 0);
 	g = begin(&rig, FLUSH_IT, 0, 1, 0);
 	f = expect(rig.node, DMU_FLUSH);
 	CHECK(answer(rig.node, (struct dmu_answer){ .type = DMU_FLUSH_DONE, .id = f.id }) == 0);

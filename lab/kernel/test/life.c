@@ -453,7 +453,12 @@ static void backing_errors(void)
 	end(begin(&rig, FLUSH_IT, 0, 1, 0), EIO);
 	run("dmsetup status lab");
 	CHECK(strstr(said(), "flush-failed"));
+	/* Whoever comes is told. */
+	close(rig.node);
+	rig.node = open(NODE, O_RDWR);
+	CHECK(expect(rig.node, DMU_FLUSH_FAILED).code == EIO);
 	CHECK(run("dmsetup message lab 0 clear_error") == 0);
+	CHECK(expect(rig.node, DMU_FLUSH_FAILED).code == 0);
 	g = begin(&rig, FLUSH_IT, 0, 1, 0);
 	m = expect(rig.node, DMU_FLUSH);
 	CHECK(answer(rig.node, (struct dmu_answer){ .type = DMU_FLUSH_DONE, .id = m.id }) == 0);
