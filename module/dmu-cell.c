@@ -88,10 +88,8 @@ void dmu_issue(struct dmu_device *dev, struct bio *bio, unsigned long word,
 		return;
 	}
 	if (bio_op(bio) == REQ_OP_WRITE && (bio->bi_opf & REQ_FUA) &&
-	    (atomic_read(&dev->uncommitted) || READ_ONCE(dev->flush.failed))) {
-		bio->bi_opf &= ~REQ_FUA;
-		io->fua = true;
-	}
+	    (atomic_read(&dev->uncommitted) || READ_ONCE(dev->flush.failed)))
+		dmu_force(bio);
 	bio_set_dev(bio, bdev);
 	bio->bi_iter.bi_sector = sector;
 	dmu_submit_bio(bio);

@@ -38,7 +38,7 @@
  *   answer_mutex        answers are taken one at a time; guards table and gone
  *   map_mutex           changes of the index; new marks
  *   lock                (spin, any context) cells, placements, messages, marks, the flush,
- *                       invalidations, opener
+ *                       forced writes, invalidations, opener
  *
  * Memory
  *
@@ -82,7 +82,9 @@ struct dmu_io {
 	unsigned long since;		/* when it began to wait, in jiffies */
 	bio_end_io_t *saved_end_io;
 	struct dmu_cell *cell;		/* whose preparation it is the write of */
-	bool fua;			/* a commit has to follow */
+	u64 sector;			/* where a forced write begins */
+	unsigned int forced;		/* its sectors, when a commit has to follow; or 0 */
+	bool written;			/* only the commit is left */
 	bool passed;			/* a flush that a backing device got as it is */
 };
 
@@ -234,6 +236,7 @@ struct dmu_device {
 	atomic_t uncommitted;
 	u64 last_mark;
 	struct dmu_flush flush;
+	struct list_head forced;	/* notes of writes that a suspend has given back */
 
 	struct dmu_grant grant;
 	struct list_head granting;	/* cells for grant_work */
@@ -401,6 +404,12 @@ int dmu_flush_answer(struct dmu_device *dev, u64 id, int error);
 void dmu_epoch_work(struct work_struct *work);
 int dmu_epochs_init(struct dmu_device *dev);
 void dmu_epochs_exit(struct dmu_device *dev);
+
+/* dmu-forced.c: forced writes over a suspend. */
+void dmu_force(struct bio *bio);
+void dmu_forced_note(struct dmu_device *dev, struct bio *bio);
+bool dmu_forced_again(struct dmu_device *dev, struct bio *bio);
+void dmu_forced_drop(struct dmu_device *dev);
 
 /* dmu-node.c: /dev/dmu, and messages. */
 int dmu_node_init(void);

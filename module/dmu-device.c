@@ -36,6 +36,7 @@ static void dmu_device_destroy(struct dmu_device *dev)
 	spin_lock_irq(&dev->lock);
 	list_for_each_entry_safe(placement, next, &dev->placements, list)
 		dmu_placed_drop(dev, placement);
+	dmu_forced_drop(dev);
 	list_splice_init(&dev->events, &events);
 	spin_unlock_irq(&dev->lock);
 	list_for_each_entry_safe(event, after, &events, list)
@@ -75,6 +76,7 @@ static void dmu_device_init(struct dmu_device *dev)
 	INIT_LIST_HEAD(&dev->placements);
 	dev->placed = RB_ROOT;
 	INIT_WORK(&dev->flush.work, dmu_flush_work);
+	INIT_LIST_HEAD(&dev->forced);
 	INIT_LIST_HEAD(&dev->events);
 	init_waitqueue_head(&dev->wait);
 }

@@ -115,10 +115,8 @@ static int dmu_remap(struct dmu_table *table, struct bio *bio, unsigned long wor
 		return DM_MAPIO_SUBMITTED;
 	}
 	if (unlikely(bio->bi_opf & REQ_FUA) &&
-	    (atomic_read(&table->dev->uncommitted) || READ_ONCE(table->dev->flush.failed))) {
-		bio->bi_opf &= ~REQ_FUA;
-		io->fua = true;
-	}
+	    (atomic_read(&table->dev->uncommitted) || READ_ONCE(table->dev->flush.failed)))
+		dmu_force(bio);
 	bio_set_dev(bio, table->devs[dmu_word_device(word)].dm_dev->bdev);
 	bio->bi_iter.bi_sector += dmu_word_shift(word);
 	return DM_MAPIO_REMAPPED;
@@ -149,14 +147,19 @@ int dmu_map(struct dm_target *ti, struct bio *bio)
 
 	io->dev = dev;
 	io->epoch = NULL;
-	io->fua = false;
+	io->forced = 0;
+	io->written = false;
 	io->passed = false;
 	if (bio->bi_opf & REQ_PREFLUSH)
 		return dmu_map_flush(table, bio);
 	bio->bi_iter.bi_sector = dm_target_offset(ti, bio->bi_iter.bi_sector);
 	switch (bio_op(bio)) {
 	case REQ_OP_READ:
+		break;
 	case REQ_OP_WRITE:
+		if (unlikely(bio->bi_opf & REQ_FUA && !list_empty(&dev->forced)) &&
+		    dmu_forced_again(dev, bio))
+			return DM_MAPIO_SUBMITTED;
 		break;
 	case REQ_OP_DISCARD:
 	case REQ_OP_WRITE_ZEROES:
@@ -208,8 +211,10 @@ int dmu_end_io(struct dm_target *ti, struct bio *bio, blk_status_t *error)
 			dmu_flush_failed(io->dev, blk_status_to_errno(*error));
 		else if (issued && *error != BLK_STS_DM_REQUEUE && op_is_write(bio_op(bio)))
 			dmu_io_failed(io->dev, bio, -blk_status_to_errno(*error));
-	} else if (unlikely(io->fua)) {
-		io->fua = false;
+		else if (io->written && *error == BLK_STS_DM_REQUEUE)
+			dmu_forced_note(io->dev, bio);
+	} else if (unlikely(io->forced && !io->written)) {
+		io->written = true;
 		dmu_flush_join(io->dev, bio);
 		return DM_ENDIO_INCOMPLETE;
 	}

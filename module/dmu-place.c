@@ -171,10 +171,8 @@ static void dmu_place_write(struct dmu_cell *cell)
 	u64 sector = cell->answer.sector +
 		     (bio->bi_iter.bi_sector & (dev->block_sectors - 1));
 
-	if (bio->bi_opf & REQ_FUA) {
-		bio->bi_opf &= ~REQ_FUA;
-		io->fua = true;
-	}
+	if (bio->bi_opf & REQ_FUA)
+		dmu_force(bio);
 	if (bio_op(bio) == REQ_OP_WRITE_ZEROES) {
 		struct dm_io_region to = {
 			.bdev = dmu_bdev(dev, cell->answer.device),
@@ -299,7 +297,7 @@ void dmu_zero_bio(struct dmu_device *dev, struct bio *bio, unsigned long word,
 
 	io->epoch = epoch;
 	if (bio->bi_opf & REQ_FUA)
-		io->fua = true;
+		dmu_force(bio);
 	dm_kcopyd_zero(dev->kcopyd, 1, &to, 0, dmu_zero_bio_done, bio);
 }
 

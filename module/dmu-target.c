@@ -182,14 +182,24 @@ static void dmu_presuspend(struct dm_target *ti)
 		dmu_requeue_all(table->dev);
 }
 
-static void dmu_go_on(struct dm_target *ti)
+static void dmu_go_on(struct dmu_device *dev, bool whole)
 {
-	struct dmu_device *dev = ((struct dmu_table *)ti->private)->dev;
-
 	spin_lock_irq(&dev->lock);
 	dev->requeue = false;
+	if (!whole)
+		dmu_forced_drop(dev);
 	spin_unlock_irq(&dev->lock);
 	queue_work(dev->wq, &dev->flush.work);
+}
+
+static void dmu_presuspend_undo(struct dm_target *ti)
+{
+	dmu_go_on(((struct dmu_table *)ti->private)->dev, false);
+}
+
+static void dmu_resume(struct dm_target *ti)
+{
+	dmu_go_on(((struct dmu_table *)ti->private)->dev, true);
 }
 
 /* No bio is under way: the table that resumes becomes the one in use. */
@@ -204,6 +214,8 @@ static int dmu_preresume(struct dm_target *ti)
 		return error;
 	mutex_lock(&dev->answer_mutex);
 	spin_lock_irq(&dev->lock);
+	if (dev->table->ti->begin != ti->begin)
+		dmu_forced_drop(dev);
 	dev->table = table;
 	dev->sectors = ti->len;
 	dev->blocks = ((ti->len - 1) >> dev->block_shift) + 1;
@@ -313,9 +325,9 @@ static struct target_type dmu_target = {
 	.map = dmu_map,
 	.end_io = dmu_end_io,
 	.presuspend = dmu_presuspend,
-	.presuspend_undo = dmu_go_on,
+	.presuspend_undo = dmu_presuspend_undo,
 	.preresume = dmu_preresume,
-	.resume = dmu_go_on,
+	.resume = dmu_resume,
 	.status = dmu_status,
 	.message = dmu_message,
 	.iterate_devices = dmu_iterate_devices,

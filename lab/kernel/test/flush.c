@@ -118,6 +118,88 @@ static void flush_waits_for_data(void)
 	rig_down(&rig);
 }
 
+/* Places a block by a write of it, with a mark that is not committed. */
+static void place(struct rig *rig, unsigned int block, uint64_t mark)
+{
+	struct guest *g = begin(rig, WRITE_IT, block * BLOCK, BLOCK, 1);
+	struct dmu_message m = expect(rig->node, DMU_FAULT);
+	struct dmu_answer a = map(m.id, block, 1, 0, PLACE(block),
+				  DMU_WRITABLE | DMU_HOLD_FLUSH);
+
+	a.mark = mark;
+	CHECK(m.block == block && answer(rig->node, a) == 0);
+	end(g, 0);
+}
+
+static void check_sector(struct rig *rig, uint64_t sector, uint8_t fill)
+{
+	struct guest *g = begin(rig, READ_IT, sector, 1, 0);
+
+	while (!g->done)
+		sleep_ms(1);
+	check_fill(g, 0, SECTOR, fill);
+	end(g, 0);
+}
+
+/*
+ * A suspend gives back a forced write that waits for its commit: what was written over it
+ * meanwhile stays, and it ends only with a commit. Of the second one, which is cut in two, only the
+ * first half was written.
+ */
+static void forced_once(void)
+{
+	struct rig rig = plain();
+	struct dmu_message m, f;
+	struct dmu_answer a;
+	struct guest *g, *h;
+	int i;
+
+	rig_up(&rig);
+	place(&rig, 3, 1);
+	place(&rig, 4, 2);
+	g = begin(&rig, WRITE_SYNC, 3 * BLOCK + 4, 4, 7);
+	f = expect(rig.node, DMU_FLUSH);
+	h = begin(&rig, WRITE_SYNC, 5 * BLOCK - 2, 4, 8);
+	m = expect(rig.node, DMU_FAULT);
+	CHECK(m.block == 5);
+	sleep_ms(50);
+	end(begin(&rig, WRITE_IT, 3 * BLOCK + 5, 1, 9), 0);
+	end(begin(&rig, WRITE_IT, 5 * BLOCK - 1, 1, 6), 0);
+	still_waits(g);
+	still_waits(h);
+	for (i = 0; i < 2; i++)
+		CHECK(run("dmsetup suspend --noflush --nolockfs lab && dmsetup resume lab") == 0,
+		      "%s", said());
+	still_waits(g);
+	still_waits(h);
+	CHECK(answer(rig.node, (struct dmu_answer){ .type = DMU_FLUSH_DONE, .id = f.id }) == 0);
+	end(g, 0);
+	/* Who wanted the answer to the old question has left, and asks again. */
+	a = map(m.id, 5, 1, 0, PLACE(5), DMU_WRITABLE | DMU_ZERO_FIRST | DMU_HOLD_FLUSH);
+	a.mark = 3;
+	CHECK(answer(rig.node, a) == 0);
+	CHECK(expect(rig.node, DMU_MAP_ERROR).code == ECANCELED);
+	a.id = expect(rig.node, DMU_FAULT).id;
+	a.mark = 4;
+	CHECK(answer(rig.node, a) == 0);
+	f = expect(rig.node, DMU_FLUSH);
+	CHECK(f.mark == 4);
+	still_waits(h);
+	CHECK(answer(rig.node, (struct dmu_answer){ .type = DMU_FLUSH_DONE, .id = f.id }) == 0);
+	end(h, 0);
+	check_sector(&rig, 3 * BLOCK + 4, 7);
+	check_sector(&rig, 3 * BLOCK + 5, 9);
+	check_sector(&rig, 3 * BLOCK + 6, 7);
+	check_sector(&rig, 5 * BLOCK - 2, 8);
+	check_sector(&rig, 5 * BLOCK - 1, 6);
+	check_sector(&rig, 5 * BLOCK, 8);
+	/* What was told of them is told no more: the same memory serves another write. */
+	g = begin(&rig, WRITE_SYNC, 3 * BLOCK + 4, 4, 5);
+	end(g, 0);
+	check_sector(&rig, 3 * BLOCK + 4, 5);
+	rig_down(&rig);
+}
+
 static void sync_done(void)
 {
 	struct rig rig = plain();
@@ -316,6 +398,7 @@ static void short_ends(void)
 const struct scenario more_rule_scenarios[] = {
 	{ "flush-commit", flush_commit },
 	{ "flush-waits-for-data", flush_waits_for_data },
+	{ "forced-once", forced_once },
 	{ "sync-done", sync_done },
 	{ "linked", linked },
 	{ "invalidate", invalidate },
