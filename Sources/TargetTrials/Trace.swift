@@ -132,8 +132,6 @@ private struct TraceRun {
     /// The blocks of a write, a read, a discard.
     var blocks: ClosedRange<UInt64>
     var isForced: Bool
-    /// Whether a later request has written what this forced write writes.
-    var isPassed = false
   }
   private var open: [Open] = []
   private(set) var deaths = 0
@@ -172,11 +170,6 @@ private struct TraceRun {
     if case .write(_, _, fua: true) = request { isForced = true }
     var isRead = false
     if case .read = request { isRead = true }
-    if !isRead, let blocks = blocks(of: request) {
-      for index in open.indices where open[index].isForced && open[index].blocks.overlaps(blocks) {
-        open[index].isPassed = true
-      }
-    }
     let number = driver.submit(request)
     tell("request \(number): \(Trace.line(request))")
     open.append(
@@ -193,11 +186,8 @@ private struct TraceRun {
   }
 
   /// Whether requests of several blocks are under way: of those the kernel's core does not keep
-  /// the order over a suspend. Or a forced write that waits for its commit, and is written again
-  /// after a suspend, over what was written since.
-  private var isEntangled: Bool {
-    open.contains(where: \.isPassed) || open.contains { $0.blocks.count > 1 } && open.count > 1
-  }
+  /// the order over a suspend.
+  private var isEntangled: Bool { open.contains { $0.blocks.count > 1 } && open.count > 1 }
 
   private mutating func pump() throws -> Bool {
     do {
