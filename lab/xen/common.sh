@@ -2,7 +2,9 @@
 # common.sh: what the host side of the Xen lab shares: the cache, and booting dom0.
 #
 # LAB_KERNEL is the series of dom0's kernel, 6.1 unless it is set; LAB_TRANSPORT the way that
-# the daemon's configuration wishes: auto, dm, nbd.
+# the daemon's configuration wishes: auto, dm, nbd. LAB_PROCESSORS is how many processors the
+# machine has, 2 unless it is set. Those of a Xen wait for each other without rest: two that have to
+# share one of a busy computer's take five times as long as one.
 #
 # The cache is ${XDG_CACHE_HOME:-~/.cache}/dmu-xen/xen. `prepare` leaves links there for each
 # series:
@@ -21,7 +23,7 @@ cache=${XDG_CACHE_HOME:-$HOME/.cache}/dmu-xen/xen
 
 kernel=${LAB_KERNEL:-6.1}
 transport=${LAB_TRANSPORT:-auto}
-processors='-accel tcg,thread=multi -smp 2'
+processors="-accel tcg,thread=multi -smp ${LAB_PROCESSORS:-2}"
 base=$cache/base-$kernel
 guest=$cache/guest-$kernel
 
