@@ -56,3 +56,10 @@ sound() { # STORE: the image has no damage
     "$programs/dscow_tool" check "$1" >/mnt/check.said 2>&1 || status=$?
     case $status in 0 | 3) ;; *) cat /mnt/check.said; die "$1 is damaged" ;; esac
 }
+
+whole() { # FS DEVICE: the file system, which is not mounted, has no damage
+    case $1 in
+    ext4) e2fsck -fn "$2" ;;
+    xfs) xfs_repair -n "$2" ;;
+    esac >/mnt/fsck.said 2>&1 || { cat /mnt/fsck.said; return 1; }
+}

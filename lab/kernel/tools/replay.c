@@ -2,13 +2,13 @@
 /*
  * Reads the log of the device-mapper's target log-writes.
  *
- *   replay list LOG                          a line an entry: number, flags, sector, sectors, mark
- *   replay apply LOG DEVICE FROM TO          writes entries FROM to TO - 1 to DEVICE
- *   replay cut LOG DEVICE FROM FLOOR TO SEED CUT
- *                                            applies FROM to FLOOR - 1 and copies DEVICE to the
- *                                            file CUT; there, of FLOOR to TO - 1 each entry only
- *                                            perhaps, and writes torn at a sector: what a power
- *                                            cut may leave of writes that no flush has confirmed
+ *   replay list LOG                     a line an entry: number, flags, sector, sectors, where it
+ *                                       is in the log, mark
+ *   replay cut LOG DEVICE FROM WHERE FLOOR TO SEED CUT
+ *                                       applies FROM, which is at WHERE, to FLOOR - 1 and copies
+ *                                       DEVICE to the file CUT; there, of FLOOR to TO - 1 each
+ *                                       entry only perhaps, and writes torn at a sector: what a
+ *                                       power cut may leave of writes that no flush has confirmed
  *
  * The log: a sector with magic, version, count and sector size; then for each entry a sector
  * with its head (and a mark's text) and the data. Source: the kernel's
@@ -125,14 +125,16 @@ static void copy_to(const char *path)
 	device = file;
 }
 
-static void entries(uint64_t from, uint64_t middle, uint64_t to, uint64_t seed, const char *cut)
+/* Lists or applies those from the first on, which is in the log at the place where. */
+static void entries(uint64_t first, uint64_t where, uint64_t middle, uint64_t to, uint64_t seed,
+		    const char *cut)
 {
 	bool list = device < 0;
-	uint64_t at = unit, i;
+	uint64_t at = where, i;
 	struct head head;
 	char text[SECTOR];
 
-	for (i = 0; i <= to && i <= count; i++) {
+	for (i = first; i <= to && i <= count; i++) {
 		if (i == middle && cut)
 			copy_to(cut);
 		if (i == to || i == count)
@@ -146,10 +148,10 @@ static void entries(uint64_t from, uint64_t middle, uint64_t to, uint64_t seed, 
 		if (list && head.flags & IS_MARK && head.length < sizeof(text) - sizeof(head))
 			read_log(text, head.length, at + sizeof(head));
 		if (list)
-			printf("%llu %llu %llu %llu %s\n", (unsigned long long)i,
+			printf("%llu %llu %llu %llu %llu %s\n", (unsigned long long)i,
 			       (unsigned long long)head.flags, (unsigned long long)head.sector,
-			       (unsigned long long)head.sectors, text);
-		else if (i >= from && head.sectors && !(head.flags & IS_MARK))
+			       (unsigned long long)head.sectors, (unsigned long long)at, text);
+		else if (head.sectors && !(head.flags & IS_MARK))
 			put(&head, at + unit, i >= middle ? &seed : NULL);
 		at += unit + (head.flags & IS_DISCARD ? 0 : head.sectors * unit);
 	}
@@ -163,25 +165,23 @@ static uint64_t number(const char *text)
 int main(int argc, char **argv)
 {
 	bool list = argc == 3 && !strcmp(argv[1], "list");
-	bool cut = argc == 9 && !strcmp(argv[1], "cut");
+	bool cut = argc == 10 && !strcmp(argv[1], "cut");
 
-	if (!list && !cut && !(argc == 6 && !strcmp(argv[1], "apply"))) {
-		fprintf(stderr, "usage: replay list LOG | apply LOG DEVICE FROM TO | "
-			"cut LOG DEVICE FROM FLOOR TO SEED CUT\n");
+	if (!list && !cut) {
+		fprintf(stderr, "usage: replay list LOG | "
+			"cut LOG DEVICE FROM WHERE FLOOR TO SEED CUT\n");
 		return 2;
 	}
 	open_log(argv[2]);
 	if (list) {
-		entries(0, UINT64_MAX, count, 0, NULL);
+		entries(0, unit, UINT64_MAX, count, 0, NULL);
 		return 0;
 	}
 	device = open(argv[3], O_RDWR);
 	if (device < 0)
 		die(argv[3]);
-	if (cut)
-		entries(number(argv[4]), number(argv[5]), number(argv[6]), number(argv[7]), argv[8]);
-	else
-		entries(number(argv[4]), UINT64_MAX, number(argv[5]), 0, NULL);
+	entries(number(argv[4]), number(argv[5]), number(argv[6]), number(argv[7]),
+		number(argv[8]), argv[9]);
 	if (fsync(device) || close(device))
 		die("cannot write out");
 	return 0;

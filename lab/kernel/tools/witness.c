@@ -6,7 +6,7 @@
  *                                        and of DIR; then puts the mark "done N" into the
  *                                        log-writes device LOG
  *   witness check DIR SEED COUNT         the first COUNT of them have to be there and right
- *   witness cut DIR SEED COUNT DEVICE    mounts DEVICE (ext4) on DIR, checks, unmounts
+ *   witness cut DIR SEED COUNT DEVICE FS mounts DEVICE, which has an FS, on DIR, checks, unmounts
  *
  * What a file holds follows from SEED and its number. Between them other files come and go
  * unsynced, and one is replaced again and again by rename.
@@ -155,8 +155,8 @@ int main(int argc, char **argv)
 	uint64_t *data = malloc(16384 * 8 + 16), *found = malloc(16384 * 8 + 16);
 	unsigned int count, i;
 
-	if (argc < 5 || argc > 6) {
-		fprintf(stderr, "usage: witness write|check|cut DIR SEED COUNT [LOG|DEVICE]\n");
+	if (argc < 5 || argc > 7) {
+		fprintf(stderr, "usage: witness write|check|cut DIR SEED COUNT [LOG | DEVICE FS]\n");
 		return 2;
 	}
 	folder = argv[2];
@@ -171,7 +171,7 @@ int main(int argc, char **argv)
 	if (!strcmp(argv[1], "cut")) {
 		int result;
 
-		if (argc != 6 || mount(argv[5], folder, "ext4", 0, NULL))
+		if (argc != 7 || mount(argv[5], folder, argv[6], 0, NULL))
 			die("cannot mount for", count);
 		result = check(count, data, found);
 		if (umount(folder))
