@@ -37,11 +37,10 @@ run: ## boot a real Xen and run a guest from a dmu disk (10 minutes once, then u
 
 test: ## every suite: unit, xenstored, NBD clients, both labs (under 40 minutes cold)
 	@lab/prerequisites build test xen kernel module
-	@echo "test: building the programs and the kernel lab's kernel side by side"
+	@echo "test: building the kernel lab's kernel beside the programs and the first suites"
 	@lab/kernel/prepare >.lab-kernel.log 2>&1 & lab=$$!; \
-	$(MAKE) --no-print-directory dist && wait $$lab || \
-	{ status=$$?; tail -n 20 .lab-kernel.log; exit $$status; }
-	Tests/all $(BIN) $(DIST)
+	$(MAKE) --no-print-directory dist && Tests/all $(BIN) $(DIST); \
+	status=$$?; kill $$lab 2>/dev/null; exit $$status
 
 kernel-lab: ## the module's scenarios in a checked kernel (the kernel is built once)
 	@lab/prerequisites build kernel
