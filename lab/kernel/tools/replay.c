@@ -4,11 +4,12 @@
  *
  *   replay list LOG                     a line an entry: number, flags, sector, sectors, where it
  *                                       is in the log, mark
- *   replay cut LOG DEVICE FROM WHERE FLOOR TO SEED CUT
+ *   replay cut LOG DEVICE FROM WHERE FLOOR TO SEED CUT [KEPT]
  *                                       applies FROM, which is at WHERE, to FLOOR - 1 and copies
  *                                       DEVICE to the file CUT; there, of FLOOR to TO - 1 each
  *                                       entry only perhaps, and writes torn at a sector: what a
- *                                       power cut may leave of writes that no flush has confirmed
+ *                                       power cut may leave of writes that no flush has confirmed. A
+ *                                       write of the sector KEPT is there whole or not at all
  *
  * The log: a sector with magic, version, count and sector size; then for each entry a sector
  * with its head (and a mark's text) and the data. Source: the kernel's
@@ -37,6 +38,7 @@ struct head {
 static int logfile, device = -1;
 static uint64_t count;
 static uint32_t unit;		/* bytes that the log counts in */
+static uint64_t kept = UINT64_MAX;	/* a sector whose writes are not torn */
 
 static void die(const char *what)
 {
@@ -87,7 +89,7 @@ static void put(const struct head *head, uint64_t offset, uint64_t *state)
 
 	if (state && !(chance(state) & 1))
 		return;
-	if (state && chance(state) % 4 == 0 && to > 1) {
+	if (state && chance(state) % 4 == 0 && to > 1 && kept - head->sector >= to) {
 		/* Torn: a run of its sectors. */
 		from = chance(state) % to;
 		to = from + 1 + chance(state) % (to - from);
@@ -165,11 +167,11 @@ static uint64_t number(const char *text)
 int main(int argc, char **argv)
 {
 	bool list = argc == 3 && !strcmp(argv[1], "list");
-	bool cut = argc == 10 && !strcmp(argv[1], "cut");
+	bool cut = (argc == 10 || argc == 11) && !strcmp(argv[1], "cut");
 
 	if (!list && !cut) {
 		fprintf(stderr, "usage: replay list LOG | "
-			"cut LOG DEVICE FROM WHERE FLOOR TO SEED CUT\n");
+			"cut LOG DEVICE FROM WHERE FLOOR TO SEED CUT [KEPT]\n");
 		return 2;
 	}
 	open_log(argv[2]);
@@ -177,6 +179,8 @@ int main(int argc, char **argv)
 		entries(0, unit, UINT64_MAX, count, 0, NULL);
 		return 0;
 	}
+	if (argc == 11)
+		kept = number(argv[10]);
 	device = open(argv[3], O_RDWR);
 	if (device < 0)
 		die(argv[3]);
