@@ -4,12 +4,13 @@
  *
  *   replay list LOG                     a line an entry: number, flags, sector, sectors, where it
  *                                       is in the log, mark
- *   replay cut LOG DEVICE FROM WHERE FLOOR TO SEED CUT [KEPT]
+ *   replay cut LOG DEVICE FROM WHERE FLOOR TO SEED CUT [KEPT END]
  *                                       applies FROM, which is at WHERE, to FLOOR - 1 and copies
  *                                       DEVICE to the file CUT; there, of FLOOR to TO - 1 each
  *                                       entry only perhaps, and writes torn at a sector: what a
- *                                       power cut may leave of writes that no flush has confirmed. A
- *                                       write of the sector KEPT is there whole or not at all
+ *                                       power cut may leave of writes that no flush has confirmed.
+ *                                       One that touches the sectors KEPT to END - 1 is torn only
+ *                                       where a block of 4 KiB, counted from KEPT on, ends
  *
  * The log: a sector with magic, version, count and sector size; then for each entry a sector
  * with its head (and a mark's text) and the data. Source: the kernel's
@@ -28,6 +29,7 @@
 
 #define MAGIC 0x6a736677736872ull
 #define SECTOR 512
+#define BLOCK 8			/* sectors */
 #define IS_DISCARD 4
 #define IS_MARK 8
 
@@ -38,7 +40,7 @@ struct head {
 static int logfile, device = -1;
 static uint64_t count;
 static uint32_t unit;		/* bytes that the log counts in */
-static uint64_t kept = UINT64_MAX;	/* a sector whose writes are not torn */
+static uint64_t kept, kept_end;	/* sectors whose blocks are not torn */
 
 static void die(const char *what)
 {
@@ -81,6 +83,16 @@ static uint64_t chance(uint64_t *state)
 	return z ^ (z >> 31);
 }
 
+/* Widens the run of a write's sectors, from up to but not to, to blocks that begin at kept. */
+static void whole_blocks(const struct head *head, uint64_t *from, uint64_t *to)
+{
+	uint64_t before = (head->sector + *from - kept) % BLOCK;
+	uint64_t after = (kept - head->sector - *to) % BLOCK;
+
+	*from -= before < *from ? before : *from;
+	*to = after < head->sectors - *to ? *to + after : head->sectors;
+}
+
 static void put(const struct head *head, uint64_t offset, uint64_t *state)
 {
 	size_t size = head->sectors * unit;
@@ -89,10 +101,12 @@ static void put(const struct head *head, uint64_t offset, uint64_t *state)
 
 	if (state && !(chance(state) & 1))
 		return;
-	if (state && chance(state) % 4 == 0 && to > 1 && kept - head->sector >= to) {
+	if (state && chance(state) % 4 == 0 && to > 1) {
 		/* Torn: a run of its sectors. */
 		from = chance(state) % to;
 		to = from + 1 + chance(state) % (to - from);
+		if (head->sector < kept_end && head->sector + head->sectors > kept)
+			whole_blocks(head, &from, &to);
 	}
 	data = calloc(1, size);
 	if (!(head->flags & IS_DISCARD))
@@ -167,11 +181,11 @@ static uint64_t number(const char *text)
 int main(int argc, char **argv)
 {
 	bool list = argc == 3 && !strcmp(argv[1], "list");
-	bool cut = (argc == 10 || argc == 11) && !strcmp(argv[1], "cut");
+	bool cut = (argc == 10 || argc == 12) && !strcmp(argv[1], "cut");
 
 	if (!list && !cut) {
 		fprintf(stderr, "usage: replay list LOG | "
-			"cut LOG DEVICE FROM WHERE FLOOR TO SEED CUT [KEPT]\n");
+			"cut LOG DEVICE FROM WHERE FLOOR TO SEED CUT [KEPT END]\n");
 		return 2;
 	}
 	open_log(argv[2]);
@@ -179,8 +193,10 @@ int main(int argc, char **argv)
 		entries(0, unit, UINT64_MAX, count, 0, NULL);
 		return 0;
 	}
-	if (argc == 11)
+	if (argc == 12) {
 		kept = number(argv[10]);
+		kept_end = number(argv[11]);
+	}
 	device = open(argv[3], O_RDWR);
 	if (device < 0)
 		die(argv[3]);
