@@ -17,6 +17,8 @@ public enum LinkRole: String, Sendable, CaseIterable {
   case nbd
   /// The opened node of the disk's device: /dev/dmu/NAME.
   case node
+  /// A file that is also handed over as store or file, opened a second time.
+  case witness
 }
 
 /// The descriptors of one message, by role. Those not taken are closed with it.

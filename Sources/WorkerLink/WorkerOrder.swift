@@ -26,6 +26,13 @@ public struct StartOrder: Sendable, Equatable {
   /// Whether a node shall follow in place of an nbd socket, if the kernel can serve the image
   /// by itself; the report says.
   public var byNode = false
+  /// Whether a write that finds no space fails at once. Without it the write waits for space.
+  public var failsWhenFull = false
+  /// Seconds that a write waits for space before it fails; 0: without a limit.
+  public var fullTimeout: UInt32 = 0
+  /// Seconds without an I/O error after which a disk that had some counts as ready again; 0:
+  /// only after `clear`.
+  public var quietTime: UInt32 = 0
 
   /// An order from what every disk needs.
   public init(disk: String, format: String) {
@@ -36,9 +43,11 @@ public struct StartOrder: Sendable, Equatable {
 
 /// What the daemon wants of a worker. Descriptors travel beside it, as each case says.
 public enum WorkerOrder: Sendable, Equatable {
-  /// The first order, once. Roles: store; base if known; pending; nbd unless handed later.
+  /// The first order, once. Roles: store; base if known; pending; nbd unless handed later;
+  /// witness: the store by an open file description of its own, which nobody flushes until a
+  /// worker has to learn whether the flush in which its predecessor died has failed.
   case start(StartOrder)
-  /// The answer to `needFile`. Role: file.
+  /// The answer to `needFile`. Roles: file; witness, as of the store, if it may be written.
   case file
   /// The other answer to `needFile`; the worker fails with it as its message.
   case refuseFile(reason: String)
@@ -47,6 +56,9 @@ public enum WorkerOrder: Sendable, Equatable {
   case attach
   /// Tell your state and counters.
   case status
+  /// An admin has acted: flushes may succeed again after one that failed, and counted I/O
+  /// errors are forgotten. Answered with `status`.
+  case clear
   /// Give descriptors back, for a daemon that has forgotten them: 0 for those of `start`, from
   /// 1 on for the files that were asked for.
   case descriptors(index: Int)
@@ -67,11 +79,15 @@ public enum WorkerOrder: Sendable, Equatable {
       fields["base-path"] = order.basePath
       fields["base-format"] = order.baseFormat
       fields["depth"] = order.depth.map { String($0) }
+      if order.failsWhenFull { fields["fails-when-full"] = "1" }
+      if order.fullTimeout > 0 { fields["full-timeout"] = String(order.fullTimeout) }
+      if order.quietTime > 0 { fields["quiet-time"] = String(order.quietTime) }
       return LinkMessage("start", fields)
     case .file: return LinkMessage("file")
     case .refuseFile(let reason): return LinkMessage("file", ["refused": reason])
     case .attach: return LinkMessage("attach")
     case .status: return LinkMessage("status")
+    case .clear: return LinkMessage("clear")
     case .descriptors(let index): return LinkMessage("descriptors", ["index": "\(index)"])
     case .stop: return LinkMessage("stop")
     }
@@ -91,11 +107,15 @@ public enum WorkerOrder: Sendable, Equatable {
       order.basePath = message.fields["base-path"]
       order.baseFormat = message.fields["base-format"]
       order.depth = try message.optionalNumber("depth")
+      order.failsWhenFull = try message.flag("fails-when-full")
+      order.fullTimeout = try message.optionalNumber("full-timeout") ?? 0
+      order.quietTime = try message.optionalNumber("quiet-time") ?? 0
       self = .start(order)
     case "file":
       self = message.fields["refused"].map { .refuseFile(reason: $0) } ?? .file
     case "attach": self = .attach
     case "status": self = .status
+    case "clear": self = .clear
     case "descriptors":
       self = .descriptors(index: try message.optionalNumber("index") ?? 0)
     case "stop": self = .stop

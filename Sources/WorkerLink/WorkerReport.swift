@@ -150,12 +150,13 @@ public enum WorkerReport: Sendable, Equatable {
   /// The image names this file: answer `file` or `refuseFile`.
   case needFile(FileNeed)
   /// The disk cannot be served; the worker ends with exit status 1. The code is one of
-  /// `ImageError.Code`, or "io", "unknown-format", "protocol", "base-refused".
+  /// `ImageError.Code`, or "io", "unknown-format", "protocol", "base-refused", "pending-stale"
+  /// (the store was changed since its pending log was written), "pending-damaged".
   case failed(code: String, message: String)
   /// The answer to `status`.
   case status(DiskReport)
   /// The answer to `descriptors`: how many files were asked for, and which one this is. Roles
-  /// with index 0: store; base and pending if there are any. Else: file.
+  /// with index 0: store; base, pending and witness if there are any. Else: file, and witness.
   case descriptors(files: Int, file: FileNeed?)
   /// The node is served and knows the whole mapping: the device may be brought into use.
   case attached

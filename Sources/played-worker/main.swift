@@ -69,7 +69,7 @@ private final class Played {
       guard report.byNode else { return }
       node = descriptors.take(.node)
       try link.send(.attached)
-    case .status: try link.send(.status(report))
+    case .status, .clear: try link.send(.status(report))
     case .descriptors(let index):
       var lent: [LinkRole: Int32] = [:]
       lent[index == 0 ? .store : .file] = index == 0 ? store?.raw : file?.raw
