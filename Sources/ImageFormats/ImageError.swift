@@ -18,6 +18,8 @@ public struct ImageError: Error, Sendable, CustomStringConvertible {
     case baseMissing = "base-missing"
     /// A request that makes no sense: size, block size, option.
     case badRequest = "bad-request"
+    /// Placements that are not committed rest on a store that was changed since.
+    case stale = "pending-stale"
     /// The store or base failed; see `cause`.
     case io
   }

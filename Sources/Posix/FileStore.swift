@@ -15,7 +15,8 @@ public final class FileStore: ByteStore {
   public var raw: Int32 { descriptor.raw }
 
   private let descriptor: Descriptor
-  private let deviceSize: UInt64
+  /// The length that a device had when it was opened, for when it cannot be asked any more.
+  private let firstSize: UInt64
 
   /// Takes over a descriptor. Throws: the errno of fstat(2), EINVAL for what is neither a
   /// file nor a block device.
@@ -34,7 +35,7 @@ public final class FileStore: ByteStore {
       }
     default: throw IOError(EINVAL, "use as a store (neither file nor block device)", name)
     }
-    self.deviceSize = size
+    self.firstSize = size
     self.isWritable = flags & O_ACCMODE != O_RDONLY
     self.name = name
     self.descriptor = descriptor
@@ -111,7 +112,12 @@ public final class FileStore: ByteStore {
     return UInt64(start)..<UInt64(end)
   }
 
-  /// Length in bytes. A regular file is asked each time, since it grows.
+  private var deviceSize: UInt64 {
+    var size: UInt64 = 0
+    return dmu_block_device_size(raw, &size) == 0 ? size : firstSize
+  }
+
+  /// Length in bytes. It is asked for each time: a file grows, and so may a device.
   public var size: UInt64 {
     guard !isBlockDevice else { return deviceSize }
     var status = stat()
@@ -165,13 +171,32 @@ public final class FileStore: ByteStore {
     }
   }
 
-  /// Punches a hole; where the medium cannot, writes zeroes.
+  /// Punches a hole; where the medium cannot, writes zeroes. A device gives space back in whole
+  /// pages only: the rest of the range is written.
   public func zero(at offset: UInt64, count: UInt64) throws(IOError) {
+    let page: UInt64 = 4096
+    guard isBlockDevice, offset % page != 0 || (offset + count) % page != 0 else {
+      return try punch(at: offset, count: count)
+    }
+    let end = offset + count
+    let first = min(end, (offset + page - 1) / page * page)
+    let last = max(first, end / page * page)
+    try writeZeroes(at: offset, count: first - offset)
+    try punch(at: first, count: last - first)
+    try writeZeroes(at: last, count: end - last)
+  }
+
+  private func punch(at offset: UInt64, count: UInt64) throws(IOError) {
     guard count > 0 else { return }
     if dmu_punch_hole(raw, Int64(offset), Int64(count)) == 0 { return }
-    guard errno == EOPNOTSUPP || errno == ENODEV || errno == ENOSYS else {
+    guard [EOPNOTSUPP, ENODEV, ENOSYS].contains(errno) || (isBlockDevice && errno == EINVAL) else {
       throw IOError.last("zero", name)
     }
+    try writeZeroes(at: offset, count: count)
+  }
+
+  private func writeZeroes(at offset: UInt64, count: UInt64) throws(IOError) {
+    guard count > 0 else { return }
     let zeroes = [UInt8](repeating: 0, count: Int(min(count, 1 << 20)))
     var done: UInt64 = 0
     while done < count {

@@ -57,6 +57,9 @@ public protocol IOExecutor: AnyObject {
   /// Whether a device may be written.
   func isWritable(_ device: UInt16) -> Bool
 
+  /// What messages call a device.
+  func name(_ device: UInt16) -> String
+
   /// The byte from which on a device is known to read as zeroes for ever; UInt64.max when it
   /// may grow.
   func end(_ device: UInt16) -> UInt64
@@ -74,4 +77,9 @@ public protocol IOExecutor: AnyObject {
   /// How far the bytes from `offset` on, at most `limit` of them and at least one, are alike
   /// in being known to read as zeroes (a hole) or not.
   func hole(_ device: UInt16, at offset: UInt64, limit: UInt64) -> (isHole: Bool, count: UInt64)
+}
+
+extension IOExecutor {
+  /// Its number, where nothing better is known.
+  public func name(_ device: UInt16) -> String { "device \(device)" }
 }

@@ -64,6 +64,9 @@ public final class PoolExecutor: IOExecutor {
     devices[Int(device)].isWritable
   }
 
+  /// The name of its store.
+  public func name(_ device: UInt16) -> String { devices[Int(device)].store.name }
+
   /// The end of a device that cannot grow.
   public func end(_ device: UInt16) -> UInt64 {
     devices[Int(device)].fixedSize ?? UInt64.max

@@ -11,7 +11,8 @@ public final class SignalSource: Sendable {
   /// The descriptor, lent: readable when a signal waits.
   public var raw: Int32 { descriptor.raw }
 
-  /// Blocks these signals and makes them readable. SIGPIPE is ignored at the same time.
+  /// Blocks these signals and makes them readable. SIGPIPE and SIGXFSZ are ignored at the same
+  /// time: a closed pipe and a file at its largest are errors of the call, EPIPE and EFBIG.
   /// Throws: the errno of signalfd(2).
   public init(_ signals: [Int32]) throws(IOError) {
     let raw = dmu_signal_descriptor(signals, signals.count)

@@ -36,6 +36,16 @@ public enum Fault: Sendable, Equatable {
   case placed(Extent)
 }
 
+extension Fault {
+  /// The number that an answer has to name; nil for news.
+  public var id: FaultID? {
+    switch self {
+    case .read(let id, _), .write(let id, _, _), .flush(let id, _), .discard(let id, _, _): id
+    case .mapError, .invalidateDone, .placed: nil
+    }
+  }
+}
+
 /// What a worker says to its target.
 public enum Answer: Sendable, Equatable {
   /// For a read, write or discard fault: the blocks are there. Remembered, unless

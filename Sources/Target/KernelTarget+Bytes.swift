@@ -16,6 +16,8 @@ extension KernelTarget {
     let said: DMU.Answer
     var isReady = false
     var failure: IOError?
+    /// Has the block carried again, if that found no space.
+    var again: (() -> Void)?
 
     init(_ answer: Answer, _ said: DMU.Answer) {
       self.answer = answer
@@ -99,7 +101,8 @@ extension KernelTarget {
     guard self.failure == nil else { return }
     do throws(IOError) {
       guard failure == nil else {
-        return try lose(reading.id, reading.block, 0, failure?.code ?? EIO, "a read")
+        note(failure?.code ?? EIO, reading.store.name, isRead: true)
+        return try lose(reading.id, reading.block, 0, failure?.code ?? EIO)
       }
       let data = DMU.Answer.data(
         id: reading.id, UnsafeRawBufferPointer(bytes.buffer), offset: UInt32(offset))
@@ -108,7 +111,7 @@ extension KernelTarget {
       case ERANGE:
         // Another request has come first meanwhile: the kernel asks again.
         _ = try node.answer([.wait(id: reading.id), .retry(id: reading.id)])
-      case let code: try lose(reading.id, reading.block, 0, code, "a read")
+      case let code: try lose(reading.id, reading.block, 0, code)
       }
     } catch { self.failure = error }
   }
@@ -122,6 +125,9 @@ extension KernelTarget {
     }
     let known = devices.known[Int(number)]
     let count = bytes(of: extent.blocks)
+    turn.again = { [unowned self, unowned turn] in
+      carry(from: store, at: offset, to: extent, turn)
+    }
     offload(
       {
         do throws(IOError) {
@@ -130,6 +136,11 @@ extension KernelTarget {
         } catch { return error }
       },
       { [self] failure in
+        if let failure, isShortage(failure.code), mayWait(failure.code) {
+          starving.append(turn)
+          return
+        }
+        if let failure { note(failure.code, failure.subject, isRead: failure.operation == "read") }
         turn.failure = failure
         turn.isReady = true
         proceed()
@@ -165,7 +176,7 @@ extension KernelTarget {
       }
       let extent = placement.extent
       do throws(IOError) {
-        try lose(id, extent.blocks.first, extent.mark, code, "a write")
+        try lose(id, extent.blocks.first, extent.mark, code)
       } catch { failure = error }
     }
   }
@@ -174,39 +185,116 @@ extension KernelTarget {
 
   /// Fails what waits for an answer that came to nothing.
   private func lose(
-    _ id: FaultID, _ block: UInt64, _ mark: Mark, _ code: Int32, _ what: String
+    _ id: FaultID, _ block: UInt64, _ mark: Mark, _ code: Int32
   ) throws(IOError) {
-    note(code, what)
     discards.remove(id)
     news.append(.mapError(block: block, mark: mark, code: code))
     // Whoever waited may have left: then nobody is to be told.
     _ = try tell(.fail(id: id, code: code))
   }
 
-  /// How the disk is after a failure. A full file system under a loop device is an I/O error.
-  func note(_ code: Int32, _ what: String) {
-    if case .degraded = health { return }
-    if [ENOSPC, EDQUOT, EFBIG].contains(code) || (code == EIO && isFull) {
-      health = .noSpace(ENOSPC)
-    } else if code != ECANCELED {
-      health = .degraded(code, IOError(code, "serve \(what)", "a backing device").description)
-    }
+  /// Counts a failure of a backing device.
+  func note(_ code: Int32, _ device: UInt16, isRead: Bool) {
+    let isKnown = Int(device) < devices.known.count
+    note(code, isKnown ? devices.known[Int(device)].store.name : "device \(device)", isRead: isRead)
+  }
+
+  private func note(_ code: Int32, _ name: String, isRead: Bool) {
+    guard code != ECANCELED else { return }
+    let number = devices.known.firstIndex { $0.store.name == name } ?? devices.known.count
+    trouble.count(UInt16(clamping: number), name, isRead: isRead, code)
+    health = trouble.health
   }
 
   /// Every flush fails with this errno from now on; 0: they may be tried again.
   func noteFlushes(_ code: Int32) {
-    let reason =
-      UserTarget.flushReason + "; once it is well, `dmsetup message DEVICE 0 clear_error`"
-    if code != 0 {
-      health = .degraded(code, reason)
-    } else if case .degraded(_, reason) = health {
-      health = .ready
+    trouble.flushReason =
+      UserTarget.flushReason + " (by hand: `dmsetup message DEVICE 0 clear_error`)"
+    trouble.flushFailed = code
+    health = trouble.health
+  }
+
+  /// An admin has acted: errors are forgotten. Flushes are the module's to clear.
+  public func clearFailure() {
+    let failed = trouble.flushFailed
+    trouble.clear()
+    trouble.flushFailed = failed
+    health = trouble.health
+  }
+
+  // MARK: Want of space
+
+  /// A full file system under a loop device that uses the page cache is an I/O error.
+  func isShortage(_ code: Int32) -> Bool {
+    SpacePolicy.isShortage(code) || (code == EIO && isFull)
+  }
+
+  /// Notes that a write found no space. Whether it waits.
+  private func mayWait(_ code: Int32) -> Bool {
+    trouble.noteShortage(code == EIO ? ENOSPC : code)
+    health = trouble.health
+    return space.waits && !trouble.spaceExpired
+  }
+
+  /// A write has failed at its place: it waits if that was for want of space.
+  func held(_ id: FaultID, _ code: Int32) throws(IOError) {
+    let isFull = isShortage(code)
+    if isFull, mayWait(code), try tell(.wait(id: id)) == 0 {
+      held.append(id)
+    } else {
+      // Whoever waited may have left.
+      _ = try tell(.fail(id: id, code: isFull ? ENOSPC : code))
     }
   }
 
-  /// Looks whether a disk without space has found some.
-  public func lookForSpace() {
-    if case .noSpace = health, !isFull { health = .ready }
+  /// Whether time alone may change something: to be told of by `tick` every second.
+  public var wantsTicks: Bool { trouble.isPassing }
+
+  /// A second has passed: what waits for space is tried again, or fails when it has waited too
+  /// long. After `quiet` seconds without one, errors are forgotten.
+  public func tick(quiet: UInt32) {
+    trouble.settle(after: quiet)
+    if trouble.space != 0 {
+      let isOver = held.isEmpty && starving.isEmpty
+      if space.timeout > 0, !trouble.spaceExpired,
+        DiskTrouble.now() - trouble.spaceSince >= Int64(space.timeout) * 1000
+      {
+        trouble.spaceExpired = true
+        endWaiting(ENOSPC)
+      } else if !isFull {
+        // Since the last second nothing has found the medium full.
+        if isOver { trouble.endShortage() }
+        retry()
+      }
+    }
+    health = trouble.health
+  }
+
+  private func retry() {
+    let again = starving
+    starving = []
+    for turn in again { turn.again?() }
+    guard !held.isEmpty else { return }
+    let ids = held
+    held = []
+    do throws(IOError) {
+      for id in ids { _ = try tell(.retry(id: id)) }
+    } catch { failure = error }
+  }
+
+  /// Fails whatever waits for space with an errno.
+  public func endWaiting(_ code: Int32) {
+    let (ids, turns) = (held, starving)
+    held = []
+    starving = []
+    for turn in turns {
+      turn.failure = IOError(code, "carry a block to", "the store")
+      turn.isReady = true
+    }
+    do throws(IOError) {
+      for id in ids { _ = try tell(.fail(id: id, code: code)) }
+    } catch { failure = error }
+    proceed()
   }
 
   /// Whether a file system has no room for a block.

@@ -31,6 +31,18 @@ public final class KernelTarget: TargetEngine {
   public internal(set) var failure: IOError?
   /// How the disk is.
   public internal(set) var health = UserTarget.Health.ready
+  var trouble = DiskTrouble()
+  /// What becomes of a write that finds no space.
+  public var space = SpacePolicy(waits: false) {
+    didSet {
+      trouble.waits = space.waits
+      health = trouble.health
+    }
+  }
+  /// Questions of failed writes that wait for space.
+  var held: [FaultID] = []
+  /// Blocks that could not be carried for want of space, each to be tried again.
+  var starving: [Turn] = []
   /// The descriptor to wait on: readable when there are faults.
   public var descriptor: Int32 { node.descriptor.raw }
 
@@ -94,6 +106,8 @@ public final class KernelTarget: TargetEngine {
     dumped = found.last?.mark ?? 0
     highest = dumped
     shift = (last ?? 0) - dumped
+    // An older module fails what fails.
+    _ = try node.answer([.holdFailed])
   }
 
   private static func extent(
@@ -143,8 +157,13 @@ public final class KernelTarget: TargetEngine {
     case .discard(let id, let block, let count, let zeroing):
       discards.insert(id)
       return .discard(id, blocks: BlockRange(block, count), zeroing: zeroing)
+    case .failed(let id, _, let code):
+      try held(id, code)
+      return nil
+    case .deviceError(let device, let write, let code):
+      if !write || !isShortage(code) { note(code, device, isRead: !write) }
+      return nil
     case .mapError(let block, let mark, let code):
-      note(code, "a write")
       return .mapError(block: block, mark: fromKernel(mark), code: code)
     case .invalidateDone(let block, let count): return .invalidateDone(BlockRange(block, count))
     case .placed(let it):
@@ -280,7 +299,7 @@ public final class KernelTarget: TargetEngine {
     do throws(IOError) {
       try store.resize(to: end)
     } catch {
-      note(error.code, "a write")
+      note(error.code, number, isRead: false)
       throw refusal(answer, ENXIO)
     }
     lengths[index] = end

@@ -12,7 +12,8 @@
 //      32    8  position of the oldest record (low half) and after the newest (high half)
 //      40    8  mark up to which everything is committed
 //      48    4  errno of the first failed flush of the store, 0: none
-//      52   12  zero
+//      52    4  1: a flush of the store is under way, its result not yet seen
+//      56    8  zero
 //      64       records from 4096 on:
 //                 0 block u64, 8 sector u64, 16 mark u64, 24 count u32, 28 device u16
 //                 (65535: zeroes), 30 flags u16 (bit 0: writable), 32 check u32, 36 zero u32
@@ -22,6 +23,9 @@
 //   8 bytes is stored at once; so the log is right after any store of any instruction.
 // - A record counts only while its mark is greater than the word at 40. Storing that word is
 //   the act of dropping; moving the positions afterwards only makes room.
+// - The word at 48 says that a flush is under way before the system call begins, and says so
+//   until its result is there. The kernel tells an open file description once that pages could
+//   not be written: if the process that is told is killed in the call, nobody else hears of it.
 // - The file grows only while the records lie in one piece, before it would wrap.
 // - Machines are little endian here; a power cut loses the file, and that is as it should
 //   be: what was not flushed was not promised.
@@ -63,6 +67,10 @@ public final class PendingLog {
   private var head: Int
   /// Called after each store to the file; the tests look at the file then.
   var onStore: (() -> Void)?
+  /// Flushes of the store whose results are not there yet.
+  private var flushesUnderWay = 0
+  /// Whether the worker before this one died in a flush whose result nobody has seen.
+  public private(set) var isSuspect = false
 
   private static var mapped: Int { start + maximumCapacity * recordSize }
 
@@ -145,14 +153,59 @@ public final class PendingLog {
   /// The errno of the first failed flush, which stands until an admin acts; 0: none.
   public var flushFailed: Int32 { Int32(truncatingIfNeeded: loaded(48) & 0xffff) }
 
+  private static let underWay: UInt64 = 1 << 32
+
+  private func publishFlush(failed code: Int32) {
+    let isUnderWay = flushesUnderWay > 0 || isSuspect
+    publish(
+      UInt64(UInt16(truncatingIfNeeded: code)) | (isUnderWay ? PendingLog.underWay : 0), at: 48)
+  }
+
   /// Makes a failed flush stand. The first one counts.
-  func failFlush(_ code: Int32) {
-    if flushFailed == 0 { publish(UInt64(UInt16(truncatingIfNeeded: code)), at: 48) }
+  public func failFlush(_ code: Int32) {
+    if flushFailed == 0 { publishFlush(failed: code) }
   }
 
   /// An admin has seen to the store: flushes may succeed again.
   public func clearFlushFailure() {
-    publish(0, at: 48)
+    publishFlush(failed: 0)
+  }
+
+  /// A flush of the store begins.
+  public func beginFlush() {
+    flushesUnderWay += 1
+    if flushesUnderWay == 1 { publishFlush(failed: flushFailed) }
+  }
+
+  /// The result of a flush is there, 0 for success. A failed one stands.
+  public func endFlush(_ code: Int32) {
+    flushesUnderWay -= 1
+    let failed = flushFailed
+    publishFlush(failed: failed == 0 ? code : failed)
+  }
+
+  /// What became of the flush in which the worker before this one died: 0 when it is proved that
+  /// nothing was lost, else an errno, which stands.
+  public func judge(_ code: Int32) {
+    isSuspect = false
+    let failed = flushFailed
+    publishFlush(failed: failed == 0 ? code : failed)
+  }
+
+  /// Says in a log that exists already that a flush is under way, for the time in which its
+  /// image is opened, which may flush. Answers whether there is such a log. Throws the errno
+  /// of reading or writing it.
+  public static func suspect(_ raw: Int32) throws(IOError) -> Bool {
+    var word: UInt64 = 0
+    for offset in [0, 48] as [off_t] {
+      let count = pread(raw, &word, 8, offset)
+      guard count >= 0 else { throw IOError.last("read", "pending log") }
+      guard count == 8, offset == 48 || word == magic else { return false }
+    }
+    guard word & underWay == 0 else { return false }
+    word |= underWay
+    guard pwrite(raw, &word, 8, 48) == 8 else { throw IOError.last("write", "pending log") }
+    return true
   }
 
   private func publishPositions() {
@@ -306,6 +359,7 @@ public final class PendingLog {
     guard words.capacity >= 2, words.capacity <= UInt64(PendingLog.maximumCapacity),
       PendingLog.start + Int(words.capacity) * PendingLog.recordSize <= fileSize
     else { throw damaged("capacity") }
+    isSuspect = loaded(48) & PendingLog.underWay != 0
     capacity = Int(words.capacity)
     tail = Int(words.positions & 0xffff_ffff)
     head = Int(words.positions >> 32)

@@ -38,6 +38,10 @@ struct Slot {
 
   var state = State.free
   var phase = Phase.piece
+  /// The device of the backing operation that was begun last.
+  var device: UInt16 = 0
+  /// It looks whether there is space, for all that wait for some.
+  var isProbe = false
   var operation = TargetRequest.Operation.read
   var isForced = false
   var keepsSpace = false
@@ -87,6 +91,7 @@ struct Slot {
     static let invalidation: Int32 = -1
     static let room: Int32 = -2
     static let scratch: Int32 = -3
+    static let space: Int32 = -4
   }
 }
 

@@ -52,7 +52,10 @@ struct FlushRounds {
 }
 
 extension UserTarget {
-  static let flushReason = "a flush of the store has failed, so writes may be lost"
+  /// What is said while a failed flush stands.
+  public static let flushReason =
+    "a flush of the store has failed, so writes may be lost: see to the store, then run"
+    + " 'dmu-xen clear'"
 
   /// A flush of the worker's own, with the errno of its end, 0 for success.
   public func flush(_ done: @escaping (Int32) -> Void) {
@@ -117,10 +120,12 @@ extension UserTarget {
       return
     }
     rounds.dirty = false
+    log.beginFlush()
     executor.start(BackingIO(.flush, device: 0, token: FlushRounds.token))
   }
 
   func deviceFlushed(_ code: Int32) {
+    log.endFlush(code)
     guard code == 0 else {
       flushFailed(code)
       endRound(EIO)
@@ -132,7 +137,7 @@ extension UserTarget {
   /// A flush of the store has failed, here or in a commit plan.
   func flushFailed(_ code: Int32) {
     log.failFlush(code)
-    health = .degraded(code, UserTarget.flushReason)
+    refreshHealth()
   }
 
   private func askCommit() {
@@ -152,6 +157,10 @@ extension UserTarget {
     if code == 0 {
       log.drop(upTo: rounds.mark)
       map.committed = log.committed
+      if trouble.commitFailed != 0 {
+        trouble.commitFailed = 0
+        refreshHealth()
+      }
       endRound(0)
     } else {
       if log.flushFailed == 0 { noteCommit(code) }
@@ -161,11 +170,8 @@ extension UserTarget {
 
   /// A commit that failed short of a failed flush may be tried again.
   private func noteCommit(_ code: Int32) {
-    if code == ENOSPC || code == EDQUOT {
-      health = .noSpace(code)
-    } else {
-      health = .degraded(code, IOError(code, "commit", "the store's metadata").description)
-    }
+    trouble.commitFailed = code
+    refreshHealth()
   }
 
   private func endRound(_ code: Int32) {

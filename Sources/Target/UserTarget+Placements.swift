@@ -197,7 +197,7 @@ extension UserTarget {
             mark: run.mark))
         recordedMark = max(recordedMark, run.mark)
         map.set(run)
-        if case .noSpace = health { health = .ready }
+        if trouble.space != 0 { spaceFound() }
       } else if !isInvalidating(run.first, run.end) {
         learn(run, except: index)
       }

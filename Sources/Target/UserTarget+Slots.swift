@@ -1,5 +1,6 @@
 // Slots: taking and freeing them, the order of requests, waiting and going on.
 
+import Glibc
 import Posix
 
 extension UserTarget {
@@ -110,6 +111,43 @@ extension UserTarget {
       failed[index] = code
     }
     wake(what)
+  }
+
+  // MARK: Waiting for space
+
+  /// Whether time may change something: to be told of by `tick` every second.
+  public var wantsTicks: Bool { trouble.isPassing }
+
+  /// A second has passed: one of the requests that wait for space tries again, or all fail when
+  /// they have waited too long. After `quiet` seconds without one, errors are forgotten.
+  public func tick(quiet: UInt32) {
+    trouble.settle(after: quiet)
+    if trouble.space != 0, space.timeout > 0, !trouble.spaceExpired,
+      DiskTrouble.now() - trouble.spaceSince >= Int64(space.timeout) * 1000
+    {
+      trouble.spaceExpired = true
+      endWaiting(ENOSPC)
+    }
+    refreshHealth()
+    let first = parked.firstIndex { slots[Int($0)].waitsFor == Slot.Wait.space }
+    guard let first else { return }
+    let index = Int(parked.remove(at: first))
+    slots[index].isProbe = true
+    makeReady(index)
+    drain()
+  }
+
+  /// There is space: whoever waits for some goes on.
+  func spaceFound() {
+    trouble.endShortage()
+    refreshHealth()
+    wake(Slot.Wait.space)
+  }
+
+  /// Fails whatever waits for space with an errno.
+  public func endWaiting(_ code: Int32) {
+    fail(waitingFor: Slot.Wait.space, code)
+    drain()
   }
 
   // MARK: Holding blocks

@@ -207,12 +207,13 @@ extension UserTarget {
     var io = BackingIO(
       operation, device: device, offset: offset, count: count, buffer: buffer,
       token: UInt32(index))
+    slots[index].device = device
+    slots[index].phase = phase
     if operation != .read { rounds.dirty = true }
     while io.count > 0 {
       let done = atOnce ? executor.attempt(io) : -Int(EAGAIN)
       if done <= 0 {
         guard done == -Int(EAGAIN) else { return .failed(Int32(-done)) }
-        slots[index].phase = phase
         slots[index].state = .io
         executor.start(io)
         return .pending
@@ -229,6 +230,7 @@ extension UserTarget {
     switch progress {
     case .done:
       slots[index].cursor = slots[index].pieceEnd
+      if slots[index].isProbe { spaceFound() }
       return true
     case .pending: return false
     case .failed(let code):
@@ -261,6 +263,7 @@ extension UserTarget {
     switch slots[index].phase {
     case .piece:
       slots[index].cursor = slots[index].pieceEnd
+      if slots[index].isProbe { spaceFound() }
       // Through the queue, so that a long request does not shut out the others.
       makeReady(index)
     case .copyRead: overlay(index)
@@ -269,22 +272,27 @@ extension UserTarget {
     }
   }
 
-  /// A backing device has failed under a request.
+  /// A backing device has failed under a request. One that finds no space may wait for some:
+  /// its place comes to nothing, and it asks anew.
   func failIO(_ index: Int, _ code: Int32) {
-    note(code, slots[index].operation)
+    let mayWait = note(code, index)
     if slots[index].holdFirst < slots[index].holdEnd { abandon(index, code) }
-    finish(index, code)
+    guard mayWait else { return finish(index, code) }
+    slots[index].isProbe = false
+    park(index, for: Slot.Wait.space)
   }
 
-  private func note(_ code: Int32, _ operation: TargetRequest.Operation) {
-    if case .degraded = health { return }
-    if code == ENOSPC || code == EDQUOT || code == EFBIG {
-      health = .noSpace(code)
+  /// Counts a failure. Whether its request waits for space.
+  private func note(_ code: Int32, _ index: Int) -> Bool {
+    let isRead = slots[index].operation == .read || slots[index].phase == .copyRead
+    let device = slots[index].device
+    if !isRead, SpacePolicy.isShortage(code) || code == EFBIG {
+      trouble.noteShortage(code)
     } else {
-      let what = operation == .read ? "a read" : "a write"
-      let reason = IOError(code, "serve \(what)", "a backing device").description
-      health = .degraded(code, reason)
+      trouble.count(device, executor.name(device), isRead: isRead, code)
     }
+    refreshHealth()
+    return !isRead && space.waits && !trouble.spaceExpired && SpacePolicy.isShortage(code)
   }
 
   // MARK: What a range is made of

@@ -61,8 +61,9 @@ public final class UserTarget: TargetEngine {
   public enum Health: Sendable, Equatable {
     /// All is well.
     case ready
-    /// The store has no space for new blocks; goes by itself once it has.
-    case noSpace(Int32)
+    /// The store has no space for new blocks; goes by itself once it has. `isWaiting`: writes
+    /// wait for space, otherwise they fail.
+    case noSpace(Int32, isWaiting: Bool)
     /// Something failed with this errno; an admin has to act.
     case degraded(Int32, String)
   }
@@ -90,6 +91,14 @@ public final class UserTarget: TargetEngine {
   public internal(set) var counters = Counters()
   /// How the disk is.
   public internal(set) var health = Health.ready
+  var trouble = DiskTrouble()
+  /// What becomes of a write that finds no space.
+  public var space = SpacePolicy(waits: false) {
+    didSet {
+      trouble.waits = space.waits
+      refreshHealth()
+    }
+  }
   let map: ExtentMap
   let slots: UnsafeMutablePointer<Slot>
   var slotsUsed = 0
@@ -148,9 +157,7 @@ public final class UserTarget: TargetEngine {
       highestMark = max(highestMark, extent.mark)
     }
     recordedMark = highestMark
-    if log.flushFailed != 0 {
-      health = .degraded(log.flushFailed, UserTarget.flushReason)
-    }
+    refreshHealth()
     executor.completion = { [unowned self] token, code in operationEnded(token, code) }
   }
 
@@ -167,10 +174,28 @@ public final class UserTarget: TargetEngine {
   /// Every uncommitted mapping, in the order of the marks.
   public func uncommitted() -> [Extent] { log.extents() }
 
-  /// An admin has seen to the store: flushes may succeed again.
+  /// An admin has seen to the store: flushes may succeed again, and errors are forgotten.
   public func clearFailure() {
     log.clearFlushFailure()
-    health = .ready
+    trouble.clear()
+    refreshHealth()
+  }
+
+  /// What a worker has found out of the flush in which its predecessor died: 0 when nothing was
+  /// lost by it, else the errno with which flushes fail from now on.
+  public func judgeFlush(_ code: Int32) {
+    log.judge(code)
+    refreshHealth()
+  }
+
+  /// Whether it is not known what became of the flush in which the worker before died.
+  public var isSuspect: Bool { log.isSuspect }
+
+  /// Has the health follow from what is known.
+  func refreshHealth() {
+    trouble.flushFailed = log.flushFailed
+    trouble.flushReason = UserTarget.flushReason
+    health = trouble.health
   }
 
   /// Names an owner for `submit`. It is kept alive until dismissed.
@@ -191,8 +216,11 @@ public final class UserTarget: TargetEngine {
   /// Runs `work` off the loop's thread, then `then` with its result on it. A flush that
   /// fails in it stands, as any failed flush of the store does.
   public func run(_ work: @escaping @Sendable () -> IOError?, then: @escaping (IOError?) -> Void) {
+    log.beginFlush()
     executor.run(work) { [unowned self] error in
-      if let error, error.operation == "flush" { flushFailed(error.code) }
+      let failed = error?.operation == "flush" ? error?.code ?? 0 : 0
+      log.endFlush(failed)
+      if failed != 0 { flushFailed(failed) }
       then(error)
     }
   }

@@ -51,6 +51,9 @@ public final class Disk {
   private let export: NBDExport
   private let worker: Worker
   private let log: Log
+  private let policy: DiskPolicy
+  private var ticks: EventLoop.Timer?
+  private var toldAt: Int64 = 0
   private var session: NBDSession?
   private var next: Descriptor?
 
@@ -60,12 +63,13 @@ public final class Disk {
   /// nothing outlives this process but what was flushed. The file's descriptor is lent for
   /// as long as the disk lives.
   public init(
-    _ image: OpenImage, pending: Int32?, loop: EventLoop, log: Log,
-    debugging: DiskDebugging = DiskDebugging()
+    _ image: OpenImage, pending: Int32?, policy: DiskPolicy = DiskPolicy(), loop: EventLoop,
+    log: Log, debugging: DiskDebugging = DiskDebugging()
   ) throws(WorkerError) {
     self.image = image
     self.loop = loop
     self.log = log
+    self.policy = policy
     let format = image.format
     do throws(IOError) {
       pool = try ThreadPool(loop: loop)
@@ -88,7 +92,8 @@ public final class Disk {
         size: format.size, blockSize: format.blockSize,
         executor: executor, log: pendingLog,
         readOnly: image.readOnly)
-    } catch { throw WorkerError("pending", "the record of uncommitted blocks: \(error)") }
+    } catch { throw WorkerError("pending-damaged", "the record of uncommitted blocks: \(error)") }
+    target.space = policy.space
     var options = NBDExport.Options()
     options.readOnly = image.readOnly
     export = NBDExport(target: target, loop: loop, options: options)
@@ -96,9 +101,38 @@ public final class Disk {
     worker = Worker(
       target: target, format: format, store: image.store, log: log,
       offload: { target.run($0, then: $1) }, trace: trace)
-    do throws(ImageError) { try worker.restore() } catch { throw WorkerError(error) }
+    worker.space = policy.space
+    do throws(ImageError) {
+      try worker.restore(verify: policy.verifies)
+    } catch { throw WorkerError(error) }
     let worker = worker
     loop.addStage(.answer) { worker.pump() }
+  }
+
+  /// Finds out what became of the flush in which the worker before this one died, if it did.
+  /// `isFlushed`: it was no such flush but the opening of this image, which went well. Blocks.
+  func judgeFlush(isFlushed: Bool = false) {
+    guard target.isSuspect else { return }
+    let code = isFlushed ? 0 : policy.judgeFlush()
+    if !isFlushed {
+      log(
+        code == 0 ? .info : .error, "the last worker died in a flush",
+        ["outcome": code == 0 ? "nothing is lost" : String(cString: strerror(code))])
+    }
+    target.judgeFlush(code)
+  }
+
+  /// An admin has acted: flushes may succeed again, and errors are forgotten.
+  public func clear() {
+    // What the witnesses have heard of is history, too.
+    let policy = policy
+    pool.run(
+      {
+        _ = policy.judgeFlush()
+        return nil
+      }, then: { _ in })
+    target.clearFailure()
+    worker.clear()
   }
 
   /// Serves NBD with its handshake to whoever connects to a listening socket.
@@ -115,6 +149,8 @@ public final class Disk {
   }
 
   private func attachNext() {
+    // The kernel sends again whatever waits for space.
+    if next != nil, target.outstanding > 0 { endWaiting(EIO) }
     guard session == nil, target.outstanding == 0, let socket = next.take() else { return }
     do throws(IOError) {
       session = try export.serve(socket) { [weak self] end in
@@ -135,13 +171,41 @@ public final class Disk {
     // Whether the last request of the old socket has ended is seen after a turn only.
     try loop.turn(timeout: next != nil ? 20 : timeout)
     attachNext()
-    let now = worker.condition.worse(Condition(target.health))
+    watch()
+    let now = conditionNow
     guard now != condition else { return }
+    // Counts change often; that they do is news once in a second.
+    if now.state == condition.state {
+      let time = DiskTrouble.now()
+      guard time - toldAt >= DiskPolicy.tick else { return }
+      toldAt = time
+    }
     condition = now
     log(
       now.state == .ready ? .info : .error, "the disk's state has changed",
       ["state": now.state.rawValue, "error": now.reason])
     conditionChanged(now)
+  }
+
+  private var conditionNow: Condition { worker.condition.worse(Condition(target.health)) }
+
+  /// A disk in trouble looks from time to time whether it is over; any other sleeps.
+  private func watch() {
+    guard target.wantsTicks || worker.wantsTicks else {
+      if let ticks { loop.cancel(ticks) }
+      ticks = nil
+      return
+    }
+    guard ticks == nil else { return }
+    ticks = loop.addTimer(after: DiskPolicy.tick, every: DiskPolicy.tick) { [unowned self] in
+      target.tick(quiet: policy.quietTime)
+      worker.tick(quiet: policy.quietTime)
+    }
+  }
+
+  private func endWaiting(_ code: Int32) {
+    worker.endWaiting(code)
+    target.endWaiting(code)
   }
 
   /// Ends serving, lets what is under way come to its end, flushes and commits. Turns the
@@ -150,6 +214,10 @@ public final class Disk {
     next = nil
     export.close()
     holder?.go()
+    // Who ends does not wait for space; a pending log keeps what cannot be committed.
+    target.space.waits = false
+    worker.space.waits = false
+    endWaiting(ENOSPC)
     while target.outstanding > 0 { try turn(timeout: 100) }
     var result: Int32?
     target.flush { result = $0 }
@@ -163,8 +231,9 @@ public final class Disk {
     var report = DiskReport(image)
     report.disk = disk
     report.version = version
-    report.state = condition.state
-    report.error = condition.reason
+    let now = conditionNow
+    report.state = now.state
+    report.error = now.reason
     report.attached = isAttached
     report.uncommitted = UInt64(target.uncommittedCount)
     report.reads = target.counters.reads
@@ -198,8 +267,11 @@ extension Condition {
   init(_ health: UserTarget.Health) {
     switch health {
     case .ready: self = .ready
-    case .noSpace(let code):
-      self.init(.noSpace, "no space for a write (\(String(cString: strerror(code))))")
+    case .noSpace(let code, let isWaiting):
+      let what = isWaiting ? "writes wait for space" : "a write has found no space"
+      self.init(
+        .noSpace,
+        "\(what) (\(String(cString: strerror(code)))): make room where the store is")
     case .degraded(let code, let what):
       self.init(.degraded, "\(what) (\(String(cString: strerror(code))))")
     }

@@ -27,17 +27,22 @@ final class NodeDisk {
   private let worker: Worker
   private let log: Log
   private var registration: EventLoop.Registration?
-  private var spaceTimer: EventLoop.Timer?
-  /// How often a disk without space looks for some, in milliseconds.
-  private static let lookForSpace: Int64 = 3000
+  private let policy: DiskPolicy
+  /// Where it stands that a flush of the worker's own is under way; its records are the module's.
+  private let pending: PendingLog?
+  private var ticks: EventLoop.Timer?
+  private var toldAt: Int64 = 0
 
   /// Shakes hands with the module over an open node and takes up what it has uncommitted.
   /// Throws when the image is not the one of the device.
   init(
     _ node: consuming Node, _ image: OpenImage, _ plan: KernelPlan, name: String,
-    loop: EventLoop, log: Log
+    pending raw: Int32? = nil, policy: DiskPolicy = DiskPolicy(), loop: EventLoop, log: Log
   ) throws(WorkerError) {
     let format = image.format
+    let pending = try Self.pending(raw, format)
+    self.pending = pending
+    self.policy = policy
     let pool = try system { () throws(IOError) in try ThreadPool(loop: loop) }
     let target: KernelTarget
     do throws(IOError) {
@@ -58,8 +63,18 @@ final class NodeDisk {
     self.log = log
     worker = Worker(
       target: target, format: format, store: image.store, log: log,
-      offload: { pool.run($0, then: $1) })
+      offload: { work, then in
+        pending?.beginFlush()
+        pool.run(work) { error in
+          pending?.endFlush(error?.operation == "flush" ? error?.code ?? 0 : 0)
+          then(error)
+        }
+      })
+    worker.space = policy.space
+    target.space = policy.space
+    if let pending, pending.flushFailed != 0 { worker.flushFailed = true }
     do throws(WorkerError) {
+      // The device has held its files all the time.
       do throws(ImageError) { try worker.restore() } catch { throw WorkerError(error) }
       try prime(format)
       worker.grant()
@@ -74,6 +89,43 @@ final class NodeDisk {
     loop.addStage(.answer) { worker.pump() }
   }
 
+  private static func pending(
+    _ raw: Int32?, _ format: any ImageFormat
+  ) throws(WorkerError) -> PendingLog? {
+    guard let raw else { return nil }
+    do throws(PendingLogError) {
+      return try PendingLog(mapping: raw, size: format.size, blockSize: format.blockSize)
+    } catch { throw WorkerError("pending-damaged", "the record of flushes: \(error)") }
+  }
+
+  /// As `Disk.judgeFlush`.
+  func judgeFlush(isFlushed: Bool = false) {
+    guard let pending, pending.isSuspect else { return }
+    let code = isFlushed ? 0 : policy.judgeFlush()
+    pending.judge(code)
+    guard !isFlushed else { return }
+    log(
+      code == 0 ? .info : .error, "the last worker died in a flush",
+      ["outcome": code == 0 ? "nothing is lost" : String(cString: strerror(code))])
+    // The module asks again, and then has it stand.
+    if pending.flushFailed != 0 { worker.flushFailed = true }
+  }
+
+  /// An admin has acted: errors are forgotten. That the module lets flushes succeed again is
+  /// for the message `clear_error`.
+  func clear() {
+    let policy = policy
+    pool.run(
+      {
+        _ = policy.judgeFlush()
+        return nil
+      }, then: { _ in })
+    pending?.clearFlushFailure()
+    worker.flushFailed = false
+    target.clearFailure()
+    worker.clear()
+  }
+
   /// Whether the device is gone. Throws when the node has failed otherwise.
   func isGone() throws(WorkerError) -> Bool {
     guard let failure = target.failure else { return false }
@@ -84,9 +136,15 @@ final class NodeDisk {
   /// One turn of the loop.
   func turn(timeout: Int32 = -1) throws(WorkerError) {
     try system { () throws(IOError) in try loop.turn(timeout: timeout) }
-    watchSpace()
-    let now = worker.condition.worse(Condition(target.health))
+    watch()
+    let now = conditionNow
     guard now != condition else { return }
+    // Counts change often; that they do is news once in a second.
+    if now.state == condition.state {
+      let time = DiskTrouble.now()
+      guard time - toldAt >= DiskPolicy.tick else { return }
+      toldAt = time
+    }
     condition = now
     log(
       condition.state == .ready ? .info : .error, "the disk's state has changed",
@@ -94,16 +152,24 @@ final class NodeDisk {
     conditionChanged(condition)
   }
 
-  /// A disk that wants space looks for some from time to time; any other sleeps.
-  private func watchSpace() {
-    guard case .noSpace = target.health else {
-      if let spaceTimer { loop.cancel(spaceTimer) }
-      spaceTimer = nil
+  private var conditionNow: Condition {
+    guard let failed = pending?.flushFailed, failed != 0 else {
+      return worker.condition.worse(Condition(target.health))
+    }
+    return Condition(.degraded(failed, UserTarget.flushReason))
+  }
+
+  /// A disk in trouble looks from time to time whether it is over; any other sleeps.
+  private func watch() {
+    guard target.wantsTicks || worker.wantsTicks else {
+      if let ticks { loop.cancel(ticks) }
+      ticks = nil
       return
     }
-    guard spaceTimer == nil else { return }
-    spaceTimer = loop.addTimer(after: Self.lookForSpace, every: Self.lookForSpace) {
-      [target] in target.lookForSpace()
+    guard ticks == nil else { return }
+    ticks = loop.addTimer(after: DiskPolicy.tick, every: DiskPolicy.tick) { [unowned self] in
+      target.tick(quiet: policy.quietTime)
+      worker.tick(quiet: policy.quietTime)
     }
   }
 
@@ -112,8 +178,9 @@ final class NodeDisk {
     var report = DiskReport(image)
     report.byNode = true
     report.attached = target.failure == nil
-    report.state = condition.state
-    report.error = condition.reason
+    let now = conditionNow
+    report.state = now.state
+    report.error = now.reason
     report.faults = worker.faults
     do throws(IOError) {
       report.memory = try Hardening.residentMemory()
@@ -139,8 +206,8 @@ final class NodeDisk {
 
   /// Ends the threads. Nothing may be asked after it.
   func shutdown() {
-    if let spaceTimer { loop.cancel(spaceTimer) }
-    spaceTimer = nil
+    if let ticks { loop.cancel(ticks) }
+    ticks = nil
     if let registration { loop.remove(registration) }
     registration = nil
     pool.shutdown()

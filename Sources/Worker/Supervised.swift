@@ -12,6 +12,7 @@ import DeviceMapper
 import Glibc
 import ImageFormats
 import Posix
+import Target
 import WorkerLink
 
 /// How a supervised worker shall be.
@@ -64,6 +65,9 @@ public final class Supervised {
   /// Why a disk that was to be served by its node is not.
   private var hindrance: String?
   private var stopping = false
+  private var witnesses: [FileStore] = []
+  /// Whether the pending log said of no flush that it was under way before this image was opened.
+  private var isFlushed = false
 
   /// Runs a worker to its end. Answers its exit status: 0 after an order or a signal to stop,
   /// with everything durable; 1 when the disk could not be served or committed.
@@ -146,7 +150,7 @@ public final class Supervised {
       guard let file = descriptors.take(.file) else {
         return server.refuse("file", "'file' came without a descriptor")
       }
-      take(file, opening)
+      take(file, descriptors.take(.witness), opening)
     case (.refuseFile(let reason), .opening): fail(WorkerError("base-refused", reason))
     case (.attach, .serving(let disk)):
       guard let socket = descriptors.take(.nbd) else {
@@ -158,6 +162,12 @@ public final class Supervised {
         return server.refuse("attach", "'attach' came without a node")
       }
       serve(node, image, plan)
+    case (.clear, .serving(let disk)):
+      disk.clear()
+      server.send(.status(report(disk)))
+    case (.clear, .byNode(let disk)):
+      disk.clear()
+      server.send(.status(named(disk.report())))
     case (.status, .serving(let disk)): server.send(.status(report(disk)))
     case (.status, .byNode(let disk)): server.send(.status(named(disk.report())))
     case (.descriptors(let index), .serving(let disk)): returnDescriptors(disk.image, index)
@@ -177,6 +187,13 @@ public final class Supervised {
         throw WorkerError("protocol", "'start' came without a store")
       }
       let store = try Self.fileStore(given, start.storePath ?? "store")
+      if let given = descriptors.take(.witness) {
+        witnesses.append(try Self.fileStore(given, store.name))
+      }
+      // Opening an image may flush it. Should this worker die in that, the next one knows.
+      if let raw = descriptors.raw(.pending) {
+        isFlushed = try system { () throws(IOError) in try PendingLog.suspect(raw) }
+      }
       if let given = descriptors.take(.base) {
         base = try Self.fileStore(given, start.basePath ?? "base")
       }
@@ -192,10 +209,13 @@ public final class Supervised {
     } catch { throw WorkerError(error) }
   }
 
-  private func take(_ file: consuming Descriptor, _ opening: Opening) {
+  private func take(
+    _ file: consuming Descriptor, _ witness: consuming Descriptor?, _ opening: Opening
+  ) {
     guard let need = opening.need else { return }
     do throws(WorkerError) {
       files.append((need, try Self.fileStore(file, need.path)))
+      if let witness { witnesses.append(try Self.fileStore(witness, need.path)) }
       var next = opening
       next.need = nil
       open(next)
@@ -238,18 +258,43 @@ public final class Supervised {
         phase = .opening(waiting)
         return server.send(.needFile(missing))
       }
+      pending = opening.descriptors.take(.pending)
       if opening.order.byNode {
-        switch KernelPlan.make(image) {
+        switch try plan(of: image) {
         case .plan(let plan): return try prepare(image, plan, opening)
         case .hindrance(let why):
           log(.info, "the kernel cannot serve it", ["reason": why])
           hindrance = why
         }
       }
-      pending = opening.descriptors.take(.pending)
-      let disk = try Disk(image, pending: pending?.raw, loop: loop, log: log)
+      let disk = try Disk(
+        image, pending: pending?.raw, policy: policy(opening.order), loop: loop, log: log)
+      disk.judgeFlush(isFlushed: isFlushed)
       serve(disk, opening.descriptors)
     } catch { fail(error) }
+  }
+
+  /// How the kernel may serve an image. What a former worker has left in the pending log, it
+  /// cannot take up.
+  private func plan(of image: OpenImage) throws(WorkerError) -> KernelPlan.Outcome {
+    let log = try system { () throws(IOError) -> PendingSummary in
+      // A descriptor of its own, since a file store closes what it is given.
+      guard let copy = try pending?.duplicate() else { return .nothing }
+      return try PendingSummary(FileStore(copy, name: "pending log"))
+    }
+    guard log.uncommitted == 0 else {
+      return .hindrance("has writes in its pending log that are to be committed first")
+    }
+    return KernelPlan.make(image)
+  }
+
+  private func policy(_ order: StartOrder) -> DiskPolicy {
+    var policy = DiskPolicy()
+    policy.space = SpacePolicy(waits: !order.failsWhenFull, timeout: order.fullTimeout)
+    policy.quietTime = order.quietTime
+    policy.verifies = !order.isHeld
+    policy.witnesses = witnesses
+    return policy
   }
 
   /// Waits for the node of a device that stands on the files of a plan.
@@ -295,7 +340,10 @@ public final class Supervised {
     let name = order?.disk ?? ""
     do throws(WorkerError) {
       let node = try Self.node(node)
-      let disk = try NodeDisk(node, image, plan, name: name, loop: loop, log: log)
+      let disk = try NodeDisk(
+        node, image, plan, name: name, pending: pending?.raw,
+        policy: order.map { policy($0) } ?? DiskPolicy(), loop: loop, log: log)
+      disk.judgeFlush(isFlushed: isFlushed)
       disk.conditionChanged = { [unowned self] condition in
         server.send(.event(condition.state, error: condition.reason))
       }
@@ -336,11 +384,17 @@ public final class Supervised {
       lent[.store] = (image.store as? FileStore)?.raw
       lent[.base] = base?.raw
       lent[.pending] = pending?.raw
+      lent[.witness] = witness(of: image.store as? FileStore)
     } else if files.indices.contains(index - 1) {
       need = files[index - 1].need
       lent[.file] = files[index - 1].store.raw
+      lent[.witness] = witness(of: files[index - 1].store)
     }
     server.send(.descriptors(files: files.count, file: need), lending: lent)
+  }
+
+  private func witness(of store: FileStore?) -> Int32? {
+    witnesses.first { $0.name == store?.name }?.raw
   }
 
   private func report(_ disk: Disk) -> DiskReport {

@@ -132,6 +132,7 @@ final class HoldingExecutor: IOExecutor {
   }
   var deviceCount: Int { inner.deviceCount }
   func isWritable(_ device: UInt16) -> Bool { inner.isWritable(device) }
+  func name(_ device: UInt16) -> String { inner.name(device) }
   func end(_ device: UInt16) -> UInt64 { inner.end(device) }
 
   private func holds(_ io: BackingIO) -> Bool {

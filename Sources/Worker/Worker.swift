@@ -75,6 +75,20 @@ public final class Worker {
   private var lost: Mark?
   /// Flush faults not yet answered; the first one's plan is being run.
   private var flushes: [(id: FaultID, upTo: Mark)] = []
+  /// A flush has failed that nobody heard of: every one fails until an admin acts.
+  var flushFailed = false
+  /// What becomes of a question that the format cannot answer for want of space.
+  var space = SpacePolicy(waits: false)
+  /// Questions that wait for space, in the order in which they came.
+  private var starving: [Fault] = []
+  /// The question that is being answered.
+  private var asked: Fault?
+  /// Whether the plan of the first flush found no space and is tried again.
+  private var isStuck = false
+  /// Since when questions or a commit have waited, in milliseconds; 0: none does.
+  private var starvingSince: Int64 = 0
+  /// When the condition became worse last, in milliseconds.
+  private var conditionSince: Int64 = 0
 
   /// A worker from its parts.
   public convenience init(
@@ -97,10 +111,13 @@ public final class Worker {
     self.offload = offload
   }
 
-  /// Takes up what a former worker left uncommitted. Before the first `pump`.
-  public func restore() throws(ImageError) {
+  /// Takes up what a former worker left uncommitted. Before the first `pump`. With `verify`
+  /// somebody else may have had the store meanwhile: throws `stale` when it is not the one any
+  /// more on which the placements were made.
+  public func restore(verify: Bool = false) throws(ImageError) {
     let extents = target.uncommitted()
     guard !extents.isEmpty else { return }
+    if verify { try StoreCheck.verify(format, extents, name: store.name) }
     try format.restore(extents)
     lastMark = extents.reduce(0) { max($0, $1.mark) }
     log(.info, "took up uncommitted placements", ["count": String(extents.count)])
@@ -119,6 +136,8 @@ public final class Worker {
 
   private func handle(_ fault: Fault) {
     trace?.fault(fault)
+    asked = fault
+    defer { asked = nil }
     switch fault {
     case .read(let id, let blocks):
       resolve(id, blocks) { () throws(ImageError) in
@@ -187,10 +206,7 @@ public final class Worker {
     do throws(ImageError) {
       answer = try ask()
     } catch {
-      let what = "block \(blocks.first): \(error)"
-      log(.error, "the image cannot answer", ["block": String(blocks.first), "error": "\(error)"])
-      degrade(error.cause?.code == ENOSPC ? .noSpace : .degraded, what)
-      give(.fail(id, code: error.cause?.code ?? EIO))
+      refuse(id, blocks, error)
       return
     }
     if target.takesGrants, case .map(_, let placement, _) = answer,
@@ -210,6 +226,74 @@ public final class Worker {
     if mark != 0 { format.abandon(mark) }
     degrade(.degraded, "the target refused the answer for block \(blocks.first)")
     give(.fail(id, code: EIO))
+  }
+
+  /// The format has no answer: the question waits, if that is for want of space, or fails.
+  private func refuse(_ id: FaultID, _ blocks: BlockRange, _ error: ImageError) {
+    let code = error.cause?.code ?? EIO
+    let what = "block \(blocks.first): \(error)"
+    let isFull = SpacePolicy.isShortage(code)
+    log(
+      isFull ? .info : .error, "the image cannot answer",
+      ["block": String(blocks.first), "error": "\(error)"])
+    degrade(isFull ? .noSpace : .degraded, what)
+    guard isFull, let asked, starve() else {
+      give(.fail(id, code: code))
+      return
+    }
+    starving.append(asked)
+  }
+
+  /// Whether something may wait for space; then it does.
+  private func starve() -> Bool {
+    guard space.waits else { return false }
+    if starvingSince == 0 { starvingSince = DiskTrouble.now() }
+    return space.timeout == 0
+      || DiskTrouble.now() - starvingSince < Int64(space.timeout) * 1000
+  }
+
+  /// Whether time alone may change something: to be told of by `tick` every second.
+  public var wantsTicks: Bool { starvingSince != 0 || condition != .ready }
+
+  /// A second has passed: what waits for space is tried again. After `quiet` seconds without a
+  /// new one, errors that the format met are forgotten; 0: never.
+  public func tick(quiet: UInt32) {
+    if quiet > 0, condition.state == .degraded, lost == nil, !isStuck,
+      DiskTrouble.now() - conditionSince >= Int64(quiet) * 1000
+    {
+      condition = .ready
+    }
+    guard starvingSince != 0 else { return }
+    if isStuck {
+      isStuck = false
+      commit()
+    }
+    let waiting = starving
+    starving = []
+    for fault in waiting { handle(fault) }
+    if starving.isEmpty, !isStuck {
+      starvingSince = 0
+      if condition.state == .noSpace { condition = .ready }
+    }
+  }
+
+  /// Fails whatever waits for space, and the commit that does, with an errno.
+  public func endWaiting(_ code: Int32) {
+    let waiting = starving
+    starving = []
+    starvingSince = 0
+    for fault in waiting {
+      if let id = fault.id { give(.fail(id, code: code)) }
+    }
+    guard isStuck, let flush = flushes.first else { return }
+    isStuck = false
+    finish(.fail(flush.id, code: code))
+  }
+
+  /// An admin has acted: what went wrong is history, but for placements that were lost.
+  public func clear() {
+    guard lost == nil, starvingSince == 0 else { return }
+    condition = .ready
   }
 
   /// Whether the target took it.
@@ -233,6 +317,7 @@ public final class Worker {
   private func commit() {
     guard let flush = flushes.first else { return }
     if let lost, lost <= flush.upTo { return finish(.fail(flush.id, code: EIO)) }
+    guard !flushFailed else { return finish(.fail(flush.id, code: EIO)) }
     let plan: CommitPlan
     do throws(ImageError) {
       plan = try format.commitPlan(upTo: flush.upTo)
@@ -255,15 +340,23 @@ public final class Worker {
         log(.error, "a commit failed", ["error": "\(failure)"])
         // What a failed flush was to write may be gone, whatever its errno: EIO stands.
         let code = failure.operation == "flush" ? EIO : failure.code
-        degrade(code == ENOSPC ? .noSpace : .degraded, "cannot commit: \(failure)")
-        finish(.fail(flush.id, code: code))
+        let isFull = SpacePolicy.isShortage(code)
+        degrade(isFull ? .noSpace : .degraded, "cannot commit: \(failure)")
+        if isFull, starve() {
+          isStuck = true
+        } else {
+          finish(.fail(flush.id, code: code))
+        }
       })
   }
 
   private func committed(_ flush: (id: FaultID, upTo: Mark)) {
     format.committed(upTo: flush.upTo)
     // A disk that ran out of space and can commit again has found some.
-    if condition.state == .noSpace { condition = .ready }
+    if condition.state == .noSpace, starving.isEmpty {
+      condition = .ready
+      starvingSince = 0
+    }
     finish(.flushDone(flush.id))
   }
 
@@ -273,9 +366,10 @@ public final class Worker {
     commit()
   }
 
-  /// Degradation goes one way: what is degraded stays so, with its first reason.
+  /// What is degraded stays so, with its first reason, until `clear` or a quiet time.
   private func degrade(_ state: DiskState, _ reason: String) {
     let next = Condition(state, reason)
+    conditionSince = DiskTrouble.now()
     if condition.worse(next) != condition { condition = next }
   }
 

@@ -26,6 +26,9 @@ public struct StartOrder: Sendable, Equatable {
   /// Whether a node shall follow in place of an nbd socket, if the kernel can serve the image
   /// by itself; the report says.
   public var byNode = false
+  /// Whether the store's lock was held ever since its pending log was begun. Without it the log is
+  /// compared with the store, which another program may have changed meanwhile.
+  public var isHeld = false
   /// Whether a write that finds no space fails at once. Without it the write waits for space.
   public var failsWhenFull = false
   /// Seconds that a write waits for space before it fails; 0: without a limit.
@@ -79,6 +82,7 @@ public enum WorkerOrder: Sendable, Equatable {
       fields["base-path"] = order.basePath
       fields["base-format"] = order.baseFormat
       fields["depth"] = order.depth.map { String($0) }
+      if order.isHeld { fields["held"] = "1" }
       if order.failsWhenFull { fields["fails-when-full"] = "1" }
       if order.fullTimeout > 0 { fields["full-timeout"] = String(order.fullTimeout) }
       if order.quietTime > 0 { fields["quiet-time"] = String(order.quietTime) }
@@ -107,6 +111,7 @@ public enum WorkerOrder: Sendable, Equatable {
       order.basePath = message.fields["base-path"]
       order.baseFormat = message.fields["base-format"]
       order.depth = try message.optionalNumber("depth")
+      order.isHeld = try message.flag("held")
       order.failsWhenFull = try message.flag("fails-when-full")
       order.fullTimeout = try message.optionalNumber("full-timeout") ?? 0
       order.quietTime = try message.optionalNumber("quiet-time") ?? 0

@@ -59,11 +59,23 @@ final class CowdProcess {
   private let output: Descriptor
   private let log: Descriptor
 
-  init(_ arguments: [String], descriptors: [Int32: Int32] = [:], folder: TemporaryFolder) throws {
+  /// `injecting`: what strace is to do to its system calls, as its `-e inject=` has it.
+  init(
+    _ arguments: [String], descriptors: [Int32: Int32] = [:], injecting: String? = nil,
+    folder: TemporaryFolder
+  ) throws {
     let pair = try UnixSocket.pair(.stream)
     let path = folder.file("log")
     log = try Descriptor(path: path, flags: O_RDWR | O_CREAT | O_APPEND, mode: 0o600)
     var command = Command(try program("cowd"), arguments)
+    if let injecting {
+      // With -D it is strace that is the child, and this process cowd's.
+      let call = injecting.prefix { $0 != ":" }
+      command = Command(
+        "/usr/bin/strace",
+        ["-D", "-f", "-o", "/dev/null", "-e", "trace=\(call)", "-e", "inject=\(injecting)"]
+          + [try program("cowd")] + arguments)
+    }
     command.descriptors = descriptors
     command.descriptors[1] = pair.second.raw
     command.descriptors[2] = log.raw
@@ -106,7 +118,14 @@ final class CowdProcess {
   /// Ends it at this instant.
   func kill9() throws {
     try process.send(SIGKILL)
-    #expect(try process.wait(milliseconds: 30_000) == .signalled(SIGKILL))
+    var end = try process.wait(milliseconds: 30_000)
+    // A tracer hears of it first.
+    for _ in 0..<300 where end == nil {
+      usleep(10_000)
+      end = try process.wait(milliseconds: 100)
+    }
+    let words = end == .signalled(SIGKILL) ? "" : try messages()
+    #expect(end == .signalled(SIGKILL), "\(words)")
   }
 
   /// Asks it to end and expects it to do so well.

@@ -103,7 +103,7 @@ import WorkerLink
       try daemon.link.send(WorkerOrder.descriptors(index: 0))
       let (report, descriptors) = try daemon.report()
       #expect(report == WorkerReport.descriptors(files: 0, file: nil))
-      #expect(descriptors.roles == [.store, .base, .pending])
+      #expect(descriptors.roles == TestDaemon.all)
       var given = stat()
       var known = stat()
       let store = try #require(descriptors.raw(.store))

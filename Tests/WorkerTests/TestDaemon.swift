@@ -17,22 +17,33 @@ final class TestDaemon {
   private let store: Descriptor
   private let base: Descriptor
   private let pending: Descriptor
+  /// The store once more, by an open file description that only a successor asks.
+  private let witness: Descriptor
+  private let injecting: String?
 
   /// `store` and `base` stand in for the image's own.
-  init(_ image: TestImage, store path: String? = nil, base: String? = nil) throws {
+  /// `injecting`: as of `CowdProcess`, for the first worker.
+  init(
+    _ image: TestImage, store path: String? = nil, base: String? = nil, injecting: String? = nil
+  ) throws {
     self.image = image
+    self.injecting = injecting
     linkPath = image.folder.file("link")
     listener = try UnixSocket.listen(at: linkPath, kind: .packets)
     store = try Descriptor(path: path ?? image.store, flags: O_RDWR)
+    witness = try Descriptor(path: path ?? image.store, flags: O_RDONLY)
     self.base = try Descriptor(path: base ?? image.base, flags: O_RDONLY)
     pending = try Descriptor(
       path: image.folder.file("pending"), flags: O_RDWR | O_CREAT, mode: 0o600)
-    worker = try Self.spawn(listener.raw, image.folder)
+    worker = try Self.spawn(listener.raw, image.folder, injecting)
     link = try LinkConnection(path: linkPath)
   }
 
-  private static func spawn(_ listener: Int32, _ folder: TemporaryFolder) throws -> CowdProcess {
-    try CowdProcess(["--supervised"], descriptors: [3: listener], folder: folder)
+  private static func spawn(
+    _ listener: Int32, _ folder: TemporaryFolder, _ injecting: String? = nil
+  ) throws -> CowdProcess {
+    try CowdProcess(
+      ["--supervised"], descriptors: [3: listener], injecting: injecting, folder: folder)
   }
 
   /// Another process in place of a dead one.
@@ -44,19 +55,23 @@ final class TestDaemon {
   /// Another link, as a daemon that has been restarted makes.
   func relink() throws { link = try LinkConnection(path: linkPath) }
 
+  static let all: Set<LinkRole> = [.store, .base, .pending, .witness]
+
   var order: StartOrder {
     var order = StartOrder(disk: "1-51712", format: "dscow")
     order.storePath = image.store
     order.basePath = image.base
+    order.isHeld = true
     return order
   }
 
   /// Sends `start`, with the descriptors of these roles.
-  func start(_ order: StartOrder? = nil, roles: Set<LinkRole> = [.store, .base, .pending]) throws {
+  func start(_ order: StartOrder? = nil, roles: Set<LinkRole> = TestDaemon.all) throws {
     var lent: [LinkRole: Int32] = [:]
     if roles.contains(.store) { lent[.store] = store.raw }
     if roles.contains(.base) { lent[.base] = base.raw }
     if roles.contains(.pending) { lent[.pending] = pending.raw }
+    if roles.contains(.witness) { lent[.witness] = witness.raw }
     try link.send(.start(order ?? self.order), lending: lent)
   }
 
@@ -97,8 +112,10 @@ final class TestDaemon {
   }
 
   /// Starts the disk and expects it to be ready.
-  func startReady() throws -> DiskReport {
-    try start()
+  func startReady(
+    _ order: StartOrder? = nil, roles: Set<LinkRole> = TestDaemon.all
+  ) throws -> DiskReport {
+    try start(order, roles: roles)
     guard case .ready(let report) = try report().0 else {
       throw IOError(EPROTO, "start", "the worker: \(try worker.messages())")
     }

@@ -45,7 +45,7 @@ int dmu_pidfd_send_signal(int pidfd, int signal);
 // siginfo_t, 0 when it still runs. Source: waitid(2), P_PIDFD.
 int dmu_pidfd_reap(int pidfd, int *code, int *status);
 
-// Blocks the signals for the calling thread, ignores SIGPIPE, and gives a non-blocking
+// Blocks the signals for the calling thread, ignores SIGPIPE and SIGXFSZ, and gives a non-blocking
 // descriptor from which they are read. Source: signalfd(2).
 int dmu_signal_descriptor(const int *signals, size_t count);
 

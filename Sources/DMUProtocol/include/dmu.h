@@ -71,6 +71,11 @@ enum dmu_message_type {
 	 * them be tried again. A new opener is told while it stands.
 	 */
 	DMU_FLUSH_FAILED = 12,
+	/*
+	 * A request failed on its backing device (DMU_READ or DMU_WRITE): device and code say
+	 * which and how. Told beside whatever else comes of it, for whoever counts.
+	 */
+	DMU_DEVICE_ERROR = 13,
 };
 
 /* From the kernel: struct dmu_message.flags. */
@@ -81,6 +86,12 @@ enum dmu_message_type {
 #define DMU_IN_FLIGHT		0x10	/* dump: its data is still being written */
 #define DMU_AGAIN		0x20	/* an earlier opener was told this already */
 #define DMU_TAKES_GRANTS	0x40	/* version: DMU_GRANT is known */
+/*
+ * Fault, discard: what waits was sent to its place and failed there with code. Only after
+ * DMU_HOLD_FAILED. DMU_FAIL ends it; after DMU_WAIT, DMU_RETRY has it tried again from the
+ * start. No other answer is taken.
+ */
+#define DMU_FAILED		0x80
 
 /* One record of read(2). */
 struct dmu_message {
@@ -93,7 +104,7 @@ struct dmu_message {
 	__u64 sector;		/* dump, placed: of the first; fault: of the request */
 	__u16 device;		/* dump, placed: its device; version: how many */
 	__u16 version;		/* version: DMU_VERSION */
-	__s32 code;		/* errors: a positive errno */
+	__s32 code;		/* errors, DMU_FAILED: a positive errno */
 	__u32 block_sectors;	/* version: sectors of a block; fault: of the request */
 	__u32 reserved;
 };
@@ -117,6 +128,11 @@ enum dmu_answer_type {
 	 * which is in a row as the blocks are. There is one grant at a time; with count 0 none.
 	 */
 	DMU_GRANT = 13,
+	/*
+	 * With code 1: a write that fails on its device does not fail, but is asked about, with
+	 * DMU_FAILED. Stays when the node is closed. With code 0: it fails.
+	 */
+	DMU_HOLD_FAILED = 14,
 };
 
 /* To the kernel: struct dmu_answer.flags. */
