@@ -105,6 +105,8 @@ static int dmu_take_fail(struct dmu_device *dev, struct dmu_answer *a)
 
 	if (a->code <= 0 || a->code > MAX_ERRNO)
 		return -EINVAL;
+	if (!dmu_failed_answer(dev, a->id, -a->code))
+		return 0;
 	error = dmu_claim(dev, a, &cell);
 	if (error)
 		return dmu_flush_answer(dev, a->id, -a->code);
@@ -132,6 +134,8 @@ static int dmu_take_retry(struct dmu_device *dev, struct dmu_answer *a)
 	struct dmu_cell *cell = NULL;
 	int error = 0;
 
+	if (a->id && !dmu_failed_answer(dev, a->id, 0))
+		return 0;
 	spin_lock_irq(&dev->lock);
 	if (a->id)
 		cell = dmu_cell_by_id(dev, a->id);
@@ -244,6 +248,16 @@ static int dmu_take_dump(struct dmu_device *dev)
 	return 0;
 }
 
+static int dmu_take_hold_failed(struct dmu_device *dev, struct dmu_answer *a)
+{
+	if (a->code != 0 && a->code != 1)
+		return -EINVAL;
+	spin_lock_irq(&dev->lock);
+	dev->failed.hold = a->code;
+	spin_unlock_irq(&dev->lock);
+	return 0;
+}
+
 static int dmu_take_one(struct dmu_device *dev, struct dmu_answer *a, struct dmu_chain *chain)
 {
 	if (a->flags & ~DMU_ALL_ANSWER_FLAGS || a->reserved[0] || a->reserved[1] ||
@@ -278,6 +292,8 @@ static int dmu_take_one(struct dmu_device *dev, struct dmu_answer *a, struct dmu
 		return dmu_take_dump(dev);
 	case DMU_GRANT:
 		return dmu_take_grant(dev, a);
+	case DMU_HOLD_FAILED:
+		return dmu_take_hold_failed(dev, a);
 	default:
 		return -EINVAL;
 	}

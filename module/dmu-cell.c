@@ -90,6 +90,7 @@ void dmu_issue(struct dmu_device *dev, struct bio *bio, unsigned long word,
 	if (bio_op(bio) == REQ_OP_WRITE && (bio->bi_opf & REQ_FUA) &&
 	    (atomic_read(&dev->uncommitted) || READ_ONCE(dev->flush.failed)))
 		dmu_force(bio);
+	dmu_failed_note(bio);
 	bio_set_dev(bio, bdev);
 	bio->bi_iter.bi_sector = sector;
 	dmu_submit_bio(bio);
@@ -246,6 +247,8 @@ void dmu_ask(struct dmu_cell *cell)
 	dmu_count(dev, DMU_STAT_FAULTS);
 	trace_dmu_fault(dev->minor, cell->type, cell->flags, cell->id, cell->block, cell->count);
 	wake_up(&dev->wait);
+	if (unlikely(READ_ONCE(dev->failing)))
+		queue_work(dev->wq, &dev->fail_work);
 }
 
 static struct dmu_cell *dmu_cell_make(struct dmu_device *dev, struct bio *bio)
@@ -304,6 +307,8 @@ static void dmu_defer(struct dmu_device *dev, struct bio *bio)
 {
 	bio_list_add(&dev->deferred, bio);
 	atomic_inc(&dev->busy);
+	if (unlikely(READ_ONCE(dev->failing)))
+		queue_work(dev->wq, &dev->fail_work);
 	mod_delayed_work(dev->wq, &dev->deferred_work, HZ / 100);
 }
 

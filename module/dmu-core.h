@@ -38,7 +38,7 @@
  *   answer_mutex        answers are taken one at a time; guards table and gone
  *   map_mutex           changes of the index; new marks
  *   lock                (spin, any context) cells, placements, messages, marks, the flush,
- *                       forced writes, invalidations, opener
+ *                       forced and failed writes, invalidations, opener
  *
  * Memory
  *
@@ -84,6 +84,7 @@ struct dmu_io {
 	struct dmu_cell *cell;		/* whose preparation it is the write of */
 	u64 sector;			/* where a forced write begins */
 	unsigned int forced;		/* its sectors, when a commit has to follow; or 0 */
+	struct bvec_iter iter;		/* what of a write was sent, for when it fails */
 	bool written;			/* only the commit is left */
 	bool passed;			/* a flush that a backing device got as it is */
 };
@@ -192,6 +193,24 @@ struct dmu_flush {
 	struct work_struct work;
 };
 
+enum dmu_failed_state {
+	DMU_FAILED_IDLE,
+	DMU_FAILED_ASKING,	/* the question has not been read */
+	DMU_FAILED_ASKED,
+};
+
+/* Writes that have failed: see dmu-failed.c. */
+struct dmu_failed {
+	bool hold;			/* the worker has said HOLD_FAILED */
+	enum dmu_failed_state state;
+	bool told;			/* to an earlier opener */
+	int error;			/* the last one, a positive errno */
+	u64 id;
+	struct bio_list bios;		/* the question is about */
+	struct bio_list again;		/* are to be sent */
+	struct delayed_work work;
+};
+
 struct dmu_device {
 	struct kref ref;
 	struct list_head list;
@@ -237,6 +256,7 @@ struct dmu_device {
 	u64 last_mark;
 	struct dmu_flush flush;
 	struct list_head forced;	/* notes of writes that a suspend has given back */
+	struct dmu_failed failed;
 
 	struct dmu_grant grant;
 	struct list_head granting;	/* cells for grant_work */
@@ -254,6 +274,8 @@ struct dmu_device {
 	bool opened;
 	bool gone;
 	bool requeue;			/* a suspend wants every waiting bio back */
+	bool failing;			/* nothing is to wait, until an opener comes */
+	struct work_struct fail_work;
 	u64 session;
 	wait_queue_head_t wait;
 
@@ -373,6 +395,7 @@ void dmu_end_bio(struct bio *bio, blk_status_t status);
 void dmu_fail_cell(struct dmu_cell *cell, int error);
 void dmu_requeue_all(struct dmu_device *dev);
 void dmu_fail_all(struct dmu_device *dev, int error);
+void dmu_fail_work(struct work_struct *work);
 void dmu_free_cells(struct dmu_device *dev);
 void dmu_reask_all(struct dmu_device *dev);
 unsigned int dmu_retry(struct dmu_device *dev, struct dmu_cell *only);
@@ -411,6 +434,13 @@ void dmu_forced_note(struct dmu_device *dev, struct bio *bio);
 bool dmu_forced_again(struct dmu_device *dev, struct bio *bio);
 void dmu_forced_drop(struct dmu_device *dev);
 
+/* dmu-failed.c: writes that have failed. */
+void dmu_failed_note(struct bio *bio);
+bool dmu_failed_hold(struct dmu_device *dev, struct bio *bio, int error);
+void dmu_failed_collect(struct dmu_device *dev, struct bio_list *bios);
+int dmu_failed_answer(struct dmu_device *dev, u64 id, int error);
+void dmu_failed_work(struct work_struct *work);
+
 /* dmu-node.c: /dev/dmu, and messages. */
 int dmu_node_init(void);
 void dmu_node_exit(void);
@@ -422,6 +452,7 @@ void dmu_event_free(struct dmu_device *dev, struct dmu_event *event);
 void dmu_event_post(struct dmu_device *dev, struct dmu_event *event);
 void dmu_map_error(struct dmu_device *dev, struct dmu_event *event, u64 block, u64 mark,
 		   int error);
+void dmu_device_error(struct dmu_device *dev, struct block_device *bdev, bool write, int error);
 
 /* dmu-device.c: tables of one NAME. */
 int dmu_attach(struct dmu_table *table, const char *name, unsigned int block_sectors);

@@ -28,6 +28,8 @@ static void dmu_device_destroy(struct dmu_device *dev)
 	cancel_delayed_work_sync(&dev->timeout_work);
 	cancel_delayed_work_sync(&dev->deferred_work);
 	cancel_work_sync(&dev->grant_work);
+	cancel_work_sync(&dev->fail_work);
+	cancel_delayed_work_sync(&dev->failed.work);
 	cancel_work_sync(&dev->flush.work);
 	dmu_epochs_exit(dev);
 	dmu_free_cells(dev);
@@ -77,6 +79,8 @@ static void dmu_device_init(struct dmu_device *dev)
 	dev->placed = RB_ROOT;
 	INIT_WORK(&dev->flush.work, dmu_flush_work);
 	INIT_LIST_HEAD(&dev->forced);
+	INIT_WORK(&dev->fail_work, dmu_fail_work);
+	INIT_DELAYED_WORK(&dev->failed.work, dmu_failed_work);
 	INIT_LIST_HEAD(&dev->events);
 	init_waitqueue_head(&dev->wait);
 }

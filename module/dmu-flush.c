@@ -134,6 +134,8 @@ static void dmu_flush_devices_done(struct dmu_device *dev)
 		dmu_count(dev, DMU_STAT_FLUSHES);
 		trace_dmu_fault(dev->minor, DMU_FLUSH, 0, flush->id, 0, 0);
 		wake_up(&dev->wait);
+		if (unlikely(READ_ONCE(dev->failing)))
+			queue_work(dev->wq, &dev->fail_work);
 	}
 }
 

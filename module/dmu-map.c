@@ -117,6 +117,7 @@ static int dmu_remap(struct dmu_table *table, struct bio *bio, unsigned long wor
 	if (unlikely(bio->bi_opf & REQ_FUA) &&
 	    (atomic_read(&table->dev->uncommitted) || READ_ONCE(table->dev->flush.failed)))
 		dmu_force(bio);
+	dmu_failed_note(bio);
 	bio_set_dev(bio, table->devs[dmu_word_device(word)].dm_dev->bdev);
 	bio->bi_iter.bi_sector += dmu_word_shift(word);
 	return DM_MAPIO_REMAPPED;
@@ -187,14 +188,19 @@ int dmu_map(struct dm_target *ti, struct bio *bio)
 	}
 }
 
-static void dmu_io_failed(struct dmu_device *dev, struct bio *bio, int error)
+/*
+ * A backing device has failed under a request that was sent to it: whoever counts is told, and a
+ * write may wait. True when it does. That a device had no place for a request that must not wait
+ * is no failure of it.
+ */
+static bool dmu_io_failed(struct dmu_device *dev, struct bio *bio, blk_status_t status)
 {
-	struct dmu_event *event = dmu_event_alloc(dev, GFP_ATOMIC | __GFP_NOWARN);
+	int error = -blk_status_to_errno(status);
 
-	if (!event)
-		return;
-	event->session = READ_ONCE(dev->session);
-	dmu_map_error(dev, event, ~0ULL, 0, error);
+	if (status == BLK_STS_DM_REQUEUE || status == BLK_STS_AGAIN)
+		return false;
+	dmu_device_error(dev, bio->bi_bdev, op_is_write(bio_op(bio)), error);
+	return dmu_failed_hold(dev, bio, error);
 }
 
 int dmu_end_io(struct dm_target *ti, struct bio *bio, blk_status_t *error)
@@ -209,8 +215,8 @@ int dmu_end_io(struct dm_target *ti, struct bio *bio, blk_status_t *error)
 	if (unlikely(*error)) {
 		if (io->passed && *error != BLK_STS_DM_REQUEUE)
 			dmu_flush_failed(io->dev, blk_status_to_errno(*error));
-		else if (issued && *error != BLK_STS_DM_REQUEUE && op_is_write(bio_op(bio)))
-			dmu_io_failed(io->dev, bio, -blk_status_to_errno(*error));
+		else if (issued && dmu_io_failed(io->dev, bio, *error))
+			return DM_ENDIO_INCOMPLETE;
 		else if (io->written && *error == BLK_STS_DM_REQUEUE)
 			dmu_forced_note(io->dev, bio);
 	} else if (unlikely(io->forced && !io->written)) {

@@ -3,7 +3,7 @@
  * /dev/dmu/NAME: the worker's end.
  *
  * read() hands out, in this order: a dump that was asked for, placements of what was granted and
- * events as they happened, faults, the question of a flush. What is handed out is told; when
+ * events as they happened, faults, writes that have failed, the question of a flush. What is handed out is told; when
  * its opener closes the node it is to be told again to the next one, events excepted, which
  * were for that opener only, and placements, of which the next one hears by its dump.
  */
@@ -90,6 +90,25 @@ void dmu_map_error(struct dmu_device *dev, struct dmu_event *event, u64 block, u
 	dmu_event_post(dev, event);
 }
 
+/* Reports that a backing device has failed under a request; as far as there is memory. */
+void dmu_device_error(struct dmu_device *dev, struct block_device *bdev, bool write, int error)
+{
+	struct dmu_event *event = dmu_event_alloc(dev, GFP_ATOMIC | __GFP_NOWARN);
+	struct dmu_table *table = READ_ONCE(dev->table);
+	unsigned int i;
+
+	if (!event)
+		return;
+	for (i = 0; i < table->count; i++)
+		if (table->devs[i].dm_dev->bdev == bdev)
+			break;
+	event->message.type = DMU_DEVICE_ERROR;
+	event->message.flags = write ? DMU_WRITE : DMU_READ;
+	event->message.device = i < table->count ? i : DMU_DEVICE_ZERO;
+	event->message.code = error;
+	dmu_event_post(dev, event);
+}
+
 static void dmu_device_free(struct kref *ref)
 {
 	kfree(container_of(ref, struct dmu_device, ref));
@@ -120,6 +139,7 @@ static int dmu_open(struct inode *inode, struct file *file)
 		error = -EBUSY;
 	} else {
 		dev->opened = true;
+		dev->failing = false;
 		dev->session++;
 		dev->last_mark = 0;
 		if (!list_empty(&dev->placements)) {
@@ -155,6 +175,10 @@ static int dmu_release(struct inode *inode, struct file *file)
 		dev->flush.state = DMU_FLUSH_ASKING;
 		dev->flush.told = true;
 	}
+	if (dev->failed.state == DMU_FAILED_ASKED) {
+		dev->failed.state = DMU_FAILED_ASKING;
+		dev->failed.told = true;
+	}
 	spin_unlock_irq(&dev->lock);
 	list_for_each_entry_safe(event, next, &events, list)
 		dmu_event_free(dev, event);
@@ -166,6 +190,7 @@ static bool dmu_has_message(struct dmu_device *dev)
 {
 	return dev->dumping || !list_empty(&dev->events) || !list_empty(&dev->unsent) ||
 	       dev->flush.state == DMU_FLUSH_ASKING || dev->telling ||
+	       dev->failed.state == DMU_FAILED_ASKING ||
 	       READ_ONCE(dev->flush.failed) != dev->flush.failure_told;
 }
 
@@ -256,6 +281,13 @@ static bool dmu_next(struct dmu_device *dev, struct dmu_message *message,
 		message->block = cell->block;
 		message->count = cell->count;
 		dmu_tell_request(cell, message);
+	} else if (dev->failed.state == DMU_FAILED_ASKING) {
+		dev->failed.state = DMU_FAILED_ASKED;
+		message->type = DMU_WRITES_FAILED;
+		message->flags = dev->failed.told ? DMU_AGAIN : 0;
+		message->id = dev->failed.id;
+		message->code = dev->failed.error;
+		dev->failed.told = false;
 	} else if (dev->flush.state == DMU_FLUSH_ASKING) {
 		dev->flush.state = DMU_FLUSH_ASKED;
 		message->type = DMU_FLUSH;
@@ -292,6 +324,9 @@ static void dmu_untake(struct dmu_device *dev, struct dmu_message *message,
 		dev->dumping = true;
 	} else if (message->type == DMU_FLUSH_FAILED) {
 		dev->flush.failure_told = !message->code;
+	} else if (message->type == DMU_WRITES_FAILED) {
+		if (dev->failed.id == message->id && dev->failed.state == DMU_FAILED_ASKED)
+			dev->failed.state = DMU_FAILED_ASKING;
 	} else if (message->type == DMU_FLUSH) {
 		if (dev->flush.id == message->id && dev->flush.state == DMU_FLUSH_ASKED)
 			dev->flush.state = DMU_FLUSH_ASKING;

@@ -87,6 +87,7 @@ void dmu_prepare(struct dmu_cell *cell)
 	u64 offset, end;
 
 	atomic_set(&cell->pending, 1);
+	dmu_failed_note(cell->active);
 	if (cell->type == DMU_DISCARD) {
 		if (a->device != DMU_DEVICE_ZERO)
 			dmu_place_zero(cell, a->sector,
@@ -148,8 +149,10 @@ static void dmu_place_end_io(struct bio *bio)
 	struct dmu_cell *cell = io->cell;
 
 	bio->bi_end_io = io->saved_end_io;
-	if (bio->bi_status)
+	if (bio->bi_status) {
 		cell->error = blk_status_to_errno(bio->bi_status);
+		dmu_device_error(cell->dev, bio->bi_bdev, true, -cell->error);
+	}
 	dmu_place_done(cell);
 }
 
@@ -272,7 +275,8 @@ void dmu_place_work(struct work_struct *work)
 		return;
 	}
 	cell->active = NULL;
-	dmu_end_bio(bio, errno_to_blk_status(error));
+	if (!error || !dmu_failed_hold(dev, bio, -error))
+		dmu_end_bio(bio, errno_to_blk_status(error));
 	spin_lock_irq(&dev->lock);
 	cell->state = DMU_CLAIMED;
 	spin_unlock_irq(&dev->lock);

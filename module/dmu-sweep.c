@@ -47,6 +47,7 @@ static void dmu_collect(struct dmu_device *dev, struct bio_list *bios)
 	atomic_sub(bio_list_size(&dev->deferred), &dev->busy);
 	bio_list_merge(bios, &dev->deferred);
 	bio_list_init(&dev->deferred);
+	dmu_failed_collect(dev, bios);
 	bio_list_merge(bios, &dev->flush.waiting);
 	bio_list_init(&dev->flush.waiting);
 	if (dev->flush.state >= DMU_FLUSH_ASKING) {
@@ -75,8 +76,7 @@ void dmu_requeue_all(struct dmu_device *dev)
 	dmu_end_list(&reversed, BLK_STS_DM_REQUEUE);
 }
 
-/* For the administrator: nothing is to wait any more. */
-void dmu_fail_all(struct dmu_device *dev, int error)
+static void dmu_fail_waiting(struct dmu_device *dev, int error)
 {
 	struct bio_list bios = BIO_EMPTY_LIST;
 
@@ -84,6 +84,28 @@ void dmu_fail_all(struct dmu_device *dev, int error)
 	dmu_collect(dev, &bios);
 	spin_unlock_irq(&dev->lock);
 	dmu_end_list(&bios, errno_to_blk_status(error));
+}
+
+/*
+ * For the administrator: nothing is to wait any more. Where there is no worker, that is so for
+ * what comes later, too, until there is one.
+ */
+void dmu_fail_all(struct dmu_device *dev, int error)
+{
+	spin_lock_irq(&dev->lock);
+	if (!dev->opened)
+		WRITE_ONCE(dev->failing, true);
+	spin_unlock_irq(&dev->lock);
+	dmu_fail_waiting(dev, error);
+}
+
+/* Something has come to wait although nothing is to. */
+void dmu_fail_work(struct work_struct *work)
+{
+	struct dmu_device *dev = container_of(work, struct dmu_device, fail_work);
+
+	if (READ_ONCE(dev->failing))
+		dmu_fail_waiting(dev, -EIO);
 }
 
 /* Before the device goes: no bio is left, only questions. */

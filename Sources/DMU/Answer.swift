@@ -151,8 +151,8 @@ public struct Answer: Sendable {
   /// Nothing is granted any more: what was placed is told, and no more is.
   public static var revoke: Answer { Answer(DMU_GRANT) }
 
-  /// A write that fails on its device is asked about (`Message.failed`) from now on, even when
-  /// this worker is gone. An older module refuses it with EINVAL.
+  /// A write that fails on its device waits from now on, even when this worker is gone, and
+  /// `Message.writesFailed` asks what becomes of it. An older module refuses it with EINVAL.
   public static var holdFailed: Answer {
     var answer = Answer(DMU_HOLD_FAILED)
     answer.raw.code = 1

@@ -8,10 +8,6 @@ public enum Message: Sendable, Equatable {
   /// Nothing serves a request for the blocks. `whole`: the write covers them entirely. `of`: the
   /// first request that waits.
   case fault(id: UInt64, block: UInt64, count: UInt64, write: Bool, whole: Bool, of: Request)
-  /// A write or discard went to its place and failed there with this errno. `Answer.fail` ends
-  /// it; after `Answer.wait`, `Answer.retry` has it tried again. Only after
-  /// `Answer.holdFailed`.
-  case failed(id: UInt64, block: UInt64, code: Int32)
   /// Every placement up to the mark may be made durable; a flush is held for it.
   case flush(id: UInt64, mark: UInt64)
   /// Whole blocks are discarded, or, when `zeroing`, have to read as zeroes.
@@ -35,6 +31,9 @@ public enum Message: Sendable, Equatable {
   case placed(Uncommitted)
   /// A flush has failed with this errno, and every one will; 0: they may be tried again.
   case flushFailed(code: Int32)
+  /// Writes have failed on their devices, the last with this errno, and wait. `Answer.fail` ends
+  /// all of them, `Answer.retry` sends all again. Only after `Answer.holdFailed`.
+  case writesFailed(id: UInt64, code: Int32)
   /// A request failed on a backing device with this errno.
   case deviceError(device: UInt16, write: Bool, code: Int32)
   /// A type that this version does not know.
@@ -95,8 +94,6 @@ public enum Message: Sendable, Equatable {
     let (id, block, count, mark) = (raw.id, raw.block, raw.count, raw.mark)
     func has(_ flag: Int32) -> Bool { raw.flags & UInt32(flag) != 0 }
     switch dmu_message_type(rawValue: raw.type) {
-    case DMU_FAULT where has(DMU_FAILED), DMU_DISCARD where has(DMU_FAILED):
-      self = .failed(id: id, block: block, code: raw.code)
     case DMU_FAULT:
       self = .fault(
         id: id, block: block, count: count, write: has(DMU_WRITE), whole: has(DMU_WHOLE),
@@ -117,6 +114,7 @@ public enum Message: Sendable, Equatable {
     case DMU_PLACED: self = .placed(Uncommitted(raw))
     case DMU_FLUSH_FAILED: self = .flushFailed(code: raw.code)
     case DMU_DUMP_DONE: self = .dumpDone(mark: mark)
+    case DMU_WRITES_FAILED: self = .writesFailed(id: id, code: raw.code)
     case DMU_DEVICE_ERROR:
       self = .deviceError(device: raw.device, write: has(DMU_WRITE), code: raw.code)
     default: self = .unknown(type: raw.type)

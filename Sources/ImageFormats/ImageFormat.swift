@@ -128,6 +128,10 @@ public protocol ImageFormat: AnyObject {
   /// A placement that came to nothing; its block is where it was before.
   func abandon(_ mark: Mark)
 
+  /// Whether tables of the format's own, that are not at fixed places, lie in one of these ranges
+  /// of bytes of device 0: another program may have put them where nothing was.
+  func usesForTables(_ ranges: [Range<UInt64>]) throws(ImageError) -> Bool
+
   /// Placements that a former worker made and did not commit, in the order of their marks.
   func restore(_ extents: [Extent]) throws(ImageError)
 }
@@ -137,6 +141,8 @@ extension ImageFormat {
   public var devices: [any ByteStore]? { nil }
   /// Not known to be.
   public var isFixed: Bool { false }
+  /// Other programs put tables behind whatever the file holds, placements included.
+  public func usesForTables(_ ranges: [Range<UInt64>]) throws(ImageError) -> Bool { false }
   /// Every first write is asked for.
   public func grant() -> Grant? { nil }
   /// Nothing was granted.

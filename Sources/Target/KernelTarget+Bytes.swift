@@ -236,11 +236,11 @@ extension KernelTarget {
     return space.waits && !trouble.spaceExpired
   }
 
-  /// A write has failed at its place: it waits if that was for want of space.
-  func held(_ id: FaultID, _ code: Int32) throws(IOError) {
+  /// Writes have failed at their places: they wait if that was for want of space.
+  func hold(_ id: FaultID, _ code: Int32) throws(IOError) {
     let isFull = isShortage(code)
-    if isFull, mayWait(code), try tell(.wait(id: id)) == 0 {
-      held.append(id)
+    if isFull, mayWait(code) {
+      held = id
     } else {
       // Whoever waited may have left.
       _ = try tell(.fail(id: id, code: isFull ? ENOSPC : code))
@@ -255,7 +255,7 @@ extension KernelTarget {
   public func tick(quiet: UInt32) {
     trouble.settle(after: quiet)
     if trouble.space != 0 {
-      let isOver = held.isEmpty && starving.isEmpty
+      let isOver = held == 0 && starving.isEmpty
       if space.timeout > 0, !trouble.spaceExpired,
         DiskTrouble.now() - trouble.spaceSince >= Int64(space.timeout) * 1000
       {
@@ -274,26 +274,24 @@ extension KernelTarget {
     let again = starving
     starving = []
     for turn in again { turn.again?() }
-    guard !held.isEmpty else { return }
-    let ids = held
-    held = []
-    do throws(IOError) {
-      for id in ids { _ = try tell(.retry(id: id)) }
-    } catch { failure = error }
+    guard held != 0 else { return }
+    let id = held
+    held = 0
+    do throws(IOError) { _ = try tell(.retry(id: id)) } catch { failure = error }
   }
 
   /// Fails whatever waits for space with an errno.
   public func endWaiting(_ code: Int32) {
-    let (ids, turns) = (held, starving)
-    held = []
+    let (id, turns) = (held, starving)
+    held = 0
     starving = []
     for turn in turns {
       turn.failure = IOError(code, "carry a block to", "the store")
       turn.isReady = true
     }
-    do throws(IOError) {
-      for id in ids { _ = try tell(.fail(id: id, code: code)) }
-    } catch { failure = error }
+    if id != 0 {
+      do throws(IOError) { _ = try tell(.fail(id: id, code: code)) } catch { failure = error }
+    }
     proceed()
   }
 

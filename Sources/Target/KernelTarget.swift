@@ -39,8 +39,8 @@ public final class KernelTarget: TargetEngine {
       health = trouble.health
     }
   }
-  /// Questions of failed writes that wait for space.
-  var held: [FaultID] = []
+  /// The question of failed writes that wait for space; 0: none.
+  var held: FaultID = 0
   /// Blocks that could not be carried for want of space, each to be tried again.
   var starving: [Turn] = []
   /// The descriptor to wait on: readable when there are faults.
@@ -157,8 +157,8 @@ public final class KernelTarget: TargetEngine {
     case .discard(let id, let block, let count, let zeroing):
       discards.insert(id)
       return .discard(id, blocks: BlockRange(block, count), zeroing: zeroing)
-    case .failed(let id, _, let code):
-      try held(id, code)
+    case .writesFailed(let id, let code):
+      try hold(id, code)
       return nil
     case .deviceError(let device, let write, let code):
       if !write || !isShortage(code) { note(code, device, isRead: !write) }

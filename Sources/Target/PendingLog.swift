@@ -40,10 +40,13 @@ public struct PendingLogError: Error, Sendable, Equatable, CustomStringConvertib
   public let description: String
   /// The failed system call behind it.
   public let cause: IOError?
+  /// Whether the log is sound, but of another disk than this one.
+  public let isForeign: Bool
 
-  init(_ description: String, cause: IOError? = nil) {
+  init(_ description: String, cause: IOError? = nil, isForeign: Bool = false) {
     self.description = description
     self.cause = cause
+    self.isForeign = isForeign
   }
 }
 
@@ -354,7 +357,11 @@ public final class PendingLog {
     }
     guard base.load(fromByteOffset: 12, as: UInt32.self) == blockSize,
       base.load(fromByteOffset: 16, as: UInt64.self) == size
-    else { throw PendingLogError("the pending log belongs to a disk of another size") }
+    else {
+      throw PendingLogError(
+        "the pending log belongs to a disk of another size: bring the store back as it was, or"
+          + " discard the log", isForeign: true)
+    }
     let words = (capacity: loaded(24), positions: loaded(32))
     guard words.capacity >= 2, words.capacity <= UInt64(PendingLog.maximumCapacity),
       PendingLog.start + Int(words.capacity) * PendingLog.recordSize <= fileSize

@@ -92,7 +92,7 @@ public final class Disk {
         size: format.size, blockSize: format.blockSize,
         executor: executor, log: pendingLog,
         readOnly: image.readOnly)
-    } catch { throw WorkerError("pending-damaged", "the record of uncommitted blocks: \(error)") }
+    } catch { throw WorkerError(error) }
     target.space = policy.space
     var options = NBDExport.Options()
     options.readOnly = image.readOnly

@@ -2,6 +2,7 @@
 
 public import ImageFormats
 public import Posix
+public import Target
 
 /// What is wanted of an image.
 public struct ImageRequest: Sendable, Equatable {
@@ -84,6 +85,11 @@ public struct WorkerError: Error, Sendable, Equatable, CustomStringConvertible {
   /// Something wrong with an image.
   public init(_ error: ImageError) {
     self.init(error.code.rawValue, error.message)
+  }
+
+  /// A pending log that cannot be taken over.
+  public init(_ error: PendingLogError) {
+    self.init(error.isForeign ? "pending-stale" : "pending-damaged", error.description)
   }
 
   /// The message.

@@ -95,7 +95,7 @@ final class NodeDisk {
     guard let raw else { return nil }
     do throws(PendingLogError) {
       return try PendingLog(mapping: raw, size: format.size, blockSize: format.blockSize)
-    } catch { throw WorkerError("pending-damaged", "the record of flushes: \(error)") }
+    } catch { throw WorkerError(error) }
   }
 
   /// As `Disk.judgeFlush`.

@@ -7,10 +7,10 @@
 //
 // - its blocks have no committed, writable place other than this one, or the guest's write would
 //   have gone there;
-// - no other block of the disk lives in the bytes of its place.
+// - no other block of the disk lives in the bytes of its place;
+// - no table of the format's lies there.
 //
-// That the place is used by nothing else (tables, an internal snapshot) is what the format checks
-// when it takes the placement up.
+// What else the format knows of its space, it checks when it takes the placement up.
 
 import ImageFormats
 import Posix
@@ -34,6 +34,21 @@ enum StoreCheck {
     }
   }
 
+  /// Has `format` take placements up, if the store is still theirs. Throws `stale`, and what the
+  /// format throws.
+  static func restore(
+    _ format: any ImageFormat, _ extents: [Extent], name: String
+  ) throws(ImageError) {
+    try verify(format, extents, name: name)
+    do throws(ImageError) {
+      try format.restore(extents)
+    } catch {
+      // What was right when it was placed does not fit any more.
+      guard error.code == .badRequest else { throw error }
+      throw stale(name, error.message)
+    }
+  }
+
   /// Compares every extent of the disk with the placements, before `format` has taken them up.
   /// Reads the whole mapping. Throws `stale`, and what the format throws.
   static func verify(
@@ -45,6 +60,11 @@ enum StoreCheck {
       throw stale(name, "block \(extent.blocks.first) lies past the disk's end")
     }
     let claims = extents.compactMap { Claim($0, blockSectors: blockSectors) }
+    if try format.usesForTables(
+      claims.map { $0.place.lowerBound * 512..<$0.place.upperBound * 512 })
+    {
+      throw stale(name, "its tables lie where such a write is")
+    }
     let byBlock = claims.sorted { $0.blocks.lowerBound < $1.blocks.lowerBound }
     let byPlace = claims.sorted { $0.place.lowerBound < $1.place.lowerBound }
     var block: UInt64 = 0

@@ -117,8 +117,11 @@ public final class Worker {
   public func restore(verify: Bool = false) throws(ImageError) {
     let extents = target.uncommitted()
     guard !extents.isEmpty else { return }
-    if verify { try StoreCheck.verify(format, extents, name: store.name) }
-    try format.restore(extents)
+    if verify {
+      try StoreCheck.restore(format, extents, name: store.name)
+    } else {
+      try format.restore(extents)
+    }
     lastMark = extents.reduce(0) { max($0, $1.mark) }
     log(.info, "took up uncommitted placements", ["count": String(extents.count)])
   }

@@ -76,6 +76,11 @@ enum dmu_message_type {
 	 * which and how. Told beside whatever else comes of it, for whoever counts.
 	 */
 	DMU_DEVICE_ERROR = 13,
+	/*
+	 * After DMU_HOLD_FAILED: writes have failed on their devices, the last with code, and
+	 * wait. DMU_FAIL ends all of them, DMU_RETRY sends all of them again.
+	 */
+	DMU_WRITES_FAILED = 14,
 };
 
 /* From the kernel: struct dmu_message.flags. */
@@ -86,12 +91,6 @@ enum dmu_message_type {
 #define DMU_IN_FLIGHT		0x10	/* dump: its data is still being written */
 #define DMU_AGAIN		0x20	/* an earlier opener was told this already */
 #define DMU_TAKES_GRANTS	0x40	/* version: DMU_GRANT is known */
-/*
- * Fault, discard: what waits was sent to its place and failed there with code. Only after
- * DMU_HOLD_FAILED. DMU_FAIL ends it; after DMU_WAIT, DMU_RETRY has it tried again from the
- * start. No other answer is taken.
- */
-#define DMU_FAILED		0x80
 
 /* One record of read(2). */
 struct dmu_message {
@@ -104,7 +103,7 @@ struct dmu_message {
 	__u64 sector;		/* dump, placed: of the first; fault: of the request */
 	__u16 device;		/* dump, placed: its device; version: how many */
 	__u16 version;		/* version: DMU_VERSION */
-	__s32 code;		/* errors, DMU_FAILED: a positive errno */
+	__s32 code;		/* errors: a positive errno */
 	__u32 block_sectors;	/* version: sectors of a block; fault: of the request */
 	__u32 reserved;
 };
@@ -129,8 +128,8 @@ enum dmu_answer_type {
 	 */
 	DMU_GRANT = 13,
 	/*
-	 * With code 1: a write that fails on its device does not fail, but is asked about, with
-	 * DMU_FAILED. Stays when the node is closed. With code 0: it fails.
+	 * With code 1: a write that fails on its device waits, and DMU_WRITES_FAILED asks what
+	 * becomes of it. Stays so when the node is closed. With code 0: it fails.
 	 */
 	DMU_HOLD_FAILED = 14,
 };

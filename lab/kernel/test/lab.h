@@ -99,6 +99,6 @@ struct scenario {
 };
 
 extern const struct scenario rule_scenarios[], more_rule_scenarios[], life_scenarios[],
-	hostile_scenarios[], random_scenarios[], killed_scenarios[], grant_scenarios[];
+	hostile_scenarios[], random_scenarios[], killed_scenarios[], grant_scenarios[], failed_scenarios[];
 
 #endif

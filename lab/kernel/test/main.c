@@ -8,7 +8,7 @@ int main(int argc, char **argv)
 {
 	static const struct scenario *const all[] = {
 		rule_scenarios, more_rule_scenarios, life_scenarios, hostile_scenarios, random_scenarios,
-		killed_scenarios, grant_scenarios,
+		killed_scenarios, grant_scenarios, failed_scenarios,
 	};
 	bool list = argc == 2 && !strcmp(argv[1], "list");
 	size_t i;

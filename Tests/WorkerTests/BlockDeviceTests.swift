@@ -1,0 +1,61 @@
+// A store on a block device with sectors of 512 or 4096 bytes: zeroes at any alignment. Needs
+// root, for a loop device.
+
+import Glibc
+import Posix
+import TestSupport
+import Testing
+import WorkerLink
+
+@Suite("Stores on block devices", .serialized, .enabled(if: geteuid() == 0))
+struct BlockDeviceTests {
+  private static func loop(_ file: String, sector: Int) throws -> String {
+    let pair = try UnixSocket.pair(.stream)
+    var command = Command("/sbin/losetup", ["-b", "\(sector)", "-f", "--show", file])
+    command.descriptors = [1: pair.second.raw]
+    #expect(try command.start().wait(milliseconds: 10_000) == .exited(0))
+    var bytes = [UInt8](repeating: 0, count: 64)
+    let count = read(pair.first.raw, &bytes, bytes.count)
+    guard count > 0 else { throw IOError.last("read", "losetup") }
+    return String(decoding: bytes[..<(count - 1)], as: UTF8.self)
+  }
+
+  @Test(arguments: [512, 4096]) func zeroesOfAnyAlignment(sector: Int) throws {
+    var seeds = SeededRandom(announcedAs: "zeroes on a device of \(sector) bytes a sector")
+    let image = try TestImage(sectors: 4096, blockSize: 65536)
+    let disk = image.folder.file("disk")
+    let file = try FileStore(
+      Descriptor(path: disk, flags: O_RDWR | O_CREAT, mode: 0o600), name: disk)
+    try file.resize(to: 16 << 20)
+    let device = try Self.loop(disk, sector: sector)
+    defer {
+      let detach = Command("/sbin/losetup", ["-d", device])
+      do { _ = try detach.start().wait(milliseconds: 10_000) } catch { Issue.record(error) }
+    }
+    let copied = Command(
+      "/bin/dd", ["if=\(image.store)", "of=\(device)", "bs=64k", "conv=fsync", "status=none"])
+    #expect(try copied.start().wait(milliseconds: 20_000) == .exited(0))
+    let daemon = try TestDaemon(image, store: device)
+    _ = try daemon.startReady()
+    let client = try daemon.attach()
+    let size = 4096 * 512
+    var model = try client.run(.read, offset: 0, length: size)
+    for round in 0..<400 {
+      let offset = Int(seeds.next() % UInt64(size - 1))
+      let length = 1 + Int(seeds.next() % UInt64(min(size - offset, 200_000)))
+      if round % 2 == 0 {
+        let bytes = [UInt8](repeating: UInt8(truncatingIfNeeded: round | 1), count: length)
+        try client.run(.write, offset: UInt64(offset), length: length, data: bytes)
+        model.replaceSubrange(offset..<(offset + length), with: bytes)
+      } else {
+        try client.run(.writeZeroes, offset: UInt64(offset), length: length)
+        model.replaceSubrange(
+          offset..<(offset + length), with: [UInt8](repeating: 0, count: length))
+      }
+      if round % 40 == 0 { try client.run(.flush) }
+    }
+    try client.run(.flush)
+    #expect(try daemon.status().state == .ready)
+    #expect(try client.run(.read, offset: 0, length: size) == model)
+  }
+}
