@@ -42,6 +42,23 @@ int dmu_settle_range(int fd, int64_t offset, int64_t count)
     return errno ? -1 : 0;
 }
 
+int dmu_set_direct(int fd, int on)
+{
+    int flags = fcntl(fd, F_GETFL);
+
+    if (flags < 0)
+        return -1;
+    flags = on ? flags | O_DIRECT : flags & ~O_DIRECT;
+    return fcntl(fd, F_SETFL, flags);
+}
+
+int dmu_is_direct(int fd)
+{
+    int flags = fcntl(fd, F_GETFL);
+
+    return flags < 0 ? -1 : (flags & O_DIRECT) != 0;
+}
+
 int dmu_free_space(int fd, uint64_t *bytes)
 {
     struct statvfs status;

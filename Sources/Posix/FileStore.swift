@@ -2,6 +2,7 @@
 
 internal import CLinux
 import Glibc
+import Synchronization
 
 /// A file or a block device as a byte store. The descriptor is closed with it.
 public final class FileStore: ByteStore {
@@ -15,6 +16,10 @@ public final class FileStore: ByteStore {
   public var raw: Int32 { descriptor.raw }
 
   private let descriptor: Descriptor
+  /// Reads and writes pass the page cache by, in units of so many bytes; 0: they do not.
+  private let unit = Atomic<Int>(0)
+  /// Held while a unit is read in order to change a part of it.
+  private let parts = Mutex(())
   /// The length that a device had when it was opened, for when it cannot be asked any more.
   private let firstSize: UInt64
 
@@ -39,6 +44,8 @@ public final class FileStore: ByteStore {
     self.isWritable = flags & O_ACCMODE != O_RDONLY
     self.name = name
     self.descriptor = descriptor
+    // Another owner of the same open file may have asked for it.
+    if dmu_is_direct(raw) == 1 { unit.store(directUnit, ordering: .relaxed) }
   }
 
   /// Opens a path. Throws: the errno of open(2) and what the other initialiser throws.
@@ -139,8 +146,100 @@ public final class FileStore: ByteStore {
     isBlockDevice ? deviceSize : UInt64(try status().st_blocks) * 512
   }
 
+  // MARK: Past the page cache
+
+  /// What reads and writes past the page cache are multiples of, in offset, length and memory:
+  /// a page for a file, a sector for a device.
+  private var directUnit: Int {
+    var size: Int32 = 0
+    let getSectorSize: UInt = 0x1268
+    guard isBlockDevice, dmu_ioctl_pointer(raw, getSectorSize, &size) == 0, size >= 512 else {
+      return 4096
+    }
+    return Int(size)
+  }
+
+  /// Has `read` and `write`, and every other user of the same open file, pass the page cache by, or
+  /// use it again. What the cache holds is written out and forgotten first. False where the file
+  /// system cannot; then nothing has changed. For a file that somebody else writes past the cache:
+  /// a page here, or a larger piece around it, might be written back over that.
+  /// Throws: the errno of writing out. Source: open(2), O_DIRECT.
+  @discardableResult
+  public func bypassCache(_ bypass: Bool) throws(IOError) -> Bool {
+    if bypass {
+      guard fdatasync(raw) == 0 else { throw IOError.last("flush", name) }
+      guard dmu_settle_range(raw, 0, 0) == 0 else { throw IOError.last("write out", name) }
+    }
+    guard dmu_set_direct(raw, bypass ? 1 : 0) == 0 else {
+      if bypass, errno == EINVAL { return false }
+      throw IOError.last("set up", name)
+    }
+    unit.store(bypass ? directUnit : 0, ordering: .relaxed)
+    return true
+  }
+
+  /// Whether reads and writes pass the page cache by.
+  public var bypassesCache: Bool { unit.load(ordering: .relaxed) != 0 }
+
+  /// The range of whole units around a range of bytes.
+  private static func units(_ offset: UInt64, _ count: Int, _ unit: Int) -> Range<UInt64> {
+    let size = UInt64(unit)
+    return offset / size * size..<(offset + UInt64(count) + size - 1) / size * size
+  }
+
+  private func readDirect(
+    _ buffer: UnsafeMutableRawBufferPointer, at offset: UInt64, _ unit: Int
+  ) throws(IOError) {
+    let range = Self.units(offset, buffer.count, unit)
+    let whole = UnsafeMutableRawBufferPointer.allocate(
+      byteCount: Int(range.upperBound - range.lowerBound), alignment: max(unit, 4096))
+    defer { whole.deallocate() }
+    try readAll(whole, at: range.lowerBound)
+    let start = Int(offset - range.lowerBound)
+    buffer.copyMemory(from: UnsafeRawBufferPointer(rebasing: whole[start..<start + buffer.count]))
+  }
+
+  private func writeDirect(
+    _ buffer: UnsafeRawBufferPointer, at offset: UInt64, _ unit: Int
+  ) throws(IOError) {
+    let range = Self.units(offset, buffer.count, unit)
+    let length = Int(range.upperBound - range.lowerBound)
+    let whole = UnsafeMutableRawBufferPointer.allocate(
+      byteCount: length, alignment: max(unit, 4096))
+    defer { whole.deallocate() }
+    let start = Int(offset - range.lowerBound)
+    let piece = UnsafeMutableRawBufferPointer(rebasing: whole[start..<start + buffer.count])
+    guard start != 0 || buffer.count != length else {
+      piece.copyMemory(from: buffer)
+      return try writeAll(UnsafeRawBufferPointer(whole), at: range.lowerBound)
+    }
+    let end = size
+    let failure = parts.withLock { _ -> IOError? in
+      do throws(IOError) {
+        try readAll(whole, at: range.lowerBound)
+        piece.copyMemory(from: buffer)
+        try writeAll(UnsafeRawBufferPointer(whole), at: range.lowerBound)
+        // A file that ended within the last unit ends where it was written.
+        let wanted = max(end, offset + UInt64(buffer.count))
+        if !isBlockDevice, wanted < range.upperBound { try resize(to: wanted) }
+        return nil
+      } catch { return error }
+    }
+    if let failure { throw failure }
+  }
+
+  // MARK: Reading and writing
+
   /// Fills the buffer; past the end, with zeroes.
   public func read(_ buffer: UnsafeMutableRawBufferPointer, at offset: UInt64) throws(IOError) {
+    let unit = unit.load(ordering: .relaxed)
+    guard unit == 0 else { return try readDirect(buffer, at: offset, unit) }
+    try readAll(buffer, at: offset)
+  }
+
+  private func readAll(
+    _ buffer: UnsafeMutableRawBufferPointer, at offset: UInt64
+  ) throws(IOError) {
     var done = 0
     while done < buffer.count {
       let rest = UnsafeMutableRawBufferPointer(rebasing: buffer[done...])
@@ -154,11 +253,23 @@ public final class FileStore: ByteStore {
         return
       }
       done += count
+      // Past the cache a file ends within a unit only at its end.
+      if bypassesCache, done % 512 != 0 {
+        UnsafeMutableRawBufferPointer(rebasing: buffer[done...])
+          .initializeMemory(as: UInt8.self, repeating: 0)
+        return
+      }
     }
   }
 
   /// Writes the whole buffer.
   public func write(_ buffer: UnsafeRawBufferPointer, at offset: UInt64) throws(IOError) {
+    let unit = unit.load(ordering: .relaxed)
+    guard unit == 0 else { return try writeDirect(buffer, at: offset, unit) }
+    try writeAll(buffer, at: offset)
+  }
+
+  private func writeAll(_ buffer: UnsafeRawBufferPointer, at offset: UInt64) throws(IOError) {
     var done = 0
     while done < buffer.count {
       let rest = UnsafeRawBufferPointer(rebasing: buffer[done...])

@@ -33,6 +33,8 @@ public struct ByHandOptions: Sendable {
   public var force = false
   /// By which way a device reaches the kernel.
   public var transport = Transport.auto
+  /// Whether a write that finds no space fails, instead of waiting for some.
+  public var failsWhenFull = false
   /// The folder of plugins; nil: the usual one.
   public var plugins: String?
   /// Where every fault and answer is written as a line; "-" is standard error.
@@ -47,6 +49,14 @@ public struct ByHandOptions: Sendable {
     self.format = format
     self.store = store
     self.service = service
+  }
+}
+
+extension ByHandOptions {
+  var policy: DiskPolicy {
+    var policy = DiskPolicy()
+    policy.space.waits = !failsWhenFull
+    return policy
   }
 }
 
@@ -80,7 +90,7 @@ public enum ByHand {
       if try mapper.run(isStopping: { stopping }) { return }
     }
     let disk = try Disk(
-      try image(options, request), pending: nil, loop: loop, log: log,
+      try image(options, request), pending: nil, policy: options.policy, loop: loop, log: log,
       debugging: DiskDebugging(trace: options.trace, hold: options.hold))
     let service = try publish(disk, options, log)
     disk.detached = { [unowned disk] end in

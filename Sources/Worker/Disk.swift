@@ -71,6 +71,10 @@ public final class Disk {
     self.log = log
     self.policy = policy
     let format = image.format
+    // A worker that served the device's node may have had it otherwise.
+    for case let file as FileStore in image.devices + [image.store] where file.bypassesCache {
+      try system { () throws(IOError) in _ = try file.bypassCache(false) }
+    }
     do throws(IOError) {
       pool = try ThreadPool(loop: loop)
     } catch { throw WorkerError(error) }

@@ -79,6 +79,15 @@ struct KernelPlan {
       blockSize: image.format.blockSize)
   }
 
+  /// Has the format's own reads and writes of a file pass the page cache by where the kernel's do:
+  /// the cache holds pieces larger than a page (XFS), and would write a piece back whole, over
+  /// what the guest has written into a part of it. Blocks. Throws the errno of writing out.
+  func separate() throws(IOError) {
+    for file in files where file.isDirect && file.isWritable {
+      try file.store.bypassCache(true)
+    }
+  }
+
   private static func parts(of device: any ByteStore) -> [any ByteStore] {
     (device as? any JoinedStore)?.parts ?? [device]
   }

@@ -57,7 +57,8 @@ struct ByMapper {
     }
     let disk: NodeDisk
     do throws(WorkerError) {
-      disk = try NodeDisk(try Self.node(name), image, plan, name: name, loop: loop, log: log)
+      disk = try NodeDisk(
+        try Self.node(name), image, plan, name: name, policy: options.policy, loop: loop, log: log)
     } catch {
       if state == .absent { giveUp() }
       throw error

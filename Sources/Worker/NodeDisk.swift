@@ -40,6 +40,7 @@ final class NodeDisk {
     pending raw: Int32? = nil, policy: DiskPolicy = DiskPolicy(), loop: EventLoop, log: Log
   ) throws(WorkerError) {
     let format = image.format
+    try system { () throws(IOError) in try plan.separate() }
     let pending = try Self.pending(raw, format)
     self.pending = pending
     self.policy = policy

@@ -5,6 +5,11 @@ import Glibc
 import Worker
 import WorkerLink
 
+/// What a write does that finds no space.
+enum OnFull: String, ExpressibleByArgument, CaseIterable {
+  case wait, fail
+}
+
 @main
 struct Cowd: ParsableCommand {
   static let configuration = CommandConfiguration(
@@ -71,6 +76,12 @@ struct Cowd: ParsableCommand {
       "Hold every write until this named pipe lets it go.", valueName: "pipe"))
   var hold: String?
 
+  @Option(
+    name: .long,
+    help: ArgumentHelp(
+      "What a write does that finds no space: 'wait' for some, or 'fail'.", valueName: "what"))
+  var onFull = OnFull.wait
+
   @Flag(name: .long, help: "Serve the disk for reading only.")
   var readOnly = false
 
@@ -128,6 +139,7 @@ struct Cowd: ParsableCommand {
     options.trace = trace
     options.hold = hold
     options.readOnly = readOnly
+    options.failsWhenFull = onFull == .fail
     options.transport = Transport(rawValue: transport) ?? .auto
     options.level = verbose > 1 ? .debug : verbose > 0 ? .info : .warning
     do {

@@ -64,7 +64,10 @@ import WorkerLink
     let medium = try failing ? FailingMedium(megabytes: 8, deviceMegabytes: 64) : nil
     if let medium {
       let made = Command(
-        "/bin/dd", ["if=\(image.store)", "of=\(medium.device)", "conv=notrunc,fsync,sparse", "status=none"])
+        "/bin/dd",
+        [
+          "if=\(image.store)", "of=\(medium.device)", "conv=notrunc,fsync,sparse", "status=none",
+        ])
       #expect(try made.start().wait(milliseconds: 20_000) == .exited(0))
     }
     let daemon = try TestDaemon(

@@ -79,9 +79,14 @@ import WorkerLink
     #expect(status.state == .noSpace && status.error.contains("wait for space"))
     // What is there still reads, and others read meanwhile.
     #expect(try scene.client.run(.read, offset: 64 * 4096, length: 512).count == 512)
+    // A flush waits for the space that its commit needs.
+    _ = scene.client.submit(.flush)
+    let meanwhile = try scene.replies(for: 500)
+    #expect(meanwhile.allSatisfy { $0.error == 0 })
     try scene.makeRoom()
-    let late = try scene.replies(for: 2500)
-    #expect(late.allSatisfy { $0.error == 0 } && early.count + late.count == 64)
+    let late = try scene.replies(for: 3500)
+    #expect(late.allSatisfy { $0.error == 0 })
+    #expect(early.count + meanwhile.count + late.count == 65)
     #expect(try scene.daemon.event() == .ready)
     try scene.client.run(.flush)
     for number in 0..<64 {

@@ -22,6 +22,13 @@ int dmu_zero_range(int fd, int64_t offset, int64_t count);
 // Gives a range of a file its space, lengthening it when need be. Source: fallocate(2).
 int dmu_allocate(int fd, int64_t offset, int64_t count);
 
+// Has reads and writes pass the page cache by (O_DIRECT), or not, for every descriptor of the open
+// file. EINVAL where the file system cannot. Source: fcntl(2), F_SETFL.
+int dmu_set_direct(int fd, int on);
+
+// Whether they do; -1 with errno.
+int dmu_is_direct(int fd);
+
 // Writes a range of a file out, waits for that, and forgets what the page cache has of it.
 // Source: sync_file_range(2), posix_fadvise(2).
 int dmu_settle_range(int fd, int64_t offset, int64_t count);
