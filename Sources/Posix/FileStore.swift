@@ -85,6 +85,11 @@ public final class FileStore: ByteStore {
     }
   }
 
+  /// Gives up the locks of `lock(exclusive:)`.
+  public func unlock() throws(IOError) {
+    try lock(F_UNLCK, at: 100, length: 200)
+  }
+
   private func lock(_ type: Int32, at start: Int64, length: Int64) throws(IOError) {
     guard dmu_ofd_lock(raw, Int16(type), start, length) == 0 else {
       throw IOError(errno == EACCES ? EAGAIN : errno, "lock", name)

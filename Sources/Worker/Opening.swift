@@ -92,5 +92,6 @@ enum Opening {
         "\(role) \(store.name) is in use by another program: end that one first, or choose another",
         cause: error)
     }
+    if writable { try ImageFile.refusePending(store) }
   }
 }

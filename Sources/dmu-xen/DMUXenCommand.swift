@@ -10,11 +10,14 @@ struct DMUXenCommand: AsyncParsableCommand {
     commandName: "dmu-xen",
     abstract: "See to the dmu disks of this host's Xen guests.",
     discussion: """
-      Exit status: 0 done, 1 failed, 2 dmu-xend is not running, 3 there is no such disk, 64 \
-      wrong usage.
+      Exit status: 0 done, 1 failed, 2 dmu-xend is not running, 3 there is no such disk or store, \
+      64 wrong usage.
       """,
     version: DMUXen.version,
-    subcommands: [Status.self, Specs.self, Doctors.self, Reload.self, Hotplug.self])
+    subcommands: [
+      Status.self, Specs.self, Doctors.self, Reload.self, Recover.self, Discard.self, Clear.self,
+      Forget.self, Hotplug.self,
+    ])
 }
 
 struct Place: ParsableArguments {
@@ -84,14 +87,104 @@ struct Specs: ParsableCommand {
 
 struct Doctors: AsyncParsableCommand {
   static let configuration = CommandConfiguration(
-    commandName: "doctor", abstract: "Say what is missing on this host for dmu disks to work.",
-    discussion: "Exit status: 0 nothing is missing, 1 something is.")
+    commandName: "doctor",
+    abstract: "Say what is missing on this host for dmu disks to work, and what is left of some.",
+    discussion: """
+      Exit status: 0 nothing is missing and no disk is in trouble, 1 something is.
+      """)
 
   @OptionGroup var place: Place
 
+  @Flag(help: "Offer to remove what is left of disks that are no more, one by one.")
+  var clean = false
+
   func run() async throws {
-    try end(await Doctor(configurationPath: place.config, socket: place.socket).examine())
+    let doctor = Doctor(configurationPath: place.config, socket: place.socket)
+    try end(clean ? doctor.clean() : await doctor.examine())
   }
+}
+
+struct Recover: ParsableCommand {
+  static let configuration = CommandConfiguration(
+    abstract: "Commit the writes of disks that are no more to their stores.",
+    discussion: """
+      A disk whose worker did not end well leaves a pending log: acknowledged writes that are not \
+      in the store yet. Attaching a disk with that store goes on from the log; this command \
+      commits it without a disk. Exit status: 0 all is committed, 1 something is not, 2 dmu-xend \
+      is not running, 3 STORE has no pending log.
+      """)
+
+  @OptionGroup var place: Place
+
+  @Argument(help: "The store's path, or 'all'. (default: all)")
+  var store = "all"
+
+  @Flag(help: "Print JSON: an array with an object for each store.")
+  var json = false
+
+  func run() throws {
+    try end(place.client.recover(store == "all" ? nil : store, json: json))
+  }
+}
+
+struct Discard: ParsableCommand {
+  static let configuration = CommandConfiguration(
+    commandName: "discard-pending",
+    abstract: "Give up the writes that a store's pending log holds.",
+    discussion: """
+      The guest was told that these writes were done; they are lost. Asks before it does so. Exit \
+      status: 0 they are gone, 1 failed or not confirmed, 2 dmu-xend is not running, 3 STORE has \
+      no pending log.
+      """)
+
+  @OptionGroup var place: Place
+
+  @Argument(help: "The store's path, or the log's name as status prints it.")
+  var store: String
+
+  @Flag(help: "Do not ask.")
+  var yes = false
+
+  @Flag(help: "Print JSON: an array with an object for the store.")
+  var json = false
+
+  func run() throws { try end(place.client.discard(store, confirmed: yes, json: json)) }
+}
+
+struct Clear: ParsableCommand {
+  static let configuration = CommandConfiguration(
+    abstract: "Say that the cause of a disk's errors was seen to.",
+    discussion: """
+      After a failed flush every further one fails, since nobody knows what it lost; this lets \
+      them succeed again. Counted I/O errors are forgotten, and the disk is ready. Exit status: 0, \
+      1 failed, 2 dmu-xend is not running, 3 there is no such disk.
+      """)
+
+  @OptionGroup var place: Place
+
+  @Argument(help: "A domain by number or name, or a disk: 5-51712, 5:xvda, web:xvda.")
+  var disk: String
+
+  @Flag(help: "Print JSON: an array with an object for each disk.")
+  var json = false
+
+  func run() throws { try end(place.client.clear(disk, json: json)) }
+}
+
+struct Forget: ParsableCommand {
+  static let configuration = CommandConfiguration(
+    abstract: "Take attaches that failed out of status.",
+    discussion: """
+      They stay there until the same disk is attached again, or this. Exit status: 0, 1 failed, 2 \
+      dmu-xend is not running, 3 there is none.
+      """)
+
+  @OptionGroup var place: Place
+
+  @Argument(help: "A domain by number or name, a disk as in 'clear', or 'all'.")
+  var disk: String
+
+  func run() throws { try end(place.client.forget(disk == "all" ? nil : disk)) }
 }
 
 struct Reload: ParsableCommand {
@@ -119,8 +212,12 @@ struct Hotplug: ParsableCommand {
     @OptionGroup var place: Place
     @Argument(help: "The backend's path in xenstore, as in XENBUS_PATH.")
     var path: String
+    @Option(help: "Why the disk is attached: boot, or unknown. Only a boot creates a store.")
+    var why = Why.unknown
 
-    func run() throws { try end(place.client.add(path)) }
+    enum Why: String, ExpressibleByArgument, CaseIterable { case boot, unknown }
+
+    func run() throws { try end(place.client.add(path, boots: why == .boot)) }
   }
 
   struct Remove: ParsableCommand {

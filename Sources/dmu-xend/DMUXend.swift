@@ -38,9 +38,16 @@ struct DMUXend: AsyncParsableCommand {
       visibility: .hidden))
   var standInMapper: String?
 
+  @Option(
+    name: .long,
+    help: ArgumentHelp(
+      "The file that is locked so that there is one daemon on this host.", visibility: .hidden))
+  var hostLock: String?
+
   func run() async throws {
     var surroundings = Daemon.Surroundings()
     if standInDevices { surroundings.standIn(mapperFolder: standInMapper) }
+    if let hostLock { surroundings.hostLock = hostLock }
     let daemon: Daemon
     do {
       daemon = try Daemon(configurationPath: config, surroundings: surroundings)

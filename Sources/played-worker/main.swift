@@ -61,6 +61,8 @@ private final class Played {
       self.order = start
       store = descriptors.take(.store)
       base = descriptors.take(.base)
+      // An image of this kind is any that is not empty.
+      if start.create, ftruncate(store?.raw ?? -1, 4096) != 0 { exit(1) }
       try link.send(start.format == "qcow2" ? .needFile(need) : .ready(report))
     case .file:
       file = descriptors.take(.file)

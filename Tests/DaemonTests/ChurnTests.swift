@@ -19,6 +19,7 @@ struct ChurnTests {
           domain: 1 + index / 4, name: ["xvda", "xvdb", "xvdc", "xvdd"][index % 4],
           params: world.spec("s\(index).dscow"))
       }
+      for index in disks.indices { try await world.makeStore("s\(index).dscow") }
       var churn = FakeDiskChurn(world.toolstack, disks: disks, random: random)
       let blows = Set((0..<3).map { _ in Int.random(in: 200..<1400, using: &random) })
       for step in 0..<1500 {

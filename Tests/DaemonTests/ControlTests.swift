@@ -39,6 +39,8 @@ struct ControlTests {
       #expect(stat(world.socket, &status) == 0)
       #expect(status.st_mode & 0o777 == 0o600)
       #expect(stat(world.runDirectory, &status) == 0)
+      #expect(status.st_mode & 0o777 == 0o711, "searched by tools, listed by nobody else")
+      #expect(stat(world.runDirectory + "/disks", &status) == 0)
       #expect(status.st_mode & 0o777 == 0o700)
     }
   }

@@ -44,6 +44,7 @@ struct LifeTests {
       let first = try world.attach(5, world.spec("g5.dscow"))
       let second = try world.attach(6, world.spec("g6.dscow"), writable: false)
       try world.attach(7, "/dev/vg/other")
+      for name in ["g5.dscow", "g6.dscow"] { try await world.makeStore(name) }
       try await world.startDaemon()
       for disk in [first, second] {
         try await eventually("both are ready") { try await world.state(disk) == .ready }
@@ -144,6 +145,7 @@ struct LifeTests {
       #expect(try await world.worker(disk) == worker)
       var other = disk
       other.params = world.spec("other.dscow")
+      try await world.makeStore("other.dscow")
       try world.toolstack.attach(other)
       try await eventually("the other is served") {
         let status = try await world.status(5).first

@@ -124,6 +124,179 @@ struct MappedTests {
     }
   }
 
+  // MARK: - Going
+
+  /// A disk in use whose device holds placements that are in no image.
+  private func uncommitted(_ world: World, domain: Int = 5) async throws -> FakeDisk {
+    let disk = try world.attach(domain, world.spec("g5.dscow"))
+    try await world.add(disk)
+    try world.file("mapper/\(domain)-51712.uncommitted", Array("7".utf8))
+    return disk
+  }
+
+  private func stuck(_ world: World, _ domain: Int, _ words: String) async throws {
+    try await eventually("it is stopping, and says why: \(words)") {
+      let status = try await world.status(domain).first
+      return status?.state == .stopping && status?.error?.contains(words) == true
+    }
+  }
+
+  @Test("Without a worker at the end another one is started, so that the device is committed")
+  func deadAtTheEnd() async throws {
+    try await inWorld(["worker.restart-limit": "0"], hasMapper: true) { world in
+      let disk = try await uncommitted(world)
+      kill(try await world.worker(disk), SIGKILL)
+      try await eventually("it has failed") { try await world.state(disk) == .failed }
+      try world.detach(disk)
+      try await world.isGone(disk)
+      #expect(World.names(world.mapper) == ["flushed"], "it was flushed, and removed")
+    }
+  }
+
+  @Test("Without any worker the device stays, the next disk on the store waits for it, and it goes")
+  func noWorker() async throws {
+    try await inWorld(["worker.restart-limit": "0"], hasMapper: true) { world in
+      let disk = try await uncommitted(world)
+      try world.useWorkers(instead: "exit 1")
+      kill(try await world.worker(disk), SIGKILL)
+      try await eventually("it has failed") { try await world.state(disk) == .failed }
+      try world.detach(disk)
+      try await stuck(world, 5, "may hold writes that are not in store")
+      #expect(try device(world, "5-51712").hasPrefix("LIVE "))
+      // By hand and by tools the store is not to be had either.
+      let file = try FileStore(path: world.folder.file("g5.dscow"), writable: true)
+      #expect(throws: IOError.self) { try file.lock(exclusive: true) }
+      let next = try world.attach(6, world.spec("g5.dscow"))
+      async let answer = world.add(next)
+      try await eventually("it waits") {
+        try await world.status(6).first?.error?.contains("waiting for domain 5") == true
+      }
+      try world.useWorkers()
+      _ = try await answer
+      #expect(!World.names(world.mapper).contains("5-51712"))
+    }
+  }
+
+  @Test("A daemon that comes later goes on with a disk that cannot go")
+  func stuckAcrossDaemons() async throws {
+    try await inWorld(["worker.stop-timeout": "1"], hasMapper: true) { world in
+      let disk = try await uncommitted(world)
+      try world.file("mapper/flush-hangs", [])
+      try world.detach(disk)
+      try await stuck(world, 5, "is not written out")
+      try await world.stopDaemon(SIGKILL)
+      try await world.startDaemon()
+      try await stuck(world, 5, "is not written out")
+      #expect(unlink(world.mapper + "/flush-hangs") == 0)
+      try await world.isGone(disk)
+      #expect(World.names(world.mapper) == ["flushed"])
+    }
+  }
+
+  @Test("What is below hangs: the disk stays and says so, and goes when that answers")
+  func hangs() async throws {
+    try await inWorld(["worker.stop-timeout": "1"], hasMapper: true) { world in
+      let disk = try await uncommitted(world)
+      let worker = try await world.worker(disk)
+      try world.file("mapper/flush-hangs", [])
+      try world.toolstack.destroyDomain(5)
+      try await stuck(world, 5, "hangs")
+      #expect(isAlive(worker), "it may still have to answer")
+      try await eventually("xenstore says so") { try world.node(disk, "state") == "stopping" }
+      #expect(try world.node(disk, "error")?.contains("hangs") == true)
+      #expect(unlink(world.mapper + "/flush-hangs") == 0)
+      try await world.isGone(disk)
+      #expect(!isAlive(worker))
+    }
+  }
+
+  @Test("A device that is open, or whose flush fails, is not removed; discard-pending does it")
+  func openAndFailing() async throws {
+    try await inWorld(["worker.stop-timeout": "1"], hasMapper: true) { world in
+      let disk = try await uncommitted(world)
+      try world.file("mapper/5-51712.open", [])
+      try world.file("mapper/flush-fails", [])
+      try world.detach(disk)
+      try await stuck(world, 5, "is still open")
+      #expect(unlink(world.mapper + "/5-51712.open") == 0)
+      try await stuck(world, 5, "its flush failed")
+      let store = world.folder.file("g5.dscow")
+      let asked = try await world.command { $0.discard(store, confirmed: false, json: false) }
+      #expect(asked == .failed)
+      #expect(try device(world, "5-51712").hasPrefix("LIVE "))
+      let done = try await world.command { $0.discard(store, confirmed: true, json: false) }
+      #expect(done == .done)
+      try await world.isGone(disk)
+    }
+  }
+
+  @Test("clear tells the device and the worker")
+  func clear() async throws {
+    try await inWorld(hasMapper: true) { world in
+      let disk = try await uncommitted(world)
+      let other = try await world.command { $0.clear("6", json: false) }
+      #expect(other == .noDisk)
+      for name in ["5", "guest5", "5-51712", "guest5:xvda"] {
+        let done = try await world.command { $0.clear(name, json: true) }
+        #expect(done == .done)
+        #expect(try SmallFile.read(world.mapper + "/cleared") == "5-51712")
+        #expect(unlink(world.mapper + "/cleared") == 0)
+      }
+      #expect(try await world.state(disk) == .ready)
+    }
+  }
+
+  @Test("The run directory is lost: device, worker and uncommitted placements go on")
+  func lostRunDirectory() async throws {
+    try await inWorld(hasMapper: true) { world in
+      let disk = try await uncommitted(world)
+      try world.toolstack.write(disk.backend + "/physical-device", "fd:5")
+      let worker = try await world.worker(disk)
+      for round in 0..<2 {
+        try await world.stopDaemon(SIGKILL)
+        if round == 0 {
+          // Only its name has changed: the worker is found where it listens.
+          #expect(rename(world.runDirectory, world.folder.file("former")) == 0)
+        } else {
+          try await world.run("/bin/rm", "-r", world.runDirectory)
+        }
+        try await world.startDaemon()
+        try await eventually("it is served, round \(round)") {
+          try await world.state(disk) == .ready
+        }
+        #expect(try device(world, "5-51712").hasPrefix("LIVE "), "the device was not touched")
+        #expect(try device(world, "5-51712.uncommitted") == "7")
+      }
+      #expect(!isAlive(worker), "one that cannot be spoken to is replaced")
+      try world.detach(disk)
+      try await world.isGone(disk)
+    }
+  }
+
+  @Test("A device of no disk is left alone when it is open or holds writes")
+  func strays() async throws {
+    try await inWorld(hasMapper: true) { world in
+      try await world.stopDaemon()
+      for name in ["7-51712", "8-51712", "9-51712"] {
+        try world.file("mapper/\(name)", Array("LIVE /x".utf8))
+      }
+      try world.file("mapper/7-51712.open", [])
+      try world.file("mapper/8-51712.uncommitted", Array("3".utf8))
+      try await world.startDaemon()
+      #expect(
+        World.names(world.mapper)
+          == ["7-51712", "7-51712.open", "8-51712", "8-51712.uncommitted"])
+      let left = try await world.ask(ControlRequest(.leftovers)).leftovers ?? []
+      #expect(
+        left.map(\.name).sorted() == [
+          "device /stand-in/dmu-7-51712", "device /stand-in/dmu-8-51712",
+        ])
+      #expect(left.allSatisfy { $0.loses != nil })
+      _ = try await world.ask(ControlRequest(.clean, target: "device /stand-in/dmu-8-51712"))
+      #expect(try await world.ask(ControlRequest(.leftovers)).leftovers?.count == 1)
+    }
+  }
+
   @Test("What the kernel cannot serve goes by nbd and says why; with dm it is refused")
   func fallback() async throws {
     try await inWorld(hasMapper: true) { world in

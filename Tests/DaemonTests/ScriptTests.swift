@@ -14,10 +14,12 @@ import Testing
       && access("/usr/bin/xenstore-write", X_OK) == 0 && access("/var/log/xen", W_OK) == 0,
     "Xen's scripts and xenstore's tools have to be installed, and their log has to be writable"))
 struct ScriptTests {
-  /// Runs `block-dmu ACTION` for a disk: its exit status and what stands in xenstore then.
-  private func run(_ world: World, _ action: String, _ disk: FakeDisk) async throws -> Posix
-    .ExitStatus?
-  {
+  /// Runs `block-dmu ACTION` for a disk, under a process whose command line is `toolstack`: its
+  /// exit status.
+  private func run(
+    _ world: World, _ action: String, _ disk: FakeDisk,
+    toolstack: [String] = ["xl", "-v", "create", "guest.cfg"]
+  ) async throws -> Posix.ExitStatus? {
     let scripts = world.folder.file("scripts")
     let programs = world.folder.file("bin")
     if mkdir(scripts, 0o755) == 0 {
@@ -38,8 +40,19 @@ struct ScriptTests {
       )
       #expect(chmod(wrapper, 0o755) == 0)
     }
+    // The toolstack is a shell by another name, and its command a script for that shell, which
+    // waits for the block script as libxl does.
+    let place = world.folder.file("toolstack")
+    _ = mkdir(place, 0o755)
+    for word in toolstack.dropFirst() where !word.hasPrefix("-") {
+      try world.file(
+        "toolstack/\(word)",
+        Array("'\(scripts)/block-dmu' \(action)\nexit $?\n".utf8))
+    }
+    unlink(place + "/" + toolstack[0])
+    #expect(symlink("/bin/bash", place + "/" + toolstack[0]) == 0)
     var command = Command(
-      "\(scripts)/block-dmu", [action],
+      "/usr/bin/env", ["-C", place, "./" + toolstack[0]] + toolstack.dropFirst(),
       environment: [
         "PATH=\(programs):/usr/bin:/bin", "XENSTORED_PATH=\(world.xenstored.socketPath)",
         "XENBUS_PATH=\(disk.relativeBackend)", "XENBUS_TYPE=vbd", "XENBUS_BASE_PATH=backend",
@@ -82,7 +95,7 @@ struct ScriptTests {
           + " the path, or add ':BASE' to the spec")
       #expect(try world.toolstack.read(disk.backend + "/hotplug-status") == "error")
       #expect(try world.toolstack.read(disk.backend + "/physical-device") == nil)
-      try await eventually("it is forgotten") { try await world.status().isEmpty }
+      try await eventually("it is forgotten") { try await world.isQuiet() }
       #expect(try await run(world, "remove", disk) == .exited(0))
     }
   }
@@ -110,6 +123,44 @@ struct ScriptTests {
       try await Task.sleep(for: .seconds(1))
       try await world.startDaemon()
       #expect(try await status == .exited(0))
+    }
+  }
+
+  @Test("A store is made for a domain that xl boots, and for no other")
+  func boots() async throws {
+    try await inWorld { world in
+      let boots = [
+        ["xl", "create", "g"], ["xl", "-v", "cr", "g"], ["xl", "block-attach", "5"],
+        ["dmu-xl", "block-a", "5"],
+      ]
+      let others = [
+        ["xl", "restore", "g"], ["xl", "-v", "migrate-receive"], ["xl", "devd"],
+        ["xl", "res", "g"],
+        ["libvirtd", "create"],
+      ]
+      for (index, words) in (boots + others).enumerated() {
+        let store = world.folder.file("s\(index)")
+        let disk = try world.attach(10 + index, world.spec("s\(index)"))
+        // The event alone must not make it, however long the script takes.
+        try await eventually("the disk waits for the script") {
+          try await world.status(disk.domain).first?.error?.contains("waiting for the block script")
+            == true
+        }
+        #expect(access(store, F_OK) != 0)
+        let isBoot = index < boots.count
+        #expect(
+          try await run(world, "add", disk, toolstack: words) == .exited(isBoot ? 0 : 1),
+          "\(words)")
+        #expect((access(store, F_OK) == 0) == isBoot, "\(words)")
+        if isBoot { continue }
+        let base = world.folder.file("base")
+        #expect(
+          try world.toolstack.read(disk.backend + "/hotplug-error")
+            == "store \(store) does not exist, and it is created only for a domain that xl boots,"
+            + " which is not known of this one (it may be restored or migrated): bring it back (is"
+            + " its file system mounted?), or make an empty one with"
+            + " 'dscow_tool -c \(store) \(base)'")
+      }
     }
   }
 }

@@ -87,11 +87,11 @@ struct SentenceTests {
       let said5 = try await sentence(world, world.spec("h.dscow", base: "g.dscow"), domain: 7)
       #expect(
         said5
-          .hasPrefix("base \(store) is in use as the store of another disk"))
+          .hasPrefix("base \(store) is in use as the store of domain 5 (xvdb)"))
       let said6 = try await sentence(world, world.spec("base", base: nil), domain: 8)
       #expect(
         said6
-          .hasPrefix("store \(world.folder.file("base")) is in use by domain 5 (xvdb) as its base"))
+          .hasPrefix("store \(world.folder.file("base")) is in use by domain 5 (xvdb) as a base"))
     }
   }
 
@@ -108,8 +108,8 @@ struct SentenceTests {
       #expect(
         said9
           .hasPrefix(
-            "option 'blocksize' is unknown: format dscow has block-size, base-format, force,"
-              + " transport"))
+            "option 'blocksize' is unknown: format dscow has block-size, base-format, create,"
+              + " force, transport"))
       let said10 = try await sentence(world, world.spec("g", options: "?block-size=5K"))
       #expect(
         said10
@@ -155,7 +155,7 @@ struct SentenceTests {
       // As the script says it; else the reload would try this disk again.
       let refused = FakeDisk(domain: 6, params: "")
       try world.toolstack.write(refused.backend + "/hotplug-status", "error")
-      try await eventually("it is forgotten") { try await world.status().isEmpty }
+      try await eventually("it is forgotten") { try await world.isQuiet() }
       try world.configure(["base.directories": "[\"\(world.folder.path)\"]"])
       #expect(try await world.command { $0.reload() } == .done)
       let again = try world.attach(7, world.spec("g.dscow", base: nil))

@@ -59,7 +59,13 @@ import WorkerLink
     #expect(step(.failed(failure, attached: false), nil) == .forget)
     #expect(step(.failed(failure, attached: true), nil) == .stop)
     #expect(step(.starting, nil) == .none)
-    #expect(step(.stopping, wanted) == .none)
+    #expect(step(.stopping(nil), wanted) == .none)
+    let later = now + .seconds(1)
+    #expect(step(.stopping(.init(failure, retry: now)), nil) == .stop)
+    #expect(step(.stopping(.init(failure, retry: now)), wanted) == .stop, "first it has to go")
+    #expect(step(.stopping(.init(failure, retry: later)), nil) == .wait(until: later))
+    #expect(step(.asking(store: "/s"), wanted) == .none)
+    #expect(step(.asking(store: "/s"), nil) == .forget)
   }
 
   @Test("Everybody is told the same states, and the reason")
@@ -72,7 +78,7 @@ import WorkerLink
     #expect(DiskPhase.restarting(at: .now).publicState == .starting)
     #expect(
       PublicState.allCases.map(\.rawValue)
-        == ["starting", "ready", "degraded", "no-space", "failed", "stopping"])
+        == ["starting", "ready", "degraded", "no-space", "failed", "stopping", "pending"])
   }
 
   @Test("Restarts come later and later, and end")

@@ -19,6 +19,7 @@ struct WeightTests {
     ]
     try await inWorld(settings) { world in
       for index in 0..<200 {
+        try await world.makeStore("s\(index).dscow")
         try world.attach(
           1 + index / 4, world.spec("s\(index).dscow"),
           name: ["xvda", "xvdb", "xvdc", "xvdd"][index % 4])

@@ -29,7 +29,9 @@ enum Programs {
   }()
 
   static var arePresent: Bool {
-    ["cowd", "dmu-xend", "dmu-xen"].allSatisfy { access(directory + "/" + $0, X_OK) == 0 }
+    ["cowd", "dmu-xend", "dmu-xen", "dscow_tool", "dmu-img"].allSatisfy {
+      access(directory + "/" + $0, X_OK) == 0
+    }
   }
 }
 
@@ -83,16 +85,22 @@ final class World: Sendable {
     folder = try TemporaryFolder()
     xenstored = try XenStored.start()
     toolstack = try FakeToolstack(xenstored)
-    // The real worker, its log put aside.
-    let program = "\(Programs.directory)/\(hasMapper ? "played-worker" : "cowd")"
-    let wrapper = try file(
-      "cowd", Array("#!/bin/sh\nexec '\(program)' \"$@\" 2>>'\(workerLog)'\n".utf8))
+    try useWorkers()
     try #require(mkdir(mapper, 0o700) == 0)
-    try #require(chmod(wrapper, 0o755) == 0)
     try configure(settings)
     try file("base", [UInt8](repeating: 0xB5, count: 1 << 20))
     // Workers run as nobody: they get descriptors, but the sockets' directory is root's.
     try #require(chmod(folder.path, 0o700) == 0)
+  }
+
+  /// Has workers started from now on in this way: "exec" before the program and its arguments, or
+  /// another shell command in their place. Their log is put aside.
+  func useWorkers(_ prefix: String = "exec", instead: String? = nil) throws {
+    let program = "\(Programs.directory)/\(hasMapper ? "played-worker" : "cowd")"
+    let command = instead ?? "\(prefix) '\(program)' \"$@\" 2>>'\(workerLog)'"
+    let new = try file("cowd.new", Array("#!/bin/sh\n\(command)\n".utf8))
+    try #require(chmod(new, 0o755) == 0)
+    try #require(rename(new, folder.file("cowd")) == 0)
   }
 
   var configurationPath: String { folder.file("dmu-xen.toml") }
@@ -107,7 +115,7 @@ final class World: Sendable {
     var all = [
       "daemon.run-directory": "\"\(runDirectory)\"", "daemon.log-level": "\"info\"",
       "worker.program": "\"\(folder.file("cowd"))\"", "worker.user": "\(World.workerUser)",
-      "worker.group": "\(World.workerUser)",
+      "worker.group": "\(World.workerUser)", "store.create-in": "[\"\(folder.path)\"]",
     ]
     all.merge(settings) { $1 }
     let text = all.sorted { $0.key < $1.key }.map { "\($0) = \($1)\n" }.joined()
@@ -127,6 +135,24 @@ final class World: Sendable {
   /// A spec of a store of that name on the common base.
   func spec(_ store: String, base: String? = "base", options: String = "") -> String {
     "dmu:dscow\(options):\(folder.file(store))" + (base.map { ":\(folder.file($0))" } ?? "")
+  }
+
+  /// Makes a store on the common base, as an admin does.
+  func makeStore(_ name: String) async throws {
+    try await run("dscow_tool", "-c", folder.file(name), folder.file("base"))
+  }
+
+  /// Runs one of the programs to its end; its exit status has to be this.
+  func run(_ program: String, _ arguments: String..., expecting: Int32 = 0) async throws {
+    let path = program.contains("/") ? program : Programs.directory + "/" + program
+    let null = try Descriptor(path: "/dev/null", flags: O_RDWR)
+    var command = Command(
+      path, arguments,
+      environment: ["PATH=/usr/sbin:/usr/bin:/sbin:/bin", "DMU_XEN_RUN=\(runDirectory)"])
+    command.descriptors = [0: null.raw, 1: null.raw, 2: null.raw]
+    let process = try command.start()
+    let status = try await blocking { try process.wait(milliseconds: 60_000) }
+    #expect(status == .exited(expecting), "\(program) \(arguments)")
   }
 
   // MARK: - The daemon, a process
@@ -191,6 +217,29 @@ final class World: Sendable {
     NBDWire(try StandInDoor.socket(of: index, runDirectory: runDirectory))
   }
 
+  /// The kernel's end of a disk's device.
+  func wire(of disk: FakeDisk) async throws -> NBDWire {
+    let path = try #require(try await status(disk.domain).first { $0.state == .ready }?.device)
+    return try wire(try #require(UInt32(path.replacing("/stand-in/nbd", with: ""))))
+  }
+
+  /// Names of the pending logs that are kept, of disks in use too.
+  func logs() -> [String] {
+    World.names(runDirectory + "/pending").filter { !$0.contains(".") }
+  }
+
+  /// How many stores have something to recover, as xenstore says.
+  func announcedPending() throws -> String? {
+    try toolstack.read("/local/domain/0/dmu-xen/pending")
+  }
+
+  /// Waits until a disk holds nothing any more.
+  func isGone(_ disk: FakeDisk, within limit: Duration = .seconds(30)) async throws {
+    try await eventually("\(disk.domain) is gone", within: limit) {
+      !directories().contains("\(disk.domain)-\(disk.device)")
+    }
+  }
+
   var devices: Int {
     get throws { try StandInDoor.counts(runDirectory: runDirectory).devices }
   }
@@ -222,22 +271,28 @@ final class World: Sendable {
     try toolstack.finishDetach(disk)
   }
 
-  /// What the block script asks.
+  /// What the block script asks, of a domain that boots unless something else is said.
   @discardableResult
-  func add(_ disk: FakeDisk) async throws -> ControlReply.Device {
-    let reply = try await ask(ControlRequest(.attach, path: disk.relativeBackend))
+  func add(_ disk: FakeDisk, boots: Bool = true) async throws -> ControlReply.Device {
+    let reply = try await ask(
+      ControlRequest(.attach, path: disk.relativeBackend, boots: boots))
     return try #require(reply.device)
   }
 
   /// The sentence with which the script's question fails.
-  func addFailure(_ disk: FakeDisk) async throws -> String {
+  func addFailure(_ disk: FakeDisk, boots: Bool = true) async throws -> String {
     do {
-      return "attached \(try await add(disk))"
+      return "attached \(try await add(disk, boots: boots))"
     } catch let error as DiskFailure { return error.sentence }
   }
 
   func status(_ domain: Int? = nil) async throws -> [DiskStatus] {
     try await ask(ControlRequest(.status, domain: domain.map { String($0) })).disks ?? []
+  }
+
+  /// Whether no disk is left but in the memory of attaches that failed.
+  func isQuiet() async throws -> Bool {
+    try await status().allSatisfy { $0.state == .failed && $0.note != nil }
   }
 
   func state(_ disk: FakeDisk) async throws -> PublicState? {

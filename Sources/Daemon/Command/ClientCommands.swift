@@ -56,14 +56,16 @@ public struct ClientCommands: Sendable {
   }
 
   /// A block script's `add`. A daemon that is started again meanwhile is asked again.
-  public func add(_ path: String) -> CommandStatus {
+  /// `boots`: the domain is known to boot.
+  public func add(_ path: String, boots: Bool) -> CommandStatus {
     let end = ContinuousClock.now + ClientCommands.scriptLimit
     return run { () throws(DiskFailure) in
       while true {
         do throws(DiskFailure) {
           let client = try ControlClient.connect(
             path: socket, patience: ClientCommands.patience)
-          let reply = try client.ask(ControlRequest(.attach, path: path), within: end - .now)
+          let reply = try client.ask(
+            ControlRequest(.attach, path: path, boots: boots), within: end - .now)
           guard let device = reply.device else { throw DiskFailure.daemonGone }
           CommandOutput.say("\(device.number) \(device.path)\n")
           return .done
@@ -86,6 +88,80 @@ public struct ClientCommands: Sendable {
     return .done
   }
 
+  /// Commits the pending logs of a store, or all for nil.
+  public func recover(_ store: String?, json: Bool) -> CommandStatus {
+    run { () throws(DiskFailure) in
+      let stores = try ask(ControlRequest(.recover, store: store), .seconds(300)).stores ?? []
+      if json {
+        CommandOutput.say(try ClientCommands.pretty(stores))
+      } else {
+        for one in stores where one.error == nil {
+          CommandOutput.say("store \(one.store) is complete (\(one.holds))\n")
+        }
+        for one in stores {
+          if let error = one.error {
+            CommandOutput.complain("store \(one.store) keeps its log (\(one.holds)): \(error)")
+          }
+        }
+        if stores.isEmpty { CommandOutput.say("nothing to recover\n") }
+      }
+      if stores.isEmpty, store != nil { return .noDisk }
+      return stores.allSatisfy { $0.error == nil } ? .done : .failed
+    }
+  }
+
+  /// Gives up what a store's pending log holds. `confirmed`: without asking.
+  public func discard(_ store: String, confirmed: Bool, json: Bool) -> CommandStatus {
+    run { () throws(DiskFailure) in
+      let limit = Duration.seconds(10)
+      guard let held = try ask(ControlRequest(.pending, store: store), limit).stores?.first else {
+        return .noDisk
+      }
+      let question =
+        "store \(held.store): \(held.holds) would be lost, which a guest believes to be written."
+      if !confirmed, !Terminal.confirms(question) {
+        CommandOutput.complain("nothing was changed (--yes does it without asking)")
+        return .failed
+      }
+      let lost = try ask(ControlRequest(.discard, store: store), limit).stores ?? []
+      if json { CommandOutput.say(try ClientCommands.pretty(lost)) }
+      if !json {
+        CommandOutput.say("store \(held.store): lost \(lost.first?.holds ?? "nothing")\n")
+      }
+      return .done
+    }
+  }
+
+  /// Says that the errors of a disk or a domain were seen to.
+  public func clear(_ target: String, json: Bool) -> CommandStatus {
+    run { () throws(DiskFailure) in
+      let disks = try ask(ControlRequest(.clear, target: target), .seconds(15)).disks ?? []
+      CommandOutput.say(try ClientCommands.render(disks, json: json))
+      return disks.isEmpty ? .noDisk : .done
+    }
+  }
+
+  /// Has failed attaches forgotten; all for nil.
+  public func forget(_ target: String?) -> CommandStatus {
+    run { () throws(DiskFailure) in
+      let count = try ask(ControlRequest(.forget, target: target), .seconds(10)).count ?? 0
+      CommandOutput.say("forgot \(count) failed attach\(count == 1 ? "" : "es")\n")
+      return count == 0 && target != nil ? .noDisk : .done
+    }
+  }
+
+  private func ask(
+    _ request: ControlRequest, _ limit: Duration
+  ) throws(DiskFailure) -> ControlReply {
+    try ControlClient(path: socket).ask(request, within: limit)
+  }
+
+  private static func pretty(_ value: some Encodable) throws(DiskFailure) -> String {
+    do { return try ControlLine.pretty(value) + "\n" } catch {
+      throw DiskFailure(.daemon, "the answer cannot be written as JSON: \(error)")
+    }
+  }
+
   private func fetch(_ domain: String?) throws(DiskFailure) -> [DiskStatus] {
     let client = try ControlClient(path: socket)
     return try client.ask(ControlRequest(.status, domain: domain), within: .seconds(10)).disks ?? []
@@ -94,15 +170,13 @@ public struct ClientCommands: Sendable {
   private static func render(
     _ disks: [DiskStatus], json: Bool
   ) throws(DiskFailure) -> String {
-    guard json else { return StatusTable.render(disks) }
-    do { return try ControlLine.pretty(disks) + "\n" } catch {
-      throw DiskFailure(.daemon, "the disks cannot be written as JSON: \(error)")
-    }
+    json ? try pretty(disks) : StatusTable.render(disks)
   }
 
   private func run(_ body: () throws(DiskFailure) -> CommandStatus) -> CommandStatus {
     do throws(DiskFailure) { return try body() } catch {
       CommandOutput.complain(error.sentence)
+      if error.code == .gone { return .noDisk }
       return error == .daemonNotRunning ? .noDaemon : .failed
     }
   }

@@ -35,3 +35,16 @@ public enum CommandOutput {
     }
   }
 }
+
+/// Questions to whoever sits at the terminal.
+enum Terminal {
+  /// Asks; only "y" or "yes" is one. Without a terminal nobody agrees.
+  static func confirms(_ question: String) -> Bool {
+    guard isatty(0) == 1 else {
+      CommandOutput.complain(question)
+      return false
+    }
+    CommandOutput.say(question + " Do it? [y/N] ")
+    return ["y", "yes"].contains(readLine()?.lowercased() ?? "")
+  }
+}

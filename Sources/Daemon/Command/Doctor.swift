@@ -1,5 +1,6 @@
 // `dmu-xen doctor`: everything that a dmu disk needs of its host, one check after the
-// other, each with what to do when it fails. Changes nothing.
+// other, each with what to do when it fails, and disks in trouble and what is left of former ones.
+// Changes nothing but what `clean` was told to.
 
 internal import DeviceMapper
 internal import Posix
@@ -18,16 +19,34 @@ public struct Doctor: Sendable {
     /// What to do about it.
     public let remedy: String
 
-    init(_ what: String, _ trouble: String?, remedy: String) {
+    /// How a finding with trouble begins.
+    public enum Kind: String, Sendable {
+      /// Something that disks need.
+      case missing = "MISSING"
+      /// A disk, or what is left of one.
+      case trouble = "TROUBLE"
+      /// Something that only some guests need.
+      case note = "note"
+    }
+
+    /// What trouble is to be called.
+    public let kind: Kind
+
+    init(_ what: String, _ trouble: String?, remedy: String, _ kind: Kind = .missing) {
       self.what = what
       self.trouble = trouble
       self.remedy = remedy
+      self.kind = kind
     }
+
+    /// Whether an admin has to do something.
+    var isBad: Bool { trouble != nil && kind != .note }
 
     /// One line, and a second with the remedy when something is wrong.
     var text: String {
       guard let trouble else { return "ok       \(what)\n" }
-      return "MISSING  \(what): \(trouble)\n         \(remedy)\n"
+      let word = kind.rawValue.padding(toLength: 9)
+      return "\(word)\(what): \(trouble)\n" + (remedy.isEmpty ? "" : "         \(remedy)\n")
     }
   }
 
@@ -47,11 +66,42 @@ public struct Doctor: Sendable {
   public func examine() async -> CommandStatus {
     let findings = await findings()
     for finding in findings { CommandOutput.say(finding.text) }
-    let missing = findings.count { $0.trouble != nil }
+    let bad = findings.count { $0.isBad }
     CommandOutput.say(
-      missing == 0
-        ? "nothing is missing\n" : "\(missing) of \(findings.count) checks failed\n")
-    return missing == 0 ? .done : .failed
+      bad == 0 ? "nothing is missing\n" : "\(bad) of \(findings.count) checks failed\n")
+    return bad == 0 ? .done : .failed
+  }
+
+  /// Offers to remove what is left of disks that are no more, one by one.
+  public func clean() -> CommandStatus {
+    do throws(DiskFailure) {
+      let leftovers = try ask(ControlRequest(.leftovers)).leftovers ?? []
+      if leftovers.isEmpty { CommandOutput.say("nothing is left\n") }
+      var kept = 0
+      for leftover in leftovers {
+        let loss = leftover.loses.map { " WITH IT GOES: \($0)." } ?? ""
+        guard Terminal.confirms("\(leftover.name): \(leftover.what).\(loss)") else {
+          kept += 1
+          continue
+        }
+        _ = try ask(ControlRequest(.clean, target: leftover.name))
+      }
+      return kept == 0 ? .done : .failed
+    } catch {
+      CommandOutput.complain(error.sentence)
+      return error == .daemonNotRunning ? .noDaemon : .failed
+    }
+  }
+
+  private func ask(_ request: ControlRequest) throws(DiskFailure) -> ControlReply {
+    var configuration = Configuration()
+    if socket == nil {
+      do throws(ConfigurationError) {
+        configuration = try Configuration.load(configurationPath)
+      } catch { throw DiskFailure(.daemon, "\(error)") }
+    }
+    let client = try ControlClient(path: socket ?? configuration.controlSocket)
+    return try client.ask(request, within: .seconds(30))
   }
 
   /// Every check, in the order in which a disk comes to need it.
@@ -72,8 +122,67 @@ public struct Doctor: Sendable {
     findings.append(module("xen_blkback", "xen-blkback", "guests' disks"))
     findings += devices(configuration.transport)
     findings += [script(), worker(configuration), runDirectory(configuration)]
-    findings.append(daemon(configuration))
+    findings.append(blkfront())
+    let daemon = daemon(configuration)
+    findings.append(daemon)
+    if daemon.trouble == nil { findings += inUse() }
     return findings
+  }
+
+  /// A bootloader in this domain, such as pygrub, reads a guest's disk by way of it.
+  private func blkfront() -> Finding {
+    let there = access(root + "/sys/module/xen_blkfront", F_OK) == 0
+    return Finding(
+      "the driver xen-blkfront (bootloaders that read guests' disks)",
+      there ? nil : "it is not loaded",
+      remedy: "only if a guest has a bootloader: modprobe xen-blkfront", .note)
+  }
+
+  /// Disks in trouble, workers with too many rights, and what is left of former disks.
+  private func inUse() -> [Finding] {
+    do throws(DiskFailure) {
+      let disks = try ask(ControlRequest(.status)).disks ?? []
+      var findings = disks.compactMap { disk -> Finding? in
+        guard ![.ready, .pending].contains(disk.state) else { return nil }
+        let name = disk.domainName.map { "\($0) (\(disk.domain))" } ?? String(disk.domain)
+        let forget = "dmu-xen forget \(disk.domain):\(disk.vdev) takes it out of status"
+        return Finding(
+          "the disk \(disk.vdev) of domain \(name)",
+          "\(disk.state.rawValue)\(disk.error.map { ": \($0)" } ?? "")",
+          remedy: disk.note == nil ? "" : forget, .trouble)
+      }
+      if findings.isEmpty { findings = [Finding("the disks (\(disks.count))", nil, remedy: "")] }
+      findings += disks.compactMap(\.worker).compactMap(sandbox)
+      let leftovers = try ask(ControlRequest(.leftovers)).leftovers ?? []
+      findings += leftovers.map {
+        Finding("left over: \($0.name)", $0.what, remedy: "dmu-xen doctor --clean", .trouble)
+      }
+      if leftovers.isEmpty { findings.append(Finding("leftovers: none", nil, remedy: "")) }
+      return findings
+    } catch { return [Finding("the disks", error.sentence, remedy: "")] }
+  }
+
+  /// What a worker may that it should not; nil when all is well. Source: proc_pid_status(5).
+  private func sandbox(_ pid: Int32) -> Finding? {
+    let what = "the worker \(pid)"
+    let remedy = "set worker.user in \(configurationPath) to 65534; 'dmu-xen status' names its disk"
+    do throws(IOError) {
+      let lines = try TextFile.read(root + "/proc/\(pid)/status").split(separator: "\n")
+      func field(_ name: String) -> String {
+        lines.first { $0.hasPrefix(name + ":") }
+          .map { $0.dropFirst(name.count + 1).trimmingBlanks } ?? ""
+      }
+      var faults: [String] = []
+      if field("Uid").split(separator: "\t").contains("0") { faults.append("it runs as root") }
+      if field("CapEff").contains(where: { $0 != "0" }) { faults.append("it has capabilities") }
+      if field("NoNewPrivs") == "0" { faults.append("it may gain privileges") }
+      guard !faults.isEmpty else { return nil }
+      return Finding(what, faults.joined(separator: ", "), remedy: remedy, .trouble)
+    } catch {
+      // It has just ended.
+      if error.code == ENOENT || error.code == ESRCH { return nil }
+      return Finding(what, error.description, remedy: remedy, .trouble)
+    }
   }
 
   private func rights() -> Finding {
@@ -172,10 +281,10 @@ public struct Doctor: Sendable {
         what, IOError.last("examine", path).description, remedy: "dmu-xend makes it: start it")
     }
     let bits = String(status.st_mode & 0o7777, radix: 8)
-    let good = status.st_mode & 0o077 == 0 && status.st_uid == 0
+    let good = status.st_mode & 0o066 == 0 && status.st_uid == 0
     return Finding(
       what, good ? nil : "its owner is \(status.st_uid), its mode 0\(bits)",
-      remedy: "chown root \(path); chmod 0700 \(path)")
+      remedy: "chown root \(path); chmod 0711 \(path)")
   }
 
   private func daemon(_ configuration: Configuration) -> Finding {
@@ -195,5 +304,22 @@ public struct Doctor: Sendable {
         "the daemon", error == .daemonNotRunning ? "dmu-xend is not running" : error.sentence,
         remedy: "systemctl start dmu-xend, and to have it at every boot: systemctl enable dmu-xend")
     }
+  }
+}
+
+extension String {
+  /// With blanks up to a length.
+  fileprivate func padding(toLength length: Int) -> String {
+    self + String(repeating: " ", count: max(0, length - count))
+  }
+}
+
+extension Substring {
+  /// Without blanks and tabs at its ends.
+  fileprivate var trimmingBlanks: String {
+    var text = self
+    while let first = text.first, first == " " || first == "\t" { text.removeFirst() }
+    while let last = text.last, last == " " || last == "\t" { text.removeLast() }
+    return String(text)
   }
 }

@@ -2,6 +2,7 @@
 // a test holds the two together.
 
 public import Logging
+internal import Posix
 public import WorkerLink
 
 /// The daemon's configuration: a value, replaced whole by a reload.
@@ -42,6 +43,15 @@ public struct Configuration: Sendable, Equatable {
   public var chainDepth = 32
   /// Directories whose files and devices a store may name to keep its disk's data in.
   public var storeDirectories: [String] = []
+  /// Directories in which a store that does not exist is made when a domain boots.
+  public var createIn: [String] = ["/var/lib/dmu-xen"]
+  /// What happens to a write for which there is no space.
+  public var onFull = OnFull.wait
+  /// How long such a write waits before it fails; zero: without a limit.
+  public var fullTimeout = Duration.seconds(3600)
+  /// So long without an I/O error a disk that had some counts as ready again; zero: only after
+  /// `dmu-xen clear`.
+  public var quietTime = Duration.seconds(600)
 
   /// How long one request may take before the kernel gives the worker's socket up and sends
   /// it again on the next. As long, too, is the pause of a request that was under way when
@@ -57,6 +67,18 @@ public struct Configuration: Sendable, Equatable {
   public var controlSocket: String { runDirectory + "/control.sock" }
   /// Directory with one directory a disk.
   public var disksDirectory: String { runDirectory + "/disks" }
+  /// Directory of the links of workers that only recover a log.
+  var recoveryDirectory: String { runDirectory + "/recover" }
+  /// The pending logs of stores.
+  var registry: PendingRegistry { PendingRegistry(runDirectory: runDirectory) }
+}
+
+/// What happens to a write for which there is no space.
+public enum OnFull: String, Sendable, CaseIterable {
+  /// It waits for space.
+  case wait
+  /// It fails at once, which the guest sees as an I/O error.
+  case fail
 }
 
 /// An error in the configuration: where, and what is wrong.

@@ -33,6 +33,10 @@ struct ConfigurationKey: Sendable {
     number("worker", "restart-limit", \.restartLimit, 0...1_000_000),
     seconds("worker", "restart-window", \.restartWindow, 1...86_400),
     directories("store", "directories", \.storeDirectories),
+    directories("store", "create-in", \.createIn),
+    onFull,
+    seconds("store", "full-timeout", \.fullTimeout, 0...31_536_000),
+    seconds("store", "quiet-time", \.quietTime, 0...31_536_000),
     directories("base", "directories", \.baseDirectories),
     number("base", "chain-depth", \.chainDepth, 1...256),
     seconds("nbd", "request-timeout", \.requestTimeout, 1...3600),
@@ -40,6 +44,7 @@ struct ConfigurationKey: Sendable {
   ]
 
   private static let logLevel = word("daemon", "log-level", \.logLevel)
+  private static let onFull = word("store", "on-full", \.onFull)
   private static let transport = word("daemon", "transport", \.transport)
 
   private static func word<Word: RawRepresentable<String> & CaseIterable & Sendable>(

@@ -19,6 +19,20 @@ public struct ControlRequest: Codable, Sendable, Equatable {
     case detach
     /// Read the configuration anew and try failed disks again.
     case reload
+    /// Commit the pending logs of a store, or all.
+    case recover
+    /// Tell what `discard` would lose.
+    case pending
+    /// Give up what a store's pending log holds.
+    case discard
+    /// Errors of a disk or a domain were seen to: let its flushes succeed again.
+    case clear
+    /// Forget the failed attaches of a disk or a domain, or all.
+    case forget
+    /// Tell what is left of disks that are no more.
+    case leftovers
+    /// Remove one of these.
+    case clean
     /// Tell of the daemon.
     case version
   }
@@ -29,12 +43,25 @@ public struct ControlRequest: Codable, Sendable, Equatable {
   public var domain: String?
   /// For `attach` and `detach`: the backend's path in xenstore.
   public var path: String?
+  /// For `attach`: whether the script knows that the domain boots.
+  public var boots: Bool?
+  /// For `recover`, `pending` and `discard`: path of the store, or the log's key; nil: all.
+  public var store: String?
+  /// For `clear` and `forget`: "5", "web", "5-51712", "web:xvda"; nil: all. For `clean`: the
+  /// name of a leftover.
+  public var target: String?
 
   /// A request from its parts.
-  public init(_ command: Command, domain: String? = nil, path: String? = nil) {
+  public init(
+    _ command: Command, domain: String? = nil, path: String? = nil, boots: Bool? = nil,
+    store: String? = nil, target: String? = nil
+  ) {
     self.command = command
     self.domain = domain
     self.path = path
+    self.boots = boots
+    self.store = store
+    self.target = target
   }
 }
 
@@ -58,6 +85,12 @@ public struct ControlReply: Codable, Sendable, Equatable {
   public var disks: [DiskStatus]?
   /// For `attach`.
   public var device: Device?
+  /// For `recover`, `pending` and `discard`.
+  public var stores: [RecoveredStore]?
+  /// For `forget`: how many.
+  public var count: Int?
+  /// For `leftovers`.
+  public var leftovers: [Leftover]?
   /// For `version`.
   public var version: String?
   /// For `version`: the daemon's process id.

@@ -121,10 +121,8 @@ struct ControlServer: Service {
       reply.version = DMUXen.version
       reply.pid = getpid()
       return reply
-    case .status:
-      var reply = ControlReply.done
-      reply.disks = await reconciler.status(domain: request.domain)
-      return reply
+    case .status, .recover, .pending, .discard, .clear, .forget, .leftovers, .clean:
+      do throws(DiskFailure) { return try await obey(request) } catch { return .failure(error) }
     case .reload:
       do throws(ConfigurationError) { try await reconciler.reload() } catch {
         return ControlReply(
@@ -133,6 +131,23 @@ struct ControlServer: Service {
       return .done
     case .attach, .detach: return await hotplug(request)
     }
+  }
+
+  private func obey(_ request: ControlRequest) async throws(DiskFailure) -> ControlReply {
+    var reply = ControlReply.done
+    let store = request.store ?? ""
+    switch request.command {
+    case .status: reply.disks = try await reconciler.status(domain: request.domain)
+    case .recover: reply.stores = try await reconciler.recover(store: request.store)
+    case .pending: reply.stores = [try await reconciler.pending(of: store)]
+    case .discard: reply.stores = [try await reconciler.discard(store)]
+    case .clear: reply.disks = try await reconciler.clear(request.target ?? "")
+    case .forget: reply.count = await reconciler.forget(request.target)
+    case .leftovers: reply.leftovers = try await reconciler.leftovers()
+    case .clean: try await reconciler.clean(request.target ?? "")
+    case .attach, .detach, .reload, .version: break
+    }
+    return reply
   }
 
   private func hotplug(_ request: ControlRequest) async -> ControlReply {
@@ -146,7 +161,7 @@ struct ControlServer: Service {
       await reconciler.detach(id)
       return .done
     }
-    switch await reconciler.attach(id) {
+    switch await reconciler.attach(id, boots: request.boots ?? false) {
     case .failure(let failure): return .failure(failure)
     case .success(let device):
       var reply = ControlReply.done

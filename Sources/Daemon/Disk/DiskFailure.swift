@@ -15,6 +15,8 @@ public struct DiskFailure: Error, Sendable, Hashable, CustomStringConvertible {
     case format
     /// The store does not exist, and there is no base to create it from.
     case storeMissing = "store-missing"
+    /// A pending log holds writes for the store, and cannot be used or is in the way.
+    case pending
     /// The base does not exist, or none is known.
     case baseMissing = "base-missing"
     /// The base is not the one that the store was made from.
@@ -52,6 +54,12 @@ public struct DiskFailure: Error, Sendable, Hashable, CustomStringConvertible {
 
   /// The sentence.
   public var description: String { sentence }
+}
+
+/// A disk that holds an image, for sentences.
+struct Holder: Sendable, Equatable {
+  let id: DiskID
+  let vdev: String
 }
 
 extension DiskFailure {
@@ -92,6 +100,37 @@ extension DiskFailure {
       .storeMissing,
       "store \(path) does not exist, and stores of format \(format) are not created here:"
         + " make it with 'qemu-img create', or use dscow or qcow2")
+  }
+
+  /// - Parameter why: why the daemon does not make it, as a part of the sentence.
+  static func storeNotMade(_ spec: Spec, _ why: String) -> DiskFailure {
+    DiskFailure(
+      .storeMissing,
+      "store \(spec.store) does not exist, and \(why): bring it back (is its file system mounted?),"
+        + " or make an empty one with '\(makingCommand(spec))'")
+  }
+
+  static func storeEmpty(_ spec: Spec) -> DiskFailure {
+    let remedy =
+      spec.base == nil || KnownFormat.named(spec.format)?.blockSizes == nil
+      ? "bring its content back"
+      : "bring its content back, or make an empty disk of it with 'rm \(spec.store) &&"
+        + " \(makingCommand(spec))'"
+    return DiskFailure(
+      .storeMissing, "store \(spec.store) is no image, it has 0 bytes: \(remedy)")
+  }
+
+  /// The command that makes the store of a spec.
+  static func makingCommand(_ spec: Spec) -> String {
+    let base = spec.base ?? "BASE"
+    let size = spec.option("block-size")
+    if spec.format == "qcow2" {
+      let options = size.map { " -o cluster_size=\($0)" } ?? ""
+      let baseFormat = spec.option("base-format") ?? "raw"
+      return "dmu-img create -f qcow2\(options) -b \(base) -F \(baseFormat) \(spec.store)"
+    }
+    let block = size.flatMap { ByteCount.parse($0) }.map { " -b \($0)" } ?? ""
+    return "dscow_tool -c\(block) \(spec.store) \(base)"
   }
 
   static func storeDirectoryMissing(_ path: String) -> DiskFailure {
@@ -161,28 +200,72 @@ extension DiskFailure {
     DiskFailure(.inUse, "\(role) \(path) is in use: end who uses it first")
   }
 
-  static func inUse(_ store: String, by holder: DiskID, vdev: String) -> DiskFailure {
+  /// "domain 5 (xvda)", "domains 5 (xvda) and 7 (xvdb)".
+  static func words(_ holders: [Holder]) -> String {
+    let names = holders.map { "\($0.id.domain) (\($0.vdev))" }
+    guard let last = names.last, names.count > 1 else {
+      return "domain " + (names.first ?? "unknown")
+    }
+    return "domains " + names.dropLast().joined(separator: ", ") + " and " + last
+  }
+
+  static func inUse(_ store: String, by holders: [Holder]) -> DiskFailure {
     DiskFailure(
       .inUse,
-      "store \(store) is in use by domain \(holder.domain) (\(vdev)): detach it there first,"
+      "store \(store) is in use by \(words(holders)): detach it there first,"
         + " or give this disk a store of its own")
   }
 
-  static func inUseElsewhere(_ role: SpecError.Role, _ path: String) -> DiskFailure {
-    DiskFailure(
-      .inUse, "\(role.rawValue) \(path) is in use by another program: end that program first")
+  /// - Parameter programs: "qemu-img (process 77)"; empty when they could not be found.
+  static func inUseElsewhere(
+    _ role: SpecError.Role, _ path: String, _ programs: [String]
+  ) -> DiskFailure {
+    let who = programs.isEmpty ? "another program" : programs.joined(separator: ", ")
+    return DiskFailure(
+      .inUse, "\(role.rawValue) \(path) is in use by \(who): end that program first")
   }
 
-  static func storeIsBase(_ path: String, of holder: DiskID, vdev: String) -> DiskFailure {
+  static func storeIsBase(_ path: String, of holders: [Holder]) -> DiskFailure {
     DiskFailure(
       .inUse,
-      "store \(path) is in use by domain \(holder.domain) (\(vdev)) as its base: give this disk"
-        + " a store of its own")
+      "store \(path) is in use by \(words(holders)) as a base: give this disk a store of its own")
   }
 
-  static func sameStoreTwice(_ path: String) -> DiskFailure {
+  static func sameStoreTwice(_ path: String, _ holders: [Holder]) -> DiskFailure {
     DiskFailure(
-      .inUse, "base \(path) is in use as the store of another disk: give this disk another base")
+      .inUse,
+      "base \(path) is in use as the store of"
+        + " \(holders.isEmpty ? "another disk" : words(holders)): give this disk another base")
+  }
+
+  /// - Parameter held: what the log holds, in words.
+  static func pendingOfAnother(_ store: String, _ held: String) -> DiskFailure {
+    DiskFailure(
+      .pending,
+      "store \(store) is another file than the one that a pending log is kept for (\(held)): bring"
+        + " the former file back, or give its writes up with 'dmu-xen discard-pending \(store)'")
+  }
+
+  static func pendingOfFormat(_ store: String, _ format: String, _ held: String) -> DiskFailure {
+    DiskFailure(
+      .pending,
+      "store \(store) has writes of a disk of format \(format) that are not in it yet (\(held)):"
+        + " run 'dmu-xen recover \(store)' first")
+  }
+
+  static func pendingStale(_ store: String) -> DiskFailure {
+    DiskFailure(
+      .pending,
+      "store \(store) was changed by another program since its pending log was written: bring the"
+        + " former store back, or give up the writes of the log with"
+        + " 'dmu-xen discard-pending \(store)'")
+  }
+
+  static func pendingDamaged(_ store: String, _ message: String) -> DiskFailure {
+    DiskFailure(
+      .pending,
+      "the pending log of store \(store) is damaged (\(message)): give up its writes with"
+        + " 'dmu-xen discard-pending \(store)'")
   }
 
   static func timeout(_ what: String, _ limit: Duration, remedy: String) -> DiskFailure {

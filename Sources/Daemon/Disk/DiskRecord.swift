@@ -2,7 +2,7 @@
 // over. It is text, one KEY=VALUE a line, values percent-encoded, replaced whole.
 //
 // It lies in the disk's directory together with `link`, the socket that the worker listens
-// on, and `pending`, the memory file of uncommitted placements.
+// on, and, for a disk that is read only, `pending`, an empty memory file.
 
 internal import Posix
 internal import WorkerLink
@@ -18,8 +18,12 @@ struct DiskRecord: Sendable, Equatable {
   var worker: Int32
   var workerStart: UInt64
   var device: DeviceNode?
-  /// Unix time at which the disk became ready.
+  /// Unix time of the last change of state.
   var since: Int64
+  /// Key of the store's pending log; nil when the disk is read only.
+  var pending: String?
+  /// Path of the worker's link, when it does not lie in the disk's directory.
+  var link: String?
 
   var text: String {
     var fields = [
@@ -27,11 +31,9 @@ struct DiskRecord: Sendable, Equatable {
       "vdev=" + PercentCode.encode(vdev), "worker=\(worker)", "worker-start=\(workerStart)",
       "since=\(since)",
     ]
-    for (index, file) in files.enumerated() {
-      let parts = [file.need.role, file.need.writable ? "1" : "0", file.need.path, file.path]
-      let codes = parts.map { PercentCode.encode($0) }.joined(separator: " ")
-      fields.append("file-\(index)=" + PercentCode.encode(codes))
-    }
+    if let pending { fields.append("pending=\(pending)") }
+    if let link { fields.append("link=" + PercentCode.encode(link)) }
+    fields += DiskRecord.lines(files)
     if let device {
       fields += [
         "device-kind=\(device.kind.rawValue)", "device=\(device.index)",
@@ -42,22 +44,38 @@ struct DiskRecord: Sendable, Equatable {
     return fields.map { $0 + "\n" }.joined()
   }
 
-  /// Reads the text of a state file; nil when it is not one.
-  init?(_ text: String) {
+  /// The lines that remember files.
+  static func lines(_ files: [NamedFile]) -> [String] {
+    files.enumerated().map { index, file in
+      let parts = [file.need.role, file.need.writable ? "1" : "0", file.need.path, file.path]
+      let codes = parts.map { PercentCode.encode($0) }.joined(separator: " ")
+      return "file-\(index)=" + PercentCode.encode(codes)
+    }
+  }
+
+  /// The fields of a text of lines KEY=VALUE; nil when it is not one.
+  static func fields(_ text: String) -> [String: String]? {
     var fields: [String: String] = [:]
     for line in text.split(separator: "\n") {
       guard let equals = line.firstIndex(of: "=") else { return nil }
       guard let value = DiskRecord.decode(line[line.index(after: equals)...]) else { return nil }
       fields[String(line[..<equals])] = value
     }
-    guard let params = fields["params"], let vdev = fields["vdev"],
+    return fields
+  }
+
+  /// Reads the text of a state file; nil when it is not one.
+  init?(_ text: String) {
+    guard let fields = DiskRecord.fields(text), let params = fields["params"],
+      let vdev = fields["vdev"],
       let worker = fields["worker"].flatMap({ Int32($0) }),
       let workerStart = fields["worker-start"].flatMap({ UInt64($0) }),
       let since = fields["since"].flatMap({ Int64($0) }), let files = DiskRecord.files(fields)
     else { return nil }
     self.init(
       params: params, readOnly: fields["readonly"] == "1", vdev: vdev,
-      files: files, worker: worker, workerStart: workerStart, device: nil, since: since)
+      files: files, worker: worker, workerStart: workerStart, device: nil, since: since,
+      pending: fields["pending"], link: fields["link"])
     if let index = fields["device"].flatMap({ UInt32($0) }), let path = fields["device-path"],
       let major = fields["device-major"].flatMap({ UInt32($0) }),
       let minor = fields["device-minor"].flatMap({ UInt32($0) })
@@ -70,7 +88,8 @@ struct DiskRecord: Sendable, Equatable {
 
   init(
     params: String, readOnly: Bool, vdev: String, files: [NamedFile], worker: Int32,
-    workerStart: UInt64, device: DeviceNode?, since: Int64
+    workerStart: UInt64, device: DeviceNode?, since: Int64, pending: String? = nil,
+    link: String? = nil
   ) {
     self.params = params
     self.readOnly = readOnly
@@ -80,9 +99,11 @@ struct DiskRecord: Sendable, Equatable {
     self.workerStart = workerStart
     self.device = device
     self.since = since
+    self.pending = pending
+    self.link = link
   }
 
-  private static func files(_ fields: [String: String]) -> [NamedFile]? {
+  static func files(_ fields: [String: String]) -> [NamedFile]? {
     var files: [NamedFile] = []
     for index in 0..<fields.count {
       guard let text = fields["file-" + String(index)] else { break }
@@ -112,8 +133,10 @@ struct DiskDirectory: Sendable {
   private var record: String { path + "/disk" }
 
   init(_ configuration: Configuration, _ id: DiskID) {
-    path = "\(configuration.disksDirectory)/\(id)"
+    self.init(path: "\(configuration.disksDirectory)/\(id)")
   }
+
+  init(path: String) { self.path = path }
 
   /// The disks that have a directory.
   static func all(_ configuration: Configuration) throws(IOError) -> [DiskID] {
@@ -142,7 +165,7 @@ struct DiskDirectory: Sendable {
     guard mkdir(path, 0o700) == 0 || errno == EEXIST else { throw IOError.last("make", path) }
   }
 
-  /// The memory file of uncommitted placements: a new one, or the one that is there.
+  /// The memory file of a disk that is read only: a new one, or the one that is there.
   func openPending(new: Bool) throws(IOError) -> FileStore {
     if new, unlink(pending) != 0, errno != ENOENT { throw IOError.last("remove", pending) }
     let descriptor = try Descriptor(path: pending, flags: O_RDWR | O_CREAT, mode: 0o600)

@@ -14,8 +14,10 @@ public enum PublicState: String, Sendable, Codable, CaseIterable {
   case noSpace = "no-space"
   /// Not served; the reason says why.
   case failed
-  /// On its way out.
+  /// On its way out; the reason says what it waits for.
   case stopping
+  /// No disk any more, but its store's pending log holds writes; only in status.
+  case pending
 }
 
 /// What xenstore says of a disk.
@@ -41,16 +43,32 @@ public enum DiskPhase: Sendable {
   case idle
   /// Another disk that is going still holds the store.
   case waiting(holder: DiskID)
+  /// The store does not exist, and the block script has not said yet whether the domain boots.
+  case asking(store: String)
   /// A worker is being started for the first time.
   case starting
   /// Served. `trouble` is what the worker reported, nil when all is well.
   case serving(Trouble?)
-  /// The worker has died; its successor starts then.
-  case restarting(at: ContinuousClock.Instant)
+  /// The worker has died, for this reason; its successor starts then.
+  case restarting(at: ContinuousClock.Instant, why: String? = nil)
   /// Failed. `attached` when the device is still there, its requests waiting.
   case failed(DiskFailure, attached: Bool)
-  /// Being taken down.
-  case stopping
+  /// Being taken down; `stuck` when something below the disk keeps it from going.
+  case stopping(Stuck?)
+
+  /// Why a disk cannot go yet.
+  public struct Stuck: Sendable, Hashable {
+    /// The reason.
+    public var failure: DiskFailure
+    /// When it is tried again.
+    public var retry: ContinuousClock.Instant
+
+    /// A reason and a time.
+    public init(_ failure: DiskFailure, retry: ContinuousClock.Instant) {
+      self.failure = failure
+      self.retry = retry
+    }
+  }
 
   /// What a worker that still serves reports.
   public struct Trouble: Sendable, Hashable {
@@ -69,7 +87,7 @@ public enum DiskPhase: Sendable {
   /// What everybody is told.
   public var publicState: PublicState {
     switch self {
-    case .idle, .waiting, .starting, .restarting: .starting
+    case .idle, .waiting, .asking, .starting, .restarting: .starting
     case .serving(let trouble): trouble?.state ?? .ready
     case .failed: .failed
     case .stopping: .stopping
@@ -83,7 +101,11 @@ public enum DiskPhase: Sendable {
     case .failed(let failure, _): failure.sentence
     case .waiting(let holder):
       "waiting for domain \(holder.domain) (\(holder.vdev)) to let go of the store"
-    default: nil
+    case .asking(let store):
+      "store \(store) does not exist: waiting for the block script to say whether the domain boots"
+    case .restarting(_, let why): why.map { "the worker is replaced, since \($0)" }
+    case .stopping(let stuck): stuck?.failure.sentence
+    case .idle, .starting: nil
     }
   }
 }
@@ -116,14 +138,18 @@ extension DiskPhase {
     case .waiting:
       guard let wanted else { return .forget }
       return holderGone && !wanted.going ? .start : .none
+    case .asking: return wanted == nil ? .forget : .none
     case .failed(_, let attached):
       if wanted == nil { return attached ? .stop : .forget }
       return .none
     case .serving: return wanted == nil ? .stop : .none
-    case .restarting(let instant):
+    case .restarting(let instant, _):
       if wanted == nil { return .stop }
       return instant <= now ? .restart : .wait(until: instant)
-    case .starting, .stopping: return .none
+    case .stopping(let stuck?):
+      // Whatever is wanted by now: it has to be gone before it can come again.
+      return stuck.retry <= now ? .stop : .wait(until: stuck.retry)
+    case .starting, .stopping(nil): return .none
     }
   }
 }

@@ -5,6 +5,8 @@
 // - The lock belongs to the open file, which the worker gets a duplicate of: it lasts as
 //   long as anybody serves the disk, whoever of daemon and worker dies first.
 // - Locks are taken on what was opened, never on a path.
+// - A new store has no name before its worker has formatted it: a store that was made and came
+//   to nothing is never found later and taken for a disk.
 
 internal import Posix
 import Glibc
@@ -18,6 +20,10 @@ struct FileIdentity: Hashable, Sendable {
   init(_ raw: Int32, name: String) throws(IOError) {
     var status = stat()
     guard fstat(raw, &status) == 0 else { throw IOError.last("examine", name) }
+    self.init(status)
+  }
+
+  init(_ status: stat) {
     let isDevice = status.st_mode & S_IFMT == S_IFBLK
     device = isDevice ? UInt64.max : UInt64(status.st_dev)
     inode = isDevice ? UInt64(status.st_rdev) : UInt64(status.st_ino)
@@ -28,32 +34,41 @@ struct FileIdentity: Hashable, Sendable {
 struct OpenImage: Sendable {
   let file: FileStore
   let identity: FileIdentity
+  /// The same file by a second open file description, for one that the disk writes to. Nobody
+  /// flushes it until a worker has to learn whether the flush in which its predecessor died has
+  /// failed: the kernel reports a failed write once for each open file description.
+  var witness: FileStore?
+
+  init(file: FileStore, identity: FileIdentity) {
+    self.file = file
+    self.identity = identity
+  }
+
+  /// Opens the witness if there is none.
+  mutating func addWitness() throws(IOError) {
+    guard witness == nil else { return }
+    let path = "/proc/self/fd/\(file.raw)"
+    witness = try FileStore(
+      try Descriptor(path: path, flags: O_RDONLY | O_NONBLOCK), name: file.name)
+  }
 }
 
 /// What opening came to.
 enum OpenOutcome: Sendable {
-  /// Opened and locked.
-  case opened(store: OpenImage, base: OpenImage?, StoreState)
+  /// Opened and locked. `new` is the store if it was made just now.
+  case opened(store: OpenImage, base: OpenImage?, new: NewFile?)
   /// Somebody has a lock on this one.
   case locked(SpecError.Role, FileIdentity)
-}
-
-/// What is known of a store from outside.
-enum StoreState: Sendable {
-  /// It holds something.
-  case used
-  /// It was there and holds no byte: made once, and never formatted.
-  case empty
-  /// It was made just now.
-  case made
+  /// There is no store, and none was to be made.
+  case missing
 }
 
 enum Images {
-  /// Opens and locks the store and the base of a spec. Blocks. `mayCreate`: a store that
+  /// Opens and locks the store and the base of a spec. Blocks. `create`: a store that
   /// is not there is made. `isHeld`: the kernel has a loop device of each file for this very
   /// disk, which the caller sees to, and with it the lock.
   static func open(
-    _ spec: Spec, readOnly: Bool, mayCreate: Bool = true, isHeld: Bool = false
+    _ spec: Spec, readOnly: Bool, create: Bool = false, isHeld: Bool = false
   ) throws(DiskFailure) -> OpenOutcome {
     var base: OpenImage?
     if let path = spec.base {
@@ -61,35 +76,42 @@ enum Images {
       guard try lock(image, .base, isHeld: isHeld) else { return .locked(.base, image.identity) }
       base = image
     }
-    var state = StoreState.used
     var store: OpenImage?
     do throws(IOError) {
       store = try openStore(spec.store, readOnly: readOnly)
     } catch {
       guard error.code == ENOENT else { throw DiskFailure(error) }
     }
-    if store == nil {
-      guard base != nil, mayCreate else { throw .storeMissing(spec.store) }
-      guard KnownFormat.named(spec.format)?.blockSizes != nil else {
-        throw .storeUnmade(spec.store, spec.format)
-      }
-      store = try create(spec.store)
-      state = .made
+    var new: NewFile?
+    if store == nil, create {
+      let made = try make(spec.store)
+      do throws(IOError) {
+        let identity = try FileIdentity(made.store.raw, name: spec.store)
+        store = OpenImage(file: made.store, identity: identity)
+        try store?.addWitness()
+      } catch { throw DiskFailure(error) }
+      new = made
     }
-    guard let store else { throw .storeMissing(spec.store) }
-    let shared = readOnly && state == .used
-    guard try lock(store, .store, shared: shared, isHeld: isHeld) else {
+    guard let store else { return .missing }
+    guard try lock(store, .store, shared: readOnly, isHeld: isHeld) else {
       return .locked(.store, store.identity)
     }
-    if state == .used, mayCreate, base != nil, !store.file.isBlockDevice, store.file.size == 0 {
-      state = .empty
+    if new == nil, !store.file.isBlockDevice, store.file.size == 0 {
+      throw .storeEmpty(spec)
     }
-    return .opened(store: store, base: base, state)
+    return .opened(store: store, base: base, new: new)
   }
 
-  /// Removes a store that was made and came to nothing. Blocks.
-  static func remove(_ path: String) throws(IOError) {
-    guard unlink(path) == 0 || errno == ENOENT else { throw IOError.last("remove", path) }
+  /// Removes a store that was made and came to nothing, if it has a name and that is still its
+  /// own. Blocks.
+  static func remove(_ new: NewFile) throws(IOError) {
+    var status = stat()
+    guard lstat(new.path, &status) == 0 else {
+      if errno == ENOENT { return }
+      throw IOError.last("examine", new.path)
+    }
+    guard try FileIdentity(status) == FileIdentity(new.store.raw, name: new.path) else { return }
+    guard unlink(new.path) == 0 || errno == ENOENT else { throw IOError.last("remove", new.path) }
   }
 
   /// Opens a base that was named by a spec, or by an image that may. Blocks.
@@ -115,15 +137,17 @@ enum Images {
     }
   }
 
+  /// What a path leads to, links resolved; nil when there is nothing. Blocks.
+  static func real(_ path: String) -> String? {
+    guard let resolved = realpath(path, nil) else { return nil }
+    defer { free(resolved) }
+    return String(cString: resolved)
+  }
+
   /// The real path of a base that an image names, if the configuration allows it; nil if
   /// not. A path that does not exist is answered as it stands, for the sentence. Blocks.
   static func allowed(_ path: String, in directories: [String]) -> String? {
     guard path.hasPrefix("/") else { return nil }
-    func real(_ path: String) -> String? {
-      guard let resolved = realpath(path, nil) else { return nil }
-      defer { free(resolved) }
-      return String(cString: resolved)
-    }
     let known = directories.compactMap { real($0) }
     let parts = path.split(separator: "/")
     guard let resolved = real(path) else {
@@ -133,16 +157,30 @@ enum Images {
     return known.contains { resolved.hasPrefix($0 == "/" ? $0 : $0 + "/") } ? resolved : nil
   }
 
-  static func openStore(_ path: String, readOnly: Bool) throws(IOError) -> OpenImage {
-    let flags = (readOnly ? O_RDONLY : O_RDWR) | O_NONBLOCK
-    return try image(try Descriptor(path: path, flags: flags), path)
+  /// Whether the folder of a path is there. Blocks.
+  static func hasFolder(_ path: String) -> Bool {
+    path.lastIndex(of: "/").map { real(String(path[...$0])) != nil } ?? true
   }
 
-  private static func create(_ path: String) throws(DiskFailure) -> OpenImage {
-    do throws(IOError) {
-      let flags = O_RDWR | O_CREAT | O_EXCL
-      return try image(try Descriptor(path: path, flags: flags, mode: 0o600), path)
-    } catch {
+  /// Whether a file that is to be made would lie in one of these directories, or below. Blocks.
+  static func isBelow(_ path: String, _ directories: [String]) -> Bool {
+    guard let slash = path.lastIndex(of: "/"), let folder = real(String(path[...slash])) else {
+      return false
+    }
+    return directories.compactMap { real($0) }.contains {
+      folder == $0 || folder.hasPrefix($0 == "/" ? $0 : $0 + "/")
+    }
+  }
+
+  static func openStore(_ path: String, readOnly: Bool) throws(IOError) -> OpenImage {
+    let flags = (readOnly ? O_RDONLY : O_RDWR) | O_NONBLOCK
+    var image = try image(try Descriptor(path: path, flags: flags), path)
+    if !readOnly { try image.addWitness() }
+    return image
+  }
+
+  private static func make(_ path: String) throws(DiskFailure) -> NewFile {
+    do throws(IOError) { return try NewFile(path: path) } catch {
       throw error.code == ENOENT ? .storeDirectoryMissing(path) : DiskFailure(error)
     }
   }

@@ -54,6 +54,11 @@ public protocol DeviceMapping: Sendable {
   ) throws(DeviceMapperError) -> ServedDevice.State
   /// Whether a device in use, made earlier and perhaps by an earlier daemon, is there and ours.
   func isAttached(_ disk: DiskID, _ node: DeviceNode) throws(DeviceMapperError) -> Bool
+  /// How many have the device open; 0 when it is not there.
+  func users(_ disk: DiskID) throws(DeviceMapperError) -> Int
+  /// Lets flushes succeed again after one that failed, and forgets the I/O errors counted so
+  /// far.
+  func clear(_ disk: DiskID) throws(DeviceMapperError)
   /// Writes out what was written to a device and commits it. Waits for the worker, for ever if
   /// there is none; `failFaults` ends the wait with an error.
   func flush(_ node: DeviceNode) throws(IOError)
@@ -134,6 +139,16 @@ public struct KernelMapper: DeviceMapping {
     let device = served(disk).device
     guard try device.information()?.hasLiveTable == true else { return }
     _ = try device.message("fail_faults")
+  }
+
+  /// The device-mapper's count.
+  public func users(_ disk: DiskID) throws(DeviceMapperError) -> Int {
+    Int(try served(disk).device.information()?.openCount ?? 0)
+  }
+
+  /// Tells the target.
+  public func clear(_ disk: DiskID) throws(DeviceMapperError) {
+    _ = try served(disk).device.message("clear_error")
   }
 
   /// Removes it, and with it the loop devices that were made for it.

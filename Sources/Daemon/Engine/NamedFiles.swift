@@ -78,7 +78,7 @@ extension Images {
     let image = try openNamed(file)
     guard image.identity != store.identity else { throw .namesItself(store.file.name) }
     guard try lock(image, file.need.writable ? .store : .base, isHeld: isHeld) else {
-      if file.need.role == "base" { throw .sameStoreTwice(file.path) }
+      if file.need.role == "base" { throw .sameStoreTwice(file.path, []) }
       throw .fileInUse(file.need.role, file.path)
     }
     return image

@@ -82,8 +82,11 @@ public protocol DeviceAttacher: Sendable {
   func detach(_ node: DeviceNode) throws(IOError)
   /// Whether a device made earlier, perhaps by an earlier daemon, is there and ours.
   func isAttached(_ node: DeviceNode, identifier: String) throws(IOError) -> Bool
-  /// Every device that a daemon like this one has made.
-  func devices() throws(IOError) -> [DeviceNode]
+  /// Every device that a daemon like this one has made, with its identifier.
+  func devices() throws(IOError) -> [(identifier: String, node: DeviceNode)]
+  /// Whether a program of this host has the device open, or the kernel uses it otherwise than
+  /// for a guest.
+  func isInUse(_ node: DeviceNode) throws(IOError) -> Bool
 }
 
 /// The kernel's nbd driver.
@@ -140,18 +143,33 @@ public struct KernelAttacher: DeviceAttacher {
   }
 
   /// Every connected device that bears one of our names.
-  public func devices() throws(IOError) -> [DeviceNode] {
+  public func devices() throws(IOError) -> [(identifier: String, node: DeviceNode)] {
     guard try NBDDevice.isAvailable() else { return [] }
-    var found: [DeviceNode] = []
+    var found: [(identifier: String, node: DeviceNode)] = []
     for (index, connected) in try NBDDevice.status() where connected {
       do throws(IOError) {
-        let name = try TextFile.read("/sys/block/nbd\(index)/backend")
-        if name.hasPrefix(KernelAttacher.mark) { found.append(try node(index)) }
+        let name = try TextFile.read("/sys/block/nbd\(index)/backend").trimmingNewline
+        if name.hasPrefix(KernelAttacher.mark) { found.append((name, try node(index))) }
       } catch {
         guard error.code == ENOENT else { throw error }
       }
     }
     return found
+  }
+
+  /// Looks for processes, mounts and devices on top of it.
+  public func isInUse(_ node: DeviceNode) throws(IOError) -> Bool {
+    let name = "nbd\(node.index)"
+    let holders = FileUsers.names(in: "/sys/block/\(name)/holders").filter { !$0.hasPrefix(".") }
+    if !holders.isEmpty { return true }
+    let number = " \(node.major):\(node.minor) "
+    if try TextFile.read("/proc/self/mountinfo").contains(number) { return true }
+    let isOpen = FileUsers.processes().contains { pid in
+      pid != getpid()
+        && FileUsers.descriptors(of: pid).contains { FileUsers.link($0) == node.path }
+    }
+    if isOpen { return true }
+    return try TextFile.read("/proc/swaps").contains(node.path + " ")
   }
 
   /// How the identifiers of our devices begin.

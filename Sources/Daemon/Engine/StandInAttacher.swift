@@ -76,13 +76,19 @@ public final class StandInAttacher: DeviceAttacher {
   }
 
   /// Everything that is kept.
-  public func devices() throws(IOError) -> [DeviceNode] {
+  public func devices() throws(IOError) -> [(identifier: String, node: DeviceNode)] {
     state.withLock { state in
-      state.devices.keys.map {
-        DeviceNode(index: $0, path: "/stand-in/nbd\($0)", major: 43, minor: $0 << 5)
+      state.devices.map { index, device in
+        (
+          device.identifier,
+          DeviceNode(index: index, path: "/stand-in/nbd\(index)", major: 43, minor: index << 5)
+        )
       }
     }
   }
+
+  /// Nobody can open it.
+  public func isInUse(_ node: DeviceNode) throws(IOError) -> Bool { false }
 
   private static func duplicate(_ raw: Int32) throws(IOError) -> Descriptor {
     let copy = fcntl(raw, F_DUPFD_CLOEXEC, 3)

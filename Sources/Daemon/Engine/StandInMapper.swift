@@ -8,7 +8,9 @@ import Glibc
 import Synchronization
 
 /// Keeps what the device-mapper would. The files say SUSPENDED or LIVE, and what the device
-/// stands on.
+/// stands on. Files beside them play what a kernel may do: DISK.open, somebody has the device
+/// open; DISK.uncommitted, so many placements are not durable; flush-hangs, a flush does not end
+/// as long as it is there; flush-fails, one fails.
 public final class StandInMapper: DeviceMapping {
   private let folder: String
   private let isThere: Bool
@@ -70,16 +72,44 @@ public final class StandInMapper: DeviceMapping {
       ? .ours : .foreign("the stand-in of \(disk) stands on other files")
   }
 
-  /// Whether its file is there.
+  /// Whether its file is there, and says that it is in use.
   public func isAttached(
     _ disk: DiskID, _ node: DeviceNode
   ) throws(DeviceMapperError) -> Bool {
-    access(path(disk), F_OK) == 0 && self.node(disk) == node
+    guard access(path(disk), F_OK) == 0, self.node(disk) == node else { return false }
+    return try text(disk).hasPrefix("LIVE")
   }
 
-  /// Leaves a mark that the device was flushed.
+  /// Waits for a worker, then leaves a mark that the device was flushed.
   public func flush(_ node: DeviceNode) throws(IOError) {
+    let disk = DiskID(node.path.split(separator: "-", maxSplits: 2).last ?? "")
+    while access(folder + "/flush-hangs", F_OK) == 0 || disk.map({ isWithoutWorker($0) }) ?? false {
+      usleep(20_000)
+    }
+    guard access(folder + "/flush-fails", F_OK) != 0 else {
+      throw IOError(EIO, "write out", node.path)
+    }
+    if let disk, unlink(path(disk) + ".uncommitted") != 0, errno != ENOENT {
+      throw IOError.last("remove", path(disk))
+    }
     try TextFile.replace(folder + "/flushed", with: node.path)
+  }
+
+  private func isWithoutWorker(_ disk: DiskID) -> Bool {
+    guard access(path(disk), F_OK) == 0 else { return false }
+    return ends.withLock { $0[disk].map { Self.hasEnded($0) } ?? false }
+  }
+
+  /// Whether the mark is there.
+  public func users(_ disk: DiskID) throws(DeviceMapperError) -> Int {
+    access(path(disk) + ".open", F_OK) == 0 ? 1 : 0
+  }
+
+  /// Leaves a mark.
+  public func clear(_ disk: DiskID) throws(DeviceMapperError) {
+    do throws(IOError) { try TextFile.replace(folder + "/cleared", with: "\(disk)") } catch {
+      throw DeviceMapperError(error.code, "write", error.subject)
+    }
   }
 
   /// Nobody waits.
@@ -87,16 +117,27 @@ public final class StandInMapper: DeviceMapping {
 
   /// Removes the file and ends the worker's socket.
   public func remove(_ disk: DiskID, deferred: Bool) throws(DeviceMapperError) {
+    guard try users(disk) == 0 else { throw DeviceMapperError(EBUSY, "remove", "\(disk)") }
     guard unlink(path(disk)) == 0 || errno == ENOENT else {
       throw DeviceMapperError(errno, "remove", "\(disk)")
     }
     ends.withLock { $0[disk] = nil }
   }
 
-  /// Nothing is counted.
+  /// Counts what the mark says.
   public func counters(
     _ disk: DiskID, _ node: DeviceNode
-  ) throws(DeviceMapperError) -> MappedCounters { MappedCounters() }
+  ) throws(DeviceMapperError) -> MappedCounters {
+    var counters = MappedCounters()
+    do throws(IOError) {
+      counters.uncommitted = UInt64(try TextFile.read(path(disk) + ".uncommitted")) ?? 0
+    } catch {
+      guard error.code == ENOENT else {
+        throw DeviceMapperError(error.code, "read", error.subject)
+      }
+    }
+    return counters
+  }
 
   /// Every file.
   public func devices() throws(DeviceMapperError) -> [DiskID: DeviceNode] {

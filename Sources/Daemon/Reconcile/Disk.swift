@@ -31,10 +31,15 @@ final class Disk {
   /// What a device of the device-mapper stands on, by the worker's word.
   var backings: [DiskBacking] = []
   var pending: FileStore?
-  /// Whether this attempt made the store, which then goes again if the attempt fails.
-  var madeStore = false
-  /// Whether the store has yet to be formatted.
-  var needsFormat = false
+  /// The store's log in the registry; nil for a disk that is read only.
+  var entry: PendingEntry?
+  /// Whether the log held something when this disk took the store up.
+  var tookOver = false
+  /// The store, as long as this attempt has made it and not yet served it.
+  var newStore: NewFile?
+  /// What the block script said: whether the domain boots, so that a store may be made. nil: it
+  /// has not asked yet.
+  var boots: Bool?
 
   var worker: Worker?
   /// Counts the workers, so that late news of an earlier one is told apart.
@@ -48,8 +53,25 @@ final class Disk {
   var socketRetries = 0
   var backOff: BackOff
 
+  /// What it does at the moment while it starts, for status.
+  var activity: String?
+  /// How often in a row it could not be taken down.
+  var stuckCount = 0
+  /// The flush of the device before it goes, while it is under way.
+  var flush: DeviceFlush?
+  /// An admin has given up what the kernel's device holds.
+  var discards = false
+  /// The domain's name as far as it was asked.
+  var domainName: String?
+  /// The directory of a disk that is none of the table's: one that only recovers a log.
+  var directoryPath: String?
+  /// The worker's link when it is not in the directory: it was found, not started.
+  var linkPath: String?
+
   /// Unix time of the last change of state.
   var since: Int64
+  /// The record does not have that time yet.
+  var isUnsaved = false
   /// The toolstack has said that it is done with the disk.
   var released = false
   /// xenstored lost its memory; the disk is kept until it says something of it again.
@@ -90,6 +112,23 @@ final class Disk {
     return wanted?.going ?? true
   }
 
+  /// The reason that goes with its state, if there is one.
+  var reason: String? {
+    if let error = phase.error { return error }
+    switch phase {
+    case .starting, .restarting: return activity
+    default: return nil
+    }
+  }
+
+  /// A disk of the daemon's own domain that nobody has connected, though the toolstack has long
+  /// given up waiting for that: a bootloader's, for example, without a driver for it.
+  func isAbandoned(_ sight: Sight, now: Int64) -> Bool {
+    guard sight.isOwn, case .serving = phase, let state = sight.state else { return false }
+    // libxl waits for ten seconds.
+    return ["1", "2", "3"].contains(state) && now - since >= 12
+  }
+
   /// The name by which its device is known again.
   var identifier: String { KernelAttacher.mark + "\(id)" }
 
@@ -112,6 +151,22 @@ final class Disk {
     return DiskRecord(
       params: params, readOnly: readOnly, vdev: vdev, files: allowed,
       worker: worker.process.pid, workerStart: worker.process.startTime, device: device,
-      since: since)
+      since: since, pending: entry?.key, link: linkPath)
   }
+
+  /// Where its link and its record are.
+  func directory(_ configuration: Configuration) -> DiskDirectory {
+    directoryPath.map { DiskDirectory(path: $0) } ?? DiskDirectory(configuration, id)
+  }
+
+  /// What is remembered with the store's log.
+  func pendingInfo(why: String? = nil) -> PendingInfo {
+    PendingInfo(
+      store: spec?.store ?? "", params: params, disk: id, vdev: vdev, domainName: domainName,
+      files: allowed, device: device?.kind == .dm ? device?.path : nil, why: why,
+      since: Reconciler.unixTime)
+  }
+
+  /// For sentences.
+  var holder: Holder { Holder(id: id, vdev: vdev) }
 }

@@ -11,17 +11,41 @@ internal import WorkerLink
 import Glibc
 
 extension Reconciler {
-  /// Takes over every disk that has a directory, and ends devices that belong to none.
+  /// Takes over every disk that has a directory, then what else the kernel has of ours, and
+  /// commits the logs that nobody uses any more.
   func adopt() async throws(IOError) {
     let configuration = configuration
     let found = try await offload.run { () throws(IOError) in
-      try DiskDirectory.all(configuration)
+      try PendingEntry.prepare(configuration.registry)
+      return try DiskDirectory.all(configuration)
     }
     await withTaskGroup { group in
       for id in found { group.addTask { await self.adopt(id) } }
     }
-    await endStrayDevices()
+    await endRecoveries()
+    await adoptFound()
     if !table.isEmpty { log.notice("took over disks", metadata: ["disks": "\(table.count)"]) }
+    await recallFailures()
+  }
+
+  /// Ends the workers with which an earlier daemon was committing logs: the logs are as they
+  /// were.
+  private func endRecoveries() async {
+    let folder = configuration.recoveryDirectory
+    do throws(IOError) {
+      let names = try await offload.run { () throws(IOError) in
+        guard mkdir(folder, 0o700) == 0 || errno == EEXIST else {
+          throw IOError.last("make", folder)
+        }
+        return FileUsers.names(in: folder).filter { !$0.hasPrefix(".") }
+      }
+      for name in names {
+        let directory = DiskDirectory(path: folder + "/" + name)
+        let record = try await offload.run { () throws(IOError) in try directory.load() }
+        try await end(record, directory)
+        try await offload.run { () throws(IOError) in try directory.remove() }
+      }
+    } catch { log.error("cannot end a recovery", metadata: ["error": "\(error)"]) }
   }
 
   private func adopt(_ id: DiskID) async {
@@ -53,7 +77,8 @@ extension Reconciler {
       table[id] = disk
       if await !takeOver(disk, record) {
         try await end(record, directory)
-        disk.phase = .restarting(at: .now)
+        try await takeOldLog(disk, record, directory)
+        disk.phase = .restarting(at: .now, why: "an earlier daemon has left it without one")
         log.error("the worker is gone and is replaced", metadata: ["worker": "\(record.worker)"])
       }
     } catch {
@@ -82,19 +107,20 @@ extension Reconciler {
     }
   }
 
-  private static func spec(_ params: String) -> Spec? {
+  static func spec(_ params: String) -> Spec? {
     do { return try Spec(params) } catch { return nil }
   }
 
   /// Connects to a worker that runs and asks the descriptors back. False when that fails.
-  private func takeOver(_ disk: Disk, _ record: DiskRecord) async -> Bool {
-    let directory = DiskDirectory(configuration, disk.id)
+  func takeOver(_ disk: Disk, _ record: DiskRecord) async -> Bool {
+    let path = record.link ?? DiskDirectory(configuration, disk.id).link
     let log = log(for: disk)
     do {
       let (process, link) = try await offload.run { () throws(IOError) in
         let process = try ProcessHandle(pid: record.worker, startTime: record.workerStart)
-        return (process, try LinkConnection(path: directory.link))
+        return (process, try LinkConnection(path: path))
       }
+      disk.linkPath = record.link
       let worker = follow(disk, process, link)
       let patience = Duration.seconds(5)
       let answer = try await worker.channel.ask(.status, within: patience) { report in
@@ -111,7 +137,9 @@ extension Reconciler {
       guard case .descriptors(let count, _) = handed.report, let spec = disk.spec,
         let store = handed.descriptors.take(.store)
       else { throw WorkerSilence.closed("it does not give the descriptors back") }
-      disk.store = try OpenImage(store, name: spec.store)
+      var image = try OpenImage(store, name: spec.store)
+      if !disk.readOnly { try image.take(handed.descriptors.take(.witness)) }
+      disk.store = image
       try await takePending(handed.descriptors, disk)
       if let base = handed.descriptors.take(.base) {
         disk.base = try OpenImage(base, name: spec.base ?? "base")
@@ -141,14 +169,42 @@ extension Reconciler {
   /// A worker that serves a node has no use for the file, but the next one is given it again.
   private func takePending(_ handed: LinkDescriptors, _ disk: Disk) async throws {
     let directory = DiskDirectory(configuration, disk.id)
-    if let pending = handed.take(.pending) {
-      disk.pending = try FileStore(pending, name: directory.pending)
-    } else if disk.isHeldByKernel {
-      disk.pending = try await offload.run { () throws(IOError) in
-        try directory.openPending(new: false)
-      }
-    } else {
+    let isHeld = disk.isHeldByKernel
+    var given: FileStore?
+    if let raw = handed.take(.pending) { given = try FileStore(raw, name: "the pending log") }
+    guard given != nil || isHeld else {
       throw WorkerSilence.closed("it does not give the descriptors back")
+    }
+    guard !disk.readOnly, let store = disk.store else {
+      disk.pending = try await offload.run { [given] () throws(IOError) in
+        if let given { return given }
+        return try directory.openPending(new: false)
+      }
+      return
+    }
+    let entry = try PendingEntry(configuration.registry, of: store)
+    disk.pending = try await offload.run { [given] () throws(IOError) in
+      guard let given else { return try entry.open() }
+      try entry.takeOver(given)
+      return given
+    }
+    disk.entry = entry
+  }
+
+  /// The log of a daemon that kept it in the disk's directory, of a worker that has ended.
+  private func takeOldLog(
+    _ disk: Disk, _ record: DiskRecord, _ directory: DiskDirectory
+  ) async throws(IOError) {
+    guard !disk.readOnly else { return }
+    let registry = configuration.registry
+    if let key = record.pending { disk.entry = PendingEntry(registry, key) }
+    guard record.pending == nil, let store = disk.spec?.store else { return }
+    disk.entry = try await offload.run { () throws(IOError) -> PendingEntry? in
+      guard access(directory.pending, F_OK) == 0 else { return nil }
+      let entry = PendingEntry(
+        registry, try PendingRegistry.key(of: FileStore(path: store, writable: false)))
+      try entry.takeOver(directory.pending)
+      return entry
     }
   }
 
@@ -167,7 +223,9 @@ extension Reconciler {
     guard case .descriptors(_, let need) = handed.report, let need else { throw strange }
     guard let file = disk.allowed.first(where: { $0.need == need }) else { throw strange }
     guard let raw = handed.descriptors.take(.file) else { throw strange }
-    disk.files[file] = try OpenImage(raw, name: file.path)
+    var image = try OpenImage(raw, name: file.path)
+    if need.writable { try image.take(handed.descriptors.take(.witness)) }
+    disk.files[file] = image
   }
 
   private func descriptors(
@@ -184,7 +242,7 @@ extension Reconciler {
 
   /// Ends every worker of a disk that still runs: the one of the record, and one that a
   /// daemon started and did not live to write down.
-  private func end(_ record: DiskRecord?, _ directory: DiskDirectory) async throws(IOError) {
+  func end(_ record: DiskRecord?, _ directory: DiskDirectory) async throws(IOError) {
     if let record { try await end(record) }
     try await offload.run { () throws(IOError) in
       let link: LinkConnection
@@ -223,34 +281,6 @@ extension Reconciler {
       }
     }
   }
-
-  /// Ends devices with our name that no disk has: an earlier daemon died between making a
-  /// device and writing it down.
-  private func endStrayDevices() async {
-    let attacher = attacher
-    let devices = table.values.compactMap(\.device)
-    let known = Set(devices.filter { $0.kind == .nbd }.map(\.index))
-    do throws(IOError) {
-      let strays = try await offload.run { () throws(IOError) in
-        try attacher.devices().filter { !known.contains($0.index) }
-      }
-      for stray in strays {
-        log.warning("ends a device of no disk", metadata: ["device": "\(stray.path)"])
-        try await offload.run { () throws(IOError) in try attacher.detach(stray) }
-      }
-    } catch { log.error("cannot look for stray devices", metadata: ["error": "\(error)"]) }
-    let mapper = mapper
-    do throws(DeviceMapperError) {
-      let found = try await mapping.run { () throws(DeviceMapperError) in try mapper.devices() }
-      for (id, stray) in found where table[id]?.device != stray {
-        log.warning("ends a device of no disk", metadata: ["device": "\(stray.path)"])
-        try await mapping.run { () throws(DeviceMapperError) in
-          try mapper.failFaults(id)
-          try mapper.remove(id, deferred: true)
-        }
-      }
-    } catch { log.error("cannot end stray devices", metadata: ["error": "\(error)"]) }
-  }
 }
 
 extension OpenImage {
@@ -258,5 +288,10 @@ extension OpenImage {
   init(_ descriptor: consuming Descriptor, name: String) throws(IOError) {
     let identity = try FileIdentity(descriptor.raw, name: name)
     self.init(file: try FileStore(descriptor, name: name), identity: identity)
+  }
+
+  /// Takes the witness that a worker gave back, or opens a new one.
+  mutating func take(_ given: consuming Descriptor?) throws(IOError) {
+    if let given { witness = try FileStore(given, name: file.name) } else { try addWitness() }
   }
 }

@@ -5,13 +5,20 @@ internal import Logging
 internal import Posix
 internal import WorkerLink
 internal import XenStore
+import Glibc
 
 extension Reconciler {
   /// A block script's `add`: takes the disk up and waits until it is served or has failed.
-  func attach(_ id: DiskID) async -> Result<DeviceNode, DiskFailure> {
+  /// `boots`: the script knows that the domain boots, so that a store may be made for it.
+  func attach(_ id: DiskID, boots: Bool) async -> Result<DeviceNode, DiskFailure> {
     let limit = configuration.attachTimeout
+    if table[id] == nil {
+      table[id] = Disk(id, configuration: configuration, now: Reconciler.unixTime)
+    }
     if let disk = table[id] {
       disk.released = false
+      disk.boots = boots
+      if case .asking = disk.phase { enter(disk, .idle) }
       // Taken up at its first event it may have failed before the script came to ask.
       if case .failed(_, attached: false) = disk.phase { enter(disk, .idle) }
     }
@@ -34,7 +41,7 @@ extension Reconciler {
     guard let disk = table[id], let waiter = disk.waiters.removeValue(forKey: number) else {
       return
     }
-    let why = disk.phase.error.map { " (\($0))" } ?? ""
+    let why = disk.reason.map { " (\($0))" } ?? ""
     waiter.resume(
       returning: .failure(
         .timeout(
@@ -46,6 +53,7 @@ extension Reconciler {
   func detach(_ id: DiskID) {
     guard let disk = table[id] else { return }
     disk.released = true
+    disk.boots = nil
     mark(id)
   }
 
@@ -72,37 +80,40 @@ extension Reconciler {
       enter(disk, attached ? .restarting(at: .now) : .idle)
       mark(disk.id)
     }
+    for disk in table.values {
+      if case .stopping(_?) = disk.phase { hurry(disk) }
+    }
+    Task { await recoverAll() }
   }
 
-  /// What is known of the disks of a domain, by number or name, or of all. Workers are asked
-  /// for their counters now, and only now.
-  func status(domain: String?) async -> [DiskStatus] {
+  /// What is known of the disks of a domain, by number or name, or of all, of attaches that
+  /// failed, and of logs that hold writes for a store without a disk. Workers are asked for their
+  /// counters now, and only now.
+  func status(domain: String?) async throws(DiskFailure) -> [DiskStatus] {
     var answers: [DiskStatus] = []
     await withTaskGroup(of: DiskStatus?.self) { group in
       for id in table.keys { group.addTask { await self.status(of: id) } }
       for await answer in group {
-        guard let answer else { continue }
-        if let domain, String(answer.domain) != domain, answer.domainName != domain { continue }
-        answers.append(answer)
+        if let answer { answers.append(answer) }
       }
     }
-    return answers.sorted { ($0.domain, $0.number) < ($1.domain, $1.number) }
+    answers += failures.filter { failure in !answers.contains { $0.isSameDisk(as: failure) } }
+    answers += try await keptLogs().map { DiskStatus($0) }
+    return answers.filter { answer in domain.map { answer.isMeant(by: $0) } ?? true }
+      .sorted { ($0.domain, $0.number, $0.since) < ($1.domain, $1.number, $1.since) }
   }
 
-  private func status(of id: DiskID) async -> DiskStatus? {
-    if let disk = table[id], case .serving = disk.phase, let worker = disk.worker {
+  func status(of id: DiskID) async -> DiskStatus? {
+    if let disk = table[id], disk.phase.isServing, let worker = disk.worker {
       await refresh(disk, worker)
     }
-    var name: String?
-    do throws(XenStoreError) { name = try await view.name(of: id.domain) } catch {
-      log.warning("cannot read a domain's name", metadata: ["error": "\(error)"])
-    }
+    if let disk = table[id] { await learnName(of: disk) }
     guard let disk = table[id], disk.wanted != nil || disk.spec != nil else { return nil }
     var status = DiskStatus(
       domain: id.domain, vdev: disk.vdev, number: id.device, state: disk.phase.publicState,
       since: disk.since, readOnly: disk.readOnly,
       restarts: disk.backOff.recent(at: .now))
-    status.domainName = name
+    status.domainName = disk.domainName
     status.format = disk.spec?.format
     status.store = disk.spec?.store
     status.base = disk.basePath ?? disk.report?.basePath
@@ -110,7 +121,7 @@ extension Reconciler {
     status.transport = disk.device?.kind
     status.kernelDevice = disk.device?.kernelPath
     if let why = disk.hindrance { status.note = "served by nbd, since its image \(why)" }
-    status.error = disk.phase.error
+    status.error = disk.reason
     status.worker = disk.worker?.process.pid
     if let report = disk.report {
       status.size = report.size
@@ -136,7 +147,8 @@ extension Reconciler {
       }
       status.reads = counters.reads
       status.writes = counters.writes
-      status.flushes = counters.flushes
+      // A device of the device-mapper counts no flushes; blkback does.
+      status.flushes = BlkbackCounters.flushes(id) ?? status.flushes
       status.uncommitted = counters.uncommitted
     } catch {
       log.warning("no counters", metadata: ["disk": "\(id)", "error": "\(error)"])
@@ -145,19 +157,58 @@ extension Reconciler {
 
   private func refresh(_ disk: Disk, _ worker: Worker) async {
     do throws(WorkerSilence) {
-      let reply = try await worker.channel.ask(.status, within: .seconds(2)) { report in
-        switch report {
-        case .status: true
-        case .refused(let order, _): order == "status"
-        default: false
-        }
-      }
-      guard case .status(let report) = reply.report, disk.worker === worker else { return }
-      disk.report = report
-      if case .serving = disk.phase { enter(disk, .serving(DiskPhase.Trouble(report))) }
+      try await ask(.status, disk, worker)
     } catch {
       log(for: disk).warning("no status from the worker", metadata: ["reason": "\(error.words)"])
     }
+  }
+
+  /// Asks a worker for something that it answers with its status.
+  private func ask(
+    _ order: WorkerOrder, _ disk: Disk, _ worker: Worker
+  ) async throws(WorkerSilence) {
+    let verb = order.message.verb
+    let reply = try await worker.channel.ask(order, within: .seconds(2)) { report in
+      switch report {
+      case .status: true
+      case .refused(let order, _): order == verb
+      default: false
+      }
+    }
+    guard case .status(let report) = reply.report else {
+      throw .closed("it refuses '\(verb)': is cowd of this version?")
+    }
+    guard disk.worker === worker else { return }
+    disk.report = report
+    if case .serving = disk.phase { enter(disk, .serving(DiskPhase.Trouble(report))) }
+  }
+
+  /// An admin has acted on what failed: flushes may succeed again, and counted errors are
+  /// forgotten. Answers the disks that this was done for. Throws the first failure.
+  func clear(_ target: String) async throws(DiskFailure) -> [DiskStatus] {
+    var done: [DiskStatus] = []
+    for disk in Array(table.values) {
+      guard let before = await status(of: disk.id), before.isMeant(by: target) else { continue }
+      guard let worker = disk.worker, worker.ended == nil else {
+        throw .worker(
+          "disk \(disk.id) has no worker, which alone can clear its errors: run 'dmu-xen reload',"
+            + " then try again")
+      }
+      if disk.device?.kind == .dm {
+        let (mapper, id) = (mapper, disk.id)
+        do throws(DeviceMapperError) {
+          try await mapping.run { () throws(DeviceMapperError) in try mapper.clear(id) }
+        } catch { throw .mapper(error) }
+      }
+      do throws(WorkerSilence) { try await ask(.clear, disk, worker) } catch {
+        throw .worker("the worker of disk \(disk.id) did not clear its errors: \(error.words)")
+      }
+      log(for: disk).notice("errors were cleared by order")
+      if case .stopping(_?) = disk.phase { hurry(disk) }
+      await publish(disk)
+      if let after = await status(of: disk.id) { done.append(after) }
+    }
+    return done
   }
 
   /// The end of the daemon: workers and devices stay as they are, for the next one.
@@ -176,6 +227,42 @@ extension Reconciler {
     for disk in table.values {
       disk.timer?.cancel()
       disk.worker?.channel.close()
+    }
+  }
+}
+
+extension DiskPhase {
+  /// Whether a worker serves, whatever the trouble.
+  var isServing: Bool {
+    if case .serving = self { return true }
+    return false
+  }
+}
+
+extension DiskStatus {
+  /// A log without a disk.
+  init(_ kept: KeptLog) {
+    let id = kept.info?.disk ?? DiskID(domain: 0, device: 0)
+    self.init(
+      domain: id.domain, vdev: kept.info?.vdev ?? "-", number: id.device, state: .pending,
+      since: kept.info?.since ?? 0)
+    let spec = kept.info.flatMap { Reconciler.spec($0.params) }
+    domainName = kept.info?.domainName
+    format = spec?.format
+    store = kept.store
+    base = spec?.base
+    uncommitted = kept.summary.uncommitted
+    error = kept.sentence
+  }
+}
+
+/// What blkback counts of a guest's requests.
+enum BlkbackCounters {
+  /// Flush requests; nil when the disk has no blkback here.
+  static func flushes(_ id: DiskID) -> UInt64? {
+    let path = "/sys/bus/xen-backend/devices/vbd-\(id.domain)-\(id.device)/statistics/f_req"
+    do throws(IOError) { return UInt64(try TextFile.read(path).trimmingNewline) } catch {
+      return nil
     }
   }
 }

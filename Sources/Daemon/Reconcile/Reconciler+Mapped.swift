@@ -11,6 +11,7 @@ internal import Logging
 internal import Posix
 internal import WorkerLink
 import Glibc
+import Synchronization
 
 /// A file or device that a disk stands on, and how its worker wishes it to be used.
 struct DiskBacking: Sendable {
@@ -115,62 +116,138 @@ extension Reconciler {
     }
   }
 
-  /// Takes a device down: writes out and commits what it holds while there is a worker, and
-  /// removes it. False when something below it hangs; then it is still there.
-  func withdraw(_ disk: Disk, _ device: DeviceNode) async -> Bool {
-    let (mapper, id, log) = (mapper, disk.id, log(for: disk))
-    let isServed = disk.worker.map { $0.ended == nil } ?? false
-    if case .stopping = disk.phase, isServed, !disk.readOnly {
-      guard await flush(device, disk) else { return false }
-    } else {
-      await failFaults(disk)
-    }
-    for attempt in 1...10 {
+  /// Takes a device down: writes out and commits what it holds, by a worker, and removes it. Why
+  /// that is not possible yet, if so: then the device is there, and what it holds with it.
+  ///
+  /// The order: nobody may have it open (who has it may still write), then it is flushed, for
+  /// which a worker is needed, then it is removed. The kernel has placements that are in no
+  /// image before the flush: without it a device is only removed by order of the admin. Requests
+  /// are failed only when no worker lives, who could still be answering them.
+  func withdraw(_ disk: Disk, _ device: DeviceNode) async -> DiskFailure? {
+    let (mapper, id) = (mapper, disk.id)
+    let isFinished: Bool
+    do throws(DeviceMapperError) {
+      isFinished = try await mapping.run { () throws(DeviceMapperError) in
+        try mapper.isAttached(id, device)
+      }
+    } catch { return .mapper(error) }
+    for _ in 0..<10 where isFinished {
+      if let failure = await write(disk, device) { return failure }
       do throws(DeviceMapperError) {
-        let deferred = attempt == 10
-        try await mapping.run { () throws(DeviceMapperError) in
-          try mapper.remove(id, deferred: deferred)
-        }
-        if deferred {
-          log.error(
-            "the device is in use and goes with its last user: end that program",
-            metadata: ["device": "\(device.path)"])
-        }
-        return true
+        try await remove(id)
+        return nil
       } catch {
-        if attempt > 2, error.code != EBUSY || attempt == 10 {
-          log.error(
-            "cannot remove the device",
-            metadata: ["device": "\(device.path)", "error": "\(error)"])
-          return true
-        }
+        guard error.code == EBUSY else { return .mapper(error) }
         await pause(.milliseconds(500))
       }
-      // Whoever still reads it gets no worker any more.
-      if attempt == 9 { await failFaults(disk) }
     }
-    return true
+    guard !isFinished else { return .stillOpen(device) }
+    // Nobody has ever brought it into use, or it is gone.
+    do throws(DeviceMapperError) {
+      try await remove(id)
+      return nil
+    } catch { return error.code == EBUSY ? .stillOpen(device) : .mapper(error) }
   }
 
-  /// Flushes a device that is about to go. False when that comes to no end.
-  private func flush(_ device: DeviceNode, _ disk: Disk) async -> Bool {
-    let (mapper, log) = (mapper, log(for: disk))
-    let ended = Ended()
-    let flush = Task { [offload] in
-      defer { ended.set() }
-      do throws(IOError) {
-        try await offload.run { () throws(IOError) in try mapper.flush(device) }
+  private func remove(_ id: DiskID) async throws(DeviceMapperError) {
+    let mapper = mapper
+    try await mapping.run { () throws(DeviceMapperError) in
+      try mapper.remove(id, deferred: false)
+    }
+  }
+
+  /// Makes sure that a device holds nothing that is not in its image.
+  private func write(_ disk: Disk, _ device: DeviceNode) async -> DiskFailure? {
+    if disk.discards || disk.readOnly {
+      if disk.discards, let worker = disk.worker, worker.ended == nil,
+        let stuck = await killWorker(disk, worker)
+      {
+        return stuck
+      }
+      if disk.worker.map({ $0.ended != nil }) ?? true { await failFaults(disk) }
+      return nil
+    }
+    do throws(DiskFailure) { try await haveWorker(disk) } catch {
+      if let worker = disk.worker, let stuck = await killWorker(disk, worker) { return stuck }
+      return .uncommitted(device, "no worker can be started for it: \(error.sentence)", disk)
+    }
+    guard await isFree(disk, device) else { return .stillOpen(device) }
+    if let failure = await flush(device, disk) { return failure }
+    do throws(DeviceMapperError) {
+      let (mapper, id) = (mapper, disk.id)
+      let counters = try await mapping.run { () throws(DeviceMapperError) in
+        try mapper.counters(id, device)
+      }
+      guard counters.uncommitted == 0 else {
+        return .uncommitted(
+          device, "\(counters.uncommitted) placements were made after its last flush", disk)
+      }
+      return nil
+    } catch { return .mapper(error) }
+  }
+
+  /// Sees to it that a worker serves the device.
+  private func haveWorker(_ disk: Disk) async throws(DiskFailure) {
+    if let worker = disk.worker, worker.ended == nil { return }
+    disk.worker?.channel.close()
+    disk.worker = nil
+    try await reopen(disk)
+    try await launch(disk, create: false, byNode: true)
+    try await handNodeAgain(disk)
+  }
+
+  /// Waits a while until nobody has the device open.
+  private func isFree(_ disk: Disk, _ device: DeviceNode) async -> Bool {
+    let (mapper, id) = (mapper, disk.id)
+    for attempt in 0..<10 {
+      do throws(DeviceMapperError) {
+        let users = try await mapping.run { () throws(DeviceMapperError) in
+          try mapper.users(id)
+        }
+        if users == 0 { return true }
       } catch {
-        log.error(
-          "what was not flushed may be lost",
-          metadata: ["device": "\(device.path)", "error": "\(error)"])
+        log(for: disk).warning("cannot examine the device", metadata: ["error": "\(error)"])
+      }
+      if attempt < 9 { await pause(.milliseconds(500)) }
+    }
+    return false
+  }
+
+  /// Flushes a device that is about to go. One flush at a time, which goes on when this gives up
+  /// waiting: its end hurries the next attempt.
+  private func flush(_ device: DeviceNode, _ disk: Disk) async -> DiskFailure? {
+    let flush: DeviceFlush
+    if let before = disk.flush {
+      flush = before
+    } else {
+      flush = DeviceFlush()
+      disk.flush = flush
+      let (mapper, flushing, id) = (mapper, flushing, disk.id)
+      Task { [weak self] in
+        let result = await flushing.run { () -> IOError? in
+          do throws(IOError) {
+            try mapper.flush(device)
+            return nil
+          } catch { return error }
+        }
+        flush.end(result)
+        await self?.flushed(id)
       }
     }
-    if await ended.wait(configuration.stopTimeout) { return true }
-    log.error("the device is not flushed in time", metadata: ["device": "\(device.path)"])
-    await failFaults(disk)
-    defer { withExtendedLifetime(flush) {} }
-    return await ended.wait(.seconds(5))
+    guard await flush.ended.wait(configuration.stopTimeout) else {
+      return DiskFailure(
+        .device,
+        "the device \(device.path) is not written out: it waits for a device or file system below it"
+          + " that hangs, or for space; the disk goes when that answers")
+    }
+    disk.flush = nil
+    guard let error = flush.error else { return nil }
+    return .uncommitted(device, "its flush failed: \(error.description)", disk)
+  }
+
+  private func flushed(_ id: DiskID) {
+    guard !ending, let disk = table[id], case .stopping(_?) = disk.phase else { return }
+    hurry(disk)
   }
 
   private func failFaults(_ disk: Disk) async {
@@ -182,11 +259,6 @@ extension Reconciler {
     }
   }
 
-  private func pause(_ time: Duration) async {
-    // A cancelled task only hurries.
-    do { try await Task.sleep(for: time) } catch { return }
-  }
-
   /// Does something with the device-mapper; its failure is the disk's.
   private func mapped<Value: Sendable>(
     _ work: @escaping @Sendable () throws(DeviceMapperError) -> Value
@@ -194,6 +266,20 @@ extension Reconciler {
     do throws(DeviceMapperError) { return try await mapping.run(work) } catch {
       throw .mapper(error)
     }
+  }
+}
+
+/// A flush of a device that is under way.
+final class DeviceFlush: Sendable {
+  let ended = Ended()
+  private let result = Mutex<IOError?>(nil)
+
+  /// Why it failed, once it has ended.
+  var error: IOError? { result.withLock { $0 } }
+
+  func end(_ error: IOError?) {
+    result.withLock { $0 = error }
+    ended.set()
   }
 }
 
@@ -238,6 +324,24 @@ extension DiskFailure {
       error.code == EBUSY
       ? "end the process that has it open" : "look at the kernel's log (dmesg)"
     return DiskFailure(.device, "\(error.description): \(remedy)")
+  }
+
+  static func stillOpen(_ device: DeviceNode) -> DiskFailure {
+    DiskFailure(
+      .device,
+      "the device \(device.path) is still open: a request waits for a device or file system below"
+        + " it that hangs, or a program of this host uses it (fuser \(device.path)); the disk goes"
+        + " with the last close")
+  }
+
+  /// A device that may not be removed.
+  static func uncommitted(_ device: DeviceNode, _ why: String, _ disk: Disk) -> DiskFailure {
+    let store = disk.spec?.store ?? "its store"
+    return DiskFailure(
+      .device,
+      "the device \(device.path) may hold writes that are not in store \(store), and \(why): see to"
+        + " that (after a flush that failed: 'dmu-xen clear \(disk.id.domain)'), or give them up with"
+        + " 'dmu-xen discard-pending \(store)'")
   }
 
   static let noTarget = DiskFailure(

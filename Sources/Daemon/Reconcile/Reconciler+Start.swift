@@ -3,47 +3,51 @@
 internal import Logging
 internal import Posix
 internal import WorkerLink
+internal import XenStore
+import Glibc
 
 /// Why a start does not go on.
 private enum StartStop: Error {
   case failed(DiskFailure)
   /// The store's holder is on its way out.
   case heldBack(DiskID)
+  /// There is no store, and the block script has not said whether one may be made.
+  case asking
 }
 
 extension Reconciler {
-  /// Opens, locks, starts a worker, attaches. Ends in `serving`, `waiting` or `failed`.
+  /// Opens, locks, starts a worker, attaches. Ends in `serving`, `waiting`, `asking` or `failed`,
+  /// or in `stopping` when something of it cannot be taken back yet.
   func start(_ disk: Disk, _ wanted: WantedDisk) async {
     enter(disk, .starting)
     await publish(disk)
     disk.params = wanted.params
     disk.readOnly = wanted.readOnly
+    await learnName(of: disk)
+    forgetFailures(like: disk)
     do throws(StartStop) {
       let spec = try reading(wanted.params)
       disk.spec = spec
       try await open(disk, spec)
-      do throws(DiskFailure) {
-        let transport = try FormatOptions(spec).transport ?? configuration.transport
-        let byNode = try await wantsNode(transport)
-        try await prepareDirectory(disk)
-        try await launch(disk, create: disk.needsFormat, byNode: byNode)
-        if byNode, disk.report?.byNode == true {
-          try await attachMapped(disk)
-        } else {
-          if byNode { try fallBack(disk, transport) }
-          try await attach(disk)
-        }
-        try await save(disk)
-      } catch { throw .failed(error) }
-      disk.madeStore = false
-      disk.needsFormat = false
+      do throws(DiskFailure) { try await serve(disk, spec) } catch { throw .failed(error) }
+      disk.newStore = nil
+      disk.activity = nil
       enter(disk, .serving(DiskPhase.Trouble(disk.report)))
       // The worker may have ended while its device was being attached.
       if let worker = disk.worker, worker.ended != nil { died(disk, "it ended at once") }
     } catch {
-      await undo(disk)
+      var failure: DiskFailure?
+      if case .failed(let why) = error { failure = why }
+      disk.activity = nil
+      if let stuck = await undo(disk, failure) {
+        if let failure { refuseWaiters(disk, failure) }
+        return keepStopping(disk, stuck)
+      }
       switch error {
       case .heldBack(let holder): enter(disk, .waiting(holder: holder))
+      case .asking:
+        // The script may have come while everything was being let go of.
+        enter(disk, disk.boots == nil ? .asking(store: disk.spec?.store ?? "") : .idle)
       case .failed(let failure): enter(disk, .failed(failure, attached: false))
       }
     }
@@ -56,56 +60,183 @@ extension Reconciler {
     return spec
   }
 
+  /// From an open store to a device.
+  private func serve(_ disk: Disk, _ spec: Spec) async throws(DiskFailure) {
+    let transport = try FormatOptions(spec).transport ?? configuration.transport
+    let byNode = try await wantsNode(transport)
+    try await prepareLog(disk)
+    if byNode, disk.tookOver {
+      // The kernel has no use for a log: what it holds is committed first.
+      disk.activity = "committing what the store's pending log holds"
+      if let failure = await commitLog(disk) { throw failure }
+      try await prepareLog(disk)
+    }
+    disk.activity = "the worker opens the image"
+    try await launch(disk, create: disk.newStore != nil, byNode: byNode)
+    try await publishStore(disk)
+    disk.activity = "making the device"
+    if byNode, disk.report?.byNode == true {
+      try await attachMapped(disk)
+    } else {
+      if byNode { try fallBack(disk, transport) }
+      try await attach(disk)
+    }
+    try await save(disk)
+    try await describeLog(disk)
+  }
+
   private func open(_ disk: Disk, _ spec: Spec) async throws(StartStop) {
-    let readOnly = disk.readOnly
+    let (readOnly, registry) = (disk.readOnly, configuration.registry)
+    var create = false
+    var attempt = 0
+    disk.activity = "opening the store and its base"
     // A lock of nobody we know may be the last breath of a process that is just ending.
-    for attempt in 0... {
+    while true {
       let outcome: OpenOutcome
       do throws(DiskFailure) {
-        outcome = try await offload.run { () throws(DiskFailure) in
-          try Images.open(spec, readOnly: readOnly)
+        outcome = try await offload.run { [create] () throws(DiskFailure) in
+          let outcome = try Images.open(spec, readOnly: readOnly, create: create)
+          if case .opened(_, let base?, _) = outcome { try registry.refuse(base) }
+          return outcome
         }
       } catch { throw .failed(error) }
       switch outcome {
-      case .opened(let store, let base, let state):
+      case .opened(let store, let base, let new):
+        if readOnly, try await recoverFirst(store) { continue }
         disk.store = store
         disk.base = base
-        disk.madeStore = state == .made
-        disk.needsFormat = state != .used
+        disk.newStore = new
         return
+      case .missing:
+        try await mayCreate(disk, spec)
+        create = true
       case .locked(let role, let identity):
-        if let failure = try refusal(disk, spec, role, identity, last: attempt >= 10) {
+        guard !recovering.values.contains(where: { $0.store?.identity == identity }) else {
+          disk.activity = "the store's pending log is being committed"
+          await pause(.milliseconds(100))
+          continue
+        }
+        attempt += 1
+        if let failure = try await refusal(disk, spec, role, identity, last: attempt > 10) {
           throw .failed(failure)
         }
+        disk.activity = "waiting for another program to let go of the \(role.rawValue)"
         do { try await Task.sleep(for: .milliseconds(100)) } catch { throw .failed(.gone) }
       }
     }
   }
 
+  /// Whether a store may be made; throws when not.
+  private func mayCreate(_ disk: Disk, _ spec: Spec) async throws(StartStop) {
+    guard spec.base != nil else { throw .failed(.storeMissing(spec.store)) }
+    guard KnownFormat.named(spec.format)?.blockSizes != nil else {
+      throw .failed(.storeUnmade(spec.store, spec.format))
+    }
+    guard !disk.readOnly else {
+      throw .failed(.storeNotMade(spec, "none is made for a disk that is read only"))
+    }
+    let wish: Bool?
+    do { wish = try FormatOptions(spec).create } catch { throw .failed(error) }
+    let directories = configuration.createIn
+    let (isThere, isPlace) = await offload.run {
+      (Images.hasFolder(spec.store), Images.isBelow(spec.store, directories))
+    }
+    guard isThere else { throw .failed(.storeDirectoryMissing(spec.store)) }
+    guard wish ?? isPlace else {
+      throw .failed(
+        .storeNotMade(
+          spec,
+          wish == false
+            ? "its spec forbids to create one"
+            : "it is created only below store.create-in of \(configurationPath) or with"
+              + " '?create=yes' in its spec"))
+    }
+    guard let boots = disk.boots else { throw .asking }
+    guard boots else {
+      throw .failed(
+        .storeNotMade(
+          spec,
+          "it is created only for a domain that xl boots, which is not known of this one (it may be"
+            + " restored or migrated)"))
+    }
+  }
+
+  /// Commits what a log holds before a disk only reads the store. Whether it did so, and the
+  /// store has to be opened anew.
+  private func recoverFirst(_ store: OpenImage) async throws(StartStop) -> Bool {
+    let registry = configuration.registry
+    do throws(DiskFailure) {
+      let found = try await offload.run { () throws(DiskFailure) -> PendingEntry? in
+        do throws(IOError) {
+          let entry = try PendingEntry(registry, of: store)
+          return try entry.summary().isNeeded ? entry : nil
+        } catch { throw DiskFailure(error) }
+      }
+      guard let found else { return false }
+      // Its lock would be in the way; the caller's goes with this very function's argument.
+      try await offload.run { () throws(DiskFailure) in
+        do throws(IOError) { try store.file.unlock() } catch { throw DiskFailure(error) }
+      }
+      _ = try await recover(found)
+      return true
+    } catch { throw .failed(error) }
+  }
+
   /// Why a locked image cannot be had; nil: try again.
   private func refusal(
     _ disk: Disk, _ spec: Spec, _ role: SpecError.Role, _ identity: FileIdentity, last: Bool
-  ) throws(StartStop) -> DiskFailure? {
+  ) async throws(StartStop) -> DiskFailure? {
     let path = role == .store ? spec.store : spec.base ?? ""
-    let others = table.values.filter { $0 !== disk }
-    if let holder = others.first(where: { $0.store?.identity == identity }) {
-      if holder.isLeaving { throw .heldBack(holder.id) }
-      return role == .base ? .sameStoreTwice(path) : .inUse(path, by: holder.id, vdev: holder.vdev)
+    let holders = table.values.filter { $0 !== disk && $0.store?.identity == identity }
+    for holder in holders {
+      await lookAgain(holder)
+      guard table[holder.id] === holder, holder.store?.identity == identity else { return nil }
+      guard holder.isLeaving else { continue }
+      hurry(holder)
+      throw .heldBack(holder.id)
     }
-    if let holder = others.first(where: { $0.uses(identity) }) {
-      return .storeIsBase(path, of: holder.id, vdev: holder.vdev)
+    if !holders.isEmpty {
+      let names = holders.map(\.holder).sorted { $0.id < $1.id }
+      return role == .base ? .sameStoreTwice(path, names) : .inUse(path, by: names)
     }
-    return last ? .inUseElsewhere(role, path) : nil
+    let users = table.values.filter { $0 !== disk && $0.uses(identity) }
+    if !users.isEmpty {
+      return .storeIsBase(path, of: users.map(\.holder).sorted { $0.id < $1.id })
+    }
+    guard last else { return nil }
+    let programs = await offload.run { FileUsers.programs(of: identity) }
+    return .inUseElsewhere(role, path, programs)
   }
 
-  private func prepareDirectory(_ disk: Disk) async throws(DiskFailure) {
-    let directory = DiskDirectory(configuration, disk.id)
-    disk.pending = try await offload.run { () throws(DiskFailure) in
-      do throws(IOError) {
-        try directory.make()
-        return try directory.openPending(new: true)
-      } catch { throw DiskFailure(error) }
+  /// What the table says of a holder may be old: xenstore is asked before somebody is refused.
+  private func lookAgain(_ holder: Disk) async {
+    guard !holder.isLeaving else { return }
+    do throws(XenStoreError) {
+      guard let sight = try await view.look(holder.id) else { return }
+      holder.sight = sight
+      if holder.isAbandoned(sight, now: Reconciler.unixTime) {
+        log(for: holder).warning(
+          "the disk of this domain itself was never connected and lets go of its store")
+        holder.released = true
+      }
+      if holder.isLeaving { mark(holder.id) }
+    } catch {
+      log(for: holder).warning("cannot look at the disk", metadata: ["error": "\(error)"])
     }
+  }
+
+  /// Gives a new store its name: its worker has made it an image.
+  private func publishStore(_ disk: Disk) async throws(DiskFailure) {
+    guard let new = disk.newStore else { return }
+    try await offload.run { () throws(DiskFailure) in
+      do throws(IOError) { try new.publish() } catch {
+        if error.code == EEXIST {
+          throw DiskFailure(.io, "store \(new.path) was made by another: attach the disk again")
+        }
+        throw DiskFailure(error)
+      }
+    }
+    log(for: disk).notice("made the store", metadata: ["store": "\(new.path)"])
   }
 
   /// The image is none that the kernel can serve.
@@ -144,33 +275,36 @@ extension Reconciler {
 
   /// Writes the state file.
   func save(_ disk: Disk) async throws(DiskFailure) {
-    disk.since = Reconciler.unixTime
     guard let record = disk.record else { return }
-    let directory = DiskDirectory(configuration, disk.id)
+    let directory = disk.directory(configuration)
     try await offload.run { () throws(DiskFailure) in
       do throws(IOError) { try directory.save(record) } catch { throw DiskFailure(error) }
     }
   }
 
-  /// Lets go of everything that a failed start has taken.
-  private func undo(_ disk: Disk) async {
-    let log = log(for: disk)
+  /// Lets go of everything that a failed start has taken. What cannot be let go of yet, if
+  /// anything: then it is still held.
+  private func undo(_ disk: Disk, _ failure: DiskFailure?) async -> DiskFailure? {
     if let worker = disk.worker {
       worker.channel.close()
-      do throws(IOError) {
-        if try await !worker.kill() { log.error("the worker cannot be killed") }
-      } catch { log.error("cannot kill the worker", metadata: ["error": "\(error)"]) }
+      if let stuck = await killWorker(disk, worker) { return stuck }
     }
-    _ = await detach(disk)
-    let directory = DiskDirectory(configuration, disk.id)
-    let unfinished = disk.madeStore ? disk.spec?.store : nil
+    // Nobody was told of the device, so that nobody has written to it.
+    disk.discards = true
+    if let stuck = await detach(disk) { return stuck }
+    disk.device = nil
+    // A log that holds something outlives the attempt, whoever has written it.
+    await keepLog(disk, why: failure?.sentence ?? "the disk waits for its store")
+    let directory = disk.directory(configuration)
+    let unfinished = disk.newStore
     do throws(IOError) {
       try await offload.run { () throws(IOError) in
         try directory.remove()
         if let unfinished { try Images.remove(unfinished) }
       }
-    } catch { log.error("cannot clean up", metadata: ["error": "\(error)"]) }
+    } catch { log(for: disk).error("cannot clean up", metadata: ["error": "\(error)"]) }
     release(disk)
+    return nil
   }
 
   /// Drops the descriptors; the locks go with the last of them.
@@ -185,9 +319,14 @@ extension Reconciler {
     disk.backings = []
     disk.hindrance = nil
     disk.pending = nil
-    disk.madeStore = false
-    disk.needsFormat = false
+    disk.entry = nil
+    disk.tookOver = false
+    disk.newStore = nil
     disk.socketLost = false
+    disk.flush = nil
+    disk.discards = false
+    disk.stuckCount = 0
+    disk.linkPath = nil
     wakeThoseWaiting(for: disk.id)
   }
 }

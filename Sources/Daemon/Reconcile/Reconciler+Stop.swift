@@ -6,32 +6,15 @@ internal import WorkerLink
 
 extension Reconciler {
   /// Takes everything down that is held: the device first, so that nothing comes in any
-  /// more, then the worker, which flushes and commits. Every wait has a limit, and at the end
-  /// stands SIGKILL: what the guest was told is durable survives that, too.
+  /// more, then the worker, which flushes and commits, then the log. Every wait has a limit. What
+  /// cannot be taken down yet stays, is told with its reason, and is tried again.
   func stop(_ disk: Disk) async {
-    enter(disk, .stopping)
+    if case .stopping = disk.phase {} else { enter(disk, .stopping(nil)) }
     await publish(disk)
     disk.timer?.cancel()
-    guard await detach(disk) else {
-      enter(
-        disk,
-        .failed(
-          .worker("the device cannot be written out: look for a device or file system that hangs"),
-          attached: true))
-      wake(disk, after: .seconds(10))
-      return
-    }
-    guard await stopWorker(disk) else {
-      // It holds the store's lock as long as it lives. Looked at again later.
-      enter(
-        disk,
-        .failed(
-          .worker("the worker cannot be killed: look for a device or file system that hangs"),
-          attached: true))
-      wake(disk, after: .seconds(10))
-      return
-    }
-    let directory = DiskDirectory(configuration, disk.id)
+    disk.activity = nil
+    if let stuck = await takeDown(disk) { return keepStopping(disk, stuck) }
+    let directory = disk.directory(configuration)
     do throws(IOError) {
       try await offload.run { () throws(IOError) in try directory.remove() }
     } catch {
@@ -44,32 +27,60 @@ extension Reconciler {
     log(for: disk).info("the disk is gone")
   }
 
-  /// Ends the device, if there is one. False when something below it hangs; then it stays.
-  func detach(_ disk: Disk) async -> Bool {
-    guard let device = disk.device else { return true }
-    guard device.kind == .nbd else {
-      guard await withdraw(disk, device) else { return false }
-      disk.device = nil
-      return true
+  /// Why it cannot be taken down yet; nil: nothing is held any more.
+  private func takeDown(_ disk: Disk) async -> DiskFailure? {
+    if let stuck = await detach(disk) { return stuck }
+    disk.device = nil
+    if let stuck = await stopWorker(disk) { return stuck }
+    return await endLog(disk)
+  }
+
+  /// Goes on being `stopping`, with the reason, and tries again later and later.
+  func keepStopping(_ disk: Disk, _ failure: DiskFailure) {
+    let waits: [Duration] = [.seconds(1), .seconds(2), .seconds(5), .seconds(10), .seconds(30)]
+    let wait = waits[min(disk.stuckCount, waits.count - 1)]
+    var isNews = true
+    if case .stopping(let before?) = disk.phase { isNews = before.failure != failure }
+    if isNews || disk.stuckCount == 0 {
+      log(for: disk).error("the disk cannot go yet", metadata: ["reason": "\(failure)"])
     }
-    let attacher = attacher
+    disk.stuckCount += 1
+    let retry = ContinuousClock.now + wait
+    enter(disk, .stopping(DiskPhase.Stuck(failure, retry: retry)))
+    wake(disk, after: wait)
+  }
+
+  /// Tries at once what a disk that cannot go waits to try.
+  func hurry(_ disk: Disk) {
+    if case .stopping(var stuck?) = disk.phase {
+      stuck.retry = .now
+      disk.phase = .stopping(stuck)
+    }
+    mark(disk.id)
+  }
+
+  /// Ends the device, if there is one. Why that is not possible yet, if so: then it stays.
+  func detach(_ disk: Disk) async -> DiskFailure? {
+    guard let device = disk.device else { return nil }
+    guard device.kind == .nbd else { return await withdraw(disk, device) }
+    let (attacher, log) = (attacher, log(for: disk))
     for attempt in 1...3 {
       do throws(IOError) {
         try await offload.run { () throws(IOError) in try attacher.detach(device) }
-        break
+        return nil
       } catch {
-        log(for: disk).error(
+        log.error(
           "cannot detach the device",
           metadata: ["device": "\(device.path)", "error": "\(error)", "attempt": "\(attempt)"])
+        guard attempt < 3 else { return .device(error) }
       }
     }
-    disk.device = nil
-    return true
+    return nil
   }
 
-  /// Asks the worker to end, then makes it. False when it lives on.
-  private func stopWorker(_ disk: Disk) async -> Bool {
-    guard let worker = disk.worker else { return true }
+  /// Asks the worker to end, then makes it. Why it lives on, if it does.
+  func stopWorker(_ disk: Disk) async -> DiskFailure? {
+    guard let worker = disk.worker else { return nil }
     let log = log(for: disk)
     do throws(WorkerSilence) {
       try worker.channel.send(.stop)
@@ -77,17 +88,33 @@ extension Reconciler {
         if let how = worker.ended, how != "exit status 0", !how.hasPrefix("unknown") {
           log.error("the worker did not end well", metadata: ["how": "\(how)"])
         }
-        return true
+        return nil
       }
       log.error("the worker does not end and is killed")
     } catch {
       // One whose device is gone ends by itself.
-      if await worker.waitForEnd(.seconds(1)) { return true }
+      if await worker.waitForEnd(.seconds(1)) { return nil }
       log.warning("the worker cannot be asked to end", metadata: ["reason": "\(error.words)"])
     }
-    do throws(IOError) { return try await worker.kill() } catch {
-      log.error("cannot kill the worker", metadata: ["error": "\(error)"])
-      return worker.ended != nil
+    return await killWorker(disk, worker)
+  }
+
+  /// Kills a worker and waits for its end. Why it lives on, if it does: it has the store's lock
+  /// as long.
+  func killWorker(_ disk: Disk, _ worker: Worker) async -> DiskFailure? {
+    do throws(IOError) {
+      if try await worker.kill() { return nil }
+      return .worker(
+        "the worker (process \(worker.process.pid)) cannot be killed: it waits for a device or file"
+          + " system that hangs; the disk goes when that answers")
+    } catch {
+      guard worker.ended == nil else { return nil }
+      return .worker("the worker (process \(worker.process.pid)) cannot be killed: \(error)")
     }
+  }
+
+  /// Sleeps; a task that is cancelled only hurries.
+  func pause(_ time: Duration) async {
+    do { try await Task.sleep(for: time) } catch { return }
   }
 }

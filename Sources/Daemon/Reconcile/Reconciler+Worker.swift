@@ -24,9 +24,13 @@ extension Reconciler {
     order.readOnly = disk.readOnly
     order.force = options.force
     order.byNode = byNode
+    order.failsWhenFull = configuration.onFull == .fail
+    order.fullTimeout = UInt32(configuration.fullTimeout.components.seconds)
+    order.quietTime = UInt32(configuration.quietTime.components.seconds)
     var asked: [NamedFile] = []
     var lent: [LinkRole: Int32] = [.store: store.file.raw, .pending: pending.raw]
     lent[.base] = disk.base?.file.raw
+    lent[.witness] = store.witness?.raw
     var next = WorkerOrder.start(order)
     while true {
       let reply: WorkerReply
@@ -45,6 +49,7 @@ extension Reconciler {
           let (file, image) = try await find(need, disk, spec, store)
           asked.append(file)
           lent = [.file: image.file.raw]
+          lent[.witness] = image.witness?.raw
         } catch { try refuse(worker, error) }
       case .failed(let code, let message):
         throw DiskFailure(worker: code, message, disk)
@@ -76,11 +81,13 @@ extension Reconciler {
     let policy = NamingPolicy(configuration, file: configurationPath)
     let before = disk.allowed.first { $0.need == need }
     if let before, let image = disk.files[before] { return (before, image) }
-    let isHeld = disk.isHeldByKernel
+    let (isHeld, registry) = (disk.isHeldByKernel, configuration.registry)
     if before == nil { try policy.check(need, after: disk.allowed, of: spec) }
     let (file, image) = try await offload.run { () throws(DiskFailure) -> (NamedFile, OpenImage) in
       let file = try policy.resolve(need, of: spec, unless: before)
-      return (file, try Images.open(file, of: store, isHeld: isHeld))
+      let image = try Images.open(file, of: store, isHeld: isHeld)
+      if before == nil { try registry.refuse(image) }
+      return (file, image)
     }
     if before == nil { disk.allowed.append(file) }
     disk.files[file] = image
@@ -88,7 +95,8 @@ extension Reconciler {
   }
 
   private func startProcess(_ disk: Disk) async throws(DiskFailure) -> Worker {
-    let directory = DiskDirectory(configuration, disk.id)
+    let directory = disk.directory(configuration)
+    disk.linkPath = nil
     let (launcher, configuration, id) = (launcher, configuration, disk.id)
     let (process, link) = try await offload.run { () throws(DiskFailure) in
       do throws(IOError) {
@@ -194,7 +202,7 @@ extension Reconciler {
     if let delay = disk.backOff.next(at: now) {
       log(for: disk).error(
         "the worker died and is replaced", metadata: ["reason": "\(why)", "in": "\(delay)"])
-      enter(disk, .restarting(at: now + delay))
+      enter(disk, .restarting(at: now + delay, why: why))
     } else {
       let failure = DiskFailure.worker(
         "the worker died \(disk.backOff.limit + 1) times within"
@@ -227,23 +235,28 @@ extension Reconciler {
 
   /// Opens what an earlier daemon and its worker took with them; the files that the images
   /// name follow when the next worker asks for them.
-  private func reopen(_ disk: Disk) async throws(DiskFailure) {
+  func reopen(_ disk: Disk) async throws(DiskFailure) {
     guard let spec = disk.spec, disk.store == nil || disk.pending == nil else { return }
     let (readOnly, isHeld) = (disk.readOnly, disk.isHeldByKernel)
-    let directory = DiskDirectory(configuration, disk.id)
-    let (outcome, pending) = try await offload.run { () throws(DiskFailure) in
-      let outcome = try Images.open(
-        spec, readOnly: readOnly, mayCreate: false, isHeld: isHeld)
-      do throws(IOError) { return (outcome, try directory.openPending(new: false)) } catch {
-        throw DiskFailure(error)
+    if disk.store == nil {
+      let outcome = try await offload.run { () throws(DiskFailure) in
+        try Images.open(spec, readOnly: readOnly, isHeld: isHeld)
+      }
+      switch outcome {
+      case .opened(let store, let base, _): (disk.store, disk.base) = (store, base)
+      case .missing: throw .storeNotMade(spec, "its disk was in use")
+      case .locked(let role, let identity):
+        let programs = await offload.run { FileUsers.programs(of: identity) }
+        throw .inUseElsewhere(role, role == .store ? spec.store : spec.base ?? "", programs)
       }
     }
-    guard case .opened(let store, let base, _) = outcome else {
-      throw .inUseElsewhere(.store, spec.store)
+    let was = disk.entry
+    try await prepareLog(disk)
+    guard was == nil || was == disk.entry else {
+      // Another file has the store's name by now.
+      (disk.store, disk.pending, disk.entry) = (nil, nil, was)
+      throw .pendingOfAnother(spec.store, "its disk was served from that")
     }
-    disk.store = store
-    disk.base = base
-    disk.pending = pending
   }
 
   /// Makes a new socket between the kernel and the worker.
@@ -315,6 +328,8 @@ extension DiskFailure {
       self = .baseChanged(message, disk.spec.flatMap { KnownFormat.named($0.format) })
     case "base-missing": self = .baseUnnamed(store: store)
     case "unknown-format": self = .formatUnknown(disk.spec?.format ?? "")
+    case "pending-stale": self = .pendingStale(store)
+    case "pending-damaged": self = .pendingDamaged(store, message)
     default:
       let named = ["store \(store): ", "\(store): "].first { message.hasPrefix($0) } ?? ""
       self.init(.image, "store \(store) cannot be used: \(message.dropFirst(named.count))")

@@ -27,13 +27,19 @@ public actor Reconciler {
   let offload = Offload()
   /// The device-mapper's library takes one call at a time.
   let mapping = Offload(threads: 1)
+  /// Flushes of devices that are about to go may hang for as long as what is below them.
+  let flushing = Offload(threads: 32)
   let log: Logger
   var table: [DiskID: Disk] = [:]
+  /// What commits the log of a store that no disk uses, by the log's key.
+  var recovering: [String: Disk] = [:]
+  /// Attaches that failed and whose disks have gone; see Reconciler+Failures.
+  var failures: [DiskStatus] = []
   var nextWaiter: UInt64 = 1
   var ending = false
   private var freeStarts = Reconciler.startsAtOnce
   private var startQueue: [CheckedContinuation<Void, Never>] = []
-  private var announced: Int?
+  private var announced: [Int]?
 
   init(
     configuration: Configuration, configurationPath: String, view: XenStoreView,
@@ -199,6 +205,7 @@ public actor Reconciler {
     guard !disk.due, !lingers else { return }
     disk.timer?.cancel()
     table[disk.id] = nil
+    rememberFailure(of: disk)
     refuseWaiters(
       disk,
       DiskFailure(
@@ -223,6 +230,7 @@ public actor Reconciler {
     if case .idle = phase { return }
     if before != phase.publicState {
       disk.since = Reconciler.unixTime
+      disk.isUnsaved = true
       var facts: Logger.Metadata = ["state": "\(phase.publicState.rawValue)"]
       if let error = phase.error { facts["error"] = "\(error)" }
       if let device = disk.device { facts["device"] = "\(device.path)" }
@@ -247,7 +255,7 @@ public actor Reconciler {
     }
   }
 
-  private func refuseWaiters(_ disk: Disk, _ failure: DiskFailure) {
+  func refuseWaiters(_ disk: Disk, _ failure: DiskFailure) {
     for waiter in disk.waiters.values { waiter.resume(returning: .failure(failure)) }
     disk.waiters = [:]
   }
@@ -264,7 +272,7 @@ public actor Reconciler {
           state: disk.phase.publicState, format: disk.spec?.format ?? "",
           device: disk.device?.path ?? "",
           worker: disk.worker.map { String($0.process.pid) } ?? "",
-          error: disk.phase.error ?? "", since: String(disk.since))
+          error: disk.reason ?? "", since: String(disk.since))
         if disk.published != nodes {
           let written = try await view.publish(disk.id, nodes)
           disk.published = written ? nodes : nil
@@ -274,16 +282,30 @@ public actor Reconciler {
     } catch {
       log(for: disk).warning("cannot tell of the disk", metadata: ["error": "\(error)"])
     }
+    await saveState(disk)
     await announce("running")
   }
 
-  /// Writes the daemon's own nodes if the number of disks has changed.
+  /// Keeps the time of the last change of state for the next daemon.
+  private func saveState(_ disk: Disk) async {
+    guard disk.isUnsaved, case .serving = disk.phase else { return }
+    disk.isUnsaved = false
+    do throws(DiskFailure) { try await save(disk) } catch {
+      log(for: disk).warning("cannot keep the disk's state", metadata: ["error": "\(error)"])
+    }
+  }
+
+  /// Writes the daemon's own nodes if the number of disks or of pending logs has changed.
   func announce(_ state: String) async {
-    let count = table.values.count { $0.spec != nil }
-    guard announced != count || state != "running" else { return }
-    announced = count
+    var pending = announced?.last ?? 0
+    do throws(DiskFailure) { pending = try await keptLogs().count } catch {
+      log.warning("cannot count the pending logs", metadata: ["error": "\(error)"])
+    }
+    let counts = [table.values.count { $0.spec != nil }, pending]
+    guard announced != counts || state != "running" else { return }
+    announced = counts
     do throws(XenStoreError) {
-      try await view.publishSelf(state: state, disks: count)
+      try await view.publishSelf(state: state, disks: counts[0], pending: counts[1])
     } catch {
       announced = nil
       log.warning("cannot tell of the daemon", metadata: ["error": "\(error)"])
@@ -299,7 +321,7 @@ extension Disk {
   fileprivate var isSettled: Bool {
     switch phase {
     case .serving: !socketLost
-    case .failed: true
+    case .failed, .asking: true
     case .idle, .waiting, .starting, .restarting, .stopping: false
     }
   }

@@ -20,6 +20,12 @@ struct Sight: Sendable, Equatable {
   var vdev: String?
   /// The state that stands in our own nodes; nil when they are not there.
   var told: String?
+  /// The backend's state.
+  var state: String?
+  /// Whether the disk is attached to the very domain that serves it.
+  var isOwn = false
+  /// The device that the toolstack was given, "fd:5"; nil when it has none yet.
+  var device: String?
 }
 
 /// What everybody is told of a disk.
@@ -99,17 +105,34 @@ struct XenStoreView: Sendable {
     }
   }
 
+  /// The disks that have nodes of ours.
+  func toldDisks() async throws(XenStoreError) -> [DiskID] {
+    try await client.perform { session throws(XenStoreError) in
+      var found: [DiskID] = []
+      for domain in try session.listIfPresent(XenStoreView.root) ?? [] {
+        for device in try session.listIfPresent(XenStoreView.root + "/" + domain) ?? [] {
+          guard let id = DiskID(domain + "-" + device),
+            try session.readIfPresent(id.backendPath + "/dmu/state") != nil
+          else { continue }
+          found.append(id)
+        }
+      }
+      return found.sorted()
+    }
+  }
+
   /// Takes a disk's nodes back.
   func withdraw(_ id: DiskID) async throws(XenStoreError) {
     try await client.remove(id.backendPath + "/dmu")
   }
 
   /// Tells of the daemon itself.
-  func publishSelf(state: String, disks: Int) async throws(XenStoreError) {
+  func publishSelf(state: String, disks: Int, pending: Int) async throws(XenStoreError) {
     try await client.transaction { session throws(XenStoreError) in
       try session.write(XenStoreView.own + "/version", DMUXen.version)
       try session.write(XenStoreView.own + "/state", state)
       try session.write(XenStoreView.own + "/disks", String(disks))
+      try session.write(XenStoreView.own + "/pending", String(pending))
     }
   }
 
@@ -159,7 +182,10 @@ struct XenStoreView: Sendable {
     let going = online == "0" || state == "5" || state == "6"
     let wanted = WantedDisk(params: params, readOnly: readOnly, going: going)
     let told = try text(session, entry + "/dmu/state")
-    return Sight(wanted: wanted, exists: true, vdev: vdev, told: told)
+    let own = try text(session, "domid")
+    return Sight(
+      wanted: wanted, exists: true, vdev: vdev, told: told, state: state,
+      isOwn: own == String(id.domain), device: try text(session, entry + "/physical-device"))
   }
 
   /// A node as text; one that is not UTF-8 as if it were not there.

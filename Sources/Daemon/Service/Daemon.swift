@@ -20,6 +20,9 @@ public struct Daemon: Sendable {
     public var mapper: any DeviceMapping = KernelMapper()
     /// xenstored's socket; nil: where libxenstore finds it.
     public var xenStoreSocket: String?
+    /// The file that is locked so that there is one daemon on a host; nil: none, for a daemon
+    /// that makes no devices.
+    public var hostLock: String? = "/run/dmu-xend.lock"
     var standInDevices: StandInAttacher?
 
     /// The real things.
@@ -32,6 +35,7 @@ public struct Daemon: Sendable {
       self.attacher = attacher
       mapper = StandInMapper(folder: mapperFolder)
       standInDevices = attacher
+      hostLock = nil
     }
   }
 
@@ -57,6 +61,9 @@ public struct Daemon: Sendable {
     log.notice("dmu-xend starts", metadata: ["version": "\(DMUXen.version)"])
     log.logLevel = configuration.logLevel
     try raiseLimits(log)
+    let hostLock = try surroundings.hostLock.map { path throws(IOError) in
+      try RunDirectory.lockHost(path)
+    }
     let lock = try RunDirectory.prepare(configuration)
     if let standIn = surroundings.standInDevices {
       log.warning("devices are stand-ins: no guest can use them")
@@ -80,6 +87,8 @@ public struct Daemon: Sendable {
       attacher: surroundings.attacher, mapper: surroundings.mapper, log: log)
     // Before anybody can ask for a disk: what is there already must be known.
     try await reconciler.adopt()
+    let recovery = Task { await reconciler.recoverAll() }
+    defer { recovery.cancel() }
     let services: [any Service] = [
       ReconcileService(reconciler: reconciler, client: client, log: log),
       ControlServer(path: configuration.controlSocket, reconciler: reconciler, log: log),
@@ -93,6 +102,7 @@ public struct Daemon: Sendable {
     try await group.run()
     log.notice("dmu-xend ends; disks and their workers go on")
     lock.keepUntilHere()
+    hostLock?.keepUntilHere()
   }
 
   /// Five descriptors a disk: the usual soft limit of 1024 is soon reached.
@@ -117,11 +127,26 @@ final class RunDirectory: Sendable {
 
   /// Makes it if it is missing, and locks it. Throws EAGAIN when a daemon runs already.
   static func prepare(_ configuration: Configuration) throws(IOError) -> RunDirectory {
-    for path in [configuration.runDirectory, configuration.disksDirectory] {
-      guard mkdir(path, 0o700) == 0 || errno == EEXIST else { throw IOError.last("make", path) }
-      guard chmod(path, 0o700) == 0 else { throw IOError.last("set the mode of", path) }
+    // Tools that are not root may ask for the log of a store, whose name they know, and see
+    // nothing else.
+    for (path, mode) in [
+      (configuration.runDirectory, mode_t(0o711)), (configuration.disksDirectory, 0o700),
+      (configuration.recoveryDirectory, 0o700),
+    ] {
+      guard mkdir(path, mode) == 0 || errno == EEXIST else { throw IOError.last("make", path) }
+      guard chmod(path, mode) == 0 else { throw IOError.last("set the mode of", path) }
     }
-    let path = configuration.runDirectory + "/lock"
+    return RunDirectory(
+      try take(configuration.runDirectory + "/lock", "in \(configuration.runDirectory)"))
+  }
+
+  /// Locks a file of this host, so that there is one daemon whatever its run directory. Throws
+  /// EAGAIN when a daemon runs already.
+  static func lockHost(_ path: String) throws(IOError) -> RunDirectory {
+    RunDirectory(try take(path, "on this host (\(path))"))
+  }
+
+  private static func take(_ path: String, _ place: String) throws(IOError) -> FileStore {
     let descriptor = try Descriptor(path: path, flags: O_RDWR | O_CREAT, mode: 0o600)
     let lock = try FileStore(descriptor, name: path)
     // A worker that is just being started by a daemon that was killed has the lock, too,
@@ -133,12 +158,12 @@ final class RunDirectory: Sendable {
       } catch {
         guard error.code == EAGAIN else { throw error }
         guard attempt < 30 else {
-          throw IOError(EAGAIN, "start a second dmu-xend in", configuration.runDirectory)
+          throw IOError(EAGAIN, "start a second dmu-xend", place)
         }
         usleep(100_000)
       }
     }
-    return RunDirectory(lock)
+    return lock
   }
 
   /// Says that the lock is held up to this place.

@@ -18,6 +18,12 @@ public struct KnownFormat: Sendable, Hashable {
     meaning: "the base's format, whatever the store says of it (default: what the store says)"
   )
 
+  private static let create = (
+    name: "create",
+    meaning: "whether a store that does not exist is created when the domain boots, yes or no"
+      + " (default: yes below store.create-in)"
+  )
+
   private static let transport = (
     name: "transport",
     meaning: "the way to the kernel: auto, dm or nbd (default: what the configuration says)"
@@ -32,7 +38,8 @@ public struct KnownFormat: Sendable, Hashable {
           "block-size",
           "size of a block of a store that is created, 4K to 4M, a power of two"
         ),
-        baseFormat, ("force", "yes: use the store although its base has changed (default: no)"),
+        baseFormat, create,
+        ("force", "yes: use the store although its base has changed (default: no)"),
         transport,
       ], blockSizes: 4096...4_194_304),
     KnownFormat(
@@ -41,7 +48,7 @@ public struct KnownFormat: Sendable, Hashable {
         (
           "block-size",
           "size of a cluster of a store that is created, 512 to 2M, a power of two"
-        ), baseFormat, transport,
+        ), baseFormat, create, transport,
       ], blockSizes: 512...2_097_152),
     KnownFormat(name: "qcow", options: [baseFormat, transport], blockSizes: nil),
     KnownFormat(name: "vhd", options: [baseFormat, transport], blockSizes: nil),
@@ -66,6 +73,9 @@ public struct FormatOptions: Sendable, Hashable {
   public var blockSize: UInt32?
   /// Whether to use a store although its base has changed.
   public var force = false
+  /// Whether a store that does not exist is created; nil: as the configuration says of its
+  /// place.
+  public var create: Bool?
   /// Name of the base's format; nil: what the store says.
   public var baseFormat: String?
   /// By which way the kernel shall reach the disk; nil: what the configuration says.
@@ -99,11 +109,8 @@ public struct FormatOptions: Sendable, Hashable {
             wanted: "one of " + KnownFormat.all.map(\.name).joined(separator: ", "))
         }
         baseFormat = base.name
-      case "force":
-        guard let value = ["yes": true, "no": false][option.value] else {
-          throw .optionBad(option.name, option.value, wanted: "yes or no")
-        }
-        force = value
+      case "force": force = try FormatOptions.flag(option)
+      case "create": create = try FormatOptions.flag(option)
       case "transport":
         guard let value = Transport(rawValue: option.value) else {
           throw .optionBad(option.name, option.value, wanted: "auto, dm or nbd")
@@ -112,6 +119,15 @@ public struct FormatOptions: Sendable, Hashable {
       default: throw .optionUnknown(option.name, format)
       }
     }
+  }
+}
+
+extension FormatOptions {
+  private static func flag(_ option: Spec.Option) throws(DiskFailure) -> Bool {
+    guard let value = ["yes": true, "no": false][option.value] else {
+      throw .optionBad(option.name, option.value, wanted: "yes or no")
+    }
+    return value
   }
 }
 

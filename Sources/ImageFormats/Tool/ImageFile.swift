@@ -16,12 +16,23 @@ public enum ImageFile {
     return file
   }
 
-  /// Locks a store that is open. Throws `badRequest` when it is in use.
+  /// Locks a store that is open. Throws `badRequest` when it is in use, or shall be written to
+  /// and a disk's pending log for it is kept.
   public static func lock(store: FileStore, exclusive: Bool) throws(ImageError) {
     let remedy = exclusive ? "" : ", or look at it while it changes (-U)"
     try lock(
       store, exclusive: exclusive,
       inUse: "store \(store.name) is in use by another program: stop that first\(remedy)")
+    if exclusive { try refusePending(store) }
+  }
+
+  /// Refuses to write to a store, locked by the caller, for which a pending log is kept. Throws
+  /// `badRequest`.
+  public static func refusePending(_ store: FileStore) throws(ImageError) {
+    let hindrance = try io { () throws(IOError) in
+      try PendingRegistry.ofTools.hindrance(store)
+    }
+    if let hindrance { throw ImageError(.badRequest, hindrance) }
   }
 
   /// Opens a base for reading, with a shared lock. Throws `io`, `badRequest` when somebody

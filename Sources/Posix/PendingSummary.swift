@@ -4,8 +4,6 @@
 // A worker may write anything into its log. What is read here decides only whether the file is
 // kept, and what is said of it.
 
-public import Posix
-
 /// The state of a pending log, read from its header.
 public struct PendingSummary: Sendable, Equatable {
   /// Most placements that are not committed; 0: none.

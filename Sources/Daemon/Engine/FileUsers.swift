@@ -1,0 +1,63 @@
+// Which processes have a file or device open: for sentences, and before anything is taken away.
+
+internal import Posix
+import Glibc
+
+/// Looks into /proc. What cannot be read (a process that ends, another user's) is skipped: the
+/// answer is a hint for people, or one reason among others to leave something alone.
+enum FileUsers {
+  /// "qemu-img (process 77)" for each process that has the file open, this one left out; at
+  /// most `limit`. Blocks.
+  static func programs(of identity: FileIdentity, limit: Int = 4) -> [String] {
+    var found: [String] = []
+    for pid in processes() where pid != getpid() {
+      guard descriptors(of: pid).contains(where: { isFile($0, identity) }) else { continue }
+      found.append("\(name(of: pid)) (process \(pid))")
+      if found.count >= limit { break }
+    }
+    return found
+  }
+
+  /// Every process id.
+  static func processes() -> [Int32] {
+    names(in: "/proc").compactMap { Int32($0) }.sorted()
+  }
+
+  /// Paths below /proc of the descriptors of a process.
+  static func descriptors(of pid: Int32) -> [String] {
+    names(in: "/proc/\(pid)/fd").map { "/proc/\(pid)/fd/\($0)" }
+  }
+
+  /// What a link names; nil when it cannot be read.
+  static func link(_ path: String) -> String? {
+    var buffer = [CChar](repeating: 0, count: 4096)
+    let count = readlink(path, &buffer, buffer.count)
+    guard count > 0 else { return nil }
+    return String(decoding: buffer[..<count].map { UInt8(bitPattern: $0) }, as: UTF8.self)
+  }
+
+  private static func isFile(_ path: String, _ identity: FileIdentity) -> Bool {
+    var status = stat()
+    return stat(path, &status) == 0 && FileIdentity(status) == identity
+  }
+
+  private static func name(of pid: Int32) -> String {
+    do throws(IOError) {
+      return SpecError.shown(try TextFile.read("/proc/\(pid)/comm").trimmingNewline, limit: 32)
+    } catch { return "a program" }
+  }
+
+  /// Names in a folder, those of itself and its parent too.
+  static func names(in path: String) -> [String] {
+    guard let folder = opendir(path) else { return [] }
+    defer { closedir(folder) }
+    var found: [String] = []
+    while let entry = readdir(folder) {
+      found.append(
+        withUnsafeBytes(of: entry.pointee.d_name) {
+          String(decoding: $0.prefix { $0 != 0 }, as: UTF8.self)
+        })
+    }
+    return found
+  }
+}

@@ -1,0 +1,216 @@
+// What the kernel has of ours although no record says so: the run directory was lost or
+// changed, or an earlier daemon died between making a device and writing it down.
+//
+// A device that xenstore wants is taken over, with its worker if that is found. One that is
+// open, or may hold writes that are in no image, is left alone and told of. Only the rest is
+// ended.
+
+internal import DeviceMapper
+internal import Logging
+internal import Posix
+internal import WorkerLink
+internal import XenStore
+import Glibc
+
+/// A device of ours that belongs to no disk.
+struct StrayDevice: Sendable {
+  let disk: DiskID
+  let node: DeviceNode
+  /// Why it is not simply ended; nil: it may be.
+  let hindrance: String?
+}
+
+extension Reconciler {
+  /// Takes over or ends every device of ours that no disk of the table has.
+  func adoptFound() async {
+    for (id, device) in await foundDevices() {
+      do throws(XenStoreError) {
+        let sight = try await view.look(id)
+        let number = sight?.device
+        if let sight, let wanted = sight.wanted, number == nil || number == device.hexadecimal,
+          table[id] == nil, let spec = Reconciler.spec(wanted.params)
+        {
+          await adopt(id, device, sight, wanted, spec)
+          continue
+        }
+        if sight == nil, await !isUnused(id, device) {
+          log.warning(
+            "leaves a device alone: xenstored has lost its store",
+            metadata: ["device": "\(device.path)"])
+          continue
+        }
+      } catch {
+        log.error(
+          "leaves a device alone: xenstore cannot be asked whether it is wanted",
+          metadata: ["device": "\(device.path)", "error": "\(error)"])
+        continue
+      }
+      let stray = await examine(id, device)
+      guard let why = stray.hindrance else {
+        await end(stray)
+        continue
+      }
+      log.error(
+        "leaves a device of no disk alone: dmu-xen doctor",
+        metadata: ["device": "\(device.path)", "reason": "\(why)"])
+    }
+  }
+
+  /// Devices of ours that no disk of the table has.
+  func foundDevices() async -> [(DiskID, DeviceNode)] {
+    var found: [(DiskID, DeviceNode)] = []
+    let (attacher, mapper) = (attacher, mapper)
+    do throws(IOError) {
+      for (identifier, node) in try await offload.run({ () throws(IOError) in
+        try attacher.devices()
+      }) {
+        let name = identifier.dropFirst(KernelAttacher.mark.count)
+        if let id = DiskID(name) { found.append((id, node)) }
+      }
+    } catch { log.error("cannot look for devices of nbd", metadata: ["error": "\(error)"]) }
+    do throws(DeviceMapperError) {
+      let mapped = try await mapping.run { () throws(DeviceMapperError) in try mapper.devices() }
+      found += mapped.map { ($0.key, $0.value) }
+    } catch {
+      log.error("cannot look for devices of the device-mapper", metadata: ["error": "\(error)"])
+    }
+    let known = Set(table.values.compactMap(\.device))
+    return found.filter { !known.contains($0.1) }
+  }
+
+  /// Whether a device was made and never brought into use.
+  private func isUnused(_ id: DiskID, _ device: DeviceNode) async -> Bool {
+    guard device.kind == .dm else { return false }
+    let mapper = mapper
+    do throws(DeviceMapperError) {
+      return try await mapping.run { () throws(DeviceMapperError) in
+        try !mapper.isAttached(id, device)
+      }
+    } catch {
+      log.warning("cannot examine a device", metadata: ["error": "\(error)"])
+      return false
+    }
+  }
+
+  /// Takes a disk over by what kernel and xenstore say of it.
+  private func adopt(
+    _ id: DiskID, _ device: DeviceNode, _ sight: Sight, _ wanted: WantedDisk, _ spec: Spec
+  ) async {
+    let disk = Disk(id, configuration: configuration, now: Reconciler.unixTime)
+    disk.sight = sight
+    disk.params = wanted.params
+    disk.spec = spec
+    disk.readOnly = wanted.readOnly
+    if let vdev = sight.vdev { disk.vdev = vdev }
+    disk.device = device
+    table[id] = disk
+    let directory = DiskDirectory(configuration, id)
+    let log = log(for: disk)
+    log.warning(
+      "takes over a disk of which no record is left", metadata: ["device": "\(device.path)"])
+    do throws(DiskFailure) {
+      try await blocking { () throws(IOError) in try directory.make() }
+      guard let worker = try await find(disk, spec) else {
+        disk.phase = .restarting(at: .now, why: "no worker of it was found")
+        return
+      }
+      var record = DiskRecord(
+        params: disk.params, readOnly: disk.readOnly, vdev: disk.vdev, files: [],
+        worker: worker.process.pid, workerStart: worker.process.startTime, device: device,
+        since: disk.since)
+      record.link = worker.link
+      if let old = try await blocking({ () throws(IOError) in try worker.directory.load() }),
+        old.worker == record.worker, old.params == record.params
+      {
+        (disk.allowed, disk.since) = (old.files, old.since)
+      }
+      if await takeOver(disk, record) {
+        try await save(disk)
+        try await describeLog(disk)
+      } else {
+        try await replace(worker, of: disk)
+      }
+    } catch {
+      disk.phase = .failed(error, attached: true)
+      log.error("cannot take the disk over", metadata: ["error": "\(error)"])
+    }
+  }
+
+  /// The worker that serves a disk, if one runs.
+  private func find(_ disk: Disk, _ spec: Spec) async throws(DiskFailure) -> FoundWorker? {
+    let id = disk.id
+    return try await blocking { () throws(IOError) in
+      var status = stat()
+      guard stat(spec.store, &status) == 0 else { return nil }
+      let identity = FileIdentity(status)
+      return try FoundWorker.all().first { $0.disk == id && $0.has(identity) }
+    }
+  }
+
+  /// Ends a worker that cannot be spoken to. What it could not commit is in its log, which has
+  /// no name any more and gets one.
+  private func replace(_ worker: FoundWorker, of disk: Disk) async throws(DiskFailure) {
+    let (limit, registry) = (configuration.stopTimeout, configuration.registry)
+    let (store, readOnly) = (disk.spec?.store ?? "", disk.readOnly)
+    let hasEnded = try await blocking { () throws(IOError) in
+      let log = try worker.openLog()
+      let key = try PendingRegistry.key(of: FileStore(path: store, writable: false))
+      guard try worker.end(within: limit) else { return false }
+      if let log, !readOnly { try PendingEntry(registry, key).rescue(log) }
+      return true
+    }
+    guard hasEnded else {
+      throw .worker(
+        "the worker (process \(worker.process.pid)) of an earlier daemon cannot be killed: it waits"
+          + " for a device or file system that hangs; run 'dmu-xen reload' when that answers")
+    }
+    disk.phase = .restarting(at: .now, why: "the link of its former worker was lost")
+  }
+
+  // MARK: - Strays
+
+  /// Whether a device of no disk may be ended.
+  func examine(_ id: DiskID, _ device: DeviceNode) async -> StrayDevice {
+    func stray(_ why: String?) -> StrayDevice {
+      StrayDevice(disk: id, node: device, hindrance: why)
+    }
+    guard device.kind == .dm else {
+      let attacher = attacher
+      do throws(IOError) {
+        let isUsed = try await offload.run { () throws(IOError) in try attacher.isInUse(device) }
+        return stray(isUsed ? "it is open" : nil)
+      } catch { return stray("\(error)") }
+    }
+    let mapper = mapper
+    do throws(DeviceMapperError) {
+      let (users, isLive, held) = try await mapping.run { () throws(DeviceMapperError) in
+        let isLive = try mapper.isAttached(id, device)
+        let held = isLive ? try mapper.counters(id, device).uncommitted : 0
+        return (try mapper.users(id), isLive, held)
+      }
+      if users > 0 { return stray("it is open") }
+      if isLive, held > 0 { return stray("it holds \(held) placements that are in no image") }
+      return stray(nil)
+    } catch { return stray("\(error)") }
+  }
+
+  /// Ends a device of no disk.
+  func end(_ stray: StrayDevice) async {
+    log.warning("ends a device of no disk", metadata: ["device": "\(stray.node.path)"])
+    let (attacher, mapper, device, id) = (attacher, mapper, stray.node, stray.disk)
+    do {
+      guard device.kind == .dm else {
+        try await offload.run { () throws(IOError) in try attacher.detach(device) }
+        return
+      }
+      try await mapping.run { () throws(DeviceMapperError) in
+        try mapper.failFaults(id)
+        try mapper.remove(id, deferred: false)
+      }
+    } catch {
+      log.error(
+        "cannot end a device of no disk",
+        metadata: ["device": "\(device.path)", "error": "\(error)"])
+    }
+  }
+}

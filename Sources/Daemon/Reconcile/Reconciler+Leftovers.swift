@@ -1,0 +1,96 @@
+// What is left of disks that are no more: devices, workers (and the locks they have), pending
+// logs, nodes in xenstore. Nothing of it goes by itself; `dmu-xen doctor --clean` removes it
+// piece by piece.
+
+internal import DeviceMapper
+internal import Logging
+internal import Posix
+internal import XenStore
+
+/// Something that is left of a disk.
+public struct Leftover: Codable, Sendable, Equatable {
+  /// "device /dev/nbd3", "worker 77", "log KEY", "nodes 5-51712": names it in `clean`.
+  public var name: String
+  /// What it is, one line.
+  public var what: String
+  /// What is lost with it; nil: nothing.
+  public var loses: String?
+}
+
+extension Reconciler {
+  /// Everything that is left.
+  func leftovers() async throws(DiskFailure) -> [Leftover] {
+    var found: [Leftover] = []
+    for (id, device) in await foundDevices() {
+      let stray = await examine(id, device)
+      found.append(
+        Leftover(
+          name: "device \(device.path)",
+          what: "a device of domain \(id.domain) (\(id.vdev)) that"
+            + " no disk has" + (stray.hindrance.map { "; \($0)" } ?? ""),
+          loses: stray.hindrance))
+    }
+    for worker in try await strayWorkers() {
+      found.append(
+        Leftover(
+          name: "worker \(worker.process.pid)",
+          what: "a worker of domain \(worker.disk.domain) (\(worker.disk.vdev)) that serves no disk"
+            + " and has the lock of its store"))
+    }
+    for kept in try await keptLogs() {
+      found.append(
+        Leftover(
+          name: "log \(kept.entry.key)", what: kept.sentence,
+          loses: "\(kept.summary.words), which a guest believes to be written"))
+    }
+    do throws(XenStoreError) {
+      for id in try await view.toldDisks() where table[id] == nil {
+        found.append(
+          Leftover(
+            name: "nodes \(id)",
+            what:
+              "what the daemon wrote in xenstore at \(id.backendPath)/dmu of a disk that it does"
+              + " not have"))
+      }
+    } catch { throw DiskFailure(.daemon, "xenstore cannot be read: \(error): see to it") }
+    return found
+  }
+
+  /// Removes one of them. Throws `gone` when there is none of that name.
+  func clean(_ name: String) async throws(DiskFailure) {
+    let words = name.split(separator: " ", maxSplits: 1)
+    let subject = words.last.map { String($0) } ?? ""
+    switch words.first {
+    case "device":
+      for (id, device) in await foundDevices() where device.path == subject {
+        return await end(StrayDevice(disk: id, node: device, hindrance: nil))
+      }
+    case "worker":
+      let limit = configuration.stopTimeout
+      for worker in try await strayWorkers() where String(worker.process.pid) == subject {
+        let hasEnded = try await blocking { () throws(IOError) in try worker.end(within: limit) }
+        guard hasEnded else { throw .worker("process \(subject) cannot be killed: it hangs") }
+        return
+      }
+    case "log":
+      _ = try await discard(subject)
+      return
+    case "nodes":
+      guard let id = DiskID(subject), table[id] == nil else { break }
+      do throws(XenStoreError) { return try await view.withdraw(id) } catch {
+        throw DiskFailure(.daemon, "xenstore cannot be written: \(error): see to it")
+      }
+    default: break
+    }
+    throw DiskFailure(.gone, "there is no leftover '\(SpecError.shown(name))' any more")
+  }
+
+  /// Workers whose links were made for disks of this daemon's run directory, or for devices that
+  /// are ours, and that no disk has.
+  private func strayWorkers() async throws(DiskFailure) -> [FoundWorker] {
+    let known = Set((Array(table.values) + recovering.values).compactMap { $0.worker?.process.pid })
+    let run = configuration.runDirectory
+    let found = try await blocking { () throws(IOError) in try FoundWorker.all() }
+    return found.filter { !known.contains($0.process.pid) && $0.link.hasPrefix(run + "/") }
+  }
+}
