@@ -81,7 +81,10 @@ struct Specs: ParsableCommand {
     @Argument(help: "The spec: dmu:FORMAT[?OPTION=VALUE]:STORE[:BASE]")
     var spec: String
 
-    func run() throws { try end(SpecCommand.check(spec)) }
+    @Option(name: .shortAndLong, help: "The daemon's configuration file.")
+    var config = Configuration.defaultPath
+
+    func run() throws { try end(SpecCommand.check(spec, configurationPath: config)) }
   }
 }
 

@@ -1,8 +1,9 @@
 // The grammar of specs: every good shape, and every malformed one with its own reason.
 
-import Daemon
 import TestSupport
 import Testing
+
+@testable import Daemon
 
 @Suite struct SpecTests {
   @Test(
@@ -94,12 +95,63 @@ import Testing
     #expect(good > 100)
   }
 
+  @Test("check refuses what cannot be an image, and a store without a folder")
+  func check() throws {
+    let folder = try TemporaryFolder()
+    func fault(_ text: String) throws -> String? {
+      let spec = try Spec(text)
+      do throws(DiskFailure) {
+        try SpecCommand.examine(spec)
+        return nil
+      } catch { return error.sentence }
+    }
+    let (here, base) = (folder.path, "/dev/null")
+    #expect(try fault("dmu:dscow:\(here)/s:\(here)/b") == nil, "what is not there may come")
+    #expect(
+      try fault("dmu:dscow:\(here)/s:\(here)")
+        == "base \(here) is a directory: give the path of an image file or a block device")
+    #expect(try fault("dmu:dscow:\(here):\(here)/b")?.hasPrefix("store \(here) is a dir") == true)
+    #expect(try fault("dmu:dscow:\(here)/s:\(base)")?.hasPrefix("base /dev/null is no file") == true)
+    #expect(
+      try fault("dmu:dscow:\(here)/no/s:\(here)/b")?
+        .hasPrefix("store \(here)/no/s does not exist and cannot be created") == true)
+    func state(_ text: String, _ createIn: [String]) throws -> String {
+      let spec = try Spec(text)
+      let lines = SpecCommand.explain(spec, try FormatOptions(spec), createIn: createIn)
+        .split(separator: "\n")
+      return String(try #require(lines.first { $0.hasPrefix("store:") }))
+    }
+    #expect(
+      try state("dmu:dscow:\(here)/s:/b", []).contains(
+        "is not created here: add '?create=yes', or make it with 'dscow_tool -c \(here)/s /b'"))
+    #expect(try state("dmu:dscow:\(here)/s:/b", [here]).contains("when the domain boots"))
+    #expect(try state("dmu:dscow?create=yes:\(here)/s:/b", []).contains("when the domain boots"))
+    #expect(try state("dmu:dscow?create=no:\(here)/s:/b", [here]).contains("not created"))
+  }
+
+  @Test("The disk line of xm is explained")
+  func formerLine() throws {
+    let line = try #require(
+      DiskLine.Former("dmu:dscow:/tmp/fedora4.dscow:/dev/vols/Fedora4,hda1,w"))
+    #expect(
+      line.explanation.hasSuffix(
+        "write\ndisk = [ \"script=block-dmu,vdev=hda1,access=rw,"
+          + "target=dmu:dscow:/tmp/fedora4.dscow:/dev/vols/Fedora4\" ]"))
+    #expect(DiskLine.Former("dmu:dscow:/a:/b,xvda,r")?.readOnly == true)
+    #expect(DiskLine.Former("dmu:dscow:/a:/b,hda1:disk,w")?.vdev == "hda1")
+    #expect(DiskLine.Former("dmu:dscow:/a:/b") == nil)
+    #expect(DiskLine.Former("dmu:dscow:/a:/b,raw,xvda,w,script=block-dmu") == nil)
+  }
+
   @Test("Options of dscow")
   func options() throws {
     #expect(try FormatOptions(Spec("dmu:dscow?block-size=64k:/a")).blockSize == 65536)
     #expect(try FormatOptions(Spec("dmu:dscow?block-size=4194304:/a")).blockSize == 4 << 20)
     #expect(try FormatOptions(Spec("dmu:dscow?force=yes:/a")).force)
     #expect(try !FormatOptions(Spec("dmu:dscow?force=no:/a")).force)
+    #expect(try FormatOptions(Spec("dmu:dscow:/a")).create == nil)
+    #expect(try FormatOptions(Spec("dmu:dscow?create=yes:/a")).create == true)
+    #expect(try FormatOptions(Spec("dmu:qcow2?create=no:/a")).create == false)
     for bad in ["block-size=2K", "block-size=8M", "block-size=12K", "block-size=-4K", "force=1"] {
       #expect(throws: DiskFailure.self) { try FormatOptions(Spec("dmu:dscow?\(bad):/a")) }
     }

@@ -157,10 +157,10 @@ final class World: Sendable {
 
   // MARK: - The daemon, a process
 
-  func startDaemon() async throws {
+  func startDaemon(_ options: [String] = []) async throws {
     var command = Command(
       Programs.directory + "/dmu-xend",
-      ["--config", configurationPath, "--stand-in-devices"]
+      ["--config", configurationPath, "--stand-in-devices"] + options
         + (hasMapper ? ["--stand-in-mapper", mapper] : []),
       environment: ["XENSTORED_PATH=\(xenstored.socketPath)", "PATH=/usr/bin:/bin"])
     let log = try Descriptor(

@@ -5,22 +5,50 @@ import Glibc
 
 /// Explains specs.
 public enum SpecCommand {
-  /// Prints an explanation, or what is wrong.
-  public static func check(_ text: String) -> CommandStatus {
+  /// Prints an explanation, or what is wrong. `configurationPath` says where stores are created.
+  public static func check(
+    _ text: String, configurationPath: String = Configuration.defaultPath
+  ) -> CommandStatus {
+    if let line = DiskLine.Former(text) {
+      CommandOutput.complain(line.explanation)
+      return .failed
+    }
     let spec: Spec
+    let options: FormatOptions
     do {
       spec = try Spec(text)
-      _ = try FormatOptions(spec)
+      options = try FormatOptions(spec)
+      try examine(spec)
     } catch {
       CommandOutput.complain("\(error)")
       return .failed
     }
-    CommandOutput.say(explain(spec))
+    var createIn = Configuration().createIn
+    // A file with errors is for the daemon to tell of.
+    do { createIn = try Configuration.load(configurationPath).createIn } catch {
+      CommandOutput.complain("\(error): going on with the defaults")
+    }
+    CommandOutput.say(explain(spec, options, createIn: createIn))
     return .done
   }
 
+  /// Throws when something is there that can be neither store nor base, or has no place.
+  static func examine(_ spec: Spec) throws(DiskFailure) {
+    for (role, path) in [("store", spec.store), ("base", spec.base)] {
+      guard let path else { continue }
+      var status = stat()
+      guard stat(path, &status) == 0 else { continue }
+      guard [S_IFREG, S_IFBLK].contains(status.st_mode & S_IFMT) else {
+        let what = status.st_mode & S_IFMT == S_IFDIR ? "a directory" : "no file"
+        throw DiskFailure(
+          .io, "\(role) \(path) is \(what): give the path of an image file or a block device")
+      }
+    }
+    guard Images.hasFolder(spec.store) else { throw .storeDirectoryMissing(spec.store) }
+  }
+
   /// The explanation, several lines.
-  static func explain(_ spec: Spec) -> String {
+  static func explain(_ spec: Spec, _ options: FormatOptions, createIn: [String]) -> String {
     var lines = [("spec", spec.description), ("format", spec.format)]
     for option in spec.options {
       let meaning = KnownFormat.named(spec.format)?.options
@@ -28,7 +56,7 @@ public enum SpecCommand {
       lines.append(
         ("option", "\(option.name) = \(option.value)\(meaning.map { " (\($0))" } ?? "")"))
     }
-    lines.append(("store", "\(spec.store) (\(state(spec)))"))
+    lines.append(("store", "\(spec.store) (\(state(spec, options, createIn)))"))
     if spec.format == "raw" {
       lines.append(("base", "none: a raw store has no base"))
     } else if let base = spec.base {
@@ -42,22 +70,58 @@ public enum SpecCommand {
     }.joined()
   }
 
-  private static func state(_ spec: Spec) -> String {
-    if Images.exists(spec.store) { return "exists" }
+  private static func state(
+    _ spec: Spec, _ options: FormatOptions, _ createIn: [String]
+  ) -> String {
+    var status = stat()
+    if stat(spec.store, &status) == 0 {
+      let isEmpty = status.st_mode & S_IFMT == S_IFREG && status.st_size == 0
+      return isEmpty ? "exists, but has 0 bytes and is no image" : "exists"
+    }
     guard KnownFormat.named(spec.format)?.blockSizes != nil else {
       return "does not exist; stores of this format are not created"
     }
-    return spec.base == nil
-      ? "does not exist; it would be created if the spec named a base"
-      : "does not exist; it will be created"
+    guard spec.base != nil else {
+      return "does not exist; it could be created if the spec named a base"
+    }
+    guard options.create ?? Images.isBelow(spec.store, createIn) else {
+      return "does not exist and is not created here: add '?create=yes', or make it with"
+        + " '\(DiskFailure.makingCommand(spec))'"
+    }
+    return "does not exist; it will be created when the domain boots"
   }
 }
 
 /// The line of a guest's configuration.
 enum DiskLine {
   /// For a first disk; `target=` takes the rest of the line as it stands.
-  static func text(_ spec: Spec) -> String {
-    "disk = [ \"script=block-dmu,vdev=xvda,access=rw,target=\(spec)\" ]"
+  static func text(_ spec: Spec, vdev: String = "xvda", readOnly: Bool = false) -> String {
+    "disk = [ \"script=block-dmu,vdev=\(vdev),access=\(readOnly ? "ro" : "rw"),target=\(spec)\" ]"
+  }
+
+  /// A line as configurations had it when xl's predecessor read them: SPEC,VDEV,MODE. Today's
+  /// xl takes the second field for a format and refuses the line.
+  struct Former {
+    let spec: Spec
+    let vdev: String
+    let readOnly: Bool
+
+    /// nil for what is not such a line.
+    init?(_ text: String) {
+      let fields = text.split(separator: ",", omittingEmptySubsequences: false)
+      guard (2...3).contains(fields.count), !fields[1].isEmpty,
+        fields[1].allSatisfy({ $0.isASCII && ($0.isLetter || $0.isNumber || $0 == ":") })
+      else { return nil }
+      do { spec = try Spec(String(fields[0])) } catch { return nil }
+      vdev = String(fields[1].prefix { $0 != ":" })
+      readOnly = fields.count == 3 && fields[2] == "r"
+    }
+
+    /// What to write instead.
+    var explanation: String {
+      "this is a disk line of xm, SPEC,VDEV,MODE, which xl refuses, since it takes the second field"
+        + " for a format: write\n" + DiskLine.text(spec, vdev: vdev, readOnly: readOnly)
+    }
   }
 }
 

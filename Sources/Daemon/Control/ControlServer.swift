@@ -66,6 +66,8 @@ struct ControlServer: Service {
       }
     } onGracefulShutdown: {
       server.channel.close(promise: nil)
+      // Whoever waits for a disk asks the next daemon.
+      Task { await reconciler.refuseAllWaiters() }
     }
     guard unlink(path) == 0 || errno == ENOENT else { throw Posix.IOError.last("remove", path) }
   }

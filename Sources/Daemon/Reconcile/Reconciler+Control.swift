@@ -11,6 +11,7 @@ extension Reconciler {
   /// A block script's `add`: takes the disk up and waits until it is served or has failed.
   /// `boots`: the script knows that the domain boots, so that a store may be made for it.
   func attach(_ id: DiskID, boots: Bool) async -> Result<DeviceNode, DiskFailure> {
+    guard takesWaiters else { return .failure(.ending) }
     let limit = configuration.attachTimeout
     if table[id] == nil {
       table[id] = Disk(id, configuration: configuration, now: Reconciler.unixTime)
@@ -211,12 +212,16 @@ extension Reconciler {
     return done
   }
 
+  /// Answers everybody who waits for a disk, and from now on everybody who comes, that this
+  /// daemon is about to end.
+  func refuseAllWaiters() {
+    takesWaiters = false
+    for disk in table.values { refuseWaiters(disk, .ending) }
+  }
+
   /// The end of the daemon: workers and devices stay as they are, for the next one.
   func end() async {
-    for disk in table.values {
-      for waiter in disk.waiters.values { waiter.resume(returning: .failure(.ending)) }
-      disk.waiters = [:]
-    }
+    refuseAllWaiters()
     ending = true
     // Whoever is in the middle of a step may finish it, within reason: what is not finished
     // is ended and begun anew by the next daemon.

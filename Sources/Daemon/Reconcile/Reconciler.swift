@@ -37,6 +37,7 @@ public actor Reconciler {
   var failures: [DiskStatus] = []
   var nextWaiter: UInt64 = 1
   var ending = false
+  var takesWaiters = true
   private var freeStarts = Reconciler.startsAtOnce
   private var startQueue: [CheckedContinuation<Void, Never>] = []
   private var announced: [Int]?

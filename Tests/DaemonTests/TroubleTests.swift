@@ -1,0 +1,259 @@
+// What an admin meets: stores that are missing, disks that cannot be had or cannot go, and what
+// status says of them.
+
+import Daemon
+import Glibc
+import Posix
+import TestSupport
+import Testing
+
+@Suite(.serialized, .enabled(if: Programs.arePresent, "the programs have to be built first"))
+struct TroubleTests {
+  // MARK: - Missing stores
+
+  @Test("A store is made only for a domain that boots, only to be written, only where allowed")
+  func creation() async throws {
+    try await inWorld(["store.create-in": "[\"/nowhere\"]"]) { world in
+      let (store, base) = (world.folder.file("g.dscow"), world.folder.file("base"))
+      let remedy =
+        ": bring it back (is its file system mounted?), or make an empty one with"
+        + " 'dscow_tool -c \(store) \(base)'"
+      func refused(
+        _ domain: Int, _ options: String = "", writable: Bool = true, boots: Bool = true
+      ) async throws -> String {
+        let disk = try world.attach(
+          domain, world.spec("g.dscow", options: options), writable: writable)
+        let said = try await world.addFailure(disk, boots: boots)
+        #expect(access(store, F_OK) != 0, "nothing was made")
+        try world.detach(disk)
+        return said
+      }
+      #expect(
+        try await refused(5)
+          == "store \(store) does not exist, and it is created only below store.create-in of"
+          + " \(world.configurationPath) or with '?create=yes' in its spec" + remedy)
+      #expect(
+        try await refused(6, "?create=yes", boots: false)
+          == "store \(store) does not exist, and it is created only for a domain that xl boots,"
+          + " which is not known of this one (it may be restored or migrated)" + remedy)
+      #expect(
+        try await refused(7, "?create=yes", writable: false)
+          == "store \(store) does not exist, and none is made for a disk that is read only"
+          + remedy)
+      let disk = try world.attach(8, world.spec("g.dscow", options: "?create=yes"))
+      try await world.add(disk)
+      #expect(access(store, F_OK) == 0)
+      try world.detach(disk)
+      try await world.isGone(disk)
+
+      // A file of 0 bytes is no store, whoever asks.
+      try world.file("g.dscow", [])
+      let empty = try world.attach(9, world.spec("g.dscow", options: "?create=yes"))
+      #expect(
+        try await world.addFailure(empty)
+          == "store \(store) is no image, it has 0 bytes: bring its content back, or make an empty"
+          + " disk of it with 'rm \(store) && dscow_tool -c \(store) \(base)'")
+      var status = stat()
+      #expect(stat(store, &status) == 0 && status.st_size == 0)
+    }
+  }
+
+  @Test("Below create-in a spec may forbid it; a link does not lead there")
+  func creationPlace() async throws {
+    try await inWorld { world in
+      let no = try world.attach(5, world.spec("g.dscow", options: "?create=no"))
+      #expect(try await world.addFailure(no).contains("its spec forbids to create one"))
+      let elsewhere = try TemporaryFolder()
+      #expect(symlink(elsewhere.path, world.folder.file("link")) == 0)
+      let linked = try world.attach(6, world.spec("link/g.dscow"))
+      #expect(try await world.addFailure(linked).contains("only below store.create-in"))
+      #expect(access(elsewhere.file("g.dscow"), F_OK) != 0)
+    }
+  }
+
+  @Test("A store that goes while its disk is served is not replaced by an empty one")
+  func vanished() async throws {
+    try await inWorld(["worker.restart-limit": "1"]) { world in
+      let disk = try world.attach(5, world.spec("g.dscow"))
+      try await world.add(disk)
+      let worker = try await world.worker(disk)
+      try await world.stopDaemon(SIGKILL)
+      kill(worker, SIGKILL)
+      #expect(unlink(world.folder.file("g.dscow")) == 0)
+      try await world.startDaemon()
+      try await eventually("it has failed") { try await world.state(disk) == .failed }
+      #expect(access(world.folder.file("g.dscow"), F_OK) != 0)
+    }
+  }
+
+  // MARK: - Failed attaches
+
+  @Test("A failed attach stays in status until the next try or forget, over daemons")
+  func failuresStay() async throws {
+    try await inWorld { world in
+      func fail(_ domain: Int, name: String = "xvda") async throws {
+        let disk = try world.attach(domain, world.spec("g", base: "none"), name: name)
+        _ = try await world.addFailure(disk)
+        try world.detach(disk)
+        try world.toolstack.destroyDomain(domain)
+        try await eventually("it is given up") { try await world.isQuiet() }
+      }
+      try await fail(5)
+      let status = try #require(try await world.status().first)
+      #expect(status.state == .failed)
+      #expect(status.domainName == "guest5")
+      #expect(status.error?.hasPrefix("base \(world.folder.file("none")) does not exist") == true)
+      try await fail(6, name: "xvdb")
+      try await world.stopDaemon()
+      try await world.startDaemon()
+      #expect(try await world.status().count == 2)
+      // The same guest, by another number, as a toolstack that tries again would have it.
+      try world.toolstack.createDomain(7, name: "guest5")
+      let again = try world.attach(7, world.spec("g"))
+      try await world.add(again)
+      let now = try await world.status()
+      #expect(now.map(\.state) == [.failed, .ready], "\(now)")
+      let none = try await world.command { $0.forget("9") }
+      #expect(none == .noDisk)
+      let done = try await world.command { $0.forget("guest6:xvdb") }
+      #expect(done == .done)
+      #expect(try await world.status().count == 1)
+    }
+  }
+
+  @Test("A disk that waits says for what")
+  func reasons() async throws {
+    try await inWorld(["worker.ready-timeout": "35"]) { world in
+      try world.useWorkers(instead: "exec sleep 1000")
+      let disk = try world.attach(5, world.spec("g.dscow"))
+      async let answer = world.addFailure(disk)
+      try await eventually("it says so") {
+        let status = try await world.status(5).first
+        return status?.state == .starting && status?.error == "the worker opens the image"
+      }
+      try world.detach(disk)
+      try await world.stopDaemon()
+      #expect(try await answer.contains("dmu-xend is being stopped"))
+    }
+  }
+
+  @Test("SINCE is the time of the last change of state, whichever daemon is asked")
+  func since() async throws {
+    try await inWorld { world in
+      let disk = try world.attach(5, world.spec("g.dscow"))
+      try await world.add(disk)
+      let before = try #require(try await world.status(5).first).since
+      try await Task.sleep(for: .milliseconds(1200))
+      for signal in [SIGTERM, SIGKILL] {
+        try await world.stopDaemon(signal)
+        try await world.startDaemon()
+        #expect(try await world.status(5).first?.since == before)
+        #expect(try world.node(disk, "since") == "\(before)")
+      }
+    }
+  }
+
+  @Test("Counters and the length of the store in use are those of now")
+  func counters() async throws {
+    try await inWorld { world in
+      let disk = try world.attach(5, world.spec("g.dscow"))
+      try await world.add(disk)
+      let wire = try await world.wire(of: disk)
+      for round in 1...3 {
+        let place = UInt64(round) << 17
+        #expect(try wire.write([UInt8](repeating: 1, count: 1 << 16), at: place) == 0)
+        #expect(try await world.status(5).first?.allocated == UInt64(round) << 16)
+        #expect(try wire.flush() == 0)
+        let status = try #require(try await world.status(5).first)
+        #expect(status.flushes == UInt64(round))
+        #expect(status.allocated == UInt64(round) << 16)
+      }
+    }
+  }
+
+  // MARK: - Hand-over
+
+  @Test("A disk that finds its store with a leaving domain waits, whatever the daemon has seen")
+  func handOver() async throws {
+    try await inWorld { world in
+      try await world.makeStore("g.dscow")
+      var old = try world.attach(10, world.spec("g.dscow"))
+      try await world.add(old)
+      for domain in 11..<31 {
+        // All of it within a moment: the daemon may look at the new one first.
+        try world.toolstack.beginDetach(old)
+        let new = try world.attach(domain, world.spec("g.dscow"))
+        async let answer = world.add(new, boots: false)
+        try world.toolstack.backendCloses(old)
+        try world.toolstack.finishDetach(old)
+        try world.toolstack.destroyDomain(old.domain)
+        _ = try await answer
+        old = new
+      }
+      #expect(try await world.workers().count == 1)
+    }
+  }
+
+  @Test("A disk of the own domain that is never connected does not keep its store")
+  func bootloader() async throws {
+    try await inWorld { world in
+      let own = FakeDisk(domain: 0, params: world.spec("g.dscow"))
+      try world.toolstack.attach(own)
+      try world.toolstack.backendWaits(own)
+      try await world.add(own)
+      let early = try world.attach(5, world.spec("g.dscow"))
+      #expect(
+        try await world.addFailure(early).contains("is in use by domain 0 (xvda)"),
+        "the toolstack may still be waiting for it")
+      try world.detach(early)
+      try await Task.sleep(for: .seconds(13))
+      let guest = try world.attach(6, world.spec("g.dscow"))
+      try await world.add(guest)
+      try await world.isGone(own)
+    }
+  }
+
+  @Test("Every holder is named, and another program by its name")
+  func holders() async throws {
+    try await inWorld { world in
+      try await world.makeStore("g.dscow")
+      let store = world.folder.file("g.dscow")
+      let readers = try [5, 6].map {
+        try world.attach($0, world.spec("g.dscow"), writable: false)
+      }
+      for reader in readers { try await world.add(reader) }
+      let writer = try world.attach(7, world.spec("g.dscow"))
+      #expect(
+        try await world.addFailure(writer)
+          == "store \(store) is in use by domains 5 (xvda) and 6 (xvda): detach it there first, or"
+          + " give this disk a store of its own")
+      try world.detach(writer)
+      for reader in readers { try world.detach(reader) }
+      for reader in readers { try await world.isGone(reader) }
+      let file = try FileStore(path: store, writable: true)
+      try file.lock(exclusive: true)
+      let late = try world.attach(8, world.spec("g.dscow"))
+      let said = try await world.addFailure(late)
+      #expect(said.hasPrefix("store \(store) is in use by "), "\(said)")
+      #expect(said.contains("(process \(getpid()))"), "\(said)")
+    }
+  }
+
+  // MARK: - One daemon on a host
+
+  @Test("A second daemon of the same host is refused, whatever its run directory")
+  func oneDaemon() async throws {
+    let lock = try TemporaryFolder()
+    let options = ["--host-lock", lock.file("lock")]
+    try await inWorld(daemon: false) { world in
+      try await world.startDaemon(options)
+      let other = try World()
+      let second = try Command(
+        Programs.directory + "/dmu-xend",
+        ["-c", other.configurationPath, "--stand-in-devices"] + options
+      ).start()
+      #expect(try await blocking { try second.wait(milliseconds: 20_000) } == .exited(1))
+      try await other.end()
+    }
+  }
+}
