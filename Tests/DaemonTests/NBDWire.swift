@@ -3,7 +3,11 @@
 
 import Glibc
 import Posix
-import Testing
+
+/// The worker at the other end does not serve any more, or not in time.
+struct WireEnded: Error, CustomStringConvertible {
+  let description: String
+}
 
 /// A client of a connected socket, one request at a time.
 struct NBDWire: ~Copyable {
@@ -21,7 +25,8 @@ struct NBDWire: ~Copyable {
 
   /// Bytes of the disk.
   func read(_ count: Int, at offset: UInt64) throws -> [UInt8] {
-    try #require(try ask(type: 0, offset, UInt32(count)) == 0)
+    let code = try ask(type: 0, offset, UInt32(count))
+    guard code == 0 else { throw WireEnded(description: "a read failed with errno \(code)") }
     return try receive(count)
   }
 
@@ -32,11 +37,13 @@ struct NBDWire: ~Copyable {
     bytes += big(UInt64(7)) + big(offset) + big(length) + payload
     while !bytes.isEmpty {
       let count = send(socket.raw, bytes, bytes.count, Int32(MSG_NOSIGNAL))
-      try #require(count > 0, "the worker does not take requests")
+      guard count > 0 else { throw WireEnded(description: "the worker does not take requests") }
       bytes.removeFirst(count)
     }
     let reply = try receive(16)
-    try #require(Array(reply[..<4]) == big(UInt32(0x6744_6698)), "no simple reply")
+    guard Array(reply[..<4]) == big(UInt32(0x6744_6698)) else {
+      throw WireEnded(description: "no simple reply")
+    }
     return reply[4..<8].reduce(0) { $0 << 8 | UInt32($1) }
   }
 
@@ -45,9 +52,9 @@ struct NBDWire: ~Copyable {
     var buffer = [UInt8](repeating: 0, count: count)
     while bytes.count < count {
       var item = pollfd(fd: socket.raw, events: Int16(POLLIN), revents: 0)
-      try #require(poll(&item, 1, 10_000) == 1, "no reply in time")
+      guard poll(&item, 1, 10_000) == 1 else { throw WireEnded(description: "no reply in time") }
       let got = recv(socket.raw, &buffer, count - bytes.count, 0)
-      try #require(got > 0, "the worker has closed the socket")
+      guard got > 0 else { throw WireEnded(description: "the worker has closed the socket") }
       bytes += buffer[..<got]
     }
     return bytes

@@ -111,7 +111,8 @@ import Testing
       try fault("dmu:dscow:\(here)/s:\(here)")
         == "base \(here) is a directory: give the path of an image file or a block device")
     #expect(try fault("dmu:dscow:\(here):\(here)/b")?.hasPrefix("store \(here) is a dir") == true)
-    #expect(try fault("dmu:dscow:\(here)/s:\(base)")?.hasPrefix("base /dev/null is no file") == true)
+    #expect(
+      try fault("dmu:dscow:\(here)/s:\(base)")?.hasPrefix("base /dev/null is no file") == true)
     #expect(
       try fault("dmu:dscow:\(here)/no/s:\(here)/b")?
         .hasPrefix("store \(here)/no/s does not exist and cannot be created") == true)

@@ -219,7 +219,7 @@ final class World: Sendable {
 
   /// The kernel's end of a disk's device.
   func wire(of disk: FakeDisk) async throws -> NBDWire {
-    let path = try #require(try await status(disk.domain).first { $0.state == .ready }?.device)
+    let path = try #require(try await status(disk.domain).first { $0.worker != nil }?.device)
     return try wire(try #require(UInt32(path.replacing("/stand-in/nbd", with: ""))))
   }
 
@@ -324,11 +324,11 @@ final class World: Sendable {
   }
 
   /// Processes that are workers of this world: their log is in its folder.
-  func workers() async throws -> [Int32] {
+  func workers(_ programs: [String] = ["cowd", "played-worker"]) async throws -> [Int32] {
     let log = workerLog
     return try await blocking {
       World.names("/proc").compactMap { Int32($0) }.filter { pid in
-        ["cowd", "played-worker"].contains { World.link("/proc/\(pid)/exe").hasSuffix("/" + $0) }
+        programs.contains { World.link("/proc/\(pid)/exe").hasSuffix("/" + $0) }
           && World.link("/proc/\(pid)/fd/2") == log
       }
     }
@@ -344,14 +344,14 @@ final class World: Sendable {
   /// Ends everything, so that no test leaves a worker behind.
   func end() async throws {
     try await stopDaemon()
-    for pid in try await workers() { kill(pid, SIGKILL) }
+    for pid in try await workers() + workers(["strace"]) { kill(pid, SIGKILL) }
     xenstored.stop()
   }
 
   /// The workers that the state files name.
   static func pids(_ disks: String) throws -> [Int32] {
     var found: [Int32] = []
-    for name in names(disks) {
+    for name in names(disks) where name.contains("-") {
       guard let file = fopen("\(disks)/\(name)/disk", "r") else { continue }
       defer { fclose(file) }
       var buffer = [CChar](repeating: 0, count: 4096)
