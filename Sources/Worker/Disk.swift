@@ -109,8 +109,12 @@ public final class Disk {
     do throws(ImageError) {
       try worker.restore(verify: policy.verifies)
     } catch { throw WorkerError(error) }
-    let worker = worker
-    loop.addStage(.answer) { worker.pump() }
+    // What a turn finds out at its beginning may want ticks while it waits.
+    loop.addStage(.answer) { [unowned self] in
+      let any = worker.pump()
+      watch()
+      return any
+    }
   }
 
   /// Finds out what became of the flush in which the worker before this one died, if it did.
@@ -175,7 +179,6 @@ public final class Disk {
     // Whether the last request of the old socket has ended is seen after a turn only.
     try loop.turn(timeout: next != nil ? 20 : timeout)
     attachNext()
-    watch()
     let now = conditionNow
     guard now != condition else { return }
     // Counts change often; that they do is news once in a second.

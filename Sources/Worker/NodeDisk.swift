@@ -86,8 +86,12 @@ final class NodeDisk {
       pool.shutdown()
       throw error
     }
-    let worker = worker
-    loop.addStage(.answer) { worker.pump() }
+    // What a turn finds out at its beginning may want ticks while it waits.
+    loop.addStage(.answer) { [unowned self] in
+      let any = worker.pump()
+      watch()
+      return any
+    }
   }
 
   private static func pending(
@@ -137,7 +141,6 @@ final class NodeDisk {
   /// One turn of the loop.
   func turn(timeout: Int32 = -1) throws(WorkerError) {
     try system { () throws(IOError) in try loop.turn(timeout: timeout) }
-    watch()
     let now = conditionNow
     guard now != condition else { return }
     // Counts change often; that they do is news once in a second.
