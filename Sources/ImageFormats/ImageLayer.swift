@@ -123,6 +123,8 @@ public final class ImageLayer {
   public struct Names: Sendable, Equatable {
     /// The base's path, as it stands there.
     public var base: String?
+    /// Other paths of it, in the order in which they are tried.
+    public var otherBases: [String] = []
     /// The base's format by name.
     public var baseFormat: String?
     /// Whether the data has a file of its own.
@@ -138,7 +140,11 @@ public final class ImageLayer {
     switch kind {
     case .raw: return Names()
     case .dscow: return Names(base: try Dscow.header(of: store).header.base?.path)
-    case .vhd: return Names(base: try VhdHeader.read(from: store).basePath)
+    case .vhd:
+      let header = try VhdHeader.read(from: store)
+      return Names(
+        base: header.basePath, otherBases: Array(header.basePaths.dropFirst()),
+        baseFormat: header.baseFormat)
     case .qcow: return Names(base: try QcowHeader.read(from: store).basePath)
     case .vmdk:
       let base = try VmdkLayout.read(from: store).descriptor.basePath

@@ -49,38 +49,41 @@ public final class LayerChain {
   /// Opens an image and everything under it. See `ImageChain.open`; also opens a base that
   /// nobody is asked for when `over` is given: the image is then read over that chain.
   public static func open(
-    _ store: any ByteStore, kind: ImageKind? = nil, snapshot: String? = nil,
-    depth: Int = ImageChain.usualDepth, resolve: ImageChain.Resolver
+    _ store: any ByteStore, kind: ImageKind? = nil, baseKind: ImageKind? = nil,
+    snapshot: String? = nil, depth: Int = ImageChain.usualDepth, resolve: ImageChain.Resolver
   ) throws(ImageError) -> LayerChain {
     LayerChain(
-      try layers(store, kind, snapshot: snapshot, above: [], depth: depth, resolve: resolve))
+      try layers(
+        store, FormatStatement(kind), baseKind, snapshot: snapshot, above: [], depth: depth,
+        resolve: resolve))
   }
 
   /// Opens everything under an image that names its base; nil when it names none.
   public static func below(
-    _ store: any ByteStore, kind: ImageKind, resolve: ImageChain.Resolver
+    _ store: any ByteStore, _ decision: FormatDecision, baseKind: ImageKind? = nil,
+    resolve: ImageChain.Resolver
   ) throws(ImageError) -> LayerChain? {
     let layers = try base(
-      of: store, try ImageLayer.names(in: store, kind: kind), above: [],
-      depth: ImageChain.usualDepth, resolve: resolve)
+      of: store, try ImageLayer.names(in: store, kind: decision.kind), decision, baseKind,
+      above: [], depth: ImageChain.usualDepth, resolve: resolve)
     return layers.isEmpty ? nil : LayerChain(layers)
   }
 
   private static func layers(
-    _ store: any ByteStore, _ kind: ImageKind?, snapshot: String?, above: [any ByteStore],
-    depth: Int, resolve: ImageChain.Resolver
+    _ store: any ByteStore, _ statement: FormatStatement, _ baseKind: ImageKind?,
+    snapshot: String?, above: [any ByteStore], depth: Int, resolve: ImageChain.Resolver
   ) throws(ImageError) -> [ImageLayer] {
     guard above.count < depth else {
       throw ImageError(
         .unsupported, "more than \(depth) images in a row, down to \(store.name): merge some")
     }
-    let known: ImageKind
-    if let kind { known = kind } else { known = try .probe(store) }
-    let names = try ImageLayer.names(in: store, kind: known)
-    let below = try base(of: store, names, above: above, depth: depth, resolve: resolve)
+    let decision = try FormatDecision.decide(statement, of: store)
+    let names = try ImageLayer.names(in: store, kind: decision.kind)
+    let below = try base(
+      of: store, names, decision, baseKind, above: above, depth: depth, resolve: resolve)
     let top = try ImageLayer(
-      store, kind: known, below: below.isEmpty ? nil : LayerChain(below).flat(),
-      files: try files(of: store, kind: known, above: above, resolve: resolve),
+      store, kind: decision.kind, below: below.isEmpty ? nil : LayerChain(below).flat(),
+      files: try files(of: store, decision, above: above, resolve: resolve),
       snapshot: snapshot)
     return [top] + below
   }
@@ -88,35 +91,34 @@ public final class LayerChain {
   /// The files that hold an image's data where that is not the store, opened: the data file of
   /// a qcow2 image, the extents of a VMDK image.
   ///
-  /// - Throws: what the headers' readers throw; `baseMissing`, `corrupt`.
+  /// - Throws: what the headers' readers throw; `baseMissing`, `corrupt`; `unsupported` for an
+  ///   image that may name none.
   public static func files(
-    of store: any ByteStore, kind: ImageKind, above: [any ByteStore] = [],
+    of store: any ByteStore, _ decision: FormatDecision, above: [any ByteStore] = [],
     resolve: ImageChain.Resolver
   ) throws(ImageError) -> [any ByteStore] {
-    if kind == .vmdk {
-      return try ImageChain.extents(of: store, try .read(from: store), above: above, resolve)
+    if decision.kind == .vmdk {
+      return try ImageChain.extents(
+        of: store, try .read(from: store), decision, above: above, resolve)
     }
-    let names = try ImageLayer.names(in: store, kind: kind)
-    guard names.hasDataFile else { return [] }
-    guard let path = names.dataFile else {
-      throw ImageError(.baseMissing, "store \(store.name) does not name its data file")
-    }
-    return [try resolve(ImageChain.Request(role: .dataFile, path: path, from: store.name))]
+    let names = try ImageLayer.names(in: store, kind: decision.kind)
+    return try ImageChain.dataFile(of: store, names, decision, resolve).map { [$0] } ?? []
   }
 
   private static func base(
-    of store: any ByteStore, _ names: ImageLayer.Names, above: [any ByteStore], depth: Int,
-    resolve: ImageChain.Resolver
+    of store: any ByteStore, _ names: ImageLayer.Names, _ decision: FormatDecision,
+    _ baseKind: ImageKind?, above: [any ByteStore], depth: Int, resolve: ImageChain.Resolver
   ) throws(ImageError) -> [ImageLayer] {
-    guard let path = names.base else { return [] }
-    let below = try resolve(ImageChain.Request(role: .base, path: path, from: store.name))
+    guard let below = try ImageChain.openBase(of: store, names, decision, resolve) else {
+      return []
+    }
     for upper in above + [store] {
       guard try !Dscow.same(upper, below) else {
         throw ImageError(.corrupt, "store \(below.name) is, through others, its own base")
       }
     }
     return try layers(
-      below, try ImageChain.kind(named: names.baseFormat, of: below), snapshot: nil,
+      below, FormatStatement(baseKind, named: names.baseFormat), nil, snapshot: nil,
       above: above + [store], depth: depth, resolve: resolve)
   }
 

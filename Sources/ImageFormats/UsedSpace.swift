@@ -80,9 +80,4 @@ struct UsedSpace {
     report.leak("\(fileSize - end - tail) bytes at the end of the file are not in use")
     report.leaks += count - 1
   }
-
-  /// What lies between parts in use, once the check has ended.
-  var gaps: [Range<UInt64>] {
-    zip(runs, runs.dropFirst()).map { $0.upperBound..<$1.lowerBound }
-  }
 }

@@ -96,7 +96,8 @@ private final class BenchJob: @unchecked Sendable {
     }
     let store = try request.source.open(writable: true)
     let image = try ImageChain.open(
-      store, kind: try request.source.kind(of: store), writable: true,
+      store, kind: try ImageSource.kind(named: request.source.format),
+      baseKind: try request.source.baseKind(), writable: true,
       resolve: ImageSource.resolver(writing: [store.name]))
     opened = image
     writer = ImageWriter(image, store: store, devices: image.devices ?? [store])

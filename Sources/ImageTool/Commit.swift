@@ -17,19 +17,29 @@ extension ImageTool {
     _ source: ImageSource, keep: Bool, progress: Progress, quiet: Bool, to output: Output
   ) throws(ImageError) {
     let store = try source.open(writable: true)
-    let kind = try source.kind(of: store)
+    let decision = try source.decision(of: store)
+    let kind = decision.kind
     let names = try ImageLayer.names(in: store, kind: kind)
     guard let path = names.base else {
       throw ImageError(.badRequest, "\(source.path) has no base to commit into")
     }
+    try decision.checkMayName(path, store)
     try Kinds.checkCommit(store, kind, keep: keep)
     let base = try ImageFile.store(ImageSource.beside(source.path, path), writable: true)
     guard try !Dscow.same(base, store) else {
       throw ImageError(.corrupt, "\(source.path) is its own base")
     }
+    let below = try FormatDecision.decide(
+      FormatStatement(try source.baseKind(), named: names.baseFormat), of: base)
+    guard !below.isGuessed else {
+      throw ImageError(
+        .unsupported,
+        "base \(base.name) begins like an image of format \(below.kind.rawValue), but nobody says "
+          + "that it is one: give its format with --base-format")
+    }
     try commit(
-      store, kind, into: base, try ImageChain.kind(named: names.baseFormat, of: base), keep: keep,
-      progress: progress, resolve: ImageSource.resolver(writing: [store.name, base.name]))
+      store, kind, into: base, below.kind, keep: keep, progress: progress,
+      resolve: ImageSource.resolver(writing: [store.name, base.name]))
     progress.finish()
     if !quiet { output.put("Image committed.\n") }
   }
@@ -43,14 +53,19 @@ extension ImageTool {
       baseKind == .raw
         ? base : try LayerChain.open(base, kind: baseKind, resolve: resolve).flat()
     }
-    let files = try LayerChain.files(of: store, kind: kind, resolve: resolve)
+    let files = try LayerChain.files(
+      of: store, FormatDecision(kind: kind), resolve: resolve)
     // The image by itself: what it has of its own.
     let top = try ImageLayer(store, kind: kind, below: try disk(), files: files)
     try Kinds.beginCommit(store, kind)
+    let next = try Kinds.nextContentID(of: base, for: store, kind)
     if try disk().size < top.size {
-      try Kinds.resize(base, baseKind, to: top.size, resolve: resolve)
+      try Kinds.resize(
+        base, FormatDecision(kind: baseKind), to: top.size, contentID: next,
+        resolve: resolve)
     }
-    let target = try ImageChain.open(base, kind: baseKind, writable: true, resolve: resolve)
+    let target = try ImageChain.open(
+      base, kind: baseKind, writable: true, contentID: next, resolve: resolve)
     try Kinds.adopt(base: base, of: store, kind)
     let writer = ImageWriter(target, store: base, devices: target.devices ?? [base])
     try copyOwn(top, writer, progress)
@@ -90,15 +105,21 @@ extension ImageTool {
     progress: Progress
   ) throws(ImageError) {
     let store = try source.open(writable: true)
-    let kind = try source.kind(of: store)
+    let decision = try source.decision(of: store)
+    let kind = decision.kind
     try Kinds.checkRebase(store, kind)
+    if let path = try ImageLayer.names(in: store, kind: kind).base {
+      try decision.checkMayName(path, store)
+    }
     var new: (path: String, kind: ImageKind, file: any ByteStore, disk: any ByteStore)?
     if let path {
       do throws(ImageError) {
         new = try openBase(path, baseFormat, for: source.path, kind: kind)
       } catch {
         // A name alone need not lead anywhere yet, where the image keeps no more than that.
-        guard unsafe, kind == .qcow2, error.cause?.code == ENOENT else { throw error }
+        guard unsafe, kind == .qcow2, baseFormat != nil, error.cause?.code == ENOENT else {
+          throw error
+        }
         return try Qcow2.rename(base: (path, baseFormat), of: store)
       }
     }
@@ -108,7 +129,7 @@ extension ImageTool {
     let resolve = ImageSource.resolver(writing: [store.name])
     try rebase(
       store, kind, onto: new.map { ($0.path, $0.kind, $0.disk) }, format: baseFormat,
-      unsafe: unsafe, progress: progress, resolve: resolve)
+      oldKind: try source.baseKind(), unsafe: unsafe, progress: progress, resolve: resolve)
     progress.finish()
   }
 
@@ -116,21 +137,23 @@ extension ImageTool {
   static func rebase(
     _ store: any ByteStore, _ kind: ImageKind,
     onto new: (path: String, kind: ImageKind, disk: any ByteStore)?, format: String?,
-    unsafe: Bool, progress: Progress, resolve: ImageChain.Resolver
+    oldKind: ImageKind? = nil, unsafe: Bool, progress: Progress, resolve: ImageChain.Resolver
   ) throws(ImageError) {
-    if !unsafe { try inherit(store, kind, new?.disk, progress, resolve) }
+    if !unsafe { try inherit(store, kind, oldKind, new?.disk, progress, resolve) }
     try Kinds.rename(base: new, of: store, kind, format: format)
   }
 
   /// Copies into an image what it shows of its base and would not show of another.
   private static func inherit(
-    _ store: any ByteStore, _ kind: ImageKind, _ new: (any ByteStore)?, _ progress: Progress,
-    _ resolve: ImageChain.Resolver
+    _ store: any ByteStore, _ kind: ImageKind, _ baseKind: ImageKind?, _ new: (any ByteStore)?,
+    _ progress: Progress, _ resolve: ImageChain.Resolver
   ) throws(ImageError) {
-    let old = try LayerChain.below(store, kind: kind, resolve: resolve)?.flat()
+    let old = try LayerChain.below(
+      store, FormatDecision(kind: kind), baseKind: baseKind, resolve: resolve)?.flat()
     let image = try ImageLayer(
       store, kind: kind, below: old,
-      files: try LayerChain.files(of: store, kind: kind, resolve: resolve), writable: true)
+      files: try LayerChain.files(
+        of: store, FormatDecision(kind: kind), resolve: resolve), writable: true)
     let writer = ImageWriter(image.format, store: store, devices: image.devices)
     let unit = max(4096, min(Int(image.format.blockSize), piece))
     let worker = try ChunkWorker(chunk: piece, unit: unit, compression: nil)

@@ -76,7 +76,8 @@ extension ImageTool {
     let files = try TargetFiles(request, sources: chain.layers.map(\.store))
     do throws(ImageError) {
       let target = try Kinds.target(image, request, files)
-      let job = try ConvertJob(request, chain, base: base.map { ($0.file, $0.disk) }, target)
+      let job = try ConvertJob(
+        request, chain, base: base.map { ($0.kind, $0.file, $0.disk) }, target)
       let isCopied =
         request.offload ? try offload(chain, image, files, request.progress) : false
       if !isCopied { try job.run() }

@@ -44,7 +44,7 @@ final class ConvertJob: @unchecked Sendable {
 
   init(
     _ request: ImageTool.ConvertRequest, _ chain: LayerChain,
-    base: (file: any ByteStore, disk: any ByteStore)?, _ target: any ConvertTarget
+    base: (kind: ImageKind, file: any ByteStore, disk: any ByteStore)?, _ target: any ConvertTarget
   ) throws(ImageError) {
     self.request = request
     self.target = target
@@ -61,7 +61,7 @@ final class ConvertJob: @unchecked Sendable {
       let file = base.file
       under = DiskReader(
         try LayerChain.open(
-          file, kind: base.disk === file ? .raw : nil, resolve: ImageSource.resolver()))
+          file, kind: base.kind, resolve: ImageSource.resolver()))
     }
     reader = DiskReader(chain)
     self.shared = shared

@@ -85,11 +85,15 @@ extension ImageTool {
   ) throws(ImageError) -> (
     path: String, kind: ImageKind, file: any ByteStore, disk: any ByteStore
   ) {
-    let named = try format.map { name throws(ImageError) in try ImageSource.kind(named: name) }
+    guard let format else {
+      throw ImageError(
+        .badRequest,
+        "base \(path): backing file given without its format, and guesses are not written down: "
+          + "say which it has (-F raw, -F qcow2, ...)")
+    }
+    let known: ImageKind = try ImageSource.kind(named: format)
     let real = ImageSource.beside(image, path)
     let file = try ImageFile.base(real)
-    let known: ImageKind
-    if let named { known = named } else { known = try .probe(file) }
     let chain = try LayerChain.open(file, kind: known, resolve: ImageSource.resolver())
     // dscow stores are opened by daemons too, from wherever those are.
     let name = kind == .dscow ? try ImageFile.absolute(real) : path
@@ -107,8 +111,8 @@ extension ImageTool {
       throw ImageError(.badRequest, "'\(words)' is no size: write SIZE, +SIZE or -SIZE")
     }
     let store = try source.open(writable: true)
-    let kind = try source.kind(of: store)
-    let old = try Kinds.info(store, kind).size
+    let decision = try source.decision(of: store)
+    let old = try Kinds.info(store, decision.kind).size
     let (size, overflow): (UInt64, Bool)
     switch sign {
     case "+": (size, overflow) = old.addingReportingOverflow(amount)
@@ -125,7 +129,8 @@ extension ImageTool {
           + "say --shrink if nothing there is needed")
     }
     try Kinds.resize(
-      store, kind, to: size, resolve: ImageSource.resolver(writing: [store.name]))
+      store, decision, baseKind: try source.baseKind(), to: size,
+      resolve: ImageSource.resolver(writing: [store.name]))
     if !quiet { output.put("Image resized.\n") }
   }
 
@@ -134,8 +139,7 @@ extension ImageTool {
     _ source: ImageSource, json: Bool, to output: Output
   ) throws(ImageError) {
     let store = try source.open()
-    let kind = try source.kind(of: store)
-    let snapshots = try Kinds.snapshots(store, kind)
+    let snapshots = try Kinds.snapshots(store, try source.decision(of: store).kind)
     if json {
       output.put(JSON.array(snapshots.map(snapshot)).indented + "\n")
     } else if !snapshots.isEmpty {

@@ -21,12 +21,13 @@ extension ImageTool {
     _ source: ImageSource, into path: String?
   ) throws(ImageError) {
     let store = try source.open()
-    let kind = try source.kind(of: store)
+    let decision = try source.decision(of: store)
+    let kind = decision.kind
     let names = try ImageLayer.names(in: store, kind: kind)
     let image = try ImageLayer(
       store, kind: kind, below: nil,
       files: try LayerChain.files(
-        of: store, kind: kind, resolve: ImageSource.resolver(evenInUse: source.evenInUse)))
+        of: store, decision, resolve: ImageSource.resolver(evenInUse: source.evenInUse)))
     // The unit in which everything can be said: a block, unless data lies at odder places.
     var unit = UInt64(image.format.blockSize)
     var mapped: UInt64 = 0

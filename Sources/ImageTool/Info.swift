@@ -18,7 +18,7 @@ extension ImageTool {
       }
       let image = try describe(current)
       images.append(image)
-      next = chain ? image.base(source.evenInUse) : nil
+      next = chain ? try image.base(current, source.evenInUse) : nil
     }
     if json {
       let values = images.map(\.json)
@@ -34,16 +34,19 @@ extension ImageTool {
   /// An image and what there is to say of it.
   private struct Described {
     var path: String
+    var store: FileStore
+    var decision: FormatDecision
     var info: ImageInfo
     var allocated: UInt64
     var snapshots: [Qcow2Snapshot]
 
     /// The image under it.
-    func base(_ evenInUse: Bool) -> ImageSource? {
-      info.basePath.map {
-        ImageSource(
-          ImageSource.beside(path, $0), format: info.baseFormat, evenInUse: evenInUse)
-      }
+    func base(_ source: ImageSource, _ evenInUse: Bool) throws(ImageError) -> ImageSource? {
+      guard let base = info.basePath else { return nil }
+      try decision.checkMayName(base, store)
+      return ImageSource(
+        ImageSource.beside(path, base), format: source.baseFormat ?? info.baseFormat,
+        evenInUse: evenInUse)
     }
 
     /// What only this format has to say.
@@ -113,11 +116,12 @@ extension ImageTool {
 
   private static func describe(_ source: ImageSource) throws(ImageError) -> Described {
     let store = try source.open()
-    let kind = try source.kind(of: store)
+    let decision = try source.decision(of: store)
     let allocated = try toolIO { () throws(IOError) in try store.allocatedBytes() }
     return Described(
-      path: source.path, info: try Kinds.info(store, kind), allocated: allocated,
-      snapshots: try Kinds.snapshots(store, kind))
+      path: source.path, store: store, decision: decision,
+      info: try Kinds.info(store, decision.kind), allocated: allocated,
+      snapshots: try Kinds.snapshots(store, decision.kind))
   }
 
   /// How a check ends.
@@ -139,14 +143,15 @@ extension ImageTool {
     _ source: ImageSource, repair: Repair?, json: Bool, quiet: Bool, to output: Output
   ) throws(ImageError) -> CheckExit {
     let store = try source.open(writable: repair != nil)
-    let kind = try source.kind(of: store)
-    guard var report = try Kinds.check(store, kind, repair: repair) else {
+    let decision = try source.decision(of: store)
+    let kind = decision.kind
+    guard var report = try Kinds.check(store, decision, repair: repair) else {
       throw ImageError(
         .unsupported, "\(source.path): a \(kind.rawValue) image has nothing to check")
     }
     let found = report
     if repair != nil, report.repaired > 0 {
-      guard let again = try Kinds.check(store, kind, repair: nil) else { return .failed }
+      guard let again = try Kinds.check(store, decision, repair: nil) else { return .failed }
       report = again
     }
     if json {

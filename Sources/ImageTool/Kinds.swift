@@ -122,8 +122,20 @@ enum Kinds {
       guard kind == .dynamic else {
         throw ImageError(.badRequest, "subformat=fixed: a fixed image has no base")
       }
+      guard base.kind == .vhd || base.kind == .raw else {
+        throw ImageError(
+          .badRequest,
+          "base \(base.path) is of format \(base.kind.rawValue): that of a VHD image has to be "
+            + "vpc or raw, since it can remember no other")
+      }
       let none = [UInt8](repeating: 0, count: 16)
       let own = base.kind == .vhd ? try VhdHeader.read(from: base.file).uuid : none
+      guard base.kind == .raw || own != none else {
+        throw ImageError(
+          .badRequest,
+          "base \(base.path) has no identity, without which it would be taken for a raw disk: "
+            + "convert it first")
+      }
       parent = (base.path, own)
     }
     // Seconds since the year 2000. Source: the VHD specification, "Timestamp".
@@ -170,9 +182,9 @@ enum Kinds {
 
   /// Checks an image, and mends it as far as is asked; nil when the format has nothing to check.
   static func check(
-    _ store: FileStore, _ kind: ImageKind, repair: Repair?
+    _ store: FileStore, _ decision: FormatDecision, repair: Repair?
   ) throws(ImageError) -> CheckReport? {
-    switch kind {
+    switch decision.kind {
     case .raw: return nil
     case .qcow2:
       guard let repair else { return try Qcow2.check(store: store) }
@@ -187,7 +199,7 @@ enum Kinds {
     case .vmdk:
       let writing: Set<String> = repair == nil ? [] : [store.name]
       let extents = try LayerChain.files(
-        of: store, kind: kind, resolve: ImageSource.resolver(writing: writing))
+        of: store, decision, resolve: ImageSource.resolver(writing: writing))
       guard let repair else { return try Vmdk.check(store: store, extents: extents) }
       return try Vmdk.repair(store: store, extents: extents, repair)
     }
@@ -195,10 +207,10 @@ enum Kinds {
 
   /// Gives a disk another length.
   static func resize(
-    _ store: any ByteStore, _ kind: ImageKind, to size: UInt64,
-    resolve: ImageChain.Resolver
+    _ store: any ByteStore, _ decision: FormatDecision, baseKind: ImageKind? = nil,
+    to size: UInt64, contentID: UInt32? = nil, resolve: ImageChain.Resolver
   ) throws(ImageError) {
-    switch kind {
+    switch decision.kind {
     case .raw:
       guard (store as? FileStore)?.isBlockDevice != true else {
         throw ImageError(.unsupported, "\(store.name) is a device: resize it with its own tools")
@@ -208,10 +220,13 @@ enum Kinds {
         try store.flush()
       }
     case .dscow:
-      let base = try LayerChain.below(store, kind: kind, resolve: resolve)?.flat()
+      let base = try LayerChain.below(
+        store, decision, baseKind: baseKind, resolve: resolve)?.flat()
       try Dscow.resize(store: store, base: base, to: size)
     case .qcow, .qcow2, .vhd, .vmdk:
-      let image = try ImageChain.open(store, kind: kind, writable: true, resolve: resolve)
+      let image = try ImageChain.open(
+        store, kind: decision.isGuessed ? nil : decision.kind, baseKind: baseKind,
+        writable: true, contentID: contentID, resolve: resolve)
       switch image {
       case let image as Qcow2: try image.resize(to: size)
       case let image as Qcow: try image.resize(to: size)
@@ -248,6 +263,13 @@ extension Kinds {
   /// The base is about to be written.
   static func beginCommit(_ store: any ByteStore, _ kind: ImageKind) throws(ImageError) {
     if kind == .dscow { try Dscow.beginCommit(of: store) }
+  }
+
+  /// What the base shall bear so that this image knows it again when its commit is broken off.
+  static func nextContentID(
+    of base: any ByteStore, for store: any ByteStore, _ kind: ImageKind
+  ) throws(ImageError) -> UInt32? {
+    kind == .vmdk ? try Vmdk.beginCommit(of: store, into: base) : nil
   }
 
   /// The base, open for writing, tells so in a way that images over it notice: this one goes on.

@@ -10,13 +10,18 @@ public struct ImageSource: Sendable {
   public var path: String
   /// Its format by name; nil to look at its first bytes.
   public var format: String?
+  /// The format of its base by name, whatever the image says of that.
+  public var baseFormat: String?
   /// Whether it may be in use by a running disk.
   public var evenInUse: Bool
 
   /// A file as a command names it.
-  public init(_ path: String, format: String? = nil, evenInUse: Bool = false) {
+  public init(
+    _ path: String, format: String? = nil, baseFormat: String? = nil, evenInUse: Bool = false
+  ) {
     self.path = path
     self.format = format
+    self.baseFormat = baseFormat
     self.evenInUse = evenInUse
   }
 
@@ -26,17 +31,26 @@ public struct ImageSource: Sendable {
   }
 
   /// Its format: the one that was named, or the one that its first bytes say.
-  func kind(of store: FileStore) throws(ImageError) -> ImageKind {
-    guard let format else { return try ImageKind.probe(store) }
-    return try ImageSource.kind(named: format)
+  func decision(of store: any ByteStore) throws(ImageError) -> FormatDecision {
+    try .decide(FormatStatement(try Self.kind(named: format)), of: store)
   }
+
+  /// The format of its base, if that was named.
+  func baseKind() throws(ImageError) -> ImageKind? { try Self.kind(named: baseFormat) }
 
   /// Opens it for reading with everything under it.
   func chain(snapshot: String? = nil) throws(ImageError) -> LayerChain {
     let store = try open()
     return try LayerChain.open(
-      store, kind: try kind(of: store), snapshot: snapshot,
+      store, kind: try Self.kind(named: format), baseKind: try baseKind(), snapshot: snapshot,
       resolve: ImageSource.resolver(evenInUse: evenInUse))
+  }
+
+  /// A format by name, if there is one. Throws `badRequest` for one that is not known.
+  static func kind(named name: String?) throws(ImageError) -> ImageKind? {
+    guard let name else { return nil }
+    let known: ImageKind = try kind(named: name)
+    return known
   }
 
   /// A format by name. Throws `badRequest` for one that is not known.

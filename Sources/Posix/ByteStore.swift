@@ -27,6 +27,10 @@ public protocol ByteStore: AnyObject, Sendable {
   /// Whether `write`, `zero` and `resize` are allowed; otherwise they throw EBADF.
   var isWritable: Bool { get }
 
+  /// Whether its length is not its own to choose: a device. It ends where it ends, whatever of
+  /// it is in use, and `resize` changes nothing.
+  var isFixedSize: Bool { get }
+
   /// Identity, to notice a base that has changed.
   func identity() throws(IOError) -> StoreIdentity
 
@@ -55,6 +59,9 @@ public protocol ByteStore: AnyObject, Sendable {
 }
 
 extension ByteStore {
+  /// A file, which is as long as it is made.
+  public var isFixedSize: Bool { false }
+
   /// A store that knows no holes: everything up to its end is data.
   public func nextData(from offset: UInt64) throws(IOError) -> Range<UInt64>? {
     let end = size

@@ -12,6 +12,8 @@ public final class FileStore: ByteStore {
   public let isWritable: Bool
   /// Whether it is a block device: fixed in size, no modification time of meaning.
   public let isBlockDevice: Bool
+  /// A block device.
+  public var isFixedSize: Bool { isBlockDevice }
   /// The descriptor, lent.
   public var raw: Int32 { descriptor.raw }
 

@@ -31,6 +31,8 @@ public final class FailingStore: ByteStore {
   public var size: UInt64 { inner.size }
   /// Whether writes are allowed.
   public var isWritable: Bool { inner.isWritable }
+  /// As the store under it.
+  public var isFixedSize: Bool { inner.isFixedSize }
 
   private func call(_ operation: String) throws(IOError) {
     let number = count.withLock { count in

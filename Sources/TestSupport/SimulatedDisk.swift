@@ -30,6 +30,8 @@ public final class SimulatedDisk: ByteStore {
   public let size: UInt64
   /// Always.
   public let isWritable = true
+  /// It is a disk.
+  public let isFixedSize = true
 
   /// A disk of zeroes, rounded up to whole sectors.
   public convenience init(_ name: String = "disk", size: Int) {

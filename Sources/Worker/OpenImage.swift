@@ -40,7 +40,6 @@ public struct OpenImage {
     var base: (any ByteStore)?
     let resolve = { (asked: ImageChain.Request) throws(ImageError) -> any ByteStore in
       let isTop = asked.from == store.name
-      guard !asked.isGuessed else { throw Self.refusal(asked) }
       guard isTop, asked.role == .base else {
         return try opener(
           FileRequest(
@@ -93,13 +92,6 @@ public struct OpenImage {
     return image[...slash] + path
   }
 
-  private static func refusal(_ asked: ImageChain.Request) -> ImageError {
-    ImageError(
-      .unsupported,
-      "\(asked.from) begins like an image that names \(asked.path), but nobody says that it is "
-        + "one: give its format (base-format), or 'raw' if it is a disk of its own")
-  }
-
   // MARK: Making
 
   /// Makes the image, unless a worker before this one has done so.
@@ -132,8 +124,15 @@ public struct OpenImage {
     }
     var options = Qcow2Options()
     if let size = request.blockSize { options.clusterSize = UInt64(size) }
-    let kind = if let format = request.baseFormat { format.kind } else { try ImageKind.probe(file) }
-    options.base = (path, kind.rawValue)
+    // What is only guessed is not written down.
+    let decision = try FormatDecision.decide(FormatStatement(request.baseFormat?.kind), of: file)
+    guard !decision.isGuessed else {
+      throw ImageError(
+        .badRequest,
+        "base \(path) begins like an image of format \(decision.kind.rawValue), and nobody says "
+          + "that it is one: give base-format=\(decision.kind.rawValue), or base-format=raw")
+    }
+    options.base = (path, decision.kind.rawValue)
     try Qcow2.create(store: store, size: base.size, options: options)
   }
 

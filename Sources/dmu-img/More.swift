@@ -20,7 +20,7 @@ struct Commit: ParsableCommand {
   func run() throws {
     try finish { output throws(ImageError) in
       try ImageTool.commit(
-        ImageSource(file, format: format.format), keep: keep,
+        format.source(file), keep: keep,
         progress: Progress(on: progress, automatic: !quiet.quiet), quiet: quiet.quiet, to: output)
       return 0
     }
@@ -47,7 +47,7 @@ struct Rebase: ParsableCommand {
   func run() throws {
     try finish { _ throws(ImageError) in
       try ImageTool.rebase(
-        ImageSource(file, format: format.format), base: base.isEmpty ? nil : base,
+        format.source(file), base: base.isEmpty ? nil : base,
         baseFormat: baseFormat, unsafe: unsafe,
         progress: Progress(on: progress, automatic: !quiet.quiet))
       return 0
@@ -69,7 +69,7 @@ struct Resize: ParsableCommand {
   func run() throws {
     try finish { output throws(ImageError) in
       try ImageTool.resize(
-        ImageSource(file, format: format.format), size: size, shrink: shrink, quiet: quiet.quiet,
+        format.source(file), size: size, shrink: shrink, quiet: quiet.quiet,
         to: output)
       return 0
     }
@@ -88,7 +88,7 @@ struct Snapshot: ParsableCommand {
   func run() throws {
     try finish { output throws(ImageError) in
       try ImageTool.listSnapshots(
-        ImageSource(file, format: format.format, evenInUse: looking.evenInUse),
+        format.source(file, evenInUse: looking.evenInUse),
         json: form.isJSON, to: output)
       return 0
     }
@@ -109,7 +109,7 @@ struct Dump: ParsableCommand {
   func run() throws {
     try finish { _ throws(ImageError) in
       try ImageTool.dump(
-        ImageSource(file, format: format.format, evenInUse: looking.evenInUse), into: output)
+        format.source(file, evenInUse: looking.evenInUse), into: output)
       return 0
     }
   }
@@ -162,8 +162,7 @@ struct Bench: ParsableCommand {
   func run() throws {
     try finish { output throws(ImageError) in
       var request = ImageTool.BenchRequest(
-        ImageSource(
-          file, format: format.format, evenInUse: looking.evenInUse && !writing))
+        format.source(file, evenInUse: looking.evenInUse && !writing))
       request.count = count
       request.depth = depth
       request.size = size?.bytes ?? 4096

@@ -57,8 +57,17 @@ struct Looking: ParsableArguments {
 }
 
 struct Format: ParsableArguments {
-  @Option(name: .customShort("f"), help: "The image's format; unless given, its first bytes say.")
+  @Option(
+    name: .customShort("f"),
+    help: "The image's format; unless given, its first bytes say, and it may name no file.")
   var format: String?
+  @Option(
+    name: .customLong("base-format"),
+    help: "The format of the image's base, whatever the image says of it.")
+  var ownBaseFormat: String?
+  func source(_ path: String, evenInUse: Bool = false) -> ImageSource {
+    ImageSource(path, format: format, baseFormat: ownBaseFormat, evenInUse: evenInUse)
+  }
 }
 
 struct Quiet: ParsableArguments {
@@ -105,7 +114,7 @@ struct Info: ParsableCommand {
   func run() throws {
     try finish { output throws(ImageError) in
       try ImageTool.info(
-        ImageSource(file, format: format.format, evenInUse: looking.evenInUse),
+        format.source(file, evenInUse: looking.evenInUse),
         chain: backingChain, json: form.isJSON, to: output)
       return 0
     }
@@ -137,8 +146,7 @@ struct Check: ParsableCommand {
     try finish(unsupported: ImageTool.CheckExit.unsupported.rawValue) {
       output throws(ImageError) in
       try ImageTool.check(
-        ImageSource(
-          file, format: format.format, evenInUse: looking.evenInUse && repair == nil),
+        format.source(file, evenInUse: looking.evenInUse && repair == nil),
         repair: repair?.repair, json: form.isJSON, quiet: quiet.quiet, to: output
       ).rawValue
     }
@@ -184,7 +192,7 @@ struct Convert: ParsableCommand {
   func run() throws {
     try finish { _ throws(ImageError) in
       var request = ImageTool.ConvertRequest(
-        ImageSource(source, format: format.format, evenInUse: looking.evenInUse),
+        format.source(source, evenInUse: looking.evenInUse),
         target: target, progress: Progress(on: progress, automatic: !quiet.quiet))
       request.format = targetFormat
       request.options = options
@@ -225,7 +233,7 @@ struct Map: ParsableCommand {
 
   func run() throws {
     try finish { output throws(ImageError) in
-      let source = ImageSource(file, format: format.format, evenInUse: looking.evenInUse)
+      let source = format.source(file, evenInUse: looking.evenInUse)
       if let svg {
         try ImageTool.draw(source, into: svg)
       } else {

@@ -160,12 +160,12 @@ extension LayerChain {
       try source.read(at: 0, count: 1 << 20).withUnsafeBytes { try writer.write($0, at: 0) }
       try writer.commit()
     }
-    let refused = try bench.tool("commit", "top")
+    let refused = try bench.tool("commit", "-f", format, "top")
     #expect(refused.exit == 1 && refused.error.contains("commit it with -d"), "\(refused)")
     try bench.must("dmu-img", "compare", "-f", "raw", "a", "-F", baseFormat, "base")
-    try bench.must("dmu-img", "commit", "-d", "top")
+    try bench.must("dmu-img", "commit", "-f", format, "-d", "top")
     try bench.must("qemu-img", "compare", "-f", "raw", "b", "-F", baseFormat, "base")
-    try bench.must("dmu-img", "compare", "-f", "raw", "b", "top")
+    try bench.must("dmu-img", "compare", "-f", "raw", "b", "-F", format, "top")
   }
 
   /// Space that was asked for is there, and reads as zeroes whatever the file held before.

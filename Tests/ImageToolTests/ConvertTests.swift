@@ -69,7 +69,8 @@ import Testing
     try bench.must("qemu-img", "create", "-q", "-f", "qcow2", "-b", "base", "-F", "raw", "top")
     try bench.must(
       "qemu-io", "-c", "write -P 7 1M 64k", "-c", "write -z 2M 256k", "-c", "discard 3M 64k", "top")
-    try bench.must("dmu-img", "convert", "-O", "qcow2", "-B", "base", "-F", "raw", "top", "t")
+    try bench.must(
+      "dmu-img", "convert", "-f", "qcow2", "-O", "qcow2", "-B", "base", "-F", "raw", "top", "t")
     try bench.must("qemu-img", "compare", "top", "t")
     try bench.must("qemu-img", "check", "t")
     let size = try bench.bytes("t").count
@@ -77,7 +78,8 @@ import Testing
     // A base that is not the source's, shorter, in another format.
     try bench.makeRaw("other", size: 3 << 20, seed: 10)
     try bench.must("qemu-img", "convert", "-O", "qcow2", "-f", "raw", "other", "base2")
-    try bench.must("dmu-img", "convert", "-O", "qcow2", "-B", "base2", "-F", "qcow2", "top", "u")
+    try bench.must(
+      "dmu-img", "convert", "-f", "qcow2", "-O", "qcow2", "-B", "base2", "-F", "qcow2", "top", "u")
     try bench.must("qemu-img", "compare", "top", "u")
     try bench.must("qemu-img", "check", "u")
   }
@@ -129,7 +131,7 @@ import Testing
     try refused("is being read from", "-f", "raw", "a", "a")
     try refused("format 'qcow9' is unknown", "-O", "qcow9", "a", "t")
     try refused("option 'clustersize' is unknown", "-O", "qcow2", "-o", "clustersize=1", "a", "t")
-    try refused("has no base", "-O", "raw", "-B", "a", "a", "t")
+    try refused("has no base", "-O", "raw", "-B", "a", "-F", "raw", "a", "t")
     try refused("only a new qcow2 image", "-c", "-O", "raw", "a", "t")
     try refused("does not exist", "nothing", "t")
     #expect(try bench.names() == ["a"])

@@ -30,7 +30,7 @@ import Testing
       0x180000        0x10000         0x70000         top
 
       """
-    #expect(try bench.must("dmu-img", "map", "top") == golden)
+    #expect(try bench.must("dmu-img", "map", "-f", "qcow2", "top") == golden)
     #expect(try bench.must("qemu-img", "map", "top") == golden)
   }
 
@@ -60,16 +60,17 @@ import Testing
       "data": false}]
 
       """
-    #expect(try bench.must("dmu-img", "map", "--output=json", "top") == golden)
+    #expect(try bench.must("dmu-img", "map", "-f", "qcow2", "--output=json", "top") == golden)
     #expect(try bench.must("qemu-img", "map", "--output=json", "top") == golden)
-    let part = try bench.must("dmu-img", "map", "--json", "-s", "128K", "-l", "64K", "top")
+    let part = try bench.must(
+      "dmu-img", "map", "-f", "qcow2", "--json", "-s", "128K", "-l", "64K", "top")
     #expect(part.hasPrefix("[{ \"start\": 131072, \"length\": 65536, "))
   }
 
   @Test func picture() throws {
     let bench = try Bench()
     try Self.chain(bench)
-    try bench.must("dmu-img", "map", "--svg", "map.svg", "top")
+    try bench.must("dmu-img", "map", "-f", "qcow2", "--svg", "map.svg", "top")
     let text = String(decoding: try bench.bytes("map.svg"), as: UTF8.self)
     #expect(text.hasPrefix("<svg ") && text.hasSuffix("</svg>\n"))
     #expect(!text.contains("nan") && !text.contains("'-"))
@@ -101,14 +102,14 @@ import Testing
   @Test func chains() throws {
     let bench = try Bench()
     try Self.chain(bench)
-    let text = try bench.must("dmu-img", "info", "--backing-chain", "--json", "top")
+    let text = try bench.must("dmu-img", "info", "-f", "qcow2", "--backing-chain", "--json", "top")
     let value = try JSONSerialization.jsonObject(with: Data(text.utf8)) as? [[String: NSObject]]
     #expect(value?.map { $0["filename"] as? String } == ["top", "base"])
     // A base that is its own is told, not followed for ever.
-    try bench.must("dmu-img", "rebase", "-u", "-b", "other", "-F", "qcow2", "top")
+    try bench.must("dmu-img", "rebase", "-f", "qcow2", "-u", "-b", "other", "-F", "qcow2", "top")
     try bench.must(
       "qemu-img", "create", "-q", "-u", "-f", "qcow2", "-b", "top", "-F", "qcow2", "other", "1M")
-    let loop = try bench.tool("map", "top")
+    let loop = try bench.tool("map", "-f", "qcow2", "top")
     #expect(loop.exit == 1)
     #expect(loop.error.contains("its own base"), "\(loop.error)")
   }

@@ -214,6 +214,7 @@ let hasQemu = access("/usr/bin/qemu-img", X_OK) == 0
     order.format = "qcow2"
     order.storePath = path
     order.basePath = image.folder.file("packed.qcow2")
+    order.baseFormat = "qcow2"
     order.create = true
     for _ in 0..<2 {
       try daemon.start(order)

@@ -46,6 +46,11 @@ extension DscowHeader {
   /// The longest base path in bytes.
   static let longestPath = copySize - Field.basePath
 
+  /// Whether bytes begin with one of the copies, whatever state it is in.
+  static func isMagic(_ bytes: [UInt8]) -> Bool {
+    bytes.starts(with: magic) || bytes.dropFirst(copySize).starts(with: magic)
+  }
+
   /// What one copy is found to be.
   enum Copy: Equatable {
     /// Magic and checksum are right.

@@ -7,22 +7,21 @@ extension Qcow {
   ///
   /// - Throws: what `QcowHeader.read(from:)` throws, `io`.
   public static func check(store: any ByteStore) throws(ImageError) -> CheckReport {
-    try survey(store).report
+    try survey(store)
   }
 
-  /// Checks an image that nobody has open, and shortens its file to what is in use. Space
-  /// within it that nothing names is given back to the file system.
+  /// Checks an image that nobody has open, and shortens its file to what is in use. What lies
+  /// between tables and clusters is left as it is.
   ///
   /// - Throws: what `check(store:)` throws.
   @discardableResult
   public static func repair(
     store: any ByteStore, _ what: Repair
   ) throws(ImageError) -> CheckReport {
-    var (report, space) = try survey(store)
+    var report = try survey(store)
     // What is used twice, or lies outside, is not to be mended without knowing better.
     guard report.corruptions == 0 else { return report }
     try io { () throws(IOError) in
-      for gap in space.gaps { try store.zero(at: gap.lowerBound, count: UInt64(gap.count)) }
       if report.leaks > 0 { try store.resize(to: report.imageEnd) }
       try store.flush()
     }
@@ -32,7 +31,7 @@ extension Qcow {
 
   private static func survey(
     _ store: any ByteStore
-  ) throws(ImageError) -> (report: CheckReport, space: UsedSpace) {
+  ) throws(ImageError) -> CheckReport {
     let header = try QcowHeader.read(from: store)
     var report = CheckReport()
     report.clusterSize = header.clusterSize
@@ -71,7 +70,7 @@ extension Qcow {
       }
     }
     space.finish(&report)
-    return (report, space)
+    return report
   }
 
   /// What there is to say of an image, without its base.

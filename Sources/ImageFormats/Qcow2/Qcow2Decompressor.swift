@@ -34,8 +34,11 @@ enum Decompression {
     }
   }
 
-  /// Deflate: raw, or wrapped as zlib does it.
-  static func inflate(_ input: [UInt8], _ size: Int, wrapped: Bool = false) -> [UInt8]? {
+  /// Deflate: raw, or wrapped as zlib does it. `short` is a length that will do as well, when
+  /// the input ends there: the rest is zeroes.
+  static func inflate(
+    _ input: [UInt8], _ size: Int, wrapped: Bool = false, short: Int? = nil
+  ) -> [UInt8]? {
     var output = [UInt8](repeating: 0, count: size)
     var stream = z_stream()
     let length = Int32(MemoryLayout<z_stream>.size)
@@ -43,7 +46,7 @@ enum Decompression {
       return nil
     }
     defer { inflateEnd(&stream) }
-    let left = input.withUnsafeBufferPointer { input in
+    let (left, isEnd) = input.withUnsafeBufferPointer { input in
       output.withUnsafeMutableBufferPointer { output in
         // zlib only reads through next_in.
         stream.next_in = UnsafeMutablePointer(mutating: input.baseAddress)
@@ -52,10 +55,10 @@ enum Decompression {
         stream.avail_out = UInt32(output.count)
         let status = CZlib.inflate(&stream, Z_FINISH)
         let isGood = status == Z_STREAM_END || status == Z_BUF_ERROR || status == Z_OK
-        return isGood ? stream.avail_out : .max
+        return (isGood ? stream.avail_out : .max, status == Z_STREAM_END)
       }
     }
-    return left == 0 ? output : nil
+    return left == 0 || (isEnd && short == size - Int(left)) ? output : nil
   }
 
   private static func zstd(_ input: [UInt8], _ size: Int) -> [UInt8]? {

@@ -40,7 +40,7 @@ extension Vhd {
       header.tableOffset = 4096
       header.tableEntries = UInt32(entries)
       header.tableBlock = blockSize
-      header.basePath = base?.path
+      header.basePaths = base.map { [$0.path] } ?? []
       header.baseUUID = base?.uuid ?? header.baseUUID
     }
     header.footer = header.encodedFooter()
@@ -54,14 +54,18 @@ extension Vhd {
     try store.resize(to: 0)
     guard header.kind != .fixed else {
       try store.resize(to: header.size + 512)
+      if store.isFixedSize, store.size != header.size + 512 {
+        throw IOError(28, "end a fixed image of \(header.size) bytes with", store.name)
+      }
       try store.zero(at: 0, count: header.size)
       try store.flush()
       try store.write(header.footer, at: header.size)
       return try store.flush()
     }
     let tableBytes = (UInt64(header.tableEntries) * 4 + 511) / 512 * 512
-    let end = header.tableOffset + tableBytes
+    var end = header.tableOffset + tableBytes
     try store.resize(to: end + 512)
+    if store.isFixedSize { end = (store.size - 512) / 512 * 512 }
     try store.write(
       [UInt8](repeating: 0xFF, count: Int(tableBytes)), at: header.tableOffset)
     if let path = header.basePath {
@@ -102,7 +106,7 @@ extension Vhd {
     }
     if header.basePath != nil, let base {
       let image = (base as? ImageStore)?.store ?? (base as? FlatChain)?.store
-      if let image, let footer = try VhdHeader.footer(of: image) {
+      if !header.isBaseRaw, let image, let footer = try VhdHeader.footer(of: image) {
         guard [UInt8](footer[68..<84]) == header.baseUUID else {
           throw ImageError(
             .baseChanged,

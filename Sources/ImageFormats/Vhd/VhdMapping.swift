@@ -8,8 +8,11 @@
 // Commit: 1. the bitmaps of the blocks, all set, and the footer at the new end; 2. entries of
 // the table for blocks that had no place. The copy of the footer at the start always holds.
 //
-// Invariants: new blocks go to the end, their data at a multiple of 4096; the file is long
-// enough for every block that was placed, and for the footer.
+// Invariants: new blocks go behind everything that a header names, everything that a block has,
+// and whatever stands before a footer at the end of a file, their data at a multiple of 4096; the
+// file is long enough for every block that was placed, and for the footer. The footer of a store
+// whose length is fixed (a device) stands in its last sector, and blocks end before it. No block
+// lies over a header, a table, a locator, a batmap or another block: such an image is refused.
 
 public import Posix
 
@@ -27,12 +30,14 @@ public final class Vhd: ImageFormat {
   let cache: MetadataCache
   let isWritable: Bool
   private(set) var pending: PendingPlacements
-  private var inFlight: (mark: Mark, draft: CommitDraft, runs: [Run], newEnd: UInt64)?
+  private var inFlight: (mark: Mark, draft: CommitDraft, runs: [Run], footer: UInt64?)?
   private var lastMark: Mark = 0
-  /// Where the last block ends; nil until it is needed.
-  var end: UInt64?
-  /// Blocks from here on in the store had no place when the last plan ran.
-  private var firstNew: UInt64 = 0
+  /// Where everything ended that the image named when it was opened.
+  private let surveyedEnd: UInt64
+  /// Where the next block may go.
+  var end: UInt64
+  /// Where a footer is known to stand; nil when there may be none, or an old one.
+  var footerPlace: UInt64?
   private let durableBlocks: UInt64
 
   init(
@@ -46,6 +51,14 @@ public final class Vhd: ImageFormat {
     self.base = BaseView(
       base, blockSize: UInt64(header.blockSize), store: store, own: [mixed])
     pending = PendingPlacements(blocksPerGroup: 1024, blockSize: UInt64(header.blockSize))
+    surveyedEnd = try Self.surveyBlocks(store, header)
+    end = surveyedEnd
+    if writable, !store.isFixedSize, header.kind != .fixed, store.size >= VhdHeader.footerSize,
+      let last = try VhdHeader.endFooter(of: store), VhdHeader.isFooter(last)
+    {
+      // What stands between the last block and the footer may be somebody's.
+      end = max(end, (store.size - VhdHeader.footerSize + 511) / 512 * 512)
+    }
     let bytes = try io { () throws(IOError) in try store.allocatedBytes() }
     let blocks = (header.size + UInt64(header.blockSize) - 1) / UInt64(header.blockSize)
     durableBlocks = header.kind == .fixed ? blocks : min(blocks, bytes / UInt64(header.blockSize))
@@ -68,15 +81,51 @@ public final class Vhd: ImageFormat {
     }
   }
 
+  /// Looks at the whole table.
+  ///
+  /// - Returns: where everything that the image names ends.
+  /// - Throws: `corrupt` for a block over a structure or another block, or past the end of the
+  ///   file; `io`.
+  static func surveyBlocks(
+    _ store: any ByteStore, _ header: VhdHeader
+  ) throws(ImageError) -> UInt64 {
+    guard header.kind != .fixed else { return header.size }
+    let fileSize = store.size
+    func refuse(_ block: UInt64, _ words: String) -> ImageError {
+      ImageError(.corrupt, "store \(store.name): block \(block) \(words)")
+    }
+    let structures = header.structures
+    let stride = header.bitmapSize + header.tableBlock
+    // Sectors fit 32 bits, blocks 24: sixteen million of them take 128 MiB.
+    var places: [UInt64] = []
+    try header.forEachBlock(of: store) { block, offset throws(ImageError) in
+      let range = offset..<(offset + stride)
+      if let hit = structures.first(where: { $0.range.overlaps(range) }) {
+        throw refuse(block, "lies over \(hit.name), at byte \(offset): restore it from a backup")
+      }
+      // The disk may end within its last block, and the file there.
+      let used = min(header.tableBlock, header.size - min(header.size, block * header.tableBlock))
+      guard used == 0 || offset + header.bitmapSize + used <= fileSize else {
+        throw refuse(
+          block,
+          "lies at byte \(offset), and the file has \(fileSize) bytes: it has been cut short: "
+            + "copy it again or restore it from a backup")
+      }
+      places.append((offset / 512) << 24 | block)
+    }
+    places.sort()
+    for (one, next) in zip(places, places.dropFirst())
+    where (next >> 24) * 512 < (one >> 24) * 512 + stride {
+      let block = one & 0xFF_FFFF
+      throw refuse(next & 0xFF_FFFF, "lies over block \(block): restore it from a backup")
+    }
+    return max(header.structuresEnd, places.last.map { ($0 >> 24) * 512 + stride } ?? 0)
+  }
+
   /// Where a block's bitmap begins, by the table; nil when it has no place.
   func place(of block: UInt64) throws(ImageError) -> UInt64? {
     let entry = try cache.big(UInt32.self, at: header.tableOffset + block * 4)
-    guard entry != VhdHeader.unused else { return nil }
-    let offset = UInt64(entry) * 512
-    guard offset >= 512 else {
-      throw ImageError(.corrupt, "\(store.name): block \(block) lies over the header")
-    }
-    return offset
+    return entry == VhdHeader.unused ? nil : UInt64(entry) * 512
   }
 
   private enum Bits { case none, some, all }
@@ -148,19 +197,7 @@ public final class Vhd: ImageFormat {
     if let own = try place(of: block) {
       offset = own + header.bitmapSize
     } else {
-      // The data, not the bitmap, shall begin at a page.
-      let start = (try findEnd() + header.bitmapSize + 4095) / 4096 * 4096
-      let stop = start + UInt64(blockSize)
-      guard stop / 512 < UInt64(VhdHeader.unused) else {
-        throw ImageError(
-          .io, "\(store.name): the image can grow no further",
-          cause: IOError(28, "place", store.name))
-      }
-      if store.size < stop + VhdHeader.footerSize {
-        try io { () throws(IOError) in try store.resize(to: stop + VhdHeader.footerSize) }
-      }
-      end = stop
-      offset = start
+      offset = try newPlace()
     }
     lastMark += 1
     pending.insert(
@@ -169,19 +206,33 @@ public final class Vhd: ImageFormat {
       BlockRange(block), .device(0, sector: offset / 512), writable: true, mark: lastMark)
   }
 
-  /// Where the last block of the table ends, or the table and its header where there is none.
-  func findEnd() throws(ImageError) -> UInt64 {
-    if let end { return end }
-    var found = max(
-      header.tableOffset + UInt64(header.tableEntries) * 4, header.headerOffset + 1024,
-      VhdHeader.locatorOffset + 512)
-    for block in 0..<UInt64(header.tableEntries) {
-      guard let offset = try place(of: block) else { continue }
-      found = max(found, offset + header.bitmapSize + header.tableBlock)
+  /// Room for a block behind everything; the first byte of its data.
+  func newPlace() throws(ImageError) -> UInt64 {
+    // The data, not the bitmap, shall begin at a page.
+    var start = (end + header.bitmapSize + 4095) / 4096 * 4096
+    if let footer = inFlight?.footer, start + UInt64(blockSize) > footer,
+      start - header.bitmapSize < footer + VhdHeader.footerSize
+    {
+      // A plan that is being run writes that sector.
+      start = (footer + VhdHeader.footerSize + header.bitmapSize + 4095) / 4096 * 4096
     }
-    end = found
-    return found
+    let stop = start + UInt64(blockSize)
+    guard stop / 512 < UInt64(VhdHeader.unused) else {
+      throw ImageError(
+        .io, "\(store.name): the image can grow no further",
+        cause: IOError(28, "place", store.name))
+    }
+    if store.isFixedSize || store.size < stop + VhdHeader.footerSize {
+      try io { () throws(IOError) in try store.resize(to: stop + VhdHeader.footerSize) }
+    }
+    if footerPlace != footerOffset { footerPlace = nil }
+    if let footer = footerPlace, footer < stop { footerPlace = nil }
+    end = stop
+    return start
   }
+
+  /// Where the footer at the end belongs.
+  var footerOffset: UInt64 { max(end, (store.size - VhdHeader.footerSize) / 512 * 512) }
 
   /// What makes every placement up to a mark durable; see the head of this file.
   public func commitPlan(upTo mark: Mark) throws(ImageError) -> CommitPlan {
@@ -193,14 +244,8 @@ public final class Vhd: ImageFormat {
     // since what is pending is looked at before the bitmaps.
     let ones = [UInt8](repeating: 0xFF, count: Int(header.bitmapSize))
     let bitmaps = runs.map { CommitPlan.Write(offset: $0.offset - header.bitmapSize, bytes: ones) }
-    var footerEnd: UInt64 = 0
-    if runs.contains(where: { $0.offset >= firstNew }) {
-      let footer = max(try findEnd(), (store.size - 512) / 512 * 512)
-      try draft.put(sectors: header.footer, at: footer)
-      // Blocks that are placed while the plan runs must not share its sector.
-      footerEnd = footer + VhdHeader.footerSize
-      end = footerEnd
-    }
+    let place = footerOffset
+    if footerPlace != place { try draft.put(sectors: header.footer, at: place) }
     draft.seal()
     let footer = draft.stages.flatMap { $0 }
     for run in runs {
@@ -209,7 +254,7 @@ public final class Vhd: ImageFormat {
       try draft.putBig(UInt32(start / 512), at: entry)
     }
     draft.seal()
-    inFlight = (mark, draft, runs, footerEnd)
+    inFlight = (mark, draft, runs, footerPlace == place ? nil : place)
     let entries = draft.stages.dropFirst(footer.isEmpty ? 0 : 1)
     return CommitPlan(upTo: mark, stages: [bitmaps + footer] + entries)
   }
@@ -218,7 +263,7 @@ public final class Vhd: ImageFormat {
   public func committed(upTo mark: Mark) {
     guard let plan = inFlight, plan.mark == mark else { return }
     inFlight = nil
-    firstNew = max(firstNew, plan.newEnd)
+    if let footer = plan.footer, footer == footerOffset { footerPlace = footer }
     cache.unpin(sectors: plan.draft.sectors.keys, fresh: plan.draft.fresh, size: 512)
     for run in plan.runs {
       cache.drop(from: run.offset - header.bitmapSize, to: run.offset)
@@ -247,7 +292,14 @@ public final class Vhd: ImageFormat {
       guard expected == sector * 512 || (own == nil && sector % 8 == 0) else {
         throw ImageError(.badRequest, "an uncommitted placement at sector \(sector)")
       }
-      if own == nil { end = max(try findEnd(), sector * 512 + UInt64(blockSize)) }
+      if own == nil {
+        let start = sector * 512 - min(sector * 512, header.bitmapSize)
+        guard start >= surveyedEnd else {
+          throw ImageError(.badRequest, "an uncommitted placement at sector \(sector)")
+        }
+        end = max(end, sector * 512 + UInt64(blockSize))
+        footerPlace = nil
+      }
       pending.insert(
         PendingPlacements.Run(
           blocks: extent.blocks, offset: sector * 512, mark: extent.mark))
@@ -279,7 +331,7 @@ final class VhdMixedBlocks: ByteStore {
   /// None of its own.
   func allocatedBytes() -> UInt64 { 0 }
 
-  /// Reads whole sectors.
+  /// Fills the buffer from any byte on.
   func read(_ buffer: UnsafeMutableRawBufferPointer, at offset: UInt64) throws(IOError) {
     var done = 0
     while done < buffer.count {
@@ -292,7 +344,7 @@ final class VhdMixedBlocks: ByteStore {
     }
   }
 
-  /// Reads sectors of one block, in runs that lie on one side.
+  /// Reads bytes of one block, in runs that lie on one side.
   private func read(
     within buffer: UnsafeMutableRawBufferPointer, _ position: UInt64
   ) throws(IOError) {
@@ -313,9 +365,10 @@ final class VhdMixedBlocks: ByteStore {
       let start = sector
       let own = isOwn(start)
       while sector < end, isOwn(sector) == own { sector += 1 }
-      let from = Int(start - first) * 512
+      // The first sector and the last one may be asked for in part.
+      let from = Int(max(start * 512, ahead) - ahead)
       let part = UnsafeMutableRawBufferPointer(
-        rebasing: buffer[from..<min(buffer.count, Int(sector - first) * 512)])
+        rebasing: buffer[from..<min(buffer.count, Int(sector * 512 - ahead))])
       if own {
         try store.read(part, at: place + header.bitmapSize + ahead + UInt64(from))
       } else if let base {

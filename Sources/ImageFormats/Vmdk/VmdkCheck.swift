@@ -136,6 +136,8 @@ private struct VmdkCheck {
     }
     // QEMU opens no file that ends before the place where grains may begin.
     space.keep(upTo: min(header.overhead, fileSize / 512) * 512)
+    // What a device has left is nobody's leak.
+    if store.isFixedSize { space.keep(upTo: fileSize) }
     let before = report.leaks
     // A stream ends with a directory and a footer; and what is compressed is not shortened.
     if header.isCompressed {
@@ -176,7 +178,8 @@ private struct VmdkCheck {
 
   mutating func mend() throws(ImageError) {
     guard report.corruptions == 0, !header.isCompressed else { return }
-    let (entries, gaps, end) = (wrong, space.gaps, tailLeaks > 0 ? report.imageEnd : nil)
+    // What lies between tables and grains is left as it is: it may be somebody's.
+    let (entries, end) = (wrong, tailLeaks > 0 ? report.imageEnd : nil)
     let store = store
     try io { () throws(IOError) in
       for (place, value) in entries {
@@ -184,7 +187,6 @@ private struct VmdkCheck {
         bytes.put(value, at: 0)
         try store.write(bytes, at: place)
       }
-      for gap in gaps { try store.zero(at: gap.lowerBound, count: UInt64(gap.count)) }
       if let end { try store.resize(to: end) }
       try store.flush()
     }

@@ -201,6 +201,26 @@ extension Vmdk {
     try VmdkLayout.read(from: store).descriptor.contentID
   }
 
+  /// The content ID that a base is given while its overlay is committed into it: the overlay
+  /// knows it again when that is broken off.
+  ///
+  /// - Throws: what `VmdkLayout.read(from:)` throws; `unsupported` when the overlay's descriptor
+  ///   has no room for it.
+  public static func beginCommit(
+    of store: any ByteStore, into base: any ByteStore
+  ) throws(ImageError) -> UInt32 {
+    let below = try VmdkLayout.read(from: base)
+    var layout = try VmdkLayout.read(from: store)
+    if below.descriptor.contentID == below.descriptor.successor(forCommitOf: layout.descriptor) {
+      // Such a commit was broken off before the overlay took that in.
+      try layout.adopt(parentContentID: below.descriptor.contentID, in: store)
+      layout = try VmdkLayout.read(from: store)
+    }
+    let next = below.descriptor.successor(forCommitOf: layout.descriptor)
+    try layout.checkRoom(parentContentID: next, in: store)
+    return next
+  }
+
   /// Takes a base that its own overlay has written for the one that the overlay stands on.
   ///
   /// - Parameter store: the overlay, open for writing.

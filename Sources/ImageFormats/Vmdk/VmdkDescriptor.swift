@@ -47,7 +47,9 @@ public struct VmdkExtentLine: Sendable, Equatable {
 
 /// What the descriptor of a VMDK image says.
 public struct VmdkDescriptor: Sendable, Equatable {
-  static let start = "# disk descriptorfile"
+  /// The first comment, without blanks and in small letters.
+  private static let start = Array("#diskdescriptorfile".utf8)
+  private static let byteOrderMark: [UInt8] = [0xEF, 0xBB, 0xBF]
   static let mostBytes = 1 << 20
   static let mostExtents = 1024
   static let longestPath = 1023
@@ -78,9 +80,23 @@ public struct VmdkDescriptor: Sendable, Equatable {
     self.createType = createType
   }
 
-  /// Whether bytes begin like a descriptor.
+  private static func isBlank(_ byte: UInt8) -> Bool { [9, 11, 12, 13, 32].contains(byte) }
+
+  /// Whether bytes begin like a descriptor: comments in front, of which one is the first line of
+  /// every descriptor in whatever spacing, or the version right after them. Source: QEMU's
+  /// probe; the writers that docs/formats/vmdk.md lists.
   static func isDescriptor(_ bytes: [UInt8]) -> Bool {
-    text(bytes.prefix(start.utf8.count)).lowercased() == start
+    var text = bytes[...]
+    if text.starts(with: byteOrderMark) { text = text.dropFirst(byteOrderMark.count) }
+    for line in text.prefix(while: { $0 != 0 }).split(separator: 10) {
+      let words = line.filter { !isBlank($0) }.map { (65...90).contains($0) ? $0 + 32 : $0 }
+      if words.isEmpty { continue }
+      if words.starts(with: start) { return true }
+      guard words[0] == 35 else {
+        return ["version=1", "version=2", "version=3"].contains { words == Array($0.utf8) }
+      }
+    }
+    return false
   }
 
   /// Reads a descriptor out of its text; a byte of zero ends it.
@@ -93,7 +109,9 @@ public struct VmdkDescriptor: Sendable, Equatable {
     self.init(contentID: 0, createType: "")
     var parent: String?
     var position = 0
-    for line in bytes.prefix(while: { $0 != 0 }).split(
+    let mark = bytes.starts(with: Self.byteOrderMark) ? Self.byteOrderMark.count : 0
+    position = mark
+    for line in bytes.dropFirst(mark).prefix(while: { $0 != 0 }).split(
       separator: 10, omittingEmptySubsequences: false)
     {
       defer { position += line.count + 1 }
@@ -112,7 +130,9 @@ public struct VmdkDescriptor: Sendable, Equatable {
         let from = line.firstIndex(of: 61).map { $0 - line.startIndex + 1 } ?? 0
         let blanks = line.dropFirst(from).prefix { $0 == 32 || $0 == 9 }.count
         let first = position + from + blanks
-        return first..<(first + value.utf8.count)
+        // Quotation marks are no digits.
+        let quote = line.dropFirst(from + blanks).first == 34 ? 1 : 0
+        return (first + quote)..<(first + quote + value.utf8.count)
       }
       switch key.lowercased() {
       case "version":
@@ -135,9 +155,6 @@ public struct VmdkDescriptor: Sendable, Equatable {
   }
 
   private func check(hasParentPath: Bool) throws(ImageError) {
-    guard !createType.isEmpty, !contentIDDigits.isEmpty else {
-      throw ImageError(.corrupt, "its descriptor lacks createType or CID")
-    }
     guard parentContentID == Self.noParent || hasParentPath else {
       throw ImageError(.corrupt, "it has a base (parentCID) and does not name it")
     }
@@ -155,38 +172,67 @@ public struct VmdkDescriptor: Sendable, Equatable {
   }
 
   private static func isExtent(_ words: String) -> Bool {
-    ["RW ", "RDONLY ", "NOACCESS "].contains { words.hasPrefix($0) }
+    ["RW", "RDONLY", "NOACCESS"].contains(
+      words.split { $0 == " " || $0 == "\t" }.first.map(String.init) ?? "")
   }
 
   private static func extent(_ words: String) throws(ImageError) -> VmdkExtentLine {
-    // The path is the only part with blanks in it, and it stands between quotation marks.
+    // A path with blanks in it stands between quotation marks; others may do without.
     let parts = words.split(separator: "\"", omittingEmptySubsequences: false).map(String.init)
-    let head = parts[0].split(separator: " ").map(String.init)
+    var head = parts[0].split { $0 == " " || $0 == "\t" }.map(String.init)
     func refuse(_ code: ImageError.Code = .corrupt) -> ImageError {
       ImageError(code, "its descriptor has the line '\(words.prefix(200))'")
     }
-    guard head.count == 3, let sectors = UInt64(head[1]) else { throw refuse() }
+    guard head.count >= 3, let sectors = UInt64(head[1]) else { throw refuse() }
+    guard head[2].uppercased() != "SESPARSE" else {
+      throw ImageError(
+        .unsupported, "it is of ESX's kind seSparse, which is not read here: convert it on ESX")
+    }
     guard head[0] == "RW" || head[0] == "RDONLY", let kind = VmdkExtentLine.Kind(rawValue: head[2])
     else { throw refuse(.unsupported) }
     var line = VmdkExtentLine(
       isWritable: head[0] == "RW", sectors: sectors, kind: kind, path: "")
+    head.removeFirst(3)
     guard kind != .zero else {
-      guard parts.count == 1 else { throw refuse() }
+      guard parts.count == 1, head.isEmpty else { throw refuse() }
       return line
     }
-    guard parts.count == 3, !parts[1].isEmpty, parts[1].utf8.count <= longestPath else {
-      throw refuse()
+    var tail: [String]
+    if parts.count == 1 {
+      guard !head.isEmpty else { throw refuse() }
+      line.path = head.removeFirst()
+      tail = head
+    } else {
+      guard parts.count == 3, head.isEmpty else { throw refuse() }
+      line.path = parts[1]
+      tail = parts[2].split { $0 == " " || $0 == "\t" }.map(String.init)
     }
-    line.path = parts[1]
-    let tail = trimmed(parts[2])
-    if !tail.isEmpty {
-      guard let offset = UInt64(tail.split(separator: " ")[0]), offset < 1 << 50 else {
-        throw refuse()
-      }
+    guard !line.path.isEmpty, line.path.utf8.count <= longestPath else { throw refuse() }
+    if let first = tail.first {
+      guard let offset = UInt64(first), offset < 1 << 50 else { throw refuse() }
       line.offset = offset
     }
     guard kind == .flat || kind == .vmfs || line.offset == 0 else { throw refuse() }
     return line
+  }
+
+  /// Where the length of the last extent stands in a descriptor's text.
+  static func lastExtentDigits(in bytes: [UInt8]) -> Range<Int>? {
+    var found: Range<Int>?
+    var position = 0
+    for line in bytes.split(separator: 10, omittingEmptySubsequences: false) {
+      defer { position += line.count + 1 }
+      guard isExtent(trimmed(text(line))) else { continue }
+      // Blanks, the access, blanks, and then the length.
+      var index = line.startIndex
+      for skipsBlanks in [true, false, true] {
+        while index < line.endIndex, isBlank(line[index]) == skipsBlanks { index += 1 }
+      }
+      let start = index
+      while index < line.endIndex, !isBlank(line[index]) { index += 1 }
+      found = (position + start - line.startIndex)..<(position + index - line.startIndex)
+    }
+    return found
   }
 
   private static func identity(_ value: String, _ key: String) throws(ImageError) -> UInt32 {
@@ -225,7 +271,25 @@ public struct VmdkDescriptor: Sendable, Equatable {
     return String(repeating: "0", count: 8 - digits.count) + digits
   }
 
-  /// Another content ID of the same number of digits, so that it fits into the same bytes.
+  /// A content ID cut to as many digits as the one that stands in the text, so that it fits
+  /// into the same bytes.
+  func fitting(_ contentID: UInt32) -> UInt32 {
+    let digits = String(Self.digits(contentID).suffix(contentIDDigits.count))
+    return UInt32(digits, radix: 16) ?? 0
+  }
+
+  /// What a base bears from its overlay's commit into it on, until the overlay remembers that:
+  /// known to nobody but this overlay, which tells by it that its own commit was broken off.
+  func successor(forCommitOf overlay: VmdkDescriptor) -> UInt32 {
+    var bytes = Array("dmu-xen commit".utf8)
+    bytes.appendBig(overlay.parentContentID)
+    bytes.appendBig(overlay.contentID)
+    bytes.append(contentsOf: Array(overlay.otherLines.joined().utf8))
+    let number = fitting(CRC32C.of(bytes))
+    return number == overlay.parentContentID || number == Self.noParent ? number ^ 1 : number
+  }
+
+  /// Another content ID of the same number of digits.
   func nextContentID() -> [UInt8] {
     let count = contentIDDigits.count
     while true {

@@ -49,8 +49,12 @@ public struct VmdkLayout: Sendable {
       throw ImageError(.corrupt, "a descriptor of \(size) bytes; there may be 1 MiB")
     }
     let bytes = try io { () throws(IOError) in try store.read(at: 0, count: Int(size)) }
+    let descriptor = try VmdkDescriptor(bytes)
+    guard !descriptor.createType.isEmpty else {
+      throw ImageError(.corrupt, "its descriptor lacks createType")
+    }
     return VmdkLayout(
-      descriptor: try VmdkDescriptor(bytes), header: nil,
+      descriptor: descriptor, header: nil,
       place: (0, UInt64(VmdkDescriptor.mostBytes)))
   }
 
@@ -67,7 +71,8 @@ public struct VmdkLayout: Sendable {
       return VmdkLayout(descriptor: descriptor, header: header, place: nil)
     }
     let bytes = try io { () throws(IOError) in try store.read(at: offset, count: Int(count)) }
-    let descriptor = try VmdkDescriptor(bytes)
+    var descriptor = try VmdkDescriptor(bytes)
+    if descriptor.createType.isEmpty { descriptor.createType = "monolithicSparse" }
     guard descriptor.extents.count == 1, descriptor.extents[0].kind == .sparse else {
       throw ImageError(.corrupt, "a descriptor in a sparse extent has to name that one alone")
     }
@@ -75,21 +80,34 @@ public struct VmdkLayout: Sendable {
   }
 
   /// Gives the image another content ID, durably: whoever has it as its base shall notice.
-  func renewContentID(in store: any ByteStore) throws(ImageError) {
-    // An extent without a descriptor has no ID.
-    guard place != nil else { return }
-    try put(descriptor.nextContentID(), at: descriptor.contentIDDigits, in: store)
+  /// `contentID`: this one instead of a random one.
+  func renewContentID(
+    in store: any ByteStore, to contentID: UInt32? = nil
+  ) throws(ImageError) {
+    // An extent without a descriptor has no ID, and some descriptors have none.
+    guard place != nil, !descriptor.contentIDDigits.isEmpty else { return }
+    let digits = contentID.map {
+      Array(VmdkDescriptor.digits($0).suffix(descriptor.contentIDDigits.count).utf8)
+    }
+    try put(digits ?? descriptor.nextContentID(), at: descriptor.contentIDDigits, in: store)
   }
 
   /// Has the image remember this content ID of its base, durably.
   func adopt(parentContentID: UInt32, in store: any ByteStore) throws(ImageError) {
+    guard descriptor.parentContentID != parentContentID else { return }
+    try checkRoom(parentContentID: parentContentID, in: store)
+    let digits = VmdkDescriptor.digits(parentContentID).suffix(descriptor.parentDigits.count)
+    try put(Array(digits.utf8), at: descriptor.parentDigits, in: store)
+  }
+
+  /// Throws `unsupported` when a content ID does not fit where the base's stands.
+  func checkRoom(parentContentID: UInt32, in store: any ByteStore) throws(ImageError) {
     let digits = VmdkDescriptor.digits(parentContentID)
     let count = descriptor.parentDigits.count
     guard count >= 8 - digits.prefix(while: { $0 == "0" }).count, count <= 8 else {
       throw ImageError(
         .unsupported, "store \(store.name): its descriptor has no room for parentCID=\(digits)")
     }
-    try put(Array(digits.suffix(count).utf8), at: descriptor.parentDigits, in: store)
   }
 
   private func put(

@@ -38,6 +38,8 @@ public final class Vmdk: ImageFormat {
     let device: UInt16
     /// The byte of its file where the next grain goes.
     var end: UInt64
+    /// Bytes that its file has.
+    var limit: UInt64
   }
 
   private struct InFlight {
@@ -126,7 +128,16 @@ public final class Vmdk: ImageFormat {
   func table(entry: UInt64, _ sparse: Sparse) throws(ImageError) -> UInt64? {
     let sector = try cache.little(UInt32.self, at: entry)
     guard sector != 0 else { return nil }
+    let end = UInt64(sector) * 512 + sparse.header.tableEntries * 4
+    guard end <= sparse.limit else { throw cut(sparse, "a grain table ends at byte \(end)") }
     return (sparse.base + UInt64(sector)) * 512
+  }
+
+  private func cut(_ sparse: Sparse, _ words: String) -> ImageError {
+    ImageError(
+      .corrupt,
+      "store \(sparse.store.name): cut short: it has \(sparse.limit) bytes, and \(words): copy "
+        + "it again or restore it from a backup")
   }
 
   /// The place of a directory's entry for a grain of a sparse extent, in bytes of `primary`.
@@ -186,6 +197,10 @@ public final class Vmdk: ImageFormat {
       let place = Place.device(sparse.device, sector: start + within)
       return Extent(blocks, place, writable: false)
     }
+    // The disk may end within its last grain, and the file there.
+    let sectors = min(count * blockSectors, header.capacity - min(header.capacity, sector))
+    let end = (UInt64(entry) + within + sectors) * 512
+    guard end <= sparse.limit else { throw cut(sparse, "block \(block) ends at byte \(end)") }
     let place = Place.device(sparse.device, sector: sparse.base + UInt64(entry) + within)
     return Extent(blocks, place, writable: isWritable && mayWrite)
   }
@@ -253,6 +268,7 @@ public final class Vmdk: ImageFormat {
     let store = sparse[index].store
     try io { () throws(IOError) in try store.resize(to: start + bytes) }
     sparse[index].end = start + bytes
+    sparse[index].limit = max(sparse[index].limit, start + bytes)
     return start
   }
 
@@ -356,6 +372,7 @@ public final class Vmdk: ImageFormat {
       }
       let start = (sector - sparse[index].base) * 512
       sparse[index].end = max(sparse[index].end, start + range.count * UInt64(blockSize))
+      sparse[index].limit = max(sparse[index].limit, sparse[index].store.size)
       pending.insert(
         PendingPlacements.Run(blocks: range, offset: sector * 512, mark: extent.mark))
       lastMark = extent.mark

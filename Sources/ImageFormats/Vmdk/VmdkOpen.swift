@@ -59,14 +59,62 @@ struct VmdkParts {
               + "descriptor gives it \(sectors)")
         }
         piece.kind = .sparse(sparse.count)
-        let unit = max(header.grain * 512, 4096)
-        let tables = header.directoryOffset * 512 + header.tables * 4
-        let end = (max(file.size, tables) + unit - 1) / unit * unit
+        guard header.directoryOffset * 512 + header.tables * 4 <= file.size else {
+          throw ImageError(
+            .corrupt,
+            "store \(file.name): cut short: its \(file.size) bytes end before its grain directory")
+        }
         sparse.append(
-          Vmdk.Sparse(header: header, store: file, base: 0, device: UInt16(number), end: end))
+          Vmdk.Sparse(
+            header: header, store: file, base: 0, device: UInt16(number),
+            end: try Self.end(of: file, header), limit: file.size))
         number += 1
       }
       pieces.append(piece)
+    }
+  }
+
+  /// Where the next grain goes: at the end of a file; behind what is in use of a device, whose
+  /// end means nothing.
+  private static func end(
+    of file: any ByteStore, _ header: VmdkHeader
+  ) throws(ImageError) -> UInt64 {
+    let unit = max(header.grain * 512, 4096)
+    var end = file.size
+    if file.isFixedSize {
+      end = 0
+      let tableSize = header.tableEntries * 4
+      let cache = MetadataCache(file)
+      for start in [header.directoryOffset, header.redundantOffset] where start > 0 {
+        end = max(end, start * 512 + header.tables * 4)
+        for index in 0..<header.tables {
+          let table = UInt64(try cache.little(UInt32.self, at: start * 512 + index * 4)) * 512
+          guard table > 0 else { continue }
+          end = max(end, table + tableSize)
+          guard start == header.directoryOffset, table + tableSize <= file.size else { continue }
+          for item in 0..<header.tableEntries {
+            let grain = UInt64(try cache.little(UInt32.self, at: table + item * 4))
+            if grain > 1 { end = max(end, (grain + header.grain) * 512) }
+          }
+        }
+      }
+      end = max(end, header.overhead * 512, header.leastGrain * 512)
+    }
+    return (end + unit - 1) / unit * unit
+  }
+
+  /// Throws `corrupt` when a flat extent's file is shorter than the descriptor says.
+  func checkLengths() throws(ImageError) {
+    for piece in pieces {
+      guard case .flat(let device, let sector) = piece.kind else { continue }
+      let file = device == 0 ? primary : own[Int(device) - 2]
+      let needed = (sector + UInt64(piece.sectors.count)) * 512
+      guard file.size >= needed else {
+        throw ImageError(
+          .corrupt,
+          "store \(file.name): cut short: it has \(file.size) bytes, and the extent in it ends at "
+            + "byte \(needed)")
+      }
     }
   }
 
@@ -83,7 +131,8 @@ struct VmdkParts {
       }
       let base = sparse.count == 1 ? 0 : UInt64(index) << (VmdkJoinedStore.bits - 9)
       sparse[index] = Vmdk.Sparse(
-        header: old.header, store: old.store, base: base, device: device, end: old.end)
+        header: old.header, store: old.store, base: base, device: device, end: old.end,
+        limit: old.limit)
     }
     for index in pieces.indices {
       guard case .flat(let number, let sector) = pieces[index].kind else { continue }
@@ -132,28 +181,32 @@ extension Vmdk {
   ///   - extents: the files that `VmdkLayout.extentPaths` names, in that order.
   ///   - base: the base that the descriptor names, as `ImageStore`.
   ///   - writable: the image is then given another content ID at once.
+  ///   - contentID: this one, not a random one.
   /// - Throws: what `VmdkLayout.read(from:)` throws; `baseMissing`, `baseChanged`,
   ///   `badRequest`; `unsupported` for writing to a stream-optimized or ESX image.
   public static func open(
     store: any ByteStore, extents: [any ByteStore] = [], base: (any ByteStore)? = nil,
-    writable: Bool
+    writable: Bool, contentID: UInt32? = nil
   ) throws(ImageError) -> Vmdk {
     let path = try VmdkLayout.read(from: store).descriptor.basePath
     if let path, base == nil {
       throw ImageError(.baseMissing, "store \(store.name) needs its base \(path): give it")
     }
     return try open(
-      alone: store, extents: extents, over: base, path == nil ? nil : base, writable: writable)
+      alone: store, extents: extents, over: base, path == nil ? nil : base, writable: writable,
+      contentID: contentID)
   }
 
   /// Opens an image over `under`, whatever it says of a base; `base` is the one to know again.
   static func open(
     alone store: any ByteStore, extents: [any ByteStore], over base: (any ByteStore)?,
-    _ under: (any ByteStore)?, writable: Bool
+    _ under: (any ByteStore)?, writable: Bool, contentID: UInt32? = nil
   ) throws(ImageError) -> Vmdk {
     let layout = try VmdkLayout.read(from: store)
     let parts = try VmdkParts(store, layout, extents)
-    if layout.descriptor.basePath != nil, let base { try check(base, of: store, layout) }
+    try parts.checkLengths()
+    var broken: UInt32?
+    if layout.descriptor.basePath != nil, let base { broken = try check(base, of: store, layout) }
     if writable {
       guard store.isWritable, parts.stores.allSatisfy(\.isWritable) else {
         throw ImageError(.badRequest, "\(store.name) is open for reading only")
@@ -162,15 +215,20 @@ extension Vmdk {
         throw ImageError(
           .unsupported, "store \(store.name) can only be read, since \(obstacle): convert it")
       }
-      try layout.renewContentID(in: store)
+      // By its old content ID it would no longer be known whose commit was broken off.
+      if let broken { try layout.adopt(parentContentID: broken, in: store) }
+      try layout.renewContentID(in: store, to: contentID)
     }
     return try Vmdk(parts, base: under, writable: writable)
   }
 
   /// Throws `baseChanged` when a base's content ID is not the one that the image remembers.
+  ///
+  /// - Returns: the base's content ID when it has another one from a commit of this very image
+  ///   that was broken off: wherever the base may have changed the image has the data itself.
   private static func check(
     _ base: any ByteStore, of store: any ByteStore, _ layout: VmdkLayout
-  ) throws(ImageError) {
+  ) throws(ImageError) -> UInt32? {
     guard let image = (base as? ImageStore)?.store ?? (base as? FlatChain)?.store else {
       throw ImageError(
         .baseChanged, "base \(base.name) of store \(store.name) is no VMDK image: put it back")
@@ -180,13 +238,16 @@ extension Vmdk {
       throw ImageError(
         .baseChanged, "base \(base.name) of store \(store.name) is no VMDK image: put it back")
     }
-    let found = try VmdkLayout.read(from: image).descriptor.contentID
-    guard found == layout.descriptor.parentContentID else {
+    let below = try VmdkLayout.read(from: image).descriptor
+    let found = below.contentID
+    if found == layout.descriptor.parentContentID { return nil }
+    guard found == below.successor(forCommitOf: layout.descriptor) else {
       throw ImageError(
         .baseChanged,
         "base \(base.name) has changed since store \(store.name) was made from it: its CID is "
           + "\(VmdkDescriptor.digits(found)), not "
           + "\(VmdkDescriptor.digits(layout.descriptor.parentContentID)): put the old base back")
     }
+    return found
   }
 }

@@ -3,9 +3,11 @@
 //
 // A sparse extent that needs more tables gets both directories anew, with all the tables that
 // are missing, at the end of its file; that is flushed, and then one sector, its header, names
-// them and the new length at once. The descriptor comes last when the disk grows and first
-// when it shrinks: what counts is the header in an image of one file, else the descriptor, and
-// an extent may be longer than it says. What lies past the end is taken out of tables last.
+// them. Then what would show of a base past the old end is hidden by grains. Then the header
+// says the length, and the descriptor last: what counts is the header in an image of one file,
+// else the descriptor, and an extent may be longer than it says. A kill before that leaves the
+// old length, and the same change can be done again. When the disk shrinks the descriptor comes
+// first, then the header, and what lies past the end is taken out of tables last.
 
 import Posix
 
@@ -32,7 +34,11 @@ extension Vmdk {
         .badRequest, "\(store.name): an extent of this kind has 2 GiB at most: convert it")
     }
     let old = size
-    guard newSize != old else { return }
+    guard newSize != old else {
+      // An earlier change may have been broken off before the descriptor said so.
+      guard layout.header != nil, layout.descriptor.extents.last?.sectors != sectors else { return }
+      return try putDescriptor(sectors)
+    }
     let grows = newSize > old
     if grows { try zeroTail(from: old) } else { try putDescriptor(sectors) }
     let from = pieces.count - 1
@@ -50,16 +56,15 @@ extension Vmdk {
       }
       change(self)
     case .sparse(let index):
-      let part = sparse[index]
-      // A power cut may have left what an earlier shrinking meant to take out.
-      if grows { try shrink(part, to: UInt64(last.sectors.count)) }
-      try grow(index, to: sectors)
-      if !grows { try shrink(part, to: sectors) }
+      // A power cut may have left what an earlier change meant to take out.
+      if grows { try clear(sparse[index], from: UInt64(last.sectors.count)) }
+      if grows { try growTables(index, for: sectors) }
       change(self)
+      if grows { try hide(from: old, on: store) }
+      try putCapacity(index, sectors)
+      if !grows { try clear(sparse[index], from: sectors) }
     }
-    guard grows else { return }
-    try putDescriptor(sectors)
-    if case .sparse = last.kind { try hide(from: old, on: store) }
+    if grows { try putDescriptor(sectors) }
   }
 
   /// Writes the descriptor with another length of the last extent.
@@ -67,29 +72,28 @@ extension Vmdk {
     guard let place = layout.place else { return }
     let count = layout.header == nil ? store.size : place.count
     let old = try io { () throws(IOError) in try store.read(at: place.offset, count: Int(count)) }
-    var lines = text(old.prefix { $0 != 0 }).split(
-      separator: "\n", omittingEmptySubsequences: false
-    ).map(String.init)
-    guard let line = lines.lastIndex(where: { $0.hasPrefix("RW ") || $0.hasPrefix("RDONLY ") })
-    else { throw ImageError(.corrupt, "\(store.name): its descriptor has no extents") }
-    var words = lines[line].split(separator: " ", maxSplits: 2).map(String.init)
-    words[1] = "\(sectors)"
-    lines[line] = words.joined(separator: " ")
-    var bytes = Array(lines.joined(separator: "\n").utf8)
+    let text = Array(old.prefix { $0 != 0 })
+    guard let digits = VmdkDescriptor.lastExtentDigits(in: text) else {
+      throw ImageError(.corrupt, "\(store.name): its descriptor has no extents")
+    }
+    var bytes = text
+    bytes.replaceSubrange(digits, with: Array("\(sectors)".utf8))
     guard bytes.count <= place.count else {
       throw ImageError(.badRequest, "\(store.name): its descriptor has no room for the length")
     }
-    let length = UInt64(bytes.count)
-    if layout.header != nil { bytes += [UInt8](repeating: 0, count: old.count - bytes.count) }
+    // Never shorter than it was: one write then does all of it.
+    let rest = layout.header == nil ? text.count : old.count
+    let filler: UInt8 = layout.header == nil ? 10 : 0
+    bytes += [UInt8](repeating: filler, count: max(0, rest - bytes.count))
+    let new = bytes
     try io { () throws(IOError) in
-      try store.write(bytes, at: place.offset)
-      if layout.header == nil { try store.resize(to: length) }
+      try store.write(new, at: place.offset)
       try store.flush()
     }
   }
 
   /// Takes entries past the end out of both copies of the tables.
-  private func shrink(_ part: Sparse, to sectors: UInt64) throws(ImageError) {
+  private func clear(_ part: Sparse, from sectors: UInt64) throws(ImageError) {
     let header = part.header
     let first = (sectors + header.grain - 1) / header.grain
     for table
@@ -111,11 +115,11 @@ extension Vmdk {
     cache.dropAll()
   }
 
-  /// Gives a sparse extent another capacity, and tables for all of it.
-  private func grow(_ index: Int, to sectors: UInt64) throws(ImageError) {
+  /// Gives a sparse extent tables for another capacity, which its header does not say yet.
+  private func growTables(_ index: Int, for sectors: UInt64) throws(ImageError) {
     let part = sparse[index]
     var header = part.header
-    header.capacity = sectors
+    header.capacity = max(header.capacity, sectors)
     guard header.tables <= VmdkHeader.mostTables else {
       throw ImageError(.badRequest, "\(sectors) sectors are too many for one extent")
     }
@@ -124,21 +128,40 @@ extension Vmdk {
       if part.header.redundantOffset > 0 {
         header.redundantOffset = try directory(header, part, index, copy: true)
       }
+      try put(header, capacity: part.header.capacity, in: part.store)
     }
-    let final = header
-    try io { () throws(IOError) in
-      try part.store.flush()
-      var bytes = try part.store.read(at: 0, count: 512)
-      bytes.put(final.capacity, at: 12)
-      bytes.put(final.redundantOffset, at: 48)
-      bytes.put(final.directoryOffset, at: 56)
-      try part.store.write(bytes, at: 0)
-      try part.store.flush()
-    }
+    replace(index, header)
+  }
+
+  /// Has a sparse extent's header say its capacity.
+  private func putCapacity(_ index: Int, _ sectors: UInt64) throws(ImageError) {
+    var header = sparse[index].header
+    header.capacity = sectors
+    try put(header, capacity: sectors, in: sparse[index].store)
+    replace(index, header)
+  }
+
+  private func replace(_ index: Int, _ header: VmdkHeader) {
+    let part = sparse[index]
     cache.dropAll()
     sparse[index] = Sparse(
-      header: final, store: part.store, base: part.base, device: part.device,
-      end: sparse[index].end)
+      header: header, store: part.store, base: part.base, device: part.device, end: part.end,
+      limit: part.limit)
+  }
+
+  /// Changes capacity and directories in one sector.
+  private func put(
+    _ header: VmdkHeader, capacity: UInt64, in file: any ByteStore
+  ) throws(ImageError) {
+    try io { () throws(IOError) in
+      try file.flush()
+      var bytes = try file.read(at: 0, count: 512)
+      bytes.put(capacity, at: 12)
+      if header.redundantOffset > 0 { bytes.put(header.redundantOffset, at: 48) }
+      bytes.put(header.directoryOffset, at: 56)
+      try file.write(bytes, at: 0)
+      try file.flush()
+    }
   }
 
   /// Writes a longer directory, with new tables behind it; returns its sector.

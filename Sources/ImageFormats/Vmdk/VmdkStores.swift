@@ -82,6 +82,9 @@ extension CompressedStore {
   /// The compressed grains of a sparse extent, known by the sectors where they begin.
   convenience init(_ store: any ByteStore, _ header: VmdkHeader) {
     let grain = header.grain * 512
+    // The disk may end within its last grain, and some writers end the grain there.
+    let last = (header.capacity - 1) / header.grain * header.grain
+    let short = Int((header.capacity - last) * 512)
     let hasMarkers = header.flags & VmdkHeader.Flag.markers != 0
     self.init(name: store.name, unit: grain, stride: Self.vmdkStride(header)) {
       sector throws(IOError) in
@@ -89,14 +92,19 @@ extension CompressedStore {
       // As much as deflate can make of a grain, and its marker.
       let most = Int(grain + grain / 100 + 1024)
       var bytes = try store.read(at: start, count: most)
+      var isLast = true
       if hasMarkers {
+        isLast = bytes.u64(at: 0) == last
         let count = Int(bytes.u32(at: 8))
         guard count > 0, count <= most - 12 else {
           throw IOError(5, "understand the grain at sector \(sector) of", store.name)
         }
         bytes = Array(bytes[12..<(12 + count)])
       }
-      guard let grain = Decompression.inflate(bytes, Int(grain), wrapped: true) else {
+      let least = isLast ? short : nil
+      guard
+        let grain = Decompression.inflate(bytes, Int(grain), wrapped: true, short: least)
+      else {
         throw IOError(5, "decompress the grain at sector \(sector) of", store.name)
       }
       return grain

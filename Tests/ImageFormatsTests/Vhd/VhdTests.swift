@@ -53,7 +53,7 @@ import Testing
       store: store, size: size, kind: .differencing, blockSize: 65536,
       uuid: [UInt8](repeating: 8, count: 16), base: ("base", uuid))
     func open(_ writable: Bool) throws -> DeviceEngine {
-      let format = try ImageChain.open(store, writable: writable) { request in
+      let format = try ImageChain.open(store, kind: .vhd, writable: writable) { request in
         #expect(request.path == "base")
         return base
       }
@@ -93,7 +93,7 @@ import Testing
       store: store, size: 1 << 20, kind: .differencing, uuid: [UInt8](repeating: 2, count: 16),
       base: ("base", [UInt8](repeating: 3, count: 16)))
     let error = #expect(throws: ImageError.self) {
-      try ImageChain.open(store, writable: false) { _ in base }
+      try ImageChain.open(store, kind: .vhd, writable: false) { _ in base }
     }
     #expect(error?.code == .baseChanged)
   }

@@ -33,7 +33,7 @@ import Testing
     try judge.must("qemu-img", "check", "-q", "-f", "vmdk", "disk.vmdk")
     #expect(try Vmdk.info(of: store).size == size)
     // Written here over the border of two extents, read there; and the other way round.
-    let engine = DeviceEngine(try judge.chain(store, kind: nil, writable: true), store: store)
+    let engine = DeviceEngine(try judge.chain(store, kind: .vmdk, writable: true), store: store)
     let border = Int((2 << 30) / 512)
     let data = (0..<300).flatMap { Stamp.sectors(1, UInt64($0 + 1)) }
     try engine.write(border - 150, data)
@@ -100,7 +100,7 @@ import Testing
     options.base = ("base.vmdk", try Vmdk.contentID(of: base))
     try Vmdk.create(store: store, size: 1 << 20, options: options)
     let before = try Vmdk.contentID(of: store)
-    let engine = DeviceEngine(try judge.chain(store, kind: nil, writable: true), store: store)
+    let engine = DeviceEngine(try judge.chain(store, kind: .vmdk, writable: true), store: store)
     #expect(try Vmdk.contentID(of: store) != before)
     let model = try VhdTests.live(
       engine, [UInt8](repeating: 0, count: 1 << 20), seed: 5, steps: 30)
@@ -325,9 +325,9 @@ import Testing
 
   @Test(arguments: [
     ("RW 0 FLAT \"a\" 0", "0 sectors"), ("RW 18446744073709551615 ZERO", "18446744073709551615"),
-    ("RW 99999999999999999999 ZERO", "line"), ("RW 128 FLAT a 0", "line"),
+    ("RW 99999999999999999999 ZERO", "line"), ("RW 128 FLAT a b", "line"),
     ("RW 128 FLAT \"\" 0", "line"), ("NOACCESS 128 FLAT \"a\" 0", "line"),
-    ("RW 128 SESPARSE \"a\"", "line"), ("RW 128 FLAT \"a\" -1", "line"), ("", "extents"),
+    ("RW 128 SESPARSE \"a\"", "seSparse"), ("RW 128 FLAT \"a\" -1", "line"), ("", "extents"),
     ("RW 128 ZERO\nCID=xyz", "CID"), ("RW 128 ZERO\nparentCID=5", "base"),
     ("RW 128 ZERO\nversion=9", "version"), ("RW 128 ZERO\nparentCID=123456789", "parentCID"),
     ("RW 128 SPARSE \"self\"", "itself"), ("RW 128 FLAT \"self\" 0", "itself"),
