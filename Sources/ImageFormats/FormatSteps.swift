@@ -61,6 +61,15 @@ extension ImageFormat {
     return .zero(try assign(found.blocks))
   }
 
+  /// What of a run that is being committed lies past the disk's end, as writes that zero it:
+  /// a program that makes the disk longer shows it. `offset` is the byte where the run begins.
+  func tail(of blocks: BlockRange, at offset: UInt64) -> [CommitPlan.Write] {
+    let used = size % UInt64(blockSize)
+    guard used > 0, blocks.contains(blockCount - 1) else { return [] }
+    let last = offset + (blockCount - 1 - blocks.first) * UInt64(blockSize)
+    return [CommitPlan.Write(offset: last + used, zeroes: UInt64(blockSize) - used)]
+  }
+
   // MARK: Lengths
 
   private func device(_ number: UInt16) throws(ImageError) -> any ByteStore {

@@ -46,13 +46,14 @@ public final class ImageWriter {
         extent = placement.extent
         try prepare(placement)
       }
-      guard case .device(0, let sector) = extent.place else {
-        throw ImageError(.corrupt, "\(store.name): a place for a write that is none")
-      }
+      // What has a place already may have it in any file; new ones are in the first.
+      guard case .device(let number, let sector) = extent.place, extent.mark == 0 || number == 0
+      else { throw ImageError(.corrupt, "\(store.name): a place for a write that is none") }
+      let device = devices[Int(number)]
       note(extent)
       let count = Int(min(left, extent.blocks.count * blockSize - ahead))
       let piece = UnsafeRawBufferPointer(rebasing: bytes[done..<(done + count)])
-      try io { () throws(IOError) in try devices[0].write(piece, at: sector * 512 + ahead) }
+      try io { () throws(IOError) in try device.write(piece, at: sector * 512 + ahead) }
       done += count
       uncommitted += UInt64(count)
     }
@@ -103,11 +104,11 @@ public final class ImageWriter {
       switch try format.discard(BlockRange(first, endBlock - first), zeroing: true) {
       case .nothing(let blocks): position += blocks * blockSize
       case .zero(let extent):
-        guard case .device(0, let sector) = extent.place else {
-          throw ImageError(.corrupt, "\(store.name): zeroing at no place")
-        }
+        guard case .device(let number, let sector) = extent.place, extent.mark == 0 || number == 0
+        else { throw ImageError(.corrupt, "\(store.name): zeroing at no place") }
+        let device = devices[Int(number)]
         try io { () throws(IOError) in
-          try devices[0].zero(at: sector * 512, count: extent.blocks.count * blockSize)
+          try device.zero(at: sector * 512, count: extent.blocks.count * blockSize)
         }
         note(extent)
         position += extent.blocks.count * blockSize
@@ -138,7 +139,7 @@ public final class ImageWriter {
   /// - Throws: what the format throws, `io`.
   public func commit() throws(ImageError) {
     try io { () throws(IOError) in
-      try devices[0].flush()
+      for device in devices where device.isWritable { try device.flush() }
       if devices[0] !== store { try store.flush() }
     }
     let plan = try format.commitPlan(upTo: lastMark)

@@ -13,6 +13,9 @@ public final class LayerChain {
     public var content: ImageLayer.Content
     /// How many bytes.
     public var count: UInt64
+    /// The image at which the search ended without an answer: one that is too short to have
+    /// these bytes hides what is below it.
+    public var reached = 0
   }
 
   /// The images, the top first.
@@ -43,7 +46,7 @@ public final class LayerChain {
       }
       return Run(depth: depth, content: content, count: count)
     }
-    return Run(depth: nil, content: .absent, count: limit)
+    return Run(depth: nil, content: .absent, count: limit, reached: depth)
   }
 
   /// Opens an image and everything under it. See `ImageChain.open`; also opens a base that

@@ -24,6 +24,7 @@ extension ImageTool {
       throw ImageError(.badRequest, "\(source.path) has no base to commit into")
     }
     try decision.checkMayName(path, store)
+    try Kinds.refuseSnapshots(store, kind, "committed into its base")
     try Kinds.checkCommit(store, kind, keep: keep)
     let base = try ImageFile.store(ImageSource.beside(source.path, path), writable: true)
     guard try !Dscow.same(base, store) else {
@@ -57,20 +58,47 @@ extension ImageTool {
       of: store, FormatDecision(kind: kind), resolve: resolve)
     // The image by itself: what it has of its own.
     let top = try ImageLayer(store, kind: kind, below: try disk(), files: files)
-    try Kinds.beginCommit(store, kind)
+    let isShort = try disk().size < top.size
+    guard !isShort || baseKind != .raw || !base.isFixedSize else {
+      throw ImageError(
+        .badRequest,
+        "base \(base.name) is a device of \(base.size) bytes, and \(store.name) has \(top.size): "
+          + "make the device longer, or the image shorter")
+    }
+    try Kinds.beginCommit(store, kind, base: try disk())
+    var hasWritten = false
+    do throws(ImageError) {
+      try fillBase(
+        base, baseKind, from: top, of: store, kind, isShort: isShort, progress, resolve,
+        &hasWritten)
+    } catch {
+      // A base that was not written yet is as the image knows it.
+      if !hasWritten { try Kinds.cancelCommit(store, kind) }
+      throw error
+    }
+    try Kinds.endCommit(store, kind, files: files, base: try disk(), keep: keep)
+  }
+
+  /// Writes what an image has of its own into its base, which is durable then. `hasWritten`:
+  /// whether the base may differ from what it was.
+  private static func fillBase(
+    _ base: any ByteStore, _ baseKind: ImageKind, from top: ImageLayer, of store: any ByteStore,
+    _ kind: ImageKind, isShort: Bool, _ progress: Progress, _ resolve: ImageChain.Resolver,
+    _ hasWritten: inout Bool
+  ) throws(ImageError) {
     let next = try Kinds.nextContentID(of: base, for: store, kind)
-    if try disk().size < top.size {
+    if isShort {
+      hasWritten = true
       try Kinds.resize(
-        base, FormatDecision(kind: baseKind), to: top.size, contentID: next,
-        resolve: resolve)
+        base, FormatDecision(kind: baseKind), to: top.size, contentID: next, resolve: resolve)
     }
     let target = try ImageChain.open(
       base, kind: baseKind, writable: true, contentID: next, resolve: resolve)
+    hasWritten = true
     try Kinds.adopt(base: base, of: store, kind)
     let writer = ImageWriter(target, store: base, devices: target.devices ?? [base])
     try copyOwn(top, writer, progress)
     try writer.commit()
-    try Kinds.endCommit(store, kind, files: files, base: try disk(), keep: keep)
   }
 
   /// Writes what an image has of its own to another disk.
@@ -108,6 +136,7 @@ extension ImageTool {
     let decision = try source.decision(of: store)
     let kind = decision.kind
     try Kinds.checkRebase(store, kind)
+    if !unsafe { try Kinds.refuseSnapshots(store, kind, "given another base") }
     if let path = try ImageLayer.names(in: store, kind: kind).base {
       try decision.checkMayName(path, store)
     }

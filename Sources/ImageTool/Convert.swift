@@ -128,6 +128,7 @@ final class TargetFiles {
   /// Whether it reads as zeroes to begin with.
   let isZero: Bool
   private var pending: [PendingFile] = []
+  private var replaced: [FileStore] = []
   private let sources: [any ByteStore]
   /// What was made beside the image, by path: nobody else can open it yet.
   private(set) var made: [String: FileStore] = [:]
@@ -140,6 +141,7 @@ final class TargetFiles {
     if let there = try Self.existing(path) {
       try Self.refuse(there, sources)
       try ImageFile.lock(store: there, exclusive: true)
+      replaced.append(there)
       if request.intoExisting || there.isBlockDevice {
         store = there
         isZero = request.targetIsZero
@@ -172,9 +174,18 @@ final class TargetFiles {
     }
   }
 
-  /// Makes another file that the image needs.
+  /// Makes another file that the image needs. A file that somebody uses is not replaced.
   func make(_ path: String) throws(ImageError) -> FileStore {
-    if let there = try Self.existing(path) { try Self.refuse(there, sources) }
+    if let there = try Self.existing(path) {
+      try Self.refuse(there, sources + [store])
+      try ImageFile.lock(store: there, exclusive: true)
+      // The lock is kept until the new file has the name.
+      replaced.append(there)
+      if there.isBlockDevice {
+        made[path] = there
+        return there
+      }
+    }
     let file = try toolIO { () throws(IOError) in try PendingFile(path: path) }
     pending.append(file)
     made[path] = file.store

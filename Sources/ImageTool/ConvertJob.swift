@@ -142,7 +142,7 @@ final class ConvertJob: @unchecked Sendable {
       var offset = state.next
       while offset < end {
         let own = try reader.chain.run(at: offset, limit: end - offset, above: shared)
-        if own.depth == nil, shared < .max {
+        if own.depth == nil, own.reached == shared {
           offset += own.count
           continue
         }

@@ -260,9 +260,28 @@ extension Kinds {
     }
   }
 
+  /// Throws `unsupported` for an image with internal snapshots: what they have not of their own
+  /// they show of the base.
+  static func refuseSnapshots(
+    _ store: any ByteStore, _ kind: ImageKind, _ what: String
+  ) throws(ImageError) {
+    guard kind == .qcow2, try !Qcow2.snapshots(of: store).isEmpty else { return }
+    throw ImageError(
+      .unsupported,
+      "\(store.name) has internal snapshots, which would show something else were it \(what): "
+        + "delete them with qemu-img snapshot -d, or convert it")
+  }
+
   /// The base is about to be written.
-  static func beginCommit(_ store: any ByteStore, _ kind: ImageKind) throws(ImageError) {
-    if kind == .dscow { try Dscow.beginCommit(of: store) }
+  static func beginCommit(
+    _ store: any ByteStore, _ kind: ImageKind, base: any ByteStore
+  ) throws(ImageError) {
+    if kind == .dscow { try Dscow.beginCommit(of: store, base: base) }
+  }
+
+  /// Nothing of the base was written.
+  static func cancelCommit(_ store: any ByteStore, _ kind: ImageKind) throws(ImageError) {
+    if kind == .dscow { try Dscow.cancelCommit(of: store) }
   }
 
   /// What the base shall bear so that this image knows it again when its commit is broken off.

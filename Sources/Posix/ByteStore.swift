@@ -53,6 +53,9 @@ public protocol ByteStore: AnyObject, Sendable {
   /// Returns when everything written before the call is durable.
   func flush() throws(IOError)
 
+  /// As `flush`, and what `identity` says is durable, too.
+  func flushAll() throws(IOError)
+
   /// The next range of bytes at or after an offset that is not known to be a hole, nil when
   /// there is none.
   func nextData(from offset: UInt64) throws(IOError) -> Range<UInt64>?
@@ -61,6 +64,9 @@ public protocol ByteStore: AnyObject, Sendable {
 extension ByteStore {
   /// A file, which is as long as it is made.
   public var isFixedSize: Bool { false }
+
+  /// A store without a time of its own.
+  public func flushAll() throws(IOError) { try flush() }
 
   /// A store that knows no holes: everything up to its end is data.
   public func nextData(from offset: UInt64) throws(IOError) -> Range<UInt64>? {

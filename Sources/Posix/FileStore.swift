@@ -381,4 +381,9 @@ public final class FileStore: ByteStore {
   public func flush() throws(IOError) {
     guard fdatasync(raw) == 0 else { throw IOError.last("flush", name) }
   }
+
+  /// fsync(2): times, too.
+  public func flushAll() throws(IOError) {
+    guard fsync(raw) == 0 else { throw IOError.last("flush", name) }
+  }
 }

@@ -13,6 +13,10 @@ public final class PendingFile {
   /// Its name of the meantime, where it has to have one.
   private var temporary: String?
   private var isNamed = false
+  /// Whether there was a file of that name.
+  private var replaces = false
+  /// Whether that file has to stay the same one: it has other names, or another owner.
+  private var keepsInode = false
 
   /// Begins a file that shall have a path, a link there being followed.
   ///
@@ -34,15 +38,31 @@ public final class PendingFile {
       guard raw >= 0 else { throw IOError.last("make", path) }
       temporary = name
     }
-    // What is replaced keeps its permissions.
-    var old = stat()
-    if stat(real, &old) == 0, fchmod(raw, old.st_mode & 0o7777) != 0 {
-      let error = IOError.last("set the permissions of", path)
-      _ = Glibc.close(raw)
-      if let temporary { unlink(temporary) }
-      throw error
-    }
     store = try FileStore(Descriptor(owning: raw), name: path)
+    try takeAfter(real)
+  }
+
+  /// What is replaced keeps its owner, permissions and other names.
+  private func takeAfter(_ real: String) throws(IOError) {
+    var old = stat()
+    guard stat(real, &old) == 0 else {
+      guard errno == ENOENT else { throw IOError.last("examine", real) }
+      return
+    }
+    replaces = true
+    var own = stat()
+    guard fstat(store.raw, &own) == 0 else { throw IOError.last("examine", real) }
+    keepsInode = old.st_nlink > 1
+    if own.st_uid != old.st_uid || own.st_gid != old.st_gid,
+      fchown(store.raw, old.st_uid, old.st_gid) != 0
+    {
+      guard errno == EPERM else { throw IOError.last("set the owner of", real) }
+      // Only its own bytes can be changed by whoever does not own it.
+      keepsInode = true
+    }
+    guard keepsInode || fchmod(store.raw, old.st_mode & 0o7777) == 0 else {
+      throw IOError.last("set the permissions of", real)
+    }
   }
 
   deinit {
@@ -61,27 +81,66 @@ public final class PendingFile {
   }
 
   /// Gives the file its name, in the place of whatever has it. `durable`: the name is on the
-  /// medium on return; the bytes are the caller's to flush before.
+  /// medium on return; the bytes are the caller's to flush before. Where a file is replaced both
+  /// are, whatever the caller wants: after a power cut there is the old file or the new one.
   ///
-  /// - Throws: the errno of linkat(2), rename(2) or fsync(2).
+  /// A file with other names, or of another owner, is overwritten with the new bytes, which have
+  /// a temporary name beside it until that is done.
+  ///
+  /// - Throws: the errno of linkat(2), rename(2), fsync(2) or of the copy.
   public func publish(durable: Bool) throws(IOError) {
+    let durable = durable || replaces
+    if replaces {
+      guard fsync(store.raw) == 0 else { throw IOError.last("flush", path) }
+    }
+    if keepsInode { return try overwrite() }
     if temporary == nil {
       if dmu_name_file(store.raw, path) == 0 {
         isNamed = true
       } else {
         guard errno == EEXIST else { throw IOError.last("name", path) }
-        let name = Self.beside(path)
-        guard dmu_name_file(store.raw, name) == 0 else { throw IOError.last("name", path) }
-        temporary = name
+        // Nobody may take what it replaces for the whole: it came between.
+        guard fsync(store.raw) == 0 else { throw IOError.last("flush", path) }
+        try nameBeside()
       }
     }
     if let temporary, !isNamed {
       guard rename(temporary, path) == 0 else { throw IOError.last("name", path) }
       isNamed = true
     }
-    guard durable else { return }
+    if durable { try flushDirectory() }
+  }
+
+  private func flushDirectory() throws(IOError) {
     let directory = try Descriptor(
       path: Self.directory(of: path), flags: O_RDONLY | O_DIRECTORY)
     guard fsync(directory.raw) == 0 else { throw IOError.last("flush", path) }
+  }
+
+  private func nameBeside() throws(IOError) {
+    guard temporary == nil else { return }
+    let name = Self.beside(path)
+    guard dmu_name_file(store.raw, name) == 0 else { throw IOError.last("name", path) }
+    temporary = name
+  }
+
+  /// Puts the bytes into the file that has the name. A power cut meanwhile leaves them under
+  /// the temporary name.
+  private func overwrite() throws(IOError) {
+    try nameBeside()
+    try flushDirectory()
+    let target = try FileStore(path: path, writable: true)
+    try target.resize(to: 0)
+    try target.resize(to: store.size)
+    var offset: UInt64 = 0
+    while let data = try store.nextData(from: offset) {
+      offset = data.lowerBound
+      while offset < data.upperBound {
+        let count = Int(min(1 << 20, data.upperBound - offset))
+        try target.write(try store.read(at: offset, count: count), at: offset)
+        offset += UInt64(count)
+      }
+    }
+    guard fsync(target.raw) == 0 else { throw IOError.last("flush", path) }
   }
 }

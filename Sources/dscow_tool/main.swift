@@ -30,6 +30,13 @@ struct Looking: ParsableArguments {
   var evenInUse = false
 }
 
+struct BaseFormat: ParsableArguments {
+  @Option(
+    name: [.customShort("F"), .customLong("base-format")],
+    help: "The base's format; unless given, its first bytes say, and it may name no file.")
+  var baseFormat: String?
+}
+
 struct Create: ParsableCommand {
   static let configuration = CommandConfiguration(
     abstract: "Make a store over a base (also: -c).")
@@ -39,12 +46,14 @@ struct Create: ParsableCommand {
   var blockSize: Size?
   @Option(help: "Length of the disk, up to 64T. (default: that of the base)") var size: Size?
   @Flag(name: .shortAndLong, help: "Overwrite what is in the store.") var force = false
+  @OptionGroup var format: BaseFormat
 
   func run() throws {
     try finish { () throws(ImageError) in
       put(
         try DscowTool.create(
-          store: store, base: base, blockSize: blockSize?.bytes, size: size?.bytes, force: force))
+          store: store, base: base, baseFormat: format.baseFormat, blockSize: blockSize?.bytes,
+          size: size?.bytes, force: force))
       return .done
     }
   }
@@ -74,12 +83,13 @@ struct Check: ParsableCommand {
   @Argument(help: "The store.") var store: String
   @Option(help: "Compare this base with what the store knows of it.") var base: String?
   @Flag(help: "Mend what can be mended.") var repair = false
+  @OptionGroup var format: BaseFormat
   @OptionGroup var looking: Looking
 
   func run() throws {
     try finish { () throws(ImageError) in
       let (text, exit) = try DscowTool.check(
-        store: store, base: base, repair: repair, json: looking.json,
+        store: store, base: base, baseFormat: format.baseFormat, repair: repair, json: looking.json,
         evenInUse: looking.evenInUse)
       put(text)
       return exit
@@ -110,10 +120,11 @@ struct Accept: ParsableCommand {
       """)
   @Argument(help: "The store.") var store: String
   @Argument(help: "The base, when it has moved.") var base: String?
+  @OptionGroup var format: BaseFormat
 
   func run() throws {
     try finish { () throws(ImageError) in
-      put(try DscowTool.accept(store: store, base: base))
+      put(try DscowTool.accept(store: store, base: base, baseFormat: format.baseFormat))
       return .done
     }
   }

@@ -31,6 +31,15 @@ final class Bench {
     return URL(fileURLWithPath: bundle ?? CommandLine.arguments[0]).deletingLastPathComponent()
   }()
 
+  /// A program of this package.
+  static func program(_ name: String) throws -> URL {
+    let path = programs.appendingPathComponent(name)
+    guard FileManager.default.isExecutableFile(atPath: path.path) else {
+      throw CocoaError(.fileNoSuchFile, userInfo: [NSFilePathErrorKey: path.path])
+    }
+    return path
+  }
+
   /// Runs a program, one of this package or of the system's, to its end.
   func run(_ program: String, _ arguments: [String]) throws -> Outcome {
     let process = try start(program, arguments)

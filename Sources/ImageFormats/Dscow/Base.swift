@@ -30,6 +30,40 @@ extension Dscow {
     return sum.value
   }
 
+  /// CRC-32C of those samples that lie in blocks which the store does not have: a commit into
+  /// the base leaves them as they are. `size` is the base's, as the store knows it.
+  static func untouched(
+    _ store: any ByteStore, _ header: DscowHeader, _ base: any ByteStore, size: UInt64
+  ) throws(ImageError) -> UInt32 {
+    var bitmap = DscowBitmap(store: store, header: header)
+    var sum = CRC32C()
+    let unit = UInt64(header.blockSize)
+    let last = size - min(size, sampleSize)
+    for index in 0..<samples {
+      let offset = index == samples - 1 ? last : last / (samples - 1) * index
+      let count = min(sampleSize, size - offset)
+      guard count > 0, (offset + count - 1) / unit < header.blocks else { continue }
+      var isTaken = false
+      for block in (offset / unit)...((offset + count - 1) / unit) {
+        if try bitmap.run(from: block, limit: 1).isSet { isTaken = true }
+      }
+      guard !isTaken else { continue }
+      let bytes = try io { () throws(IOError) in try base.read(at: offset, count: Int(count)) }
+      bytes.withUnsafeBytes { sum.update($0) }
+    }
+    return sum.value
+  }
+
+  /// What identifies a base now, and will after a power cut: the file's time is written out
+  /// with everything else first.
+  static func stamp(
+    durably base: any ByteStore, path: String
+  ) throws(ImageError) -> DscowBase {
+    let file = (base as? ImageStore)?.store ?? (base as? FlatChain)?.store ?? base
+    try io { () throws(IOError) in try file.flushAll() }
+    return try stamp(base, path: path)
+  }
+
   /// What identifies a base now.
   static func stamp(
     _ base: any ByteStore, path: String

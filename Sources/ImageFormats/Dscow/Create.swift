@@ -2,8 +2,10 @@
 // directly; once a disk is open only commit plans do.
 //
 // Order of creation: what was there is made unreadable and that is flushed; then the
-// metadata is zeroed, the length set, and that is flushed; then the header is written. A
-// store that a power cut left half made has no valid header.
+// metadata is zeroed, the length set, and that is flushed; then a mark that the store is not
+// finished takes the first sector; then the second copy of the header is written, then the first
+// without its first sector, then that; each is flushed. A store that a power cut left half made
+// has no valid header, or one copy, and can be made again: it is empty, or bears the mark.
 //
 // Order of a header's rewrite: the copy that does not hold, flush, the other, flush. At
 // every instant one copy is valid.
@@ -38,9 +40,10 @@ extension Dscow {
       throw ImageError(
         .badRequest, "the base \(baseName) is empty: give the disk a size of its own")
     }
-    let header = try DscowHeader(
+    var header = try DscowHeader(
       size: roundedUp(wanted, to: 512) ?? .max, blockSize: blockSize,
-      base: try base.map { base throws(ImageError) in try stamp(base, path: baseName) })
+      base: try base.map { base throws(ImageError) in try stamp(durably: base, path: baseName) })
+    header.stampFlags = DscowHeader.stampIsDurable
     if !overwrite { try checkEmpty(store) }
     do throws(IOError) {
       try write(new: header, to: store)
@@ -70,7 +73,7 @@ extension Dscow {
     let head = try io { () throws(IOError) in
       try store.read(at: 0, count: 2 * DscowHeader.copySize)
     }
-    guard head.allSatisfy({ $0 == 0 }) else {
+    guard head.allSatisfy({ $0 == 0 }) || DscowHeader.isUnfinished(head) else {
       throw ImageError(
         .badRequest,
         "\(store.name) is not empty: choose another store or force it to be made anew (-f)")
@@ -89,8 +92,13 @@ extension Dscow {
     try store.zero(at: headers, count: header.firstBlock - headers)
     try store.flush()
     let copy = header.encoded()
-    try store.write(copy + copy, at: 0)
-    try store.flush()
+    for (bytes, offset) in [
+      (DscowHeader.unfinished, 0), (copy, DscowHeader.copySize), ([UInt8](copy[512...]), 512),
+      ([UInt8](copy[..<512]), 0),
+    ] {
+      try store.write(bytes, at: UInt64(offset))
+      try store.flush()
+    }
   }
 
   /// The header of a store, from which the base's path can be had before there is a base.
@@ -136,7 +144,11 @@ extension Dscow {
     if let changed {
       guard force else { throw changed.error }
       if writable {
-        header = try restamp(store, header, base: changed.stamp)
+        let path = changed.stamp.path
+        header = try restamp(
+          store, header,
+          base: try base.map { base throws(ImageError) in try stamp(durably: base, path: path) }
+            ?? changed.stamp)
         copies = .both
       }
     }
@@ -175,8 +187,14 @@ extension Dscow {
     try checkDistinct(store, base)
     let stamp = try stamp(base, path: known.path)
     // While the store is committed into its base that changes, where the store has blocks.
-    if header.isCommitting, stamp.size >= known.size { return nil }
-    return difference(known, stamp).map { reason in
+    var reason = difference(known, stamp)
+    if header.isCommitting, stamp.size >= known.size {
+      let isWatched = header.stampFlags & DscowHeader.hasUntouched != 0
+      guard isWatched, try untouched(store, header, base, size: known.size) != header.untouched
+      else { return nil }
+      reason = "it differs where the commit that is under way leaves it alone"
+    }
+    return reason.map { reason in
       let error = ImageError(
         .baseChanged,
         "base \(base.name) has changed since store \(store.name) was made from it (\(reason)): "
@@ -198,7 +216,7 @@ extension Dscow {
       throw ImageError(.badRequest, "store \(store.name) has no base that could change")
     }
     try checkDistinct(store, base)
-    let stamp = try stamp(base, path: baseName ?? known.path)
+    let stamp = try stamp(durably: base, path: baseName ?? known.path)
     return try restamp(store, header, base: stamp)
   }
 
@@ -207,6 +225,7 @@ extension Dscow {
   ) throws(ImageError) -> DscowHeader {
     var changed = header
     changed.base = base
+    changed.stampFlags = DscowHeader.stampIsDurable
     return try rewrite(changed, on: store)
   }
 

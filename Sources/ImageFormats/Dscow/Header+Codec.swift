@@ -35,6 +35,8 @@ extension DscowHeader {
     static let baseModified = 104
     static let baseFingerprint = 112
     static let basePathCount = 116
+    static let stampFlags = 120
+    static let untouched = 124
     static let basePath = 512
   }
 
@@ -50,6 +52,16 @@ extension DscowHeader {
   static func isMagic(_ bytes: [UInt8]) -> Bool {
     bytes.starts(with: magic) || bytes.dropFirst(copySize).starts(with: magic)
   }
+
+  /// The first sector of a store that is being made.
+  static let unfinished: [UInt8] = {
+    var bytes = magic + [UInt8](repeating: 0, count: 512 - magic.count)
+    bytes.put(version, at: Field.version)
+    return bytes
+  }()
+
+  /// Whether a store was being made when that was broken off.
+  static func isUnfinished(_ bytes: [UInt8]) -> Bool { bytes.starts(with: unfinished) }
 
   /// What one copy is found to be.
   enum Copy: Equatable {
@@ -114,6 +126,8 @@ extension DscowHeader {
     bytes.put(base?.modified ?? 0, at: Field.baseModified)
     bytes.put(base?.fingerprint ?? 0, at: Field.baseFingerprint)
     bytes.put(UInt32(path.count), at: Field.basePathCount)
+    bytes.put(base == nil ? 0 : stampFlags, at: Field.stampFlags)
+    bytes.put(base == nil ? 0 : untouched, at: Field.untouched)
     let rest = [UInt8](repeating: 0, count: Self.longestPath - path.count)
     bytes.replaceSubrange(Field.basePath..., with: path + rest)
     bytes.put(Self.sum(bytes), at: Field.checksum)
@@ -146,6 +160,8 @@ extension DscowHeader {
     guard bytes.u64(at: Field.blocks) == blocks, bytes.u64(at: Field.bitmapCount) == bitmapCount
     else { throw ImageError(.corrupt, "the header's block counts contradict its size") }
     base = try Self.base(bytes)
+    stampFlags = bytes.u32(at: Field.stampFlags)
+    untouched = bytes.u32(at: Field.untouched)
   }
 
   private static func checkFeatures(_ bytes: [UInt8], writable: Bool) throws(ImageError) {
@@ -210,6 +226,9 @@ extension DscowHeader {
     case (.absent, .absent):
       throw ImageError(.notThisFormat, "not a dscow store: it does not begin like one")
     default:
+      guard !isUnfinished(first) else {
+        throw ImageError(.corrupt, "it was not finished when it was made: make it again")
+      }
       throw ImageError(
         .corrupt, "both copies of the header are damaged: restore the store from a backup")
     }

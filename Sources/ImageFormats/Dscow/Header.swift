@@ -45,6 +45,12 @@ public struct DscowHeader: Sendable, Equatable {
   /// A compatible feature: the store's blocks are being written into its base, which therefore
   /// may differ from what the store knows of it.
   static let committing: UInt64 = 1
+  /// A flag of the stamp: the base was flushed, its inode too, before it was stamped, so that no
+  /// power cut turns back what the stamp says.
+  static let stampIsDurable: UInt32 = 1
+  /// A flag of the stamp: while the store is committed, there is a checksum of what the commit
+  /// leaves alone.
+  static let hasUntouched: UInt32 = 2
   /// An incompatible feature: the bitmap lies behind the blocks.
   static let bitmapBehind: UInt64 = 1
 
@@ -64,6 +70,11 @@ public struct DscowHeader: Sendable, Equatable {
   public let bitmapOffset: UInt64
   /// The base, nil for a store that has none.
   public var base: DscowBase?
+  /// Flags of the stamp.
+  var stampFlags: UInt32 = 0
+  /// CRC-32C of the samples of the base in blocks that the store does not have, while the store
+  /// is committed into it.
+  var untouched: UInt32 = 0
   /// The copy that this header was read from, so that a rewrite keeps what it does not know.
   var raw: [UInt8]
 
@@ -111,6 +122,8 @@ public struct DscowHeader: Sendable, Equatable {
     changed.compatible = compatible
     changed.readOnlyCompatible = readOnlyCompatible
     changed.base = base
+    changed.stampFlags = stampFlags
+    changed.untouched = untouched
     return changed
   }
 

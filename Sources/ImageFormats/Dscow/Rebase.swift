@@ -20,7 +20,8 @@ extension Dscow {
     var changed = try header(of: store, writable: true).header
     if let base, let path {
       try checkDistinct(store, base)
-      changed.base = try stamp(base, path: path)
+      changed.base = try stamp(durably: base, path: path)
+      changed.stampFlags = DscowHeader.stampIsDurable
     } else {
       changed.base = nil
     }
@@ -28,13 +29,28 @@ extension Dscow {
     return try rewrite(changed, on: store)
   }
 
-  /// Marks a store as being committed into its base. Throws what `header(of:)` throws, `io`.
-  public static func beginCommit(of store: any ByteStore) throws(ImageError) {
+  /// Marks a store as being committed into its base, and notes what of that the commit leaves
+  /// alone. Throws what `header(of:)` throws, `io`.
+  public static func beginCommit(
+    of store: any ByteStore, base: any ByteStore
+  ) throws(ImageError) {
     var changed = try header(of: store, writable: true).header
-    guard changed.base != nil else {
+    guard let known = changed.base else {
       throw ImageError(.badRequest, "store \(store.name) has no base to commit into")
     }
     changed.compatible |= DscowHeader.committing
+    changed.stampFlags |= DscowHeader.hasUntouched
+    changed.untouched = try untouched(store, changed, base, size: known.size)
+    _ = try rewrite(changed, on: store)
+  }
+
+  /// Takes back `beginCommit` when nothing of the base was written: a base that changes is
+  /// noticed again. Throws what `header(of:)` throws, `io`.
+  public static func cancelCommit(of store: any ByteStore) throws(ImageError) {
+    var changed = try header(of: store, writable: true).header
+    changed.compatible &= ~DscowHeader.committing
+    changed.stampFlags &= ~DscowHeader.hasUntouched
+    changed.untouched = 0
     _ = try rewrite(changed, on: store)
   }
 
@@ -47,8 +63,10 @@ extension Dscow {
   ) throws(ImageError) {
     var changed = try header(of: store, writable: true).header
     guard let known = changed.base else { return }
-    changed.base = try stamp(base, path: known.path)
+    changed.base = try stamp(durably: base, path: known.path)
     changed.compatible &= ~DscowHeader.committing
+    changed.stampFlags = DscowHeader.stampIsDurable
+    changed.untouched = 0
     let header = try rewrite(changed, on: store)
     guard emptying else { return }
     try io { () throws(IOError) in

@@ -39,6 +39,10 @@ extension Qcow {
     var space = UsedSpace(fileSize: fileSize)
     let cache = MetadataCache(store)
     space.use(0, header.end, &report, "the header")
+    if header.pathRange.lowerBound >= header.end {
+      space.use(
+        header.pathRange.lowerBound, UInt64(header.pathRange.count), &report, "the base's path")
+    }
     space.use(
       header.l1Offset, header.l1Entries * 8, mayEndEarly: true, &report, "the L1 table")
     var tables: Set<UInt64> = []
@@ -69,6 +73,8 @@ extension Qcow {
         }
       }
     }
+    // What a device has left is nobody's leak.
+    if store.isFixedSize { space.keep(upTo: fileSize) }
     space.finish(&report)
     return report
   }

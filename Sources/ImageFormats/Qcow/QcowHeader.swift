@@ -23,8 +23,14 @@ public struct QcowHeader: Sendable, Equatable {
   public var l1Offset: UInt64
   /// The base's path, nil when there is none.
   public var basePath: String?
-  /// Where the header and the base's path end: what lies before is not the disk's to write.
+  /// Where the header and a base's path that follows it end: nothing of the disk lies before.
   private(set) var end = UInt64(Self.length)
+  /// The bytes of the base's path.
+  private(set) var pathRange: Range<UInt64> = 0..<0
+  /// What a header names, in bytes: nothing of the disk lies there.
+  var reserved: [Range<UInt64>] {
+    [0..<end, l1Offset..<(l1Offset + l1Entries * 8)] + (pathRange.isEmpty ? [] : [pathRange])
+  }
 
   /// Bytes of a cluster, which is the disk's block.
   public var clusterSize: UInt64 { 1 << UInt64(clusterBits) }
@@ -71,6 +77,7 @@ public struct QcowHeader: Sendable, Equatable {
     let path = try io { () throws(IOError) in try store.read(at: offset, count: Int(count)) }
     var named = header
     named.basePath = text(path)
+    named.pathRange = offset..<(offset + UInt64(count))
     if offset < 4096 { named.end = max(named.end, offset + UInt64(count)) }
     return named
   }

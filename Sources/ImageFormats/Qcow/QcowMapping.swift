@@ -25,6 +25,10 @@ public final class Qcow: ImageFormat {
   private var lastMark: Mark = 0
   /// Where the next cluster goes.
   private var end: UInt64
+  /// Bytes that the file has.
+  private var limit: UInt64
+  /// Sectors that are not the disk's: the header, the base's path, tables.
+  private var reserved = HostRuns()
   private let durableBlocks: UInt64
 
   init(
@@ -42,10 +46,82 @@ public final class Qcow: ImageFormat {
       blocksPerGroup: header.l2Entries, blockSize: header.clusterSize)
     let bytes = try io { () throws(IOError) in try store.allocatedBytes() }
     let tables = header.l1Offset + header.l1Entries * 8
+    guard tables <= store.size else {
+      throw ImageError(
+        .corrupt,
+        "store \(store.name): cut short: its \(store.size) bytes end before its L1 table")
+    }
+    for range in header.reserved { reserved.insert(Self.sectors(range)) }
     // Everything that any table names lies within the file.
     let unit = max(header.clusterSize, 4096)
-    end = (max(store.size, tables) + unit - 1) / unit * unit
+    limit = store.size
+    end = (store.size + unit - 1) / unit * unit
     durableBlocks = bytes / header.clusterSize
+    let used = try survey(tablesOnly: !writable)
+    if store.isFixedSize { end = (used + unit - 1) / unit * unit }
+  }
+
+  /// Nothing of the disk may lie there from now on.
+  func protect(_ range: Range<UInt64>) { reserved.insert(Self.sectors(range)) }
+
+  private static func sectors(_ range: Range<UInt64>) -> Range<UInt64> {
+    (range.lowerBound / 512)..<((range.upperBound + 511) / 512)
+  }
+
+  /// Looks at all tables, and unless `tablesOnly` at what they name.
+  ///
+  /// - Returns: where that ends.
+  /// - Throws: `corrupt` for a cluster over the header, the base's path or a table; `io`.
+  private func survey(tablesOnly: Bool) throws(ImageError) -> UInt64 {
+    var used = header.reserved.map(\.upperBound).max() ?? 0
+    var tables: [UInt64] = []
+    for index in 0..<header.l1Entries {
+      let table = try table(index)
+      guard table != 0 else { continue }
+      let range = table..<(table + header.l2Entries * 8)
+      reserved.insert(Self.sectors(range))
+      used = max(used, range.upperBound)
+      tables.append(table)
+    }
+    guard !tablesOnly else { return used }
+    for table in tables {
+      let bytes = try io { () throws(IOError) in
+        try store.read(at: table, count: Int(header.l2Entries) * 8)
+      }
+      for item in 0..<Int(header.l2Entries) {
+        let entry = bytes.big(UInt64.self, at: item * 8)
+        guard entry != 0 else { continue }
+        if entry & QcowHeader.compressed != 0 {
+          let bits = UInt64(63 - header.clusterBits)
+          let count = (entry & ~QcowHeader.compressed) >> bits & (header.clusterSize - 1)
+          used = max(used, entry & ((1 << bits) - 1) + count)
+          continue
+        }
+        guard entry < 1 << 56 else { continue }
+        try checkPlace(entry, count: 1)
+        used = max(used, entry + header.clusterSize)
+      }
+    }
+    return used
+  }
+
+  /// Throws `corrupt` for clusters over what is not the disk's to write, or past the end of the
+  /// file.
+  private func checkPlace(_ offset: UInt64, count: UInt64) throws(ImageError) {
+    let range = offset..<(offset + count * header.clusterSize)
+    guard !reserved.overlaps(Self.sectors(range)) else {
+      throw ImageError(
+        .corrupt,
+        "store \(store.name): a cluster at byte \(offset) lies over the header, the base's path "
+          + "or a table: restore it from a backup")
+    }
+    // The file may end within its last cluster.
+    guard range.upperBound - header.clusterSize < limit else {
+      throw ImageError(
+        .corrupt,
+        "store \(store.name): cut short: it has \(limit) bytes, and a cluster lies at byte "
+          + "\(range.upperBound - header.clusterSize)")
+    }
   }
 
   /// Length of the disk in bytes.
@@ -67,6 +143,12 @@ public final class Qcow: ImageFormat {
     let offset = try cache.big(UInt64.self, at: header.l1Offset + index * 8)
     guard offset % 512 == 0, offset < 1 << 56 else {
       throw ImageError(.corrupt, "\(store.name): L2 table \(index) at byte \(offset)")
+    }
+    guard offset == 0 || offset + header.l2Entries * 8 <= limit else {
+      throw ImageError(
+        .corrupt,
+        "store \(store.name): cut short: it has \(limit) bytes, and L2 table \(index) lies at byte "
+          + "\(offset)")
     }
     return offset
   }
@@ -112,6 +194,7 @@ public final class Qcow: ImageFormat {
     guard entry % 512 == 0, entry < 1 << 56, entry >= header.end else {
       throw ImageError(.corrupt, "\(store.name): block \(block) at byte \(entry)")
     }
+    try checkPlace(entry, count: count)
     let place = Place.device(0, sector: entry / 512)
     return Extent(BlockRange(block, count), place, writable: isWritable)
   }
@@ -147,6 +230,7 @@ public final class Qcow: ImageFormat {
     }
     try io { () throws(IOError) in try store.resize(to: start + bytes) }
     end = start + bytes
+    limit = max(limit, end)
     return start
   }
 
@@ -192,13 +276,19 @@ public final class Qcow: ImageFormat {
     for (offset, value) in late { try draft.putBig(value, at: offset) }
     draft.seal()
     inFlight = (mark, draft, tables)
-    return CommitPlan(upTo: mark, stages: draft.stages)
+    let tails = groups.flatMap(\.runs).flatMap { tail(of: $0.blocks, at: $0.offset) }
+    let first = tails.isEmpty ? [] : [tails]
+    return CommitPlan(upTo: mark, stages: first + draft.stages)
   }
 
   /// The plan up to this mark has run.
   public func committed(upTo mark: Mark) {
     guard let plan = inFlight, plan.mark == mark else { return }
     inFlight = nil
+    for index in plan.tables {
+      guard let table = planned[index] else { continue }
+      reserved.insert(Self.sectors(table..<(table + header.l2Entries * 8)))
+    }
     cache.unpin(sectors: plan.draft.sectors.keys, fresh: plan.draft.fresh, size: 512)
     for index in plan.tables { planned[index] = nil }
     pending.remove { $0.mark <= mark }
@@ -222,6 +312,10 @@ public final class Qcow: ImageFormat {
       }
       let bytes = range.count * header.clusterSize
       end = max(end, sector * 512 + bytes)
+      limit = max(limit, store.size)
+      guard !reserved.overlaps(sector..<(sector + bytes / 512)) else {
+        throw ImageError(.badRequest, "an uncommitted placement at sector \(sector)")
+      }
       pending.insert(
         PendingPlacements.Run(blocks: range, offset: sector * 512, mark: extent.mark))
       lastMark = extent.mark

@@ -1,7 +1,8 @@
 // Changing the length of a qcow disk. Nothing may be pending; no target may serve the disk.
 //
-// Growing: a longer L1 table is written at the end of the file and flushed; then one sector of
-// the header changes length and table at once. Shrinking: one sector of the header changes the
+// Growing: a longer L1 table is written at the end of the file and flushed; then the header names
+// it; then what a longer base would show past the old end is hidden by clusters; then the header
+// says the length. Shrinking: one sector of the header changes the
 // length; then tables lose what lies past the end.
 
 import Posix
@@ -26,11 +27,14 @@ extension Qcow {
     guard newSize != old else { return }
     if newSize < old { return try shrink(to: longer) }
     try zeroTail(from: old)
-    // A power cut may have left what an earlier shrinking meant to take out.
+    // A power cut may have left what an earlier change meant to take out.
     try clear(tables: header.l1Entries)
+    var longTable = longer
+    longTable.size = old
     if longer.l1Entries > header.l1Entries {
       let bytes = longer.l1Entries * 8
-      longer.l1Offset = try take((bytes + 4095) / 4096 * 4096)
+      longTable.l1Offset = try take((bytes + 4095) / 4096 * 4096)
+      longer.l1Offset = longTable.l1Offset
       let count = Int(header.l1Entries * 8)
       let (from, to) = (header.l1Offset, longer.l1Offset)
       try io { () throws(IOError) in
@@ -39,8 +43,12 @@ extension Qcow {
         try store.flush()
       }
     }
-    try put(longer)
+    // What shows past the old end is hidden before the disk reaches there: a kill before the
+    // last step leaves the old length, and the same change can be done again.
+    try put(longTable)
+    header.size = newSize
     try hide(from: old, on: store)
+    try put(longer)
   }
 
   /// Makes a header's length and place of the L1 table the image's, both at once.
@@ -56,6 +64,7 @@ extension Qcow {
     }
     header = new
     cache.dropAll()
+    for range in new.reserved { protect(range) }
   }
 
   private func shrink(to new: QcowHeader) throws(ImageError) {

@@ -1,5 +1,6 @@
 // What a commit of a qcow2 image writes, and in which order.
 //
+// 0. zeroes for what of the last block lies past the disk's end, when that is placed;
 // 1. the counts of clusters that were given out, new tables and new blocks of refcounts
 //    (nothing refers to them yet);
 // 2. where there are new blocks of refcounts: their places in the refcount table, or the
@@ -55,6 +56,10 @@ extension Qcow2 {
     var plan = Qcow2InFlight(
       mark: mark, draft: CommitDraft(cache, clusterSize: header.clusterSize))
     var late: Late = []
+    let tails =
+      header.hasDataFile
+      ? [] : groups.flatMap(\.runs).flatMap { tail(of: $0.blocks, at: $0.offset) }
+    try mendSpoiled(groups.flatMap(\.runs))
     for (index, runs) in groups {
       late += try enter(runs, table: index, in: &plan)
     }
@@ -71,7 +76,8 @@ extension Qcow2 {
     try drop(&plan)
     plan.draft.seal()
     inFlight = plan
-    return CommitPlan(upTo: mark, stages: plan.draft.stages)
+    let first = tails.isEmpty ? [] : [tails]
+    return CommitPlan(upTo: mark, stages: first + plan.draft.stages)
   }
 
   /// Enters the runs of one L2 table. Into a table that nothing refers to yet at once; what

@@ -134,7 +134,12 @@ extension Qcow2 {
         try store.zero(at: layout.tablesEnd, count: layout.end - layout.tablesEnd)
       }
       try store.flush()
-      try store.write(bytes, at: 0)
+      // What does not fit the first sector comes first: that one makes it an image.
+      if bytes.count > 512 {
+        try store.write([UInt8](bytes[512...]), at: 512)
+        try store.flush()
+      }
+      try store.write([UInt8](bytes.prefix(512)), at: 0)
       try store.flush()
     }
     return header

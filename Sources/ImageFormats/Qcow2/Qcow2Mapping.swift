@@ -48,6 +48,13 @@ public final class Qcow2: ImageFormat {
   var inFlight: Qcow2InFlight?
   var lastMark: Mark = 0
   let durableBlocks: UInt64
+  /// Where the files ended when that was last looked at, rounded up to clusters: tables lie in
+  /// the store, blocks in the data. They may end within their last cluster.
+  private var tablesEnd: UInt64
+  private var dataEnd: UInt64
+  /// Blocks of which a write came to nothing after its place got their old bytes, by the byte of
+  /// that place: they get them again before their cluster is committed.
+  var spoiled: [UInt64: UInt64] = [:]
   /// What of the header every look at a table needs: a copy of all of it costs more than that.
   private let clusterSize: UInt64
   private let l2Entries: UInt64
@@ -80,9 +87,32 @@ public final class Qcow2: ImageFormat {
       base, blockSize: UInt64(header.blockSize), store: data, own: [decompressor])
     pending = PendingPlacements(
       blocksPerGroup: blocksPerTable, blockSize: UInt64(header.blockSize))
+    tablesEnd = Self.rounded(store.size, header)
+    dataEnd = Self.rounded(data.size, header)
+    guard l1.offset + l1.entries * 8 <= tablesEnd else {
+      throw ImageError(
+        .corrupt, "store \(store.name): cut short: its \(store.size) bytes end before its L1 table")
+    }
     let bytes = try io { () throws(IOError) in try data.allocatedBytes() }
     let whole = (size + UInt64(header.blockSize) - 1) / UInt64(header.blockSize)
     durableBlocks = min(bytes / UInt64(header.blockSize), whole)
+  }
+
+  private static func rounded(_ size: UInt64, _ header: Qcow2Header) -> UInt64 {
+    (size + header.clusterSize - 1) / header.clusterSize * header.clusterSize
+  }
+
+  /// Throws `corrupt` for a table or data past the end of its file, which has been cut short.
+  private func checkEnd(_ end: UInt64, isTable: Bool = false) throws(ImageError) {
+    guard end > (isTable ? tablesEnd : dataEnd) else { return }
+    // It may have grown since.
+    tablesEnd = Self.rounded(store.size, header)
+    dataEnd = Self.rounded(data.size, header)
+    guard end > (isTable ? tablesEnd : dataEnd) else { return }
+    throw ImageError(
+      .corrupt,
+      "cut short: \(isTable ? "a table" : "data") ends at byte \(end), and there are "
+        + "\((isTable ? store : data).size): copy it again or restore it from a backup")
   }
 
   /// See `ImageFormat`.
@@ -136,6 +166,7 @@ public final class Qcow2: ImageFormat {
     do throws(ImageError) {
       let table = try table(block / blocksPerTable).offset
       guard table != 0 else { return (.unallocated, limit) }
+      try checkEnd(table + clusterSize, isTable: true)
       if isPlain, let run = try plainRun(block, table: table, limit: limit) { return run }
       let first = try state(block, table: table)
       var count: UInt64 = 1
@@ -144,6 +175,7 @@ public final class Qcow2: ImageFormat {
       {
         count += 1
       }
+      if case .data(let offset, _) = first { try checkEnd(offset + count * UInt64(blockSize)) }
       if case .data(let offset, true) = first, isWritable, !header.hasDataFile,
         refcounts.isProtected(offset, bytes: count * UInt64(blockSize))
       {
@@ -191,6 +223,7 @@ public final class Qcow2: ImageFormat {
     if first == 0 { return (.unallocated, count) }
     let (place, isOwned) = (first & Qcow2Bits.offset, first & Qcow2Bits.copied != 0)
     // The other way tells what is wrong.
+    try checkEnd(place + count * clusterSize)
     if isWritable, isOwned, refcounts.isProtected(place, bytes: count * clusterSize) { return nil }
     return (.data(place, owned: isOwned), count)
   }
@@ -274,7 +307,18 @@ public final class Qcow2: ImageFormat {
     let found = try run(range.first, limit: range.count)
     if found.writable { return .zero(found) }
     guard zeroing, found.place != .zero else { return .nothing(blocks: found.blocks.count) }
-    return .zero(try assign(found.blocks))
+    let extent = try assign(found.blocks)
+    try lengthen(to: extent)
+    return .zero(extent)
+  }
+
+  /// Makes the file reach to an extent's end: zeroing it does not, and what lies past the end of
+  /// a file is taken for cut off.
+  private func lengthen(to extent: Extent) throws(ImageError) {
+    guard case .device(Self.dataDevice, let sector) = extent.place else { return }
+    let end = sector * 512 + extent.blocks.count * UInt64(blockSize)
+    guard !header.hasDataFile, end > dataEnd, end > store.size else { return }
+    try io { () throws(IOError) in try store.resize(to: end) }
   }
 
   /// Places the beginning of a run that has no place of its own, under a new mark.
@@ -340,25 +384,56 @@ public final class Qcow2: ImageFormat {
   private func copySiblings(of cluster: UInt64, to place: UInt64) throws(ImageError) {
     let entry = try entry(cluster, table: try table(cluster / header.l2Entries).offset)
     for subcluster in 0..<header.subclusters {
-      let state = try header.state(
-        entry, subcluster: subcluster, guestOffset: cluster * header.clusterSize)
-      let from: (store: any ByteStore, offset: UInt64)
-      switch state {
-      case .unallocated, .zero: continue
-      case .data(let offset, _): from = (store, offset)
-      case .compressed(let address): from = (decompressor, address)
-      }
-      let size = Int(blockSize)
-      let to = place + subcluster * UInt64(blockSize)
-      try io { () throws(IOError) in
-        try store.write(try from.store.read(at: from.offset, count: size), at: to)
-      }
+      try copy(subcluster, of: cluster, entry, to: place + subcluster * UInt64(blockSize))
     }
+  }
+
+  /// Copies a subcluster, if the cluster has it, to a byte of the store.
+  private func copy(
+    _ subcluster: UInt64, of cluster: UInt64, _ entry: Qcow2Entry, to place: UInt64
+  ) throws(ImageError) {
+    let state = try header.state(
+      entry, subcluster: subcluster, guestOffset: cluster * header.clusterSize)
+    let from: (store: any ByteStore, offset: UInt64)
+    switch state {
+    case .unallocated, .zero: return
+    case .data(let offset, _): from = (store, offset)
+    case .compressed(let address): from = (decompressor, address)
+    }
+    // What lives there anyway is its own old bytes.
+    guard from.store !== store || from.offset != place else { return }
+    let size = Int(blockSize)
+    try io { () throws(IOError) in
+      try store.write(try from.store.read(at: from.offset, count: size), at: place)
+    }
+  }
+
+  /// Puts the old bytes of blocks whose writes came to nothing to the new place of their
+  /// cluster, where other blocks of it are about to be committed.
+  func mendSpoiled(_ runs: [PendingPlacements.Run]) throws(ImageError) {
+    guard !spoiled.isEmpty else { return }
+    let clusters = Set(runs.map { $0.blocks.first / header.subclusters })
+    for (block, place) in spoiled where clusters.contains(block / header.subclusters) {
+      if pending.find(block).run == nil { try copyOld(block, to: place) }
+    }
+    spoiled = spoiled.filter { !clusters.contains($0.key / header.subclusters) }
+  }
+
+  private func copyOld(_ block: UInt64, to place: UInt64) throws(ImageError) {
+    let cluster = block / header.subclusters
+    let entry = try entry(cluster, table: try table(cluster / header.l2Entries).offset)
+    try copy(block % header.subclusters, of: cluster, entry, to: place)
   }
 
   /// A placement that came to nothing.
   public func abandon(_ mark: Mark) {
-    for run in pending.remove(where: { $0.mark == mark }) { release(run) }
+    for run in pending.remove(where: { $0.mark == mark }) {
+      release(run)
+      guard header.hasSubclusters, !header.hasDataFile else { continue }
+      for index in 0..<run.blocks.count {
+        spoiled[run.blocks.first + index] = run.offset + index * UInt64(blockSize)
+      }
+    }
   }
 
   /// Gives back the space of a run that is no longer pending, unless it was durable before or
@@ -399,6 +474,7 @@ public final class Qcow2: ImageFormat {
         block += count
       }
       lastMark = extent.mark
+      try lengthen(to: extent)
     }
   }
 

@@ -1,10 +1,10 @@
 // Changing the length of a qcow2 disk. Nothing may be pending; no target may serve the disk.
 //
-// Growing: a longer L1 table is written and counted, then one sector of the header changes
-// size and table at once, then the old table's clusters are given back. Whatever lies past
-// the old end (the rest of its last cluster, a base that is longer, what an earlier shrinking
-// left) is zeroed before that as far as it is the disk's own, and after that where it shows
-// from elsewhere.
+// Growing: the rest of the last cluster is zeroed and what an earlier change left past the end
+// taken out; a longer L1 table is written and counted, then the header names it, then the old
+// table's clusters are given back; what a longer base would show past the old end is hidden by
+// clusters; then one sector of the header says the length. A kill before that leaves the old
+// length, and the same change can be done again.
 //
 // Shrinking: one sector of the header changes the size; then tables lose what lies past the
 // end, and then the clusters are given back.
@@ -34,11 +34,14 @@ extension Qcow2 {
     let old = size
     if newSize > old {
       try zeroTail(from: old)
-      try grow(to: newSize)
+      try clearPast(old)
       if header.hasDataFile, data.size < newSize {
         try io { () throws(IOError) in try data.resize(to: newSize) }
       }
+      try growTable(for: newSize)
+      size = newSize
       try hide(from: old, on: store)
+      try putSize(newSize)
     } else if newSize < old {
       try shrink(to: newSize)
     }
@@ -52,56 +55,54 @@ extension Qcow2 {
     committed(upTo: plan.mark)
   }
 
-  private func grow(to newSize: UInt64) throws(ImageError) {
+  /// Gives the image an L1 table for a longer disk.
+  private func growTable(for newSize: UInt64) throws(ImageError) {
+    let entries = header.l1Entries(for: newSize)
+    guard entries > UInt64(header.l1Size) else { return }
     var plan = Qcow2InFlight(
       mark: lastMark, draft: CommitDraft(cache, clusterSize: header.clusterSize))
-    let entries = header.l1Entries(for: newSize)
-    var table: UInt64?
-    if entries > UInt64(header.l1Size) {
-      let clusters = (entries * 8 + header.clusterSize - 1) / header.clusterSize
-      let first = try refcounts.allocateAtEnd(clusters).first
-      for cluster in first..<(first + clusters) {
-        plan.draft.begin(cluster: cluster * header.clusterSize)
-        plan.counted.insert(cluster)
-      }
-      for index in 0..<UInt64(header.l1Size) {
-        let entry = try cache.big(UInt64.self, at: header.l1Offset + index * 8)
-        let offset = first * header.clusterSize + index * 8
-        if entry != 0 { try plan.draft.putBig(entry, at: offset) }
-      }
-      let oldBytes = UInt64(header.l1Size) * 8
-      let oldFirst = header.l1Offset / header.clusterSize
-      // An empty table has a cluster all the same where one was made for it.
-      let oldClusters = (oldBytes + header.clusterSize - 1) / header.clusterSize
-      for cluster in oldFirst..<(oldFirst + oldClusters) { plan.dropped[cluster, default: 0] += 1 }
-      table = first * header.clusterSize
+    let clusters = (entries * 8 + header.clusterSize - 1) / header.clusterSize
+    let first = try refcounts.allocateAtEnd(clusters).first
+    for cluster in first..<(first + clusters) {
+      plan.draft.begin(cluster: cluster * header.clusterSize)
+      plan.counted.insert(cluster)
     }
+    for index in 0..<UInt64(header.l1Size) {
+      let entry = try cache.big(UInt64.self, at: header.l1Offset + index * 8)
+      let offset = first * header.clusterSize + index * 8
+      if entry != 0 { try plan.draft.putBig(entry, at: offset) }
+    }
+    let oldBytes = UInt64(header.l1Size) * 8
+    let oldFirst = header.l1Offset / header.clusterSize
+    // An empty table has a cluster all the same where one was made for it.
+    let oldClusters = (oldBytes + header.clusterSize - 1) / header.clusterSize
+    for cluster in oldFirst..<(oldFirst + oldClusters) { plan.dropped[cluster, default: 0] += 1 }
+    let table = first * header.clusterSize
     try count(&plan)
     plan.draft.seal()
     try putPlaces(&plan)
     plan.draft.seal()
-    try plan.draft.putBig(newSize, at: 24)
-    if let table {
-      try plan.draft.putBig(UInt32(entries), at: 36)
-      try plan.draft.putBig(table, at: 40)
-    }
+    try plan.draft.putBig(UInt32(entries), at: 36)
+    try plan.draft.putBig(table, at: 40)
     plan.draft.seal()
     try drop(&plan)
     plan.draft.seal()
     try run(plan)
-    if let table {
-      refcounts.move(
-        table: table, bytes: entries * 8, from: header.l1Offset,
-        oldBytes: UInt64(header.l1Size) * 8)
-      header.l1Offset = table
-      header.l1Size = UInt32(entries)
-      l1 = (table, entries)
-    }
-    header.size = newSize
-    size = newSize
+    refcounts.move(
+      table: table, bytes: entries * 8, from: header.l1Offset,
+      oldBytes: UInt64(header.l1Size) * 8)
+    header.l1Offset = table
+    header.l1Size = UInt32(entries)
+    l1 = (table, entries)
   }
 
   private func shrink(to newSize: UInt64) throws(ImageError) {
+    try putSize(newSize)
+    try clearPast(newSize)
+  }
+
+  /// Has the header say the length.
+  private func putSize(_ newSize: UInt64) throws(ImageError) {
     var plan = Qcow2InFlight(
       mark: lastMark, draft: CommitDraft(cache, clusterSize: header.clusterSize))
     try plan.draft.putBig(newSize, at: 24)
@@ -109,6 +110,10 @@ extension Qcow2 {
     try run(plan)
     header.size = newSize
     size = newSize
+  }
+
+  /// Takes whatever lies in clusters past a length out of the tables.
+  private func clearPast(_ newSize: UInt64) throws(ImageError) {
     let firstCluster = (newSize + header.clusterSize - 1) / header.clusterSize
     for index
       in (firstCluster / header.l2Entries)..<max(

@@ -16,9 +16,32 @@ public enum DscowTool {
     case leftovers = 3
   }
 
-  /// Makes a store, with the lines that describe it. `base` nil: a disk of zeroes.
+  /// The disk in a base: its own bytes, or what an image in it shows. A base that names further
+  /// files has to be stated to be an image.
+  private static func disk(
+    in base: FileStore, format: String?
+  ) throws(ImageError) -> any ByteStore {
+    // Whoever makes a store of it says what is wrong with that.
+    guard base.size > 0 else { return base }
+    var stated: ImageKind?
+    if let format {
+      stated = ImageKind(rawValue: format == "vhd" ? ImageKind.vhd.rawValue : format)
+      guard stated != nil else {
+        let known = ImageKind.allCases.map(\.rawValue).joined(separator: ", ")
+        throw ImageError(.badRequest, "format '\(format)' is unknown: use one of \(known)")
+      }
+    }
+    return try LayerChain.open(base, kind: stated) { asked throws(ImageError) in
+      let folder = asked.from.lastIndex(of: "/").map { String(asked.from[...$0]) } ?? ""
+      return try ImageFile.base(asked.path.hasPrefix("/") ? asked.path : folder + asked.path)
+    }.flat()
+  }
+
+  /// Makes a store, with the lines that describe it. `base` nil: a disk of zeroes. A store over
+  /// an image is as long as the disk in that.
   public static func create(
-    store path: String, base basePath: String?, blockSize: UInt64?, size: UInt64?, force: Bool
+    store path: String, base basePath: String?, baseFormat: String? = nil, blockSize: UInt64?,
+    size: UInt64?, force: Bool
   ) throws(ImageError) -> String {
     guard let blockSize = UInt32(exactly: blockSize ?? UInt64(Dscow.defaultBlockSize)) else {
       throw ImageError(.badRequest, "block size \(blockSize ?? 0) is larger than 4 MiB")
@@ -34,7 +57,10 @@ public enum DscowTool {
       try ImageFile.lock(store: store, exclusive: true)
       if let base { try ImageFile.lock(base: base) }
       let header = try Dscow.create(
-        store: store, base: base, baseName: name ?? "", blockSize: blockSize, size: size,
+        store: store,
+        base: try base.map { file throws(ImageError) in
+          try disk(in: file, format: baseFormat)
+        }, baseName: name ?? "", blockSize: blockSize, size: size,
         overwrite: force)
       if isNew { try ImageFile.flushDirectory(of: path) }
       return geometry(header)
@@ -113,10 +139,13 @@ public enum DscowTool {
 
   /// Checks a store, with its base when a path is given.
   public static func check(
-    store path: String, base: String?, repair: Bool, json: Bool, evenInUse: Bool
+    store path: String, base: String?, baseFormat: String? = nil, repair: Bool, json: Bool,
+    evenInUse: Bool
   ) throws(ImageError) -> (text: String, exit: Exit) {
     let store = try ImageFile.store(path, writable: repair, evenInUse: evenInUse && !repair)
-    let base = try base.map { path throws(ImageError) in try ImageFile.base(path) }
+    let base = try base.map { path throws(ImageError) in
+      try disk(in: try ImageFile.base(path), format: baseFormat)
+    }
     let result = try Dscow.check(store: store, base: base, repair: repair)
     let exit: Exit =
       result.isDamaged ? .damaged : result.hasLeftovers ? .leftovers : .done
@@ -201,14 +230,18 @@ public enum DscowTool {
 
   /// Stamps a store with its base as it is now: the one its header names, or another, whose
   /// path it then keeps.
-  public static func accept(store path: String, base: String?) throws(ImageError) -> String {
+  public static func accept(
+    store path: String, base: String?, baseFormat: String? = nil
+  ) throws(ImageError) -> String {
     let store = try ImageFile.store(path, writable: true)
     guard let known = try Dscow.header(of: store).header.base else {
       throw ImageError(.badRequest, "store \(path) has no base that could change")
     }
     let basePath = try base.map { path throws(ImageError) in try ImageFile.absolute(path) }
     let file = try ImageFile.base(basePath ?? known.path)
-    try Dscow.accept(store: store, base: file, baseName: basePath)
+    try Dscow.checkDistinct(store, file)
+    try Dscow.accept(
+      store: store, base: try disk(in: file, format: baseFormat), baseName: basePath)
     return "\(path) now belongs to \(basePath ?? known.path) as it is\n"
   }
 }

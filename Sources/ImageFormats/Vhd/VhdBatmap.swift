@@ -5,11 +5,7 @@ import Posix
 
 extension VhdBatmap {
   /// The inverted sum of the bits.
-  static func sum(_ bits: [UInt8]) -> UInt32 {
-    var sum: UInt32 = 0
-    for byte in bits { sum &+= UInt32(byte) }
-    return ~sum
-  }
+  static func sum(_ bits: [UInt8]) -> UInt32 { ~VhdHeader.sum(bits) }
 
   static func isSet(_ block: UInt64, in bits: [UInt8]) -> Bool {
     bits[Int(block / 8)] >> UInt8(7 - block % 8) & 1 == 1

@@ -5,7 +5,8 @@
 // in the base; one with some ("mixed", as blktap leaves them) is read through user space, and
 // made whole at its own place by the first write.
 //
-// Commit: 1. the bitmaps of the blocks, all set, and the footer at the new end; 2. entries of
+// Commit: 1. the bitmaps of the blocks, all set, zeroes for what of the last block lies past the
+// disk's end, and the footer at the new end; 2. entries of
 // the table for blocks that had no place. The copy of the footer at the start always holds.
 //
 // Invariants: new blocks go behind everything that a header names, everything that a block has,
@@ -243,7 +244,9 @@ public final class Vhd: ImageFormat {
     // One array for all of them: a block of 256 MiB has a bitmap of 64 KiB. They need no pins,
     // since what is pending is looked at before the bitmaps.
     let ones = [UInt8](repeating: 0xFF, count: Int(header.bitmapSize))
-    let bitmaps = runs.map { CommitPlan.Write(offset: $0.offset - header.bitmapSize, bytes: ones) }
+    let bitmaps =
+      runs.map { CommitPlan.Write(offset: $0.offset - header.bitmapSize, bytes: ones) }
+      + runs.flatMap { tail(of: $0.blocks, at: $0.offset) }
     let place = footerOffset
     if footerPlace != place { try draft.put(sectors: header.footer, at: place) }
     draft.seal()

@@ -4,7 +4,7 @@
 // directories of tables of grains; new grains go to the end of its file. With one sparse
 // extent device 0 is its file; with several it is all of their files as one range of bytes.
 //
-// Commit: 1. grain tables that are new, with their entries; 2. entries of tables that are
+// Commit: zeroes for what of the last grain lies past the disk's end; then 1. grain tables that are new, with their entries; 2. entries of tables that are
 // there, in both copies, and of the directories. A power cut leaves at most space that nothing
 // names, and copies that differ in what no flush had confirmed.
 
@@ -301,7 +301,9 @@ public final class Vmdk: ImageFormat {
     for (offset, value) in late { try plan.draft.putLittle(value, at: offset) }
     plan.draft.seal()
     inFlight = plan
-    return CommitPlan(upTo: mark, stages: plan.draft.stages, target: primary)
+    let tails = groups.flatMap(\.runs).flatMap { tail(of: $0.blocks, at: $0.offset) }
+    let first = tails.isEmpty ? [] : [tails]
+    return CommitPlan(upTo: mark, stages: first + plan.draft.stages, target: primary)
   }
 
   /// Enters a block in both copies of its table: at once in new ones, else later.

@@ -109,6 +109,14 @@ public final class VmdkStreamWriter {
     try put(header.encoded())
     try put(marker: .end, sectors: 0)
     let store = store
+    // A device goes on behind the end, where nobody would look for a footer.
+    let head = store.isFixedSize ? header.encoded() : []
+    try io { () throws(IOError) in
+      if !head.isEmpty {
+        try store.flush()
+        try store.write(head, at: 0)
+      }
+    }
     try io { () throws(IOError) in try store.flush() }
   }
 
