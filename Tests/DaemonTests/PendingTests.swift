@@ -69,7 +69,7 @@ struct PendingTests {
     try await inWorld(["worker.stop-timeout": "1"]) { world in
       try world.useWorkers(
         "exec strace -D -f -o /dev/null -e trace=fdatasync"
-          + " -e inject=fdatasync:delay_exit=4000000")
+          + " -e inject=fdatasync:delay_exit=2500000")
       let disk = try await written(world, domain: 5)
       try world.useWorkers()
       try world.detach(disk)
