@@ -121,6 +121,7 @@ private final class Life: RequestOwner {
 
   init(_ run: CrashRun, log: PendingLog) throws {
     executor = ShuffledExecutor(devices: [run.disk, run.base], seed: run.random.next())
+    executor.failsFlushes = run.failsFlushes
     let dscow = try Dscow.open(store: run.disk, base: run.base, writable: true)
     var limits = TargetLimits()
     // In two lives of three a block is put together in pieces.
@@ -141,6 +142,11 @@ private final class Life: RequestOwner {
   func completed(tag: UInt64, code: Int32) { owner.completed(tag, code) }
 }
 
+/// What a disk was doing when the power went.
+private enum CutMoment: String, CaseIterable {
+  case idle, load, flush, commit, attach, detach
+}
+
 /// One seeded run: lives, deaths, and power cuts.
 private final class CrashRun {
   static let blockSize = 4096
@@ -157,8 +163,14 @@ private final class CrashRun {
   private var violation: Violation?
   private var life: Life?
   private var ownerNumber: Int32 = 0
+  /// Flushes of the store fail, so that nothing is ever promised to survive.
+  let failsFlushes: Bool
+  private var phase = CutMoment.idle
+  /// What the disk was doing when the power went; idle, if it went after everything.
+  private(set) var moment = CutMoment.idle
 
-  init(seed: UInt64, order: CommitOrder, errors: Int32) throws {
+  init(seed: UInt64, order: CommitOrder, errors: Int32, failsFlushes: Bool = false) throws {
+    self.failsFlushes = failsFlushes
     self.seed = seed
     self.order = order
     self.errors = errors
@@ -193,17 +205,30 @@ private final class CrashRun {
     disk.cutPower(after: random.below(80))
     for _ in 0..<(1 + random.below(3)) {
       do {
+        phase = .attach
         try beginLife(log)
+        phase = .load
         try busy()
       } catch let error as ImageError where error.cause?.code == EIO && disk.isOff {}
       if disk.isOff { break }
+      phase = .idle
       // Killed: what was started may be done or not; what was not acknowledged is sent again.
       life?.executor.die()
     }
+    moment = momentNow
     life?.executor.die()
     life = nil
     disk = disk.afterPowerCut(using: &random)
     try inspect()
+  }
+
+  private var momentNow: CutMoment {
+    guard disk.isOff, phase != .attach, let life else { return phase }
+    switch life.executor.last {
+    case .flush: return .flush
+    case .work: return .commit
+    case .transfer: return phase == .load && requests.isEmpty ? .idle : phase
+    }
   }
 
   private func beginLife(_ log: LogFile) throws {
@@ -231,7 +256,8 @@ private final class CrashRun {
       if disk.isOff { return }
     }
     guard random.chance(50) else { return }
-    // Quiet: everything ends.
+    // Quiet: everything ends, as before a disk is taken down.
+    phase = .detach
     while life?.worker.pump() == true || life?.executor.step() == true {
       if let violation { throw violation }
       if disk.isOff { return }
@@ -291,10 +317,13 @@ private final class CrashRun {
       violation = Violation(description: "seed \(seed): request \(tag) ended twice")
       return
     }
-    guard code == 0 else {
+    let flushes = request.kind == .flush || request.isForced
+    guard code == 0 || (failsFlushes && flushes && code == EIO) else {
       violation = Violation(description: "seed \(seed): \(request.kind) failed with \(code)")
       return
     }
+    // What has failed may be written or not: it stays open in the model.
+    guard code == 0 else { return }
     switch request.kind {
     case .read: check(request)
     case .flush: model.flushed(request.note)
@@ -375,6 +404,29 @@ private final class LogFile {
     for number in 0..<(Self.runs / Self.parts) {
       let seed = UInt64(part * 1_000_000 + number)
       try CrashRun(seed: seed, order: .right, errors: Self.errors).live()
+    }
+  }
+
+  /// The machine's rows of the matrix of kills (the others are the daemon's tests'): how many cuts
+  /// fell into each moment, every one of them followed by a look at each sector. Operations end
+  /// in any order and as late as can be, so that every medium is a slow one.
+  @Test func theMachineDiesAtEveryMoment() throws {
+    var cuts: [Bool: [CutMoment: Int]] = [:]
+    for failing in [false, true] {
+      for number in 0..<1500 {
+        let run = try CrashRun(
+          seed: UInt64(50_000_000 + number), order: .right, errors: Self.errors,
+          failsFlushes: failing)
+        try run.live()
+        cuts[failing, default: [:]][run.moment, default: 0] += 1
+      }
+    }
+    for moment in CutMoment.allCases {
+      let (slow, failing) = (cuts[false]?[moment] ?? 0, cuts[true]?[moment] ?? 0)
+      print("kills: machine  \(moment): \(slow) cuts (slow), \(failing) cuts (failing), 0 lost")
+      #expect(slow > 0, "no cut while \(moment)")
+      // With flushes that fail nothing is ever committed.
+      #expect(failing > 0 || moment == .commit, "no cut while \(moment)")
     }
   }
 

@@ -12,7 +12,13 @@ final class ShuffledExecutor: IOExecutor {
     case work(@Sendable () -> IOError?, (IOError?) -> Void)
   }
 
+  /// What was done last.
+  enum Deed { case transfer, flush, work }
+
   var completion: ((UInt32, Int32) -> Void)?
+  /// Every flush of the store fails with EIO.
+  var failsFlushes = false
+  private(set) var last = Deed.transfer
   private let devices: [any ByteStore]
   private var random: SplitMix64
   /// Started and not done.
@@ -48,6 +54,8 @@ final class ShuffledExecutor: IOExecutor {
 
   private func perform(_ io: BackingIO) -> Int32 {
     let store = devices[Int(io.device)]
+    last = io.operation == .flush ? .flush : .transfer
+    if failsFlushes, io.operation == .flush { return EIO }
     do throws(IOError) {
       switch io.operation {
       case .read: try store.read(.init(start: io.buffer, count: io.count), at: io.offset)
@@ -65,6 +73,7 @@ final class ShuffledExecutor: IOExecutor {
       let code = perform(io)
       done.append { [self] in completion?(io.token, code) }
     case .work(let work, let then):
+      last = .work
       let error = work()
       done.append { then(error) }
     }
