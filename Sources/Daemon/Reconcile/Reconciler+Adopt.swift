@@ -140,6 +140,7 @@ extension Reconciler {
       var image = try OpenImage(store, name: spec.store)
       if !disk.readOnly { try image.take(handed.descriptors.take(.witness)) }
       disk.store = image
+      disk.compared = image.file
       try await takePending(handed.descriptors, disk)
       if let base = handed.descriptors.take(.base) {
         disk.base = try OpenImage(base, name: spec.base ?? "base")

@@ -24,6 +24,8 @@ extension Reconciler {
     order.readOnly = disk.readOnly
     order.force = options.force
     order.byNode = byNode
+    // The same open file, and so the same lock, as when the log was compared with it.
+    order.isHeld = disk.compared === store.file
     order.failsWhenFull = configuration.onFull == .fail
     order.fullTimeout = UInt32(configuration.fullTimeout.components.seconds)
     order.quietTime = UInt32(configuration.quietTime.components.seconds)
@@ -41,6 +43,7 @@ extension Reconciler {
       switch reply.report {
       case .ready(let report):
         disk.report = report
+        disk.compared = store.file
         disk.backings = try disk.backings(report.parts, asked: asked)
         return
       case .needFile(let need):
