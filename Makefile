@@ -81,6 +81,7 @@ install: ## install into $(DESTDIR)$(PREFIX), etc. into $(DESTDIR)/etc
 	install -m 644 etc/dmu-xen.toml $(DESTDIR)/etc/
 	install -m 644 etc/systemd/*.service $(DESTDIR)/lib/systemd/system/
 	install -d -m 755 $(DESTDIR)$(PREFIX)/lib/dmu-xen/plugins
+	install -d -m 755 $(DESTDIR)/var/lib/dmu-xen
 	install -D -m 644 Sources/CPlugin/include/dmu_plugin.h $(DESTDIR)$(PREFIX)/include/dmu_plugin.h
 	for program in $(PROGRAMS) $(TOOLS); do \
 	  $(BIN)/$$program --generate-completion-script bash \

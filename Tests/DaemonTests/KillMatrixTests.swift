@@ -285,7 +285,7 @@ struct KillMatrixTests {
 }
 
 /// Gives a wire to one thread.
-private final class WireHolder: Sendable {
+final class WireHolder: Sendable {
   let wire: NBDWire
   init(_ wire: consuming NBDWire) { self.wire = wire }
 }

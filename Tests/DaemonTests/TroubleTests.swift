@@ -171,6 +171,89 @@ struct TroubleTests {
     }
   }
 
+  @Test(
+    "A full file system is a pause", .enabled(if: geteuid() == 0, "only root may mount"))
+  func full() async throws {
+    try await inWorld { world in
+      try world.file("base", [UInt8](repeating: 0, count: 8 << 20))
+      let folder = world.folder.file("small")
+      #expect(mkdir(folder, 0o755) == 0)
+      try await world.run("/bin/mount", "-t", "tmpfs", "-o", "size=2m", "none", folder)
+      defer { umount2(folder, Int32(MNT_DETACH)) }
+      try world.file("small/ballast", [UInt8](repeating: 1, count: 1 << 20))
+      let disk = try world.attach(5, world.spec("small/g.dscow"))
+      try await world.add(disk)
+      let wire = WireHolder(try await world.wire(of: disk))
+      let piece = [UInt8](repeating: 7, count: 1 << 16)
+      async let written = blocking {
+        for index in 0..<24 {
+          let code = try wire.wire.write(piece, at: UInt64(index) << 16)
+          guard code == 0 else { return code }
+        }
+        return try wire.wire.flush()
+      }
+      try await eventually("it has no space") { try await world.state(disk) == .noSpace }
+      #expect(try world.node(disk, "state") == "no-space")
+      #expect(try world.node(disk, "error")?.isEmpty == false)
+      try await Task.sleep(for: .seconds(1))
+      #expect(unlink(folder + "/ballast") == 0)
+      #expect(try await written == 0, "the guest has seen no error")
+      try await eventually("it is ready") { try await world.state(disk) == .ready }
+      #expect(try wire.wire.read(1 << 16, at: 23 << 16) == piece)
+      try world.detach(disk)
+      try await world.isGone(disk)
+    }
+  }
+
+  @Test(
+    "on-full = fail is an error for the guest at once",
+    .enabled(if: geteuid() == 0, "only root may mount"))
+  func fullFails() async throws {
+    try await inWorld(["store.on-full": "\"fail\""]) { world in
+      try world.file("base", [UInt8](repeating: 0, count: 8 << 20))
+      let folder = world.folder.file("small")
+      #expect(mkdir(folder, 0o755) == 0)
+      try await world.run("/bin/mount", "-t", "tmpfs", "-o", "size=1m", "none", folder)
+      defer { umount2(folder, Int32(MNT_DETACH)) }
+      let disk = try world.attach(5, world.spec("small/g.dscow"))
+      try await world.add(disk)
+      let wire = try await world.wire(of: disk)
+      let piece = [UInt8](repeating: 7, count: 1 << 16)
+      var code: UInt32 = 0
+      for index in 0..<24 where code == 0 {
+        code = try wire.write(piece, at: UInt64(index) << 16)
+      }
+      #expect(code != 0)
+    }
+  }
+
+  @Test("doctor names disks in trouble and what is left over; clean asks")
+  func doctor() async throws {
+    try await inWorld(["worker.restart-limit": "0"]) { world in
+      let failed = try world.attach(5, world.spec("none", base: "none"))
+      _ = try await world.addFailure(failed)
+      let disk = try world.attach(6, world.spec("g.dscow"))
+      try await world.add(disk)
+      let wire = try await world.wire(of: disk)
+      #expect(try wire.write([UInt8](repeating: 7, count: 4096), at: 0) == 0)
+      try world.useWorkers(instead: "exit 1")
+      kill(try await world.worker(disk), SIGKILL)
+      try await eventually("it has failed") { try await world.state(disk) == .failed }
+      try world.detach(disk)
+      try await world.isGone(disk)
+      let doctor = Doctor(configurationPath: world.configurationPath, socket: nil)
+      let findings = await doctor.findings().filter { $0.kind == .trouble && $0.trouble != nil }
+      #expect(findings.map(\.what).contains("the disk xvda of domain guest5 (5)"), "\(findings)")
+      let log = try #require(findings.first { $0.what.hasPrefix("left over: log ") })
+      #expect(log.trouble?.contains("has writes that are not in it yet: 1 placement") == true)
+      #expect(doctor.clean() == .failed, "nobody has agreed")
+      #expect(world.logs().count == 1)
+      let name = String(log.what.dropFirst("left over: ".count))
+      _ = try await world.ask(ControlRequest(.clean, target: name))
+      #expect(world.logs().isEmpty)
+    }
+  }
+
   // MARK: - Hand-over
 
   @Test("A disk that finds its store with a leaving domain waits, whatever the daemon has seen")

@@ -44,10 +44,12 @@ struct ControlServer: Service {
       .serverChannelOption(.backlog, value: 64)
       .bind(listener.release()) { channel in
         channel.eventLoop.makeCompletedFuture {
+          let idle = IdleCloser()
           try channel.pipeline.syncOperations.addHandlers(
             ByteToMessageHandler(LineDecoder()), LineEncoder(),
-            IdleStateHandler(allTimeout: ControlServer.patience), IdleCloser())
-          return try NIOAsyncChannel<[UInt8], [UInt8]>(wrappingChannelSynchronously: channel)
+            IdleStateHandler(allTimeout: ControlServer.patience), idle)
+          return Connection(
+            channel: try NIOAsyncChannel(wrappingChannelSynchronously: channel), idle: idle)
         }
       }
     log.debug("listening", metadata: ["path": "\(path)"])
@@ -72,18 +74,27 @@ struct ControlServer: Service {
     guard unlink(path) == 0 || errno == ENOENT else { throw Posix.IOError.last("remove", path) }
   }
 
-  private func handle(
-    _ connection: NIOAsyncChannel<[UInt8], [UInt8]>, isOneTooMany: Bool
-  ) async {
+  /// A client's connection, and what cuts it off when it is silent.
+  private struct Connection: Sendable {
+    let channel: NIOAsyncChannel<[UInt8], [UInt8]>
+    let idle: IdleCloser
+  }
+
+  private func handle(_ connection: Connection, isOneTooMany: Bool) async {
     do {
-      try await connection.executeThenClose { lines, replies in
+      let (channel, idle) = (connection.channel, connection.idle)
+      try await channel.executeThenClose { lines, replies in
         guard !isOneTooMany else {
           log.warning("too many connections on the control socket")
           return
         }
-        guard try await isAllowed(connection.channel) else { return }
+        guard try await isAllowed(channel.channel) else { return }
         for try await line in lines {
-          try await replies.write(try ControlLine.encode(try await answer(line)) + [10])
+          // A client that waits for its answer is silent, too.
+          idle.isAnswering.store(true, ordering: .relaxed)
+          let reply = try await answer(line)
+          idle.isAnswering.store(false, ordering: .relaxed)
+          try await replies.write(try ControlLine.encode(reply) + [10])
         }
       }
     } catch is LineTooLong {
@@ -234,9 +245,12 @@ private final class IdleCloser: ChannelInboundHandler, Sendable {
   typealias InboundIn = [UInt8]
   typealias InboundOut = [UInt8]
 
+  /// Whether the daemon is at work for it.
+  let isAnswering = Atomic(false)
+
   func userInboundEventTriggered(context: ChannelHandlerContext, event: Any) {
     if event is IdleStateHandler.IdleStateEvent {
-      context.close(promise: nil)
+      if !isAnswering.load(ordering: .relaxed) { context.close(promise: nil) }
     } else {
       context.fireUserInboundEventTriggered(event)
     }

@@ -77,7 +77,7 @@ struct FoundWorker: Sendable {
 
   private static func isWorker(_ pid: Int32) -> Bool {
     do throws(IOError) {
-      let words = try TextFile.read("/proc/\(pid)/cmdline").split(separator: "\0")
+      let words = try TextFile.readRepairing("/proc/\(pid)/cmdline").split(separator: "\0")
       return words.contains("--supervised")
     } catch { return false }
   }
@@ -85,7 +85,7 @@ struct FoundWorker: Sendable {
   /// The paths of bound Unix sockets by their inodes. Source: proc(5), /proc/net/unix.
   private static func boundPaths() throws(IOError) -> [String: String] {
     var paths: [String: String] = [:]
-    for line in try TextFile.read("/proc/net/unix").split(separator: "\n") {
+    for line in try TextFile.readRepairing("/proc/net/unix").split(separator: "\n") {
       let fields = line.split(separator: " ", maxSplits: 7, omittingEmptySubsequences: true)
       if fields.count == 8 { paths[String(fields[6])] = String(fields[7]) }
     }

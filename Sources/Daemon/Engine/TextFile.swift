@@ -11,6 +11,18 @@ enum TextFile {
   /// Reads a whole file. Throws the errno of open(2) or read(2), EFBIG past the limit and
   /// EILSEQ for what is not UTF-8.
   static func read(_ path: String) throws(IOError) -> String {
+    guard let text = String(validating: try bytes(path), as: UTF8.self) else {
+      throw IOError(EILSEQ, "read", path)
+    }
+    return text
+  }
+
+  /// The same of a file that holds others' bytes, too: what is not UTF-8 is replaced.
+  static func readRepairing(_ path: String) throws(IOError) -> String {
+    String(decoding: try bytes(path), as: UTF8.self)
+  }
+
+  private static func bytes(_ path: String) throws(IOError) -> [UInt8] {
     let descriptor = try Descriptor(path: path, flags: O_RDONLY)
     var bytes: [UInt8] = []
     var buffer = [UInt8](repeating: 0, count: 4096)
@@ -20,14 +32,10 @@ enum TextFile {
         if errno == EINTR { continue }
         throw IOError.last("read", path)
       }
-      if count == 0 { break }
+      if count == 0 { return bytes }
       bytes += buffer[..<count]
       guard bytes.count <= limit else { throw IOError(EFBIG, "read", path) }
     }
-    guard let text = String(validating: bytes, as: UTF8.self) else {
-      throw IOError(EILSEQ, "read", path)
-    }
-    return text
   }
 
   /// Replaces a file whole: a reader sees the old text or the new one.

@@ -67,6 +67,8 @@ final class Disk {
   var domainName: String?
   /// The directory of a disk that is none of the table's: one that only recovers a log.
   var directoryPath: String?
+  /// A worker of an earlier daemon that could not be killed yet. It has the store's lock.
+  var lingering: ProcessHandle?
   /// The worker's link when it is not in the directory: it was found, not started.
   var linkPath: String?
 
@@ -118,7 +120,7 @@ final class Disk {
   var reason: String? {
     if let error = phase.error { return error }
     switch phase {
-    case .starting, .restarting: return activity
+    case .idle, .starting, .restarting: return activity
     default: return nil
     }
   }
@@ -167,6 +169,14 @@ final class Disk {
       store: spec?.store ?? "", params: params, disk: id, vdev: vdev, domainName: domainName,
       files: allowed, device: device?.kind == .dm ? device?.path : nil, why: why,
       since: Reconciler.unixTime)
+  }
+
+  /// Why nothing can be done with the store yet: its former worker cannot be killed.
+  var lingers: DiskFailure? {
+    guard let process = lingering, !process.hasEnded else { return nil }
+    return .worker(
+      "its former worker (process \(process.pid)) cannot be killed: it waits for a device or file"
+        + " system that hangs; the disk goes on when that answers")
   }
 
   /// For sentences.

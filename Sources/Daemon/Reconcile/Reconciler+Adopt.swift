@@ -69,14 +69,18 @@ extension Reconciler {
       disk.since = record.since
       guard try await isAttached(disk, device) else {
         log.error("the device has gone", metadata: ["device": "\(device.path)"])
-        try await end(record, directory)
+        try await takeOldLog(disk, record, directory)
+        if try await linger(disk, record, directory) {
+          table[id] = disk
+          return
+        }
         try await offload.run { () throws(IOError) in try directory.remove() }
         return
       }
       disk.device = device
       table[id] = disk
       if await !takeOver(disk, record) {
-        try await end(record, directory)
+        _ = try await linger(disk, record, directory)
         try await takeOldLog(disk, record, directory)
         disk.phase = .restarting(at: .now, why: "an earlier daemon has left it without one")
         log.error("the worker is gone and is replaced", metadata: ["worker": "\(record.worker)"])
@@ -86,6 +90,31 @@ extension Reconciler {
       disk.phase = .failed(DiskFailure(error), attached: disk.device != nil)
       log.error("cannot take the disk over", metadata: ["error": "\(error)"])
     }
+  }
+
+  /// Ends every worker of a disk. Whether one of them cannot be killed yet: then the disk waits
+  /// for that, as one that is stopping until something else is said.
+  private func linger(
+    _ disk: Disk, _ record: DiskRecord, _ directory: DiskDirectory
+  ) async throws(IOError) -> Bool {
+    do throws(IOError) {
+      try await end(record, directory)
+      return false
+    } catch {
+      guard error.code == EBUSY else { throw error }
+    }
+    disk.lingering = try await offload.run { () throws(IOError) -> ProcessHandle? in
+      do throws(IOError) {
+        return try ProcessHandle(pid: record.worker, startTime: record.workerStart)
+      } catch {
+        if error.code == ESRCH || error.code == ENOENT { return nil }
+        throw error
+      }
+    }
+    guard let failure = disk.lingers else { return false }
+    log(for: disk).error("a former worker lives on", metadata: ["reason": "\(failure)"])
+    disk.phase = .stopping(DiskPhase.Stuck(failure, retry: .now))
+    return true
   }
 
   private func isAttached(

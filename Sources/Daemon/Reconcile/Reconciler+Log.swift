@@ -263,8 +263,9 @@ extension Reconciler {
   /// The logs that hold something and that no disk uses.
   func keptLogs() async throws(DiskFailure) -> [KeptLog] {
     let registry = configuration.registry
+    let used = Set(table.values.compactMap(\.entry))
     let all = try await blocking { () throws(IOError) in
-      try PendingEntry.all(registry).map { entry throws(IOError) in
+      try PendingEntry.all(registry).filter { !used.contains($0) }.map { entry throws(IOError) in
         KeptLog(entry: entry, info: try entry.info(), summary: try entry.summary())
       }
     }

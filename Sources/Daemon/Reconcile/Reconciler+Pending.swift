@@ -14,11 +14,31 @@ extension Reconciler {
       } catch { results.append(RecoveredStore(kept.store, kept.summary, error)) }
     }
     // A device that waits for its worker is tried at once, too.
-    for disk in table.values {
-      guard case .stopping(_?) = disk.phase, let path = disk.spec?.store else { continue }
-      if store == nil || Reconciler.isSame(path, store) { hurry(disk) }
+    for disk in Array(table.values) {
+      guard case .stopping(_?) = disk.phase, let path = disk.spec?.store,
+        store == nil || Reconciler.isSame(path, store)
+      else { continue }
+      results.append(await finish(disk, path))
     }
     return results
+  }
+
+  /// Tries again to take a disk down that cannot go.
+  private func finish(_ disk: Disk, _ store: String) async -> RecoveredStore {
+    let held = await status(of: disk.id)?.uncommitted ?? 0
+    var result = RecoveredStore(
+      store: store, placements: held, holds: "\(held) placements in its device", error: nil)
+    hurry(disk)
+    let end = ContinuousClock.now + configuration.stopTimeout + .seconds(10)
+    while ContinuousClock.now < end {
+      await pause(.milliseconds(100))
+      guard table[disk.id] === disk, case .stopping(let stuck) = disk.phase else { return result }
+      guard let stuck, !disk.busy, stuck.retry > .now else { continue }
+      result.error = stuck.failure.sentence
+      return result
+    }
+    result.error = disk.reason ?? "its disk is being taken down"
+    return result
   }
 
   /// What would be lost by `discard`. Throws `gone` when there is nothing of that name.

@@ -327,6 +327,7 @@ extension Reconciler {
     disk.discards = false
     disk.stuckCount = 0
     disk.linkPath = nil
+    disk.lingering = nil
     wakeThoseWaiting(for: disk.id)
   }
 }

@@ -23,12 +23,14 @@ extension Reconciler {
     release(disk)
     disk.spec = nil
     disk.orphaned = false
+    disk.activity = nil
     enter(disk, .idle)
     log(for: disk).info("the disk is gone")
   }
 
   /// Why it cannot be taken down yet; nil: nothing is held any more.
   private func takeDown(_ disk: Disk) async -> DiskFailure? {
+    if let failure = disk.lingers { return failure }
     if let stuck = await detach(disk) { return stuck }
     disk.device = nil
     if let stuck = await stopWorker(disk) { return stuck }

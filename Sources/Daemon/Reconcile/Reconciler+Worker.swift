@@ -218,6 +218,9 @@ extension Reconciler {
 
   /// Starts a new worker for a device that is there.
   func restart(_ disk: Disk) async {
+    if let failure = disk.lingers {
+      return enter(disk, .restarting(at: .now + .seconds(2), why: failure.sentence))
+    }
     do throws(DiskFailure) {
       try await reopen(disk)
       let byNode = disk.device?.kind == .dm

@@ -154,6 +154,7 @@ public actor Reconciler {
       if case .serving = disk.phase, disk.socketLost { await replaceSocket(disk) }
     case .start:
       guard let wanted = disk.wanted else { return }
+      if freeStarts == 0 { disk.activity = "waiting until other disks have started" }
       await inTurn { await self.start(disk, wanted) }
       disk.due = true
     case .restart:

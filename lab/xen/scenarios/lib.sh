@@ -214,6 +214,13 @@ stop_daemon() {
 }
 daemon_is_gone() { ! pidof dmu-xend; }
 
+# field NAME VDEV FILTER: what `status --json` says of a disk, by a filter of jq.
+field() { dmu-xen status --json "$1" | jq -r --arg vdev "$2" ".[] | select(.vdev == \$vdev) | $3"; }
+# is_state STATE NAME VDEV
+is_state() { [ "$(field "$2" "$3" .state)" = "$1" ]; }
+# explains PATTERN NAME VDEV: whether status gives such a reason.
+explains() { field "$2" "$3" .error | grep -E -- "$1"; }
+
 # worker NAME VDEV: the process that serves a disk.
 worker() { told "$1" "$2" worker; }
 is_alive() { kill -0 "$1"; }
