@@ -4,6 +4,8 @@
 //
 //   RUN/pending/KEY         the log (layout: Target/PendingLog.swift)
 //   RUN/pending/KEY.info    lines KEY=VALUE; values are percent-encoded
+//   RUN/pending/KEY.of      for another file that the disk writes to, which its store names: the
+//                           store's KEY
 //
 // KEY names the store by what does not change with its path: "f-DEVICE-INODE" for a file,
 // "b-DEVICE" for a block device, numbers in hexadecimal.
@@ -50,12 +52,17 @@ public struct PendingRegistry: Sendable, Hashable {
   /// Path of the text beside a log.
   public func info(_ key: String) -> String { log(key) + ".info" }
 
-  /// Why a store may not be written to by a tool that has just locked it: its disk's pending log
-  /// is needed, or the device of its disk is still there. nil: it may. Throws the errno of a
-  /// system call; a folder that is not there holds nothing.
-  public func hindrance(_ store: FileStore) throws(IOError) -> String? {
-    let key = try Self.key(of: store)
-    guard let held = try held(key) else { return nil }
+  /// Path of the mark of a file that a store names.
+  public func mark(_ key: String) -> String { log(key) + ".of" }
+
+  /// Why a file may not be written to by a tool that has just locked it: the pending log of its
+  /// disk is needed, or the device of its disk is still there. nil: it may. `own`: the log that
+  /// the caller itself goes on from. Throws the errno of a system call; a folder that is not there
+  /// holds nothing.
+  public func hindrance(_ store: FileStore, own: String? = nil) throws(IOError) -> String? {
+    var key = try Self.key(of: store)
+    if let other = try text(mark(key))?.split(separator: "\n").first { key = String(other) }
+    guard key != own, let held = try held(key) else { return nil }
     return "store \(store.name) has writes of a disk that are not in it yet (\(held)):"
       + " run 'dmu-xen recover \(store.name)' first, or, to lose them,"
       + " 'dmu-xen discard-pending \(store.name)'"
@@ -81,17 +88,21 @@ public struct PendingRegistry: Sendable, Hashable {
 
   /// A field of the text beside a log, as it stands; nil when it has none.
   private func field(_ name: String, of key: String) throws(IOError) -> String? {
+    let line = try text(info(key))?.split(separator: "\n").first { $0.hasPrefix(name + "=") }
+    return line.map { String($0.dropFirst(name.count + 1)) }
+  }
+
+  /// A small file; nil when it is not there, or not to be read by this user.
+  private func text(_ path: String) throws(IOError) -> String? {
     let file: Descriptor
-    do throws(IOError) { file = try Descriptor(path: info(key), flags: O_RDONLY) } catch {
-      if error.code == ENOENT || error.code == EACCES { return nil }
+    do throws(IOError) { file = try Descriptor(path: path, flags: O_RDONLY) } catch {
+      if error.code == ENOENT || error.code == ENOTDIR || error.code == EACCES { return nil }
       throw error
     }
     var buffer = [UInt8](repeating: 0, count: 65536)
     let count = Glibc.read(file.raw, &buffer, buffer.count)
-    guard count >= 0 else { throw IOError.last("read", info(key)) }
-    let text = String(decoding: buffer[..<count], as: UTF8.self)
-    let line = text.split(separator: "\n").first { $0.hasPrefix(name + "=") }
-    return line.map { String($0.dropFirst(name.count + 1)) }
+    guard count >= 0 else { throw IOError.last("read", path) }
+    return String(decoding: buffer[..<count], as: UTF8.self)
   }
 }
 

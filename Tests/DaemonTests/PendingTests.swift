@@ -67,9 +67,10 @@ struct PendingTests {
   @Test("A flush that takes longer than a worker may", .enabled(if: hasStrace, "strace"))
   func slow() async throws {
     try await inWorld(["worker.stop-timeout": "1"]) { world in
+      try await world.makeStore("g.dscow")
       try world.useWorkers(
         "exec strace -D -f -o /dev/null -e trace=fdatasync"
-          + " -e inject=fdatasync:delay_exit=2500000")
+          + " -e inject=fdatasync:delay_exit=1500000")
       let disk = try await written(world, domain: 5)
       try world.useWorkers()
       try world.detach(disk)
@@ -215,6 +216,41 @@ struct PendingTests {
       try world.detach(next)
       #expect(rename(store + ".away", store) == 0)
       try await readsBack(world, domain: 7)
+    }
+  }
+
+  @Test("A file that the store names is kept from others as long as the store is")
+  func namedFiles() async throws {
+    let settings = ["worker.restart-limit": "0", "store.directories": "[\"/\"]"]
+    try await inWorld(settings) { world in
+      let (store, data) = (world.folder.file("g.qcow2"), world.folder.file("data"))
+      try await world.run(
+        "/usr/bin/qemu-img", "create", "-q", "-f", "qcow2", "-o", "data_file=\(data)", store, "1M")
+      let disk = try world.attach(5, "dmu:qcow2:\(store)")
+      try await world.add(disk)
+      let wire = try await world.wire(of: disk)
+      #expect(try wire.write(flushed, at: 0) == 0)
+      try world.useWorkers(instead: "exit 1")
+      kill(try await world.worker(disk), SIGKILL)
+      try await eventually("it has failed") { try await world.state(disk) == .failed }
+      try world.detach(disk)
+      try await world.isGone(disk)
+      try world.useWorkers()
+      let registry = PendingRegistry(runDirectory: world.runDirectory)
+      for path in [store, data] {
+        let file = try FileStore(path: path, writable: true)
+        #expect(try registry.hindrance(file) != nil, "\(path)")
+      }
+      let thief = try world.attach(6, "dmu:qcow2:\(world.folder.file("h.qcow2")):\(data)")
+      #expect(try await world.addFailure(thief).contains("writes of a disk that are not in it yet"))
+      try world.detach(thief)
+      let next = try world.attach(7, "dmu:qcow2:\(store)")
+      try await world.add(next)
+      let now = try await world.wire(of: next)
+      #expect(try now.read(flushed.count, at: 0) == flushed)
+      try world.detach(next)
+      try await world.isGone(next)
+      #expect(World.names(world.runDirectory + "/pending").isEmpty)
     }
   }
 

@@ -22,6 +22,8 @@ struct PendingInfo: Sendable, Equatable {
   var files: [NamedFile] = []
   /// Path of the device that holds placements in the kernel; nil with nbd.
   var device: String?
+  /// Keys of the other files that the disk writes to.
+  var others: [String] = []
   /// Why the log is kept although no disk uses it; nil while one does.
   var why: String?
   /// Unix time since which that is so.
@@ -35,6 +37,7 @@ struct PendingInfo: Sendable, Equatable {
     if let domainName { fields.append("domain-name=" + PercentCode.encode(domainName)) }
     if let device { fields.append("device=" + PercentCode.encode(device)) }
     if let why { fields.append("why=" + PercentCode.encode(why)) }
+    if !others.isEmpty { fields.append("others=" + others.joined(separator: "%20")) }
     return (fields + DiskRecord.lines(files)).map { $0 + "\n" }.joined()
   }
 
@@ -48,6 +51,7 @@ struct PendingInfo: Sendable, Equatable {
     self.init(
       store: store, params: params, disk: disk, vdev: vdev, domainName: fields["domain-name"],
       files: files, device: fields["device"], why: fields["why"], since: since)
+    others = (fields["others"] ?? "").split(separator: " ").map { String($0) }
   }
 
   init(
@@ -103,7 +107,9 @@ struct PendingEntry: Sendable, Hashable {
       let name = withUnsafeBytes(of: entry.pointee.d_name) {
         String(decoding: $0.prefix { $0 != 0 }, as: UTF8.self)
       }
-      let key = name.split(separator: ".").first.map { String($0) } ?? ""
+      let parts = name.split(separator: ".", omittingEmptySubsequences: false)
+      guard parts.count == 1 || parts.last == "info" else { continue }
+      let key = parts.first.map { String($0) } ?? ""
       if key.hasPrefix("f-") || key.hasPrefix("b-") { found.insert(key) }
     }
     return found.sorted().map { PendingEntry(registry, $0) }
@@ -135,9 +141,10 @@ struct PendingEntry: Sendable, Hashable {
     }
   }
 
-  /// Replaces the text beside it.
+  /// Replaces the text beside it, and marks the other files that the disk writes to.
   func save(_ info: PendingInfo) throws(IOError) {
     try TextFile.replace(registry.info(key), with: info.text)
+    for other in info.others { try TextFile.replace(registry.mark(other), with: key + "\n") }
   }
 
   /// Takes over the log of a daemon that kept it with the disk.
@@ -179,8 +186,13 @@ struct PendingEntry: Sendable, Hashable {
     guard rename(new, path) == 0 else { throw IOError.last("name", path) }
   }
 
-  /// Removes the log, whatever it holds, and the text.
+  /// Removes the log, whatever it holds, the marks of other files, and the text.
   func remove() throws(IOError) {
+    for other in try info()?.others ?? [] {
+      guard unlink(registry.mark(other)) == 0 || errno == ENOENT else {
+        throw IOError.last("remove", registry.mark(other))
+      }
+    }
     for file in [path, path + ".new", registry.info(key), registry.info(key) + ".new"] {
       guard unlink(file) == 0 || errno == ENOENT else { throw IOError.last("remove", file) }
     }

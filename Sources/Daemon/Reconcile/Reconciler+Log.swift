@@ -17,10 +17,13 @@ internal import WorkerLink
 import Glibc
 
 extension PendingRegistry {
-  /// Throws when a file may not be used, since a disk's writes to it are still in a log. Blocks.
-  func refuse(_ image: OpenImage) throws(DiskFailure) {
+  /// Throws when a file may not be used, since a disk's writes to it are still in a log other than
+  /// this one. Blocks.
+  func refuse(_ image: OpenImage, own: String? = nil) throws(DiskFailure) {
     let reason: String?
-    do throws(IOError) { reason = try hindrance(image.file) } catch { throw DiskFailure(error) }
+    do throws(IOError) { reason = try hindrance(image.file, own: own) } catch {
+      throw DiskFailure(error)
+    }
     if let reason { throw DiskFailure(.pending, reason) }
   }
 }
@@ -86,8 +89,13 @@ extension Reconciler {
   /// Writes whose the log is.
   func describeLog(_ disk: Disk) async throws(DiskFailure) {
     guard let entry = disk.entry else { return }
-    let info = disk.pendingInfo()
-    try await blocking { () throws(IOError) in try entry.save(info) }
+    var info = disk.pendingInfo()
+    let written = disk.files.filter { $0.key.need.writable }.map(\.value)
+    do throws(IOError) {
+      for image in written { info.others.append(try PendingRegistry.key(of: image.file)) }
+    } catch { throw DiskFailure(error) }
+    info.others.sort()
+    try await blocking { [info] () throws(IOError) in try entry.save(info) }
   }
 
   /// Commits what a disk's log holds, by a worker without a device, and removes the log. The

@@ -85,11 +85,12 @@ extension Reconciler {
     let before = disk.allowed.first { $0.need == need }
     if let before, let image = disk.files[before] { return (before, image) }
     let (isHeld, registry) = (disk.isHeldByKernel, configuration.registry)
+    let own = disk.entry?.key
     if before == nil { try policy.check(need, after: disk.allowed, of: spec) }
     let (file, image) = try await offload.run { () throws(DiskFailure) -> (NamedFile, OpenImage) in
       let file = try policy.resolve(need, of: spec, unless: before)
       let image = try Images.open(file, of: store, isHeld: isHeld)
-      if before == nil { try registry.refuse(image) }
+      if before == nil { try registry.refuse(image, own: own) }
       return (file, image)
     }
     if before == nil { disk.allowed.append(file) }
