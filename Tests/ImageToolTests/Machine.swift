@@ -13,18 +13,23 @@ final class Machine {
     /// The process is killed: whatever it wrote is there.
     case kill
     /// The power goes: of what was not flushed any sector may be old, and a file may have the
-    /// length that it had when it was flushed last.
+    /// length that it had when it was flushed last. Where it has the length that a write behind
+    /// its end gave it, it has those bytes too: file systems write the length after the data
+    /// (ext4 in ordered mode, xfs).
     case powerCut
   }
 
   final class Files {
     var sizes: [UInt64]
     var durable: [UInt64]
+    /// Bytes by which writes made files longer since they were flushed, on the medium.
+    var appended: [[Range<UInt64>]]
     /// Writes, zeroes, lengths and flushes that may still happen.
     var fuse: Int?
     init(_ sizes: [UInt64]) {
       self.sizes = sizes
       durable = sizes
+      appended = sizes.map { _ in [] }
     }
   }
 
@@ -57,7 +62,19 @@ final class Machine {
       for (now, durable) in zip(files.sizes, files.durable) {
         sizes.append(now > durable && random.chance(50) ? durable : now)
       }
-      return Machine(names, disk.afterPowerCut(using: &random), sizes: sizes)
+      let found = disk.afterPowerCut(using: &random)
+      guard files.appended.contains(where: { !$0.isEmpty }) else {
+        return Machine(names, found, sizes: sizes)
+      }
+      let newest = disk.contents()
+      var contents = found.contents()
+      for (index, ranges) in files.appended.enumerated() where sizes[index] == files.sizes[index] {
+        for range in ranges {
+          let range = Int(range.lowerBound)..<Int(range.upperBound)
+          contents.replaceSubrange(range, with: newest[range])
+        }
+      }
+      return Machine(names, SimulatedDisk("disk", contents: contents), sizes: sizes)
     }
   }
 
@@ -110,7 +127,11 @@ final class MachineFile: ByteStore, @unchecked Sendable {
       throw IOError(28, "write", name)
     }
     try disk.write(buffer, at: start + offset)
-    files.sizes[index] = max(size, offset + UInt64(buffer.count))
+    let end = offset + UInt64(buffer.count)
+    if end > size {
+      files.appended[index].append((start + max(size, offset))..<(start + end))
+      files.sizes[index] = end
+    }
   }
 
   func zero(at offset: UInt64, count: UInt64) throws(IOError) {
@@ -132,5 +153,6 @@ final class MachineFile: ByteStore, @unchecked Sendable {
     try step("flush")
     try disk.flush()
     files.durable[index] = size
+    files.appended[index] = []
   }
 }

@@ -50,6 +50,8 @@ public struct VmdkDescriptor: Sendable, Equatable {
   /// The first comment, without blanks and in small letters.
   private static let start = Array("#diskdescriptorfile".utf8)
   private static let byteOrderMark: [UInt8] = [0xEF, 0xBB, 0xBF]
+  /// So many bytes are looked at for it.
+  private static let reach = 4096
   static let mostBytes = 1 << 20
   static let mostExtents = 1024
   static let longestPath = 1023
@@ -86,15 +88,24 @@ public struct VmdkDescriptor: Sendable, Equatable {
   /// every descriptor in whatever spacing, or the version right after them. Source: QEMU's
   /// probe; the writers that docs/formats/vmdk.md lists.
   static func isDescriptor(_ bytes: [UInt8]) -> Bool {
-    var text = bytes[...]
-    if text.starts(with: byteOrderMark) { text = text.dropFirst(byteOrderMark.count) }
-    for line in text.prefix(while: { $0 != 0 }).split(separator: 10) {
-      let words = line.filter { !isBlank($0) }.map { (65...90).contains($0) ? $0 + 32 : $0 }
-      if words.isEmpty { continue }
-      if words.starts(with: start) { return true }
-      guard words[0] == 35 else {
-        return ["version=1", "version=2", "version=3"].contains { words == Array($0.utf8) }
+    var index = bytes.starts(with: byteOrderMark) ? byteOrderMark.count : 0
+    let end = min(bytes.count, reach)
+    while index < end {
+      // A line without its blanks, in small letters, as far as it matters.
+      var line: [UInt8] = []
+      while index < end, bytes[index] != 10 {
+        let byte = bytes[index]
+        guard byte != 0 else { return false }
+        index += 1
+        guard line.count <= start.count, !isBlank(byte) else { continue }
+        line.append((65...90).contains(byte) ? byte + 32 : byte)
+        // Most files are told from a descriptor by their first byte.
+        guard line[0] == 35 || line[0] == 118 else { return false }
       }
+      index += 1
+      if line.starts(with: start) { return true }
+      guard line.first == 118 else { continue }
+      return ["version=1", "version=2", "version=3"].contains { line == Array($0.utf8) }
     }
     return false
   }
