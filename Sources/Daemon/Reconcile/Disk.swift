@@ -21,8 +21,9 @@ final class Disk {
   var readOnly = false
 
   var store: OpenImage?
-  /// The open store with which a worker has compared the pending log, or begun one.
-  var compared: FileStore?
+  /// The open store with which a worker has compared the pending log, or begun one. Not owned:
+  /// the lock goes with the store.
+  weak var compared: FileStore?
   var base: OpenImage?
   /// What the images named and was allowed, in the order of asking, and those of them that
   /// are open.
