@@ -62,6 +62,8 @@ final class Disk {
   var stuckCount = 0
   /// The flush of the device before it goes, while it is under way.
   var flush: DeviceFlush?
+  /// The closing of its files, while that is under way.
+  var closing: Ended?
   /// An admin has given up what the kernel's device holds.
   var discards = false
   /// The domain's name as far as it was asked.

@@ -218,6 +218,9 @@ extension Reconciler {
     disk.allowed = info.files
     recovering[entry.key] = disk
     let failure = await recover(disk, entry, spec)
+    if let stuck = await closeFiles(disk) {
+      log(for: disk).error("cannot close its files yet", metadata: ["reason": "\(stuck)"])
+    }
     release(disk)
     recovering[entry.key] = nil
     let directory = disk.directory(configuration)

@@ -295,6 +295,8 @@ extension Reconciler {
     disk.device = nil
     // A log that holds something outlives the attempt, whoever has written it.
     await keepLog(disk, why: failure?.sentence ?? "the disk waits for its store")
+    disk.entry = nil
+    if let stuck = await closeFiles(disk) { return stuck }
     let directory = disk.directory(configuration)
     let unfinished = disk.newStore
     do throws(IOError) {

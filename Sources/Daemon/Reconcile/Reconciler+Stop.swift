@@ -3,6 +3,23 @@
 internal import Logging
 internal import Posix
 internal import WorkerLink
+import Synchronization
+
+/// Files of a disk that goes, until a thread of their own has closed them.
+private final class HeldFiles: Sendable {
+  private let images: Mutex<[OpenImage]>
+  private let log: Mutex<FileStore?>
+
+  init(_ images: [OpenImage], _ log: FileStore?) {
+    self.images = Mutex(images)
+    self.log = Mutex(log)
+  }
+
+  func close() {
+    images.withLock { $0 = [] }
+    log.withLock { $0 = nil }
+  }
+}
 
 extension Reconciler {
   /// Takes everything down that is held: the device first, so that nothing comes in any
@@ -34,7 +51,40 @@ extension Reconciler {
     if let stuck = await detach(disk) { return stuck }
     disk.device = nil
     if let stuck = await stopWorker(disk) { return stuck }
-    return await endLog(disk)
+    if let stuck = await endLog(disk) { return stuck }
+    disk.entry = nil
+    return await closeFiles(disk)
+  }
+
+  /// Closes everything that the disk has open, on another thread: the last close of a block device
+  /// waits for what is under way on it. Why that has not ended yet, if so.
+  func closeFiles(_ disk: Disk) async -> DiskFailure? {
+    let ended: Ended
+    if let before = disk.closing {
+      ended = before
+    } else {
+      ended = Ended()
+      disk.closing = ended
+      var images = [disk.store, disk.base].compactMap { $0 } + Array(disk.files.values)
+      images += disk.backings.map(\.image)
+      let held = HeldFiles(images, disk.pending)
+      images = []
+      (disk.store, disk.base, disk.files, disk.backings) = (nil, nil, [:], [])
+      disk.pending = nil
+      let flushing = flushing
+      Task {
+        await flushing.run { held.close() }
+        ended.set()
+      }
+    }
+    guard await ended.wait(configuration.stopTimeout) else {
+      return DiskFailure(
+        .device,
+        "its base or another of its files cannot be closed: a device or file system hangs; the disk"
+          + " goes when that answers")
+    }
+    disk.closing = nil
+    return nil
   }
 
   /// Goes on being `stopping`, with the reason, and tries again later and later.
