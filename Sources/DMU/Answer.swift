@@ -152,10 +152,10 @@ public struct Answer: Sendable {
   public static var revoke: Answer { Answer(DMU_GRANT) }
 
   /// A write that fails on its device waits from now on, even when this worker is gone, and
-  /// `Message.writesFailed` asks what becomes of it. An older module refuses it with EINVAL.
-  public static var holdFailed: Answer {
+  /// `Message.writesFailed` asks what becomes of it; or not any more. An older module refuses it with EINVAL.
+  public static func holdFailed(_ hold: Bool) -> Answer {
     var answer = Answer(DMU_HOLD_FAILED)
-    answer.raw.code = 1
+    answer.raw.code = hold ? 1 : 0
     return answer
   }
 

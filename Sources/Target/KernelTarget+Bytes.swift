@@ -193,6 +193,16 @@ extension KernelTarget {
     _ = try tell(.fail(id: id, code: code))
   }
 
+  /// Notes a failure that the module has told of.
+  func noteFailure(_ code: Int32, _ device: UInt16, isRead: Bool) {
+    if !isRead, isShortage(code) {
+      trouble.noteShortage(code == EIO ? ENOSPC : code)
+      health = trouble.health
+    } else {
+      note(code, device, isRead: isRead)
+    }
+  }
+
   /// Counts a failure of a backing device.
   func note(_ code: Int32, _ device: UInt16, isRead: Bool) {
     let isKnown = Int(device) < devices.known.count

@@ -37,8 +37,14 @@ public final class KernelTarget: TargetEngine {
     didSet {
       trouble.waits = space.waits
       health = trouble.health
+      // An older module refuses it, and fails what fails.
+      do throws(IOError) {
+        _ = try node.answer([.holdFailed(space.waits)])
+      } catch { failure = error }
     }
   }
+  /// Errors of writes that were told by device, and may be told again of a placement.
+  private var toldWrites = 0
   /// The question of failed writes that wait for space; 0: none.
   var held: FaultID = 0
   /// Blocks that could not be carried for want of space, each to be tried again.
@@ -106,8 +112,6 @@ public final class KernelTarget: TargetEngine {
     dumped = found.last?.mark ?? 0
     highest = dumped
     shift = (last ?? 0) - dumped
-    // An older module fails what fails.
-    _ = try node.answer([.holdFailed])
   }
 
   private static func extent(
@@ -161,9 +165,12 @@ public final class KernelTarget: TargetEngine {
       try hold(id, code)
       return nil
     case .deviceError(let device, let write, let code):
-      if !write || !isShortage(code) { note(code, device, isRead: !write) }
+      if write { toldWrites += 1 }
+      noteFailure(code, device, isRead: !write)
       return nil
     case .mapError(let block, let mark, let code):
+      // A block that could not be carried along is told of no device.
+      if toldWrites > 0 { toldWrites -= 1 } else { noteFailure(code, 0, isRead: false) }
       return .mapError(block: block, mark: fromKernel(mark), code: code)
     case .invalidateDone(let block, let count): return .invalidateDone(BlockRange(block, count))
     case .placed(let it):
