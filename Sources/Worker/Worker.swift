@@ -4,8 +4,10 @@
 // Invariants:
 // - One thread. Nothing here waits, reads or writes guest data; what blocks (a commit
 //   plan) goes through `offload`, and its end comes back on the same thread.
-// - A flush is answered `flushDone` only after its commit plan has run to its end. When it
-//   fails the flush fails, the marks stay uncommitted, and the next flush tries them again.
+// - A flush is answered `flushDone` only after its commit plan has run to its end. If the plan
+//   fails, the flush fails, the marks stay uncommitted, and the next flush tries them again. If it
+//   fails for want of space and the policy is to wait, the flush waits and the plan runs again.
+// - A question that the format cannot answer for want of space stays unanswered in the same way.
 // - One commit plan at a time; flushes that come meanwhile wait their turn.
 // - A placement that the target refuses is taken back from the format at once.
 
