@@ -81,20 +81,69 @@ public final class ProcessHandle: Sendable {
     return try reap()
   }
 
+  /// Whether that very process will run no instruction any more and is there nevertheless: it was
+  /// killed or has exited, and a thread of it waits in the kernel for what does not answer. Its
+  /// descriptors and locks stay until then. Throws what reading proc(5) fails with.
+  public static func isEnding(_ pid: Int32, startTime: UInt64) throws(IOError) -> Bool {
+    do throws(IOError) {
+      guard try self.startTime(of: pid) == startTime else { return false }
+      let folder = "/proc/\(pid)/task"
+      guard let threads = opendir(folder) else { throw IOError.last("list", folder) }
+      defer { closedir(threads) }
+      while let entry = readdir(threads) {
+        let name = withUnsafeBytes(of: entry.pointee.d_name) {
+          String(decoding: $0.prefix { $0 != 0 }, as: UTF8.self)
+        }
+        guard Int32(name) != nil else { continue }
+        guard try isThreadEnding("\(folder)/\(name)") else { return false }
+      }
+      // Read again: threads that are made meanwhile are made by one that was not ending.
+      return try self.startTime(of: pid) == startTime
+    } catch {
+      if error.code == ESRCH || error.code == ENOENT { return false }
+      throw error
+    }
+  }
+
+  /// One whose SIGKILL is pending never comes back from the kernel. Sources: proc_pid_stat(5),
+  /// fields 3 and 9 (PF_EXITING is 4); proc_pid_status(5), SigPnd and ShdPnd.
+  private static func isThreadEnding(_ folder: String) throws(IOError) -> Bool {
+    let fields = try statFields(folder)
+    if fields[0] == "Z" || fields[0] == "X" { return true }
+    if let flags = UInt64(fields[6]), flags & 4 != 0 { return true }
+    let kill = UInt64(1) << (SIGKILL - 1)
+    return try text("\(folder)/status").split(separator: "\n").contains { line in
+      guard line.hasPrefix("SigPnd:") || line.hasPrefix("ShdPnd:"),
+        let pending = line.split(whereSeparator: \.isWhitespace).last,
+        let mask = UInt64(pending, radix: 16)
+      else { return false }
+      return mask & kill != 0
+    }
+  }
+
   private static func startTime(of pid: Int32) throws(IOError) -> UInt64 {
-    let path = "/proc/\(pid)/stat"
-    let file = try Descriptor(path: path, flags: O_RDONLY)
-    var buffer = [UInt8](repeating: 0, count: 1024)
-    let count = Glibc.read(file.raw, &buffer, buffer.count)
-    guard count > 0 else { throw IOError(count < 0 ? errno : ESRCH, "read", path) }
-    let text = String(decoding: buffer[..<count], as: UTF8.self)
-    // The name, field 2, stands in parentheses and may hold any character.
-    guard let end = text.lastIndex(of: ")") else { throw IOError(EINVAL, "read", path) }
-    let fields = text[end...].split(separator: " ")
-    guard fields.count > 20, let ticks = UInt64(fields[20]) else {
-      throw IOError(EINVAL, "read", path)
+    guard let ticks = UInt64(try statFields("/proc/\(pid)")[19]) else {
+      throw IOError(EINVAL, "read", "/proc/\(pid)/stat")
     }
     return ticks
+  }
+
+  /// The fields of a stat file from the third on, the state.
+  private static func statFields(_ folder: String) throws(IOError) -> [Substring] {
+    let stat = try text("\(folder)/stat")
+    // The name, field 2, stands in parentheses and may hold any character.
+    guard let end = stat.lastIndex(of: ")") else { throw IOError(EINVAL, "read", folder) }
+    let fields = stat[stat.index(after: end)...].split(separator: " ")
+    guard fields.count > 19 else { throw IOError(EINVAL, "read", folder) }
+    return fields
+  }
+
+  private static func text(_ path: String) throws(IOError) -> String {
+    let file = try Descriptor(path: path, flags: O_RDONLY)
+    var buffer = [UInt8](repeating: 0, count: 4096)
+    let count = Glibc.read(file.raw, &buffer, buffer.count)
+    guard count > 0 else { throw IOError(count < 0 ? errno : ESRCH, "read", path) }
+    return String(decoding: buffer[..<count], as: UTF8.self)
   }
 }
 

@@ -56,10 +56,15 @@ public final class FileStore: ByteStore {
     try self.init(descriptor, name: path)
   }
 
-  /// Locks the whole file for this open file description, against everybody, without waiting.
-  /// For files that are no images. Throws EAGAIN when another has it.
-  public func lockWhole() throws(IOError) {
-    try lock(F_WRLCK, at: 0, length: 0)
+  /// Locks one byte for this open file description, against everybody, without waiting. For files
+  /// that are no images. Throws EAGAIN when another has it.
+  public func lockByte(_ byte: Int64) throws(IOError) {
+    try lock(F_WRLCK, at: byte, length: 1)
+  }
+
+  /// Gives up the lock of a byte.
+  public func unlockByte(_ byte: Int64) throws(IOError) {
+    try lock(F_UNLCK, at: byte, length: 1)
   }
 
   /// Locks an image for this open file description, without waiting: exclusively for a store,

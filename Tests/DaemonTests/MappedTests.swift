@@ -230,6 +230,26 @@ struct MappedTests {
     }
   }
 
+  @Test("A device that a backend has open and no frontend ever connected to gives its store back")
+  func unconnected() async throws {
+    try await inWorld(["worker.stop-timeout": "1"], hasMapper: true) { world in
+      let disk = try await uncommitted(world)
+      try world.file("mapper/5-51712.open", [])
+      try world.toolstack.write(disk.backend + "/state", "4")
+      let removed = Task { try await world.command { $0.remove(disk.relativeBackend) } }
+      try await stuck(world, 5, "is still open")
+      #expect(try device(world, "5-51712").hasPrefix("LIVE "), "one that is connected stays")
+      try world.toolstack.write(disk.backend + "/state", "2")
+      try await world.isGone(disk)
+      #expect(try device(world, "5-51712") == "ERROR")
+      #expect(World.names(world.mapper).contains("flushed"), "what it held was committed first")
+      _ = try await removed.value
+      let next = try world.attach(6, world.spec("g5.dscow"))
+      try await world.add(next)
+      #expect(try device(world, "6-51712").hasPrefix("LIVE "))
+    }
+  }
+
   @Test("clear tells the device and the worker")
   func clear() async throws {
     try await inWorld(hasMapper: true) { world in

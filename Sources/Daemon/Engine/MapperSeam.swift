@@ -67,6 +67,12 @@ public protocol DeviceMapping: Sendable {
   /// Removes a device. One that is not there is no error. Throws EBUSY while somebody has it
   /// open; `deferred`: then it goes with the last close.
   func remove(_ disk: DiskID, deferred: Bool) throws(DeviceMapperError)
+  /// Takes its files from a device that somebody has open: every request fails from now on, and the
+  /// device goes with the last close. False, and nothing has changed, while requests are under way
+  /// or, unless `losing`, it holds writes that are in no image.
+  func retire(
+    _ disk: DiskID, _ node: DeviceNode, losing: Bool
+  ) throws(DeviceMapperError) -> Bool
   /// What the kernel counts of a device.
   func counters(_ disk: DiskID, _ node: DeviceNode) throws(DeviceMapperError) -> MappedCounters
   /// Every device that a daemon like this one has made.
@@ -123,9 +129,11 @@ public struct KernelMapper: DeviceMapping {
     guard DeviceMapper.isAvailable, let found = try served.device.information() else {
       return false
     }
-    let identifier = try served.device.uuid()
-    return found.hasLiveTable && self.node(found.number, served.device) == node
-      && identifier == served.identifier
+    guard found.hasLiveTable, self.node(found.number, served.device) == node,
+      try served.device.uuid() == served.identifier
+    else { return false }
+    // Not one that was retired.
+    return try served.device.table().allSatisfy { $0.target == ServedDevice.target }
   }
 
   /// Has the device's page cache written, and the device flushed.
@@ -158,6 +166,39 @@ public struct KernelMapper: DeviceMapping {
     } catch {
       guard error.code == ENXIO else { throw error }
     }
+  }
+
+  /// Suspends the device, which ends what is under way, looks once more, and gives it a table of
+  /// errors.
+  public func retire(
+    _ disk: DiskID, _ node: DeviceNode, losing: Bool
+  ) throws(DeviceMapperError) -> Bool {
+    let device = served(disk).device
+    // A suspend waits for what is under way, however long that takes.
+    let path = "/sys/block/dm-\(node.index)/inflight"
+    do throws(IOError) {
+      let numbers = try TextFile.read(path).split(whereSeparator: \.isWhitespace)
+      guard numbers.allSatisfy({ $0 == "0" }) else { return false }
+    } catch { throw DeviceMapperError(error.code, "read", path) }
+    guard let line = try device.table().first else { return false }
+    let table: Table
+    do throws(TableError) { table = try Table(length: line.length, .error) } catch {
+      throw DeviceMapperError(EINVAL, "retire", device.name, explanation: "\(error)")
+    }
+    try device.suspend()
+    let mayGo: Bool
+    do throws(DeviceMapperError) {
+      mayGo = losing ? true : try counters(disk, node).uncommitted == 0
+      if mayGo { try device.load(table) }
+    } catch {
+      try device.resume(probed: false)
+      throw error
+    }
+    // With a table loaded, that one comes into use.
+    try device.resume(probed: false)
+    guard mayGo else { return false }
+    try remove(disk, deferred: true)
+    return true
   }
 
   /// Reads the target's status and the device's own counters.

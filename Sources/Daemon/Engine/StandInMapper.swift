@@ -124,6 +124,17 @@ public final class StandInMapper: DeviceMapping {
     ends.withLock { $0[disk] = nil }
   }
 
+  /// Marks it as one of errors.
+  public func retire(
+    _ disk: DiskID, _ node: DeviceNode, losing: Bool
+  ) throws(DeviceMapperError) -> Bool {
+    let held = try counters(disk, node).uncommitted
+    guard losing || held == 0 else { return false }
+    try write(disk, "ERROR")
+    ends.withLock { $0[disk] = nil }
+    return true
+  }
+
   /// Counts what the mark says.
   public func counters(
     _ disk: DiskID, _ node: DeviceNode

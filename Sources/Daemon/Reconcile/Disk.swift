@@ -131,10 +131,13 @@ final class Disk {
   /// A disk of the daemon's own domain that nobody has connected, though the toolstack has long
   /// given up waiting for that: a bootloader's, for example, without a driver for it.
   func isAbandoned(_ sight: Sight, now: Int64) -> Bool {
-    guard sight.isOwn, case .serving = phase, let state = sight.state else { return false }
     // libxl waits for ten seconds.
-    return ["1", "2", "3"].contains(state) && now - since >= 12
+    guard sight.isOwn, case .serving = phase else { return false }
+    return sight.isUnconnected && now - since >= 12
   }
+
+  /// Whether a backend has the device, perhaps, and was never connected to a frontend.
+  var isUnconnected: Bool { sight?.isUnconnected ?? false }
 
   /// The name by which its device is known again.
   var identifier: String { KernelAttacher.mark + "\(id)" }

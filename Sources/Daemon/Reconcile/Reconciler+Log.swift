@@ -42,20 +42,24 @@ extension Reconciler {
       }
       return
     }
-    let (entry, pending, summary, info) = try await offload.run {
-      () throws(DiskFailure) -> (PendingEntry, FileStore, PendingSummary, PendingInfo?) in
-      let entry: PendingEntry
-      do throws(IOError) { entry = try PendingEntry(registry, of: store) } catch {
-        throw DiskFailure(error)
+    let entry = try await blocking { () throws(IOError) in try PendingEntry(registry, of: store) }
+    let former = disk.entry
+    await take(entry, disk)
+    let (pending, summary, info): (FileStore, PendingSummary, PendingInfo?)
+    do throws(DiskFailure) {
+      (pending, summary, info) = try await offload.run {
+        () throws(DiskFailure) -> (FileStore, PendingSummary, PendingInfo?) in
+        try Reconciler.refuseOthers(entry, spec)
+        do throws(IOError) {
+          try directory.make()
+          let pending = try entry.open()
+          return (pending, try PendingSummary(pending), try entry.info())
+        } catch { throw DiskFailure(error) }
       }
-      try Reconciler.refuseOthers(entry, spec)
-      do throws(IOError) {
-        try directory.make()
-        let pending = try entry.open()
-        return (entry, pending, try PendingSummary(pending), try entry.info())
-      } catch { throw DiskFailure(error) }
+    } catch {
+      disk.entry = former
+      throw error
     }
-    disk.entry = entry
     disk.pending = pending
     disk.tookOver = summary.isNeeded
     guard summary.isNeeded else { return try await describeLog(disk) }
@@ -65,6 +69,13 @@ extension Reconciler {
     log(for: disk).notice(
       "goes on from the store's pending log",
       metadata: ["log": "\(entry.path)", "holds": "\(summary.words)"])
+  }
+
+  /// Makes a log the disk's: from now on nobody else begins to see to it, and who has begun is
+  /// waited for. Whoever that is does not get the store, which the disk has locked.
+  private func take(_ entry: PendingEntry, _ disk: Disk) async {
+    disk.entry = entry
+    while claimedLogs.contains(entry.key) { await pause(.milliseconds(20)) }
   }
 
   /// Throws when a log that holds something belongs to another file of this store's name.
@@ -191,19 +202,39 @@ extension Reconciler {
 
   // MARK: - Logs without a disk
 
+  /// Has a log that no disk uses to itself while `body` runs. Throws when it is in use.
+  func claiming<Value>(
+    _ entry: PendingEntry, _ body: () async throws(DiskFailure) -> Value
+  ) async throws(DiskFailure) -> Value {
+    guard !claimedLogs.contains(entry.key), !isUsed(entry) else {
+      throw DiskFailure(.inUse, "the log \(entry.path) is in use: its disk sees to it")
+    }
+    claimedLogs.insert(entry.key)
+    defer { claimedLogs.remove(entry.key) }
+    return try await body()
+  }
+
   /// Commits a log that no disk uses. Answers what it held. Throws when it cannot be committed,
   /// or is in use.
   func recover(_ entry: PendingEntry) async throws(DiskFailure) -> PendingSummary {
-    guard recovering[entry.key] == nil, !isUsed(entry) else {
-      throw DiskFailure(.inUse, "the log \(entry.path) is in use: its disk sees to it")
+    let (summary, former) = try await claiming(entry) { () async throws(DiskFailure) in
+      try await recoverClaimed(entry)
     }
+    await announce("running")
+    if let former { wakeThoseWaiting(for: former) }
+    return summary
+  }
+
+  /// The same for a log that is claimed; answers whose it was, too, if it held something.
+  private func recoverClaimed(
+    _ entry: PendingEntry
+  ) async throws(DiskFailure) -> (PendingSummary, DiskID?) {
     let (summary, info) = try await blocking { () throws(IOError) in
-      (try entry.summary(), try entry.info())
+      let summary = try entry.summary()
+      if !summary.isNeeded { try entry.remove() }
+      return (summary, try entry.info())
     }
-    guard summary.isNeeded else {
-      try await blocking { () throws(IOError) in try entry.remove() }
-      return summary
-    }
+    guard summary.isNeeded else { return (summary, nil) }
     guard var info, let spec = Reconciler.spec(info.params) else {
       throw DiskFailure(
         .pending,
@@ -225,12 +256,10 @@ extension Reconciler {
     recovering[entry.key] = nil
     let directory = disk.directory(configuration)
     try await blocking { () throws(IOError) in try directory.remove() }
-    await announce("running")
     guard let failure else {
       log(for: disk).notice(
         "the store is complete", metadata: ["store": "\(spec.store)", "held": "\(summary.words)"])
-      wakeThoseWaiting(for: disk.id)
-      return summary
+      return (summary, disk.id)
     }
     // Somebody who has the store sees to the log himself.
     guard failure.code != .inUse else { throw failure }
@@ -288,7 +317,7 @@ extension Reconciler {
     let registry = configuration.registry
     do throws(DiskFailure) {
       let entries = try await blocking { () throws(IOError) in try PendingEntry.all(registry) }
-      for entry in entries where !isUsed(entry) && recovering[entry.key] == nil {
+      for entry in entries where !isUsed(entry) && !claimedLogs.contains(entry.key) {
         do throws(DiskFailure) { _ = try await recover(entry) } catch {
           log.error(
             "a pending log is kept", metadata: ["log": "\(entry.path)", "reason": "\(error)"])

@@ -138,6 +138,9 @@ extension Reconciler {
         return nil
       } catch {
         guard error.code == EBUSY else { return .mapper(error) }
+        do throws(DeviceMapperError) {
+          if disk.isUnconnected, try await retire(disk, device) { return nil }
+        } catch { return .mapper(error) }
         await pause(.milliseconds(500))
       }
     }
@@ -147,6 +150,23 @@ extension Reconciler {
       try await remove(id)
       return nil
     } catch { return error.code == EBUSY ? .stillOpen(device) : .mapper(error) }
+  }
+
+  /// Takes the files from a device that a backend has open to which no frontend ever connected:
+  /// so nobody can have anything under way on it, and the store is free for others.
+  private func retire(
+    _ disk: Disk, _ device: DeviceNode
+  ) async throws(DeviceMapperError) -> Bool {
+    let (mapper, id, losing) = (mapper, disk.id, disk.discards || disk.readOnly)
+    guard
+      try await mapping.run({ () throws(DeviceMapperError) in
+        try mapper.retire(id, device, losing: losing)
+      })
+    else { return false }
+    log(for: disk).notice(
+      "the device has no files any more and goes with the last close",
+      metadata: ["device": "\(device.path)"])
+    return true
   }
 
   private func remove(_ id: DiskID) async throws(DeviceMapperError) {
@@ -171,7 +191,8 @@ extension Reconciler {
       if let worker = disk.worker, let stuck = await killWorker(disk, worker) { return stuck }
       return .uncommitted(device, "no worker can be started for it: \(error.sentence)", disk)
     }
-    guard await isFree(disk, device) else { return .stillOpen(device) }
+    let isFree = await isFree(disk, device)
+    guard isFree || disk.isUnconnected else { return .stillOpen(device) }
     if let failure = await flush(device, disk) { return failure }
     do throws(DeviceMapperError) {
       let (mapper, id) = (mapper, disk.id)

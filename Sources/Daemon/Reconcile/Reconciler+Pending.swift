@@ -59,10 +59,9 @@ extension Reconciler {
   /// lost. Throws `gone` when there is nothing of that name.
   func discard(_ store: String) async throws(DiskFailure) -> RecoveredStore {
     if let kept = try await keptLogs().first(where: { isMeant($0, by: store) }) {
-      guard recovering[kept.entry.key] == nil, !isUsed(kept.entry) else {
-        throw DiskFailure(.inUse, "the pending log of \(store) is being committed: try again later")
+      try await claiming(kept.entry) { () async throws(DiskFailure) in
+        try await blocking { () throws(IOError) in try kept.entry.remove() }
       }
-      try await blocking { () throws(IOError) in try kept.entry.remove() }
       log.warning(
         "gave up a pending log by order",
         metadata: ["store": "\(kept.store)", "held": "\(kept.summary.words)"])

@@ -173,6 +173,14 @@ extension Reconciler {
         } catch { throw DiskFailure(error) }
       }
       guard let found else { return false }
+      guard !claimedLogs.contains(found.key) else {
+        // Somebody sees to it, or tries to, for which this has the store locked.
+        try await offload.run { () throws(DiskFailure) in
+          do throws(IOError) { try store.file.unlock() } catch { throw DiskFailure(error) }
+        }
+        await pause(.milliseconds(100))
+        return true
+      }
       // Its lock would be in the way; the caller's goes with this very function's argument.
       try await offload.run { () throws(DiskFailure) in
         do throws(IOError) { try store.file.unlock() } catch { throw DiskFailure(error) }

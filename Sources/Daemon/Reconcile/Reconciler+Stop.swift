@@ -165,8 +165,8 @@ extension Reconciler {
     }
   }
 
-  /// Sleeps; a task that is cancelled only hurries.
+  /// Sleeps; a task that is cancelled only hurries, and lets others on.
   func pause(_ time: Duration) async {
-    do { try await Task.sleep(for: time) } catch { return }
+    do { try await Task.sleep(for: time) } catch { await Task.yield() }
   }
 }

@@ -33,6 +33,9 @@ public actor Reconciler {
   var table: [DiskID: Disk] = [:]
   /// What commits the log of a store that no disk uses, by the log's key.
   var recovering: [String: Disk] = [:]
+  /// Keys of the logs that are committed, removed or given up just now: no disk takes one up
+  /// meanwhile.
+  var claimedLogs: Set<String> = []
   /// Attaches that failed and whose disks have gone; see Reconciler+Failures.
   var failures: [DiskStatus] = []
   var nextWaiter: UInt64 = 1
@@ -41,6 +44,7 @@ public actor Reconciler {
   private var freeStarts = Reconciler.startsAtOnce
   private var startQueue: [CheckedContinuation<Void, Never>] = []
   private var announced: [Int]?
+  private var isAnnouncing = false
 
   init(
     configuration: Configuration, configurationPath: String, view: XenStoreView,
@@ -106,7 +110,7 @@ public actor Reconciler {
         metadata: ["disks": "\(kept.count)"])
     }
     announced = nil
-    await announce("running")
+    await announce("running", anew: true)
     return announced != nil
   }
 
@@ -298,20 +302,28 @@ public actor Reconciler {
   }
 
   /// Writes the daemon's own nodes if the number of disks or of pending logs has changed.
-  func announce(_ state: String) async {
+  func announce(_ state: String, anew: Bool = false) async {
+    // One after the other: what was counted last is what stands there.
+    while isAnnouncing { await pause(.milliseconds(10)) }
+    isAnnouncing = true
+    var isForgotten = false
     var pending = announced?.last ?? 0
     do throws(DiskFailure) { pending = try await keptLogs().count } catch {
       log.warning("cannot count the pending logs", metadata: ["error": "\(error)"])
     }
     let counts = [table.values.count { $0.spec != nil }, pending]
-    guard announced != counts || state != "running" else { return }
-    announced = counts
-    do throws(XenStoreError) {
-      try await view.publishSelf(state: state, disks: counts[0], pending: counts[1])
-    } catch {
-      announced = nil
-      log.warning("cannot tell of the daemon", metadata: ["error": "\(error)"])
+    if announced != counts || state != "running" {
+      do throws(XenStoreError) {
+        isForgotten = try await !view.publishSelf(
+          state: state, disks: counts[0], pending: counts[1], anew: anew)
+        if !isForgotten { announced = counts }
+      } catch {
+        announced = nil
+        log.warning("cannot tell of the daemon", metadata: ["error": "\(error)"])
+      }
     }
+    isAnnouncing = false
+    if isForgotten, state == "running" { _ = await storeForgotUs() }
   }
 
   /// Seconds since 1970.

@@ -6,7 +6,8 @@
 //   with the look at it: an entry that the toolstack has deleted is never made again.
 // - A look that failed says nothing: no disk is taken down because xenstored was silent.
 // - Nor does the look into a store that has forgotten what we told of ourselves: it is a new
-//   one, and what is missing in it was not taken away. Every look asks for that first.
+//   one, and what is missing in it was not taken away. Every look asks for that first, and we
+//   tell a new store of ourselves only when the disks that it does not know are marked.
 
 internal import XenStore
 
@@ -26,6 +27,10 @@ struct Sight: Sendable, Equatable {
   var isOwn = false
   /// The device that the toolstack was given, "fd:5"; nil when it has none yet.
   var device: String?
+
+  /// Whether the backend has not come to be connected: Initialising, InitWait, Initialised.
+  /// Source: XenbusState in Xen's io/xenbus.h.
+  var isUnconnected: Bool { state.map { ["1", "2", "3"].contains($0) } ?? false }
 }
 
 /// What everybody is told of a disk.
@@ -126,13 +131,19 @@ struct XenStoreView: Sendable {
     try await client.remove(id.backendPath + "/dmu")
   }
 
-  /// Tells of the daemon itself.
-  func publishSelf(state: String, disks: Int, pending: Int) async throws(XenStoreError) {
+  /// Tells of the daemon itself. False, and nothing happens, when the store has forgotten us,
+  /// unless it is `anew`: what we have told makes the next look believe what the store says.
+  func publishSelf(
+    state: String, disks: Int, pending: Int, anew: Bool
+  ) async throws(XenStoreError) -> Bool {
     try await client.transaction { session throws(XenStoreError) in
+      let remembersUs = try XenStoreView.remembersUs(session)
+      guard anew || remembersUs else { return false }
       try session.write(XenStoreView.own + "/version", DMUXen.version)
       try session.write(XenStoreView.own + "/state", state)
       try session.write(XenStoreView.own + "/disks", String(disks))
       try session.write(XenStoreView.own + "/pending", String(pending))
+      return true
     }
   }
 

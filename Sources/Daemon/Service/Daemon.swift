@@ -62,7 +62,7 @@ public struct Daemon: Sendable {
     log.logLevel = configuration.logLevel
     try raiseLimits(log)
     let hostLock = try surroundings.hostLock.map { path throws(IOError) in
-      try RunDirectory.lockHost(path)
+      try DaemonLock(path, "on this host (\(path))")
     }
     let lock = try RunDirectory.prepare(configuration)
     if let standIn = surroundings.standInDevices {
@@ -120,13 +120,9 @@ public struct Daemon: Sendable {
 }
 
 /// The run directory, which one daemon has to itself.
-final class RunDirectory: Sendable {
-  private let lock: FileStore
-
-  private init(_ lock: FileStore) { self.lock = lock }
-
+enum RunDirectory {
   /// Makes it if it is missing, and locks it. Throws EAGAIN when a daemon runs already.
-  static func prepare(_ configuration: Configuration) throws(IOError) -> RunDirectory {
+  static func prepare(_ configuration: Configuration) throws(IOError) -> DaemonLock {
     // Tools that are not root may ask for the log of a store, whose name they know, and see
     // nothing else.
     for (path, mode) in [
@@ -136,38 +132,9 @@ final class RunDirectory: Sendable {
       guard mkdir(path, mode) == 0 || errno == EEXIST else { throw IOError.last("make", path) }
       guard chmod(path, mode) == 0 else { throw IOError.last("set the mode of", path) }
     }
-    return RunDirectory(
-      try take(configuration.runDirectory + "/lock", "in \(configuration.runDirectory)"))
+    return try DaemonLock(
+      configuration.runDirectory + "/lock", "in \(configuration.runDirectory)")
   }
-
-  /// Locks a file of this host, so that there is one daemon whatever its run directory. Throws
-  /// EAGAIN when a daemon runs already.
-  static func lockHost(_ path: String) throws(IOError) -> RunDirectory {
-    RunDirectory(try take(path, "on this host (\(path))"))
-  }
-
-  private static func take(_ path: String, _ place: String) throws(IOError) -> FileStore {
-    let descriptor = try Descriptor(path: path, flags: O_RDWR | O_CREAT, mode: 0o600)
-    let lock = try FileStore(descriptor, name: path)
-    // A worker that is just being started by a daemon that was killed has the lock, too,
-    // until it closes what is not its own.
-    for attempt in 0... {
-      do throws(IOError) {
-        try lock.lockWhole()
-        break
-      } catch {
-        guard error.code == EAGAIN else { throw error }
-        guard attempt < 30 else {
-          throw IOError(EAGAIN, "start a second dmu-xend", place)
-        }
-        usleep(100_000)
-      }
-    }
-    return lock
-  }
-
-  /// Says that the lock is held up to this place.
-  func keepUntilHere() {}
 }
 
 /// Hears xenstore's events and looks at everything now and then.
