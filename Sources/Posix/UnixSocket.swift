@@ -46,16 +46,17 @@ public enum UnixSocket {
   }
 
   /// Listens at a path. A socket file that nobody listens on any more is replaced; one in
-  /// use throws EADDRINUSE, and so does any other file there. `mode` are the permission
-  /// bits of the socket file.
+  /// use throws EADDRINUSE, unless `replacing` says that the place is the caller's, and so does any
+  /// other file there. `mode` are the permission bits of the socket file.
   public static func listen(
-    at path: String, kind: Kind, mode: UInt32 = 0o600, backlog: Int32 = 64
+    at path: String, kind: Kind, mode: UInt32 = 0o600, backlog: Int32 = 64,
+    replacing: Bool = false
   ) throws(IOError) -> Descriptor {
     let listener = try make(kind)
     do {
       try bind(listener.raw, path, mode)
     } catch {
-      guard error.code == EADDRINUSE, try isAbandoned(path, kind) else { throw error }
+      guard error.code == EADDRINUSE, try isAbandoned(path, kind, replacing) else { throw error }
       guard unlink(path) == 0 || errno == ENOENT else { throw IOError.last("replace", path) }
       try bind(listener.raw, path, mode)
     }
@@ -121,17 +122,22 @@ public enum UnixSocket {
 
   /// A listener just closed may live on for a moment in a program that is being started and
   /// has not yet dropped what it inherited: hence more than one look.
-  private static func isAbandoned(_ path: String, _ kind: Kind) throws(IOError) -> Bool {
+  private static func isAbandoned(
+    _ path: String, _ kind: Kind, _ isOurs: Bool
+  ) throws(IOError) -> Bool {
     for _ in 0..<3 {
-      if try isStale(path, kind) { return true }
+      if try isStale(path, kind, isOurs) { return true }
       usleep(20_000)
     }
     return false
   }
 
-  private static func isStale(_ path: String, _ kind: Kind) throws(IOError) -> Bool {
+  private static func isStale(
+    _ path: String, _ kind: Kind, _ isOurs: Bool
+  ) throws(IOError) -> Bool {
     var status = stat()
     guard lstat(path, &status) == 0, status.st_mode & S_IFMT == S_IFSOCK else { return false }
+    if isOurs { return true }
     do {
       _ = try connect(to: path, kind: kind)
       return false

@@ -101,9 +101,15 @@ import Testing
 
     let file = folder.file("f")
     _ = try Descriptor(path: file, flags: O_RDWR | O_CREAT, mode: 0o600)
-    #expect(throws: IOError(EADDRINUSE, "listen on", file)) {
-      _ = try UnixSocket.listen(at: file, kind: .stream)
+    for replacing in [false, true] {
+      #expect(throws: IOError(EADDRINUSE, "listen on", file)) {
+        _ = try UnixSocket.listen(at: file, kind: .stream, replacing: replacing)
+      }
     }
+    let next = try UnixSocket.listen(at: path, kind: .stream, replacing: true)
+    let later = try UnixSocket.connect(to: path, kind: .stream)
+    #expect(try UnixSocket.accept(from: next.raw) != nil, "the caller owns the place")
+    #expect(later.raw >= 0)
     #expect(throws: IOError.self) {
       _ = try UnixSocket.listen(at: String(repeating: "x", count: 200), kind: .stream)
     }

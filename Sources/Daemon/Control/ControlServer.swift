@@ -39,7 +39,9 @@ struct ControlServer: Service {
   }
 
   private func serve(_ group: MultiThreadedEventLoopGroup) async throws {
-    let listener = try UnixSocket.listen(at: path, kind: .stream, mode: 0o600)
+    // The run directory is locked for this daemon. One that was killed may still be listening, if
+    // the kernel cannot end it.
+    let listener = try UnixSocket.listen(at: path, kind: .stream, mode: 0o600, replacing: true)
     let server = try await ServerBootstrap(group: group)
       .serverChannelOption(.backlog, value: 64)
       .bind(listener.release()) { channel in
