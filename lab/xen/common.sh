@@ -124,10 +124,12 @@ end_machine() {
   machine=
 }
 
-# lock_machine: waits for its turn on this computer.
+# lock_machine: waits for its turn on this computer. LAB_SEAT=N is another queue, with logs of its
+# own, for a machine of one processor beside another one.
+seat=${LAB_SEAT:+-$LAB_SEAT}
 lock_machine() {
   mkdir -p "$cache"
-  exec 9>"$cache/machine.lock"
+  exec 9>"$cache/machine$seat.lock"
   if ! flock -n 9; then
     say "another lab machine is running; waiting for it to end"
     flock 9
