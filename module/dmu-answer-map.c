@@ -88,12 +88,15 @@ static int dmu_remember(struct dmu_device *dev, struct dmu_answer *a, struct dmu
 	if (!error && dmu_extent_conflict(dev, a->block, a->count, word))
 		error = -EEXIST;
 	if (!error && !(a->flags & DMU_TEMPORARY))
-		error = dmu_extent_store(dev, a->block, a->count, word);
+		error = dmu_index_ready(dev, a->block, a->count, word, GFP_NOIO);
 	if (!error && placement) {
 		spin_lock_irq(&dev->lock);
 		dmu_placed_add(dev, placement);
 		spin_unlock_irq(&dev->lock);
 	}
+	/* Who finds the place finds it uncommitted, too: a forced write asks for that. */
+	if (!error && !(a->flags & DMU_TEMPORARY))
+		WARN_ON(dmu_extent_store(dev, a->block, a->count, word));
 	mutex_unlock(&dev->map_mutex);
 	return error;
 }
@@ -166,6 +169,9 @@ static void dmu_map_orphan(struct dmu_device *dev, struct dmu_answer *a, struct 
 static int dmu_check_write(struct dmu_answer *a, struct dmu_cell *cell)
 {
 	if (a->block != cell->block)
+		return -ERANGE;
+	/* A write that fails takes its placement along: that must be its own block only. */
+	if (cell->type == DMU_FAULT && a->count != 1)
 		return -ERANGE;
 	if (cell->type == DMU_FAULT)
 		return a->flags & DMU_WRITABLE ? 0 : -EINVAL;

@@ -21,6 +21,7 @@
  * before the end of the chain is done.
  */
 #include <linux/sched/mm.h>
+#include <linux/sched/signal.h>
 #include "dmu-answer.h"
 #include "dmu-trace.h"
 
@@ -49,7 +50,7 @@ void dmu_unclaim(struct dmu_cell *cell)
 
 	spin_lock_irq(&dev->lock);
 	if (cell->active) {
-		if (dev->requeue)
+		if (dmu_requeueing(dev))
 			bio = cell->active;
 		else
 			bio_list_add_head(&cell->bios, cell->active);
@@ -358,6 +359,11 @@ long dmu_answer_batch(struct dmu_device *dev, struct dmu_batch __user *argument)
 	for (i = 0; i < batch.count && !error; i++) {
 		int result = -ENODEV;
 
+		/* The node is free for the next worker when this one has gone. */
+		if (fatal_signal_pending(current)) {
+			error = -EINTR;
+			break;
+		}
 		if (copy_from_user(&a, &answers[i], sizeof(a))) {
 			error = -EFAULT;
 			break;
@@ -391,7 +397,9 @@ ssize_t dmu_answer_write(struct dmu_device *dev, const char __user *buffer, size
 		return -EINVAL;
 	mutex_lock(&dev->answer_mutex);
 	while (done < size && !error) {
-		if (copy_from_user(&a, buffer + done, sizeof(a)))
+		if (fatal_signal_pending(current))
+			error = -EINTR;
+		else if (copy_from_user(&a, buffer + done, sizeof(a)))
 			error = -EFAULT;
 		else if (dev->gone || !dev->table)
 			error = -ENODEV;

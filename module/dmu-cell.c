@@ -126,6 +126,25 @@ bool dmu_try_issue(struct dmu_device *dev, struct bio *bio)
 	return true;
 }
 
+/*
+ * Decides where a bio goes that no cell holds, and enters the epoch for it. That is done while the
+ * caller holds dev->lock: once it is dropped, a write may place the block anew, and its place
+ * must not be read before it is ready.
+ */
+static bool dmu_serve(struct dmu_device *dev, struct bio *bio)
+{
+	struct dmu_io *io = dmu_io(bio);
+
+	lockdep_assert_held(&dev->lock);
+	io->epoch = dmu_epoch_enter(dev);
+	io->word = dmu_serving(dev, bio);
+	if (io->word)
+		return true;
+	dmu_epoch_leave(io->epoch);
+	io->epoch = NULL;
+	return false;
+}
+
 static struct hlist_head *dmu_bucket(struct hlist_head *table, u64 key)
 {
 	return &table[hash_64(key, DMU_HASH_BITS)];
@@ -218,7 +237,8 @@ void dmu_cell_remove(struct dmu_cell *cell)
 		list_del(&cell->range);
 	list_del(&cell->all);
 	list_del_init(&cell->unsent);
-	smp_mb__before_atomic();	/* the place is ready before the cell is gone */
+	smp_store_release(&dev->removals, dev->removals + 1);	/* see dmu-core.h */
+	smp_mb__before_atomic();	/* the count before the cell is gone */
 	atomic_dec(&dev->busy);
 	mempool_free(cell, &dev->cell_pool);
 	if (!bio_list_empty(&dev->deferred))
@@ -309,7 +329,8 @@ static void dmu_defer(struct dmu_device *dev, struct bio *bio)
 	atomic_inc(&dev->busy);
 	if (unlikely(READ_ONCE(dev->failing)))
 		queue_work(dev->wq, &dev->fail_work);
-	mod_delayed_work(dev->wq, &dev->deferred_work, HZ / 100);
+	/* Not put off by every request that comes. */
+	queue_delayed_work(dev->wq, &dev->deferred_work, HZ / 100);
 }
 
 /*
@@ -326,7 +347,7 @@ bool dmu_hold(struct dmu_device *dev, struct bio *bio, bool *requeue)
 	/* Who sends it on may wait. */
 	bio->bi_opf &= ~REQ_NOWAIT;
 	spin_lock_irqsave(&dev->lock, flags);
-	if (dev->requeue) {
+	if (dmu_requeueing(dev)) {
 		*requeue = true;
 		held = false;
 	} else if (!bio_list_empty(&dev->deferred)) {
@@ -355,7 +376,7 @@ void dmu_deferred(struct work_struct *work)
 		spin_lock_irq(&dev->lock);
 		bio = bio_list_pop(&dev->deferred);
 		if (bio && !dmu_queue(dev, bio)) {
-			issue = dmu_serving(dev, bio);
+			issue = dmu_serve(dev, bio);
 			if (!issue) {
 				bio_list_add_head(&dev->deferred, bio);
 				mod_delayed_work(dev->wq, &dev->deferred_work, HZ / 100);
@@ -369,13 +390,8 @@ void dmu_deferred(struct work_struct *work)
 			return;
 		if (!issue)
 			continue;
-		if (dmu_try_issue(dev, bio)) {
-			atomic_dec(&dev->busy);
-			continue;
-		}
-		spin_lock_irq(&dev->lock);
-		bio_list_add_head(&dev->deferred, bio);
-		spin_unlock_irq(&dev->lock);
+		dmu_issue(dev, bio, dmu_io(bio)->word, dmu_io(bio)->epoch);
+		atomic_dec(&dev->busy);
 	}
 }
 
@@ -396,24 +412,14 @@ static void dmu_scatter(struct dmu_cell *cell)
 			dmu_defer(dev, bio);
 		else if (dmu_queue(dev, bio))
 			continue;
-		else if (dmu_serving(dev, bio))
+		else if (dmu_serve(dev, bio))
 			bio_list_add(&issue, bio);
 		else
 			dmu_defer(dev, bio);
 	}
 	spin_unlock_irq(&dev->lock);
-	while ((bio = bio_list_pop(&issue))) {
-		bool requeue;
-
-		while (!dmu_try_issue(dev, bio)) {
-			if (dmu_hold(dev, bio, &requeue))
-				break;
-			if (requeue) {
-				dmu_end_bio(bio, BLK_STS_DM_REQUEUE);
-				break;
-			}
-		}
-	}
+	while ((bio = bio_list_pop(&issue)))
+		dmu_issue(dev, bio, dmu_io(bio)->word, dmu_io(bio)->epoch);
 }
 
 /*
@@ -469,7 +475,7 @@ void dmu_advance(struct dmu_cell *cell, u64 count)
 	cell->count -= count;
 	bio_list_add_head(&cell->bios, bio);
 	cell->state = DMU_CLAIMED;
-	if (!dev->requeue) {
+	if (!dmu_requeueing(dev)) {
 		dmu_ask(cell);
 		spin_unlock_irq(&dev->lock);
 		return;

@@ -24,18 +24,21 @@
  *
  * Hot paths
  *
- *   dmu_map(): enter the epoch, read the index, see that no cell stands (one atomic), send
- *   the bio on. No lock, no memory, no shared cache line written.
+ *   dmu_map(): enter the epoch, read the index, see that no cell stands (one atomic) and that
+ *   none has gone meanwhile, send the bio on. No lock, no memory, no shared cache line written.
  *   dmu_end_io(): leave the epoch.
  *
  *   The reading comes before the look for cells, and a place enters the index after its
- *   cell stands and its cell goes after its data is there. So whoever finds a place there
- *   and no cell has found a place that is ready.
+ *   cell stands and its cell goes after its data is there. So whoever finds a new place there
+ *   and no cell has found one that is ready. Whoever finds the old place and no cell may have
+ *   missed a cell that came, was answered, written and went in between: dev->removals, which
+ *   is raised before a cell goes and read before the index and after the cells, tells.
  *
  * Locks, outermost first
  *
- *   dmu_devices_mutex   the list of devices and their minors
- *   answer_mutex        answers are taken one at a time; guards table and gone
+ *   answer_mutex        answers are taken one at a time; guards table and gone. Held over the
+ *                       worker's memory and over I/O
+ *   dmu_devices_mutex   the list of devices and their minors: all devices need it
  *   map_mutex           changes of the index; new marks
  *   lock                (spin, any context) cells, placements, messages, marks, the flush,
  *                       forced and failed writes, invalidations, opener
@@ -79,6 +82,7 @@ struct dmu_epoch {
 struct dmu_io {
 	struct dmu_device *dev;
 	struct dmu_epoch *epoch;	/* entered while the bio is under way */
+	unsigned long word;		/* where it is to be sent */
 	unsigned long since;		/* when it began to wait, in jiffies */
 	bio_end_io_t *saved_end_io;
 	struct dmu_cell *cell;		/* whose preparation it is the write of */
@@ -240,6 +244,7 @@ struct dmu_device {
 
 	spinlock_t lock;
 	atomic_t busy;			/* cells and deferred bios */
+	unsigned int removals;		/* of cells, so far */
 	struct hlist_head by_block[1 << DMU_HASH_BITS];
 	struct hlist_head by_id[1 << DMU_HASH_BITS];
 	struct list_head cells;
@@ -300,6 +305,12 @@ static inline void dmu_count(struct dmu_device *dev, enum dmu_stat which)
 static inline struct dmu_io *dmu_io(struct bio *bio)
 {
 	return dm_per_bio_data(bio, sizeof(struct dmu_io));
+}
+
+/* A suspend wants every waiting bio back, and the core takes it; after that it would fail it. */
+static inline bool dmu_requeueing(struct dmu_device *dev)
+{
+	return dev->requeue && dm_noflush_suspending(dev->table->ti);
 }
 
 static inline u64 dmu_block_of(struct dmu_device *dev, sector_t sector)

@@ -3,27 +3,32 @@
  * The device behind the tables of one NAME: made with the first table, gone with the last.
  */
 #include <linux/log2.h>
+#include <linux/sched/mm.h>
 #include <linux/slab.h>
 #include "dmu-core.h"
 
 DEFINE_MUTEX(dmu_devices_mutex);
 static LIST_HEAD(dmu_devices);		/* under dmu_devices_mutex */
 
+/* Takes the device from those who look for it; under answer_mutex and dmu_devices_mutex. */
+static void dmu_device_hide(struct dmu_device *dev)
+{
+	dmu_node_remove(dev);
+	list_del(&dev->list);
+	dev->table = NULL;
+	spin_lock_irq(&dev->lock);
+	dev->gone = true;
+	dev->fault_timeout = 0;
+	spin_unlock_irq(&dev->lock);
+}
+
+/* Ends all that is under way in a hidden device, however long that takes, and frees it. */
 static void dmu_device_destroy(struct dmu_device *dev)
 {
 	struct dmu_placement *placement, *next;
 	struct dmu_event *event, *after;
 	LIST_HEAD(events);
 
-	dmu_node_remove(dev);
-	list_del(&dev->list);
-	mutex_lock(&dev->answer_mutex);
-	dev->table = NULL;
-	spin_lock_irq(&dev->lock);
-	dev->gone = true;
-	dev->fault_timeout = 0;
-	spin_unlock_irq(&dev->lock);
-	mutex_unlock(&dev->answer_mutex);
 	wake_up(&dev->wait);
 	cancel_delayed_work_sync(&dev->timeout_work);
 	cancel_delayed_work_sync(&dev->deferred_work);
@@ -32,8 +37,9 @@ static void dmu_device_destroy(struct dmu_device *dev)
 	cancel_delayed_work_sync(&dev->failed.work);
 	cancel_work_sync(&dev->flush.work);
 	dmu_epochs_exit(dev);
-	dmu_free_cells(dev);
+	/* The request of a cell may have ended while its work goes on. */
 	destroy_workqueue(dev->wq);
+	dmu_free_cells(dev);
 	dm_kcopyd_client_destroy(dev->kcopyd);
 	spin_lock_irq(&dev->lock);
 	list_for_each_entry_safe(placement, next, &dev->placements, list)
@@ -199,8 +205,11 @@ int dmu_attach(struct dmu_table *table, const char *name, unsigned int block_sec
 {
 	struct dm_target *ti = table->ti;
 	struct dmu_device *dev = NULL, *at;
+	unsigned int noio;
 
 	mutex_lock(&dmu_devices_mutex);
+	/* Whoever waits for the mutex must not wait for writeback, which may need this very target. */
+	noio = memalloc_noio_save();
 	list_for_each_entry(at, &dmu_devices, list)
 		if (!strcmp(at->name, name))
 			dev = at;
@@ -212,11 +221,10 @@ int dmu_attach(struct dmu_table *table, const char *name, unsigned int block_sec
 		dev->users++;
 		table->dev = dev;
 		list_add_tail(&table->list, &dev->tables);
-		mutex_lock(&dev->answer_mutex);
 		if (!dev->table)
-			dev->table = table;
-		mutex_unlock(&dev->answer_mutex);
+			smp_store_release(&dev->table, table);	/* whose answers were refused so far */
 	}
+	memalloc_noio_restore(noio);
 	mutex_unlock(&dmu_devices_mutex);
 	return PTR_ERR_OR_ZERO(dev);
 }
@@ -224,16 +232,19 @@ int dmu_attach(struct dmu_table *table, const char *name, unsigned int block_sec
 void dmu_detach(struct dmu_table *table)
 {
 	struct dmu_device *dev = table->dev;
+	bool last;
 
+	/* A worker may keep this one's answers busy: that is waited for before what all others need. */
+	mutex_lock(&dev->answer_mutex);
 	mutex_lock(&dmu_devices_mutex);
 	list_del(&table->list);
-	if (!--dev->users) {
-		dmu_device_destroy(dev);
-	} else {
-		mutex_lock(&dev->answer_mutex);
-		if (dev->table == table)
-			dev->table = list_last_entry(&dev->tables, struct dmu_table, list);
-		mutex_unlock(&dev->answer_mutex);
-	}
+	last = !--dev->users;
+	if (last)
+		dmu_device_hide(dev);
+	else if (dev->table == table)
+		dev->table = list_last_entry(&dev->tables, struct dmu_table, list);
 	mutex_unlock(&dmu_devices_mutex);
+	mutex_unlock(&dev->answer_mutex);
+	if (last)
+		dmu_device_destroy(dev);
 }

@@ -22,7 +22,7 @@ void dmu_flush_join(struct dmu_device *dev, struct bio *bio)
 
 	dmu_io(bio)->since = jiffies;
 	spin_lock_irqsave(&dev->lock, flags);
-	requeue = dev->requeue;
+	requeue = dmu_requeueing(dev);
 	if (!requeue)
 		bio_list_add(&dev->flush.waiting, bio);
 	spin_unlock_irqrestore(&dev->lock, flags);
@@ -124,7 +124,7 @@ static void dmu_flush_devices_done(struct dmu_device *dev)
 		dmu_flush_end(dev, BLK_STS_IOERR);
 	} else if (!dmu_flush_uncommitted(dev)) {
 		dmu_flush_end(dev, BLK_STS_OK);
-	} else if (dev->requeue) {
+	} else if (dmu_requeueing(dev)) {
 		dmu_flush_end(dev, BLK_STS_DM_REQUEUE);
 	} else {
 		flush->id = dev->next_id++;

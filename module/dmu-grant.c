@@ -65,7 +65,7 @@ static void dmu_grant_ask(struct dmu_cell *cell)
 
 	spin_lock_irq(&dev->lock);
 	cell->active = NULL;
-	if (!dev->requeue) {
+	if (!dmu_requeueing(dev)) {
 		bio_list_add_head(&cell->bios, bio);
 		dmu_ask(cell);
 		spin_unlock_irq(&dev->lock);

@@ -21,7 +21,7 @@ static int dmu_map_flush(struct dmu_table *table, struct bio *bio)
 
 	if (atomic_read(&dev->uncommitted) || table->writable != 1 ||
 	    READ_ONCE(dev->flush.failed)) {
-		if (dev->requeue)
+		if (dmu_requeueing(dev))
 			return DM_MAPIO_REQUEUE;
 		dmu_flush_join(dev, bio);
 		return DM_MAPIO_SUBMITTED;
@@ -69,9 +69,14 @@ static int dmu_map_discard(struct dmu_device *dev, struct bio *bio)
 static unsigned int dmu_lookup(struct dmu_table *table, struct bio *bio, unsigned long *word)
 {
 	struct dmu_device *dev = table->dev;
-	u64 sector = bio->bi_iter.bi_sector, block = dmu_block_of(dev, sector), run, size;
-	unsigned int count = bio_sectors(bio), blocks, free;
+	unsigned int count, blocks, free, removals;
+	u64 sector, block, run, size;
 
+again:
+	removals = smp_load_acquire(&dev->removals);	/* before the index */
+	sector = bio->bi_iter.bi_sector;
+	block = dmu_block_of(dev, sector);
+	count = bio_sectors(bio);
 	*word = dmu_index_lookup(dev, block, dmu_block_of(dev, sector + count - 1) - block + 1,
 				 &run);
 	if (!*word || (op_is_write(bio_op(bio)) && !dmu_word_writable(*word)))
@@ -96,6 +101,9 @@ static unsigned int dmu_lookup(struct dmu_table *table, struct bio *bio, unsigne
 		if (free < blocks)
 			count = ((block + free) << dev->block_shift) - bio->bi_iter.bi_sector;
 	}
+	smp_rmb();	/* see dmu-core.h: the cells before the removals */
+	if (unlikely(READ_ONCE(dev->removals) != removals))
+		goto again;
 	return count;
 }
 

@@ -249,7 +249,7 @@ static struct dmu_placement *dmu_next_untold(struct dmu_device *dev)
 	return placement && event && placement->mark > event->after ? NULL : placement;
 }
 
-/* Takes the next message; an event is handed out with it, to be freed. */
+/* Takes the next message; an event is handed out with it, to be freed: it counts no more. */
 static bool dmu_next(struct dmu_device *dev, struct dmu_message *message,
 		     struct dmu_event **event)
 {
@@ -266,6 +266,7 @@ static bool dmu_next(struct dmu_device *dev, struct dmu_message *message,
 	} else if (!list_empty(&dev->events)) {
 		*event = list_first_entry(&dev->events, struct dmu_event, list);
 		list_del(&(*event)->list);
+		dev->event_count--;
 		*message = (*event)->message;
 	} else if (READ_ONCE(dev->flush.failed) != dev->flush.failure_told) {
 		dev->flush.failure_told = !dev->flush.failure_told;
@@ -310,6 +311,7 @@ static void dmu_untake(struct dmu_device *dev, struct dmu_message *message,
 	spin_lock_irq(&dev->lock);
 	if (event) {
 		list_add(&event->list, &dev->events);
+		dev->event_count++;
 	} else if (message->type == DMU_PLACED) {
 		list_for_each_entry(placement, &dev->placements, list) {
 			if (placement->mark != message->mark)
@@ -371,7 +373,7 @@ static ssize_t dmu_read(struct file *file, char __user *buffer, size_t size, lof
 			return done ? done : -EFAULT;
 		}
 		if (event)
-			dmu_event_free(dev, event);
+			kmem_cache_free(dmu_event_cache, event);
 		done += sizeof(message);
 	}
 	return done;

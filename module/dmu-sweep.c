@@ -3,7 +3,7 @@
  * What happens to many waiting requests at once: a suspend wants them back, the administrator
  * or a timeout fails them, a new opener is to be asked again.
  *
- * Only questions are swept, not cells that are claimed or being prepared: of those, followers.
+ * Only questions are swept, not cells that are claimed or being prepared: of those, what queues.
  */
 #include "dmu-core.h"
 
@@ -30,7 +30,10 @@ void dmu_fail_cell(struct dmu_cell *cell, int error)
 	dmu_end_list(&bios, errno_to_blk_status(error));
 }
 
-/* Takes the bios of every question away; what the worker knows of stays, an orphan. */
+/*
+ * Takes the bios of every question away; what the worker knows of stays, an orphan. So does what
+ * an answer has claimed and has not taken its request of: what queues there next is another one.
+ */
 static void dmu_collect(struct dmu_device *dev, struct bio_list *bios)
 {
 	struct dmu_cell *cell, *next;
@@ -41,7 +44,7 @@ static void dmu_collect(struct dmu_device *dev, struct bio_list *bios)
 		bio_list_init(&cell->bios);
 		if (cell->state == DMU_ASKING)
 			dmu_cell_remove(cell);
-		else if (cell->state <= DMU_PARKED)
+		else if (cell->state <= DMU_CLAIMED)
 			cell->orphan = true;
 	}
 	atomic_sub(bio_list_size(&dev->deferred), &dev->busy);

@@ -3,12 +3,14 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
+#include <sys/wait.h>
 #include <unistd.h>
 #include "lab.h"
 
@@ -52,6 +54,8 @@ static void lies(void)
 	CHECK(answer(rig.node, map(m.id, 5, ~0ULL, 0, PLACE(5), DMU_WRITABLE)) == -ERANGE);
 	CHECK(answer(rig.node, map(m.id, 5, 1, 0, 1 << 20, DMU_WRITABLE)) == -ERANGE);
 	CHECK(answer(rig.node, map(m.id, 5, 1, 0, ~0ULL - 3, DMU_WRITABLE)) == -ERANGE);
+	/* A write that fails takes its placement along: not that of acknowledged neighbours. */
+	CHECK(answer(rig.node, map(m.id, 5, 2, 0, PLACE(5), DMU_WRITABLE)) == -ERANGE);
 	CHECK(answer(rig.node, map(m.id, 5, 1, 2, PLACE(5), DMU_WRITABLE)) == -ENXIO);
 	CHECK(answer(rig.node, map(m.id, 5, 1, DMU_DEVICE_ZERO, 0, DMU_WRITABLE)) == -EROFS);
 	CHECK(answer(rig.node, map(m.id, 5, 1, 0, PLACE(5), 0)) == -EINVAL);
@@ -356,6 +360,41 @@ static void no_memory(void)
 	rig_down(&rig);
 }
 
+/* A worker that is killed within a batch leaves the node after the answer at hand. */
+static void killed_batch(void)
+{
+	static struct dmu_answer list[DMU_MAX_BATCH];
+	static uint8_t bytes[1 << 16] __attribute__((aligned(4096)));
+	struct rig rig = plain();
+	uint64_t done;
+	pid_t child;
+	int node, i;
+
+	rig.quiet = true;
+	rig_up(&rig);
+	for (i = 0; i < DMU_MAX_BATCH; i++)
+		list[i] = (struct dmu_answer){
+			.type = DMU_DATA, .device = 0, .sector = PLACE(0),
+			.address = (uintptr_t)bytes, .length = sizeof(bytes) };
+	child = fork();
+	if (!child) {
+		node = open(NODE, O_RDWR);
+		answers(node, list, DMU_MAX_BATCH);
+		_exit(0);
+	}
+	while (stat_of("answers") < 8)
+		sleep_ms(1);
+	kill(child, SIGKILL);
+	CHECK(waitpid(child, NULL, 0) == child);
+	done = stat_of("answers");
+	printf("# %llu of %d answers were taken\n", (unsigned long long)done, DMU_MAX_BATCH);
+	CHECK(done < DMU_MAX_BATCH);
+	node = open(NODE, O_RDWR);
+	CHECK(node >= 0, "the next worker does not get the node: %s", strerror(errno));
+	close(node);
+	rig_down(&rig);
+}
+
 const struct scenario hostile_scenarios[] = {
 	{ "lies", lies },
 	{ "batches", batches },
@@ -363,5 +402,6 @@ const struct scenario hostile_scenarios[] = {
 	{ "two-workers", two_workers },
 	{ "open-race", open_race },
 	{ "no-memory", no_memory },
+	{ "killed-batch", killed_batch },
 	{ 0 },
 };
