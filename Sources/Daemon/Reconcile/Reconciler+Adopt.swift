@@ -51,6 +51,8 @@ extension Reconciler {
   private func adopt(_ id: DiskID) async {
     let directory = DiskDirectory(configuration, id)
     let disk = Disk(id, configuration: configuration, now: Reconciler.unixTime)
+    disk.busy = true
+    defer { adopted(disk) }
     let log = log(for: disk)
     do throws(IOError) {
       let record = try await offload.run { () throws(IOError) in try directory.load() }
@@ -90,6 +92,14 @@ extension Reconciler {
       disk.phase = .failed(DiskFailure(error), attached: disk.device != nil)
       log.error("cannot take the disk over", metadata: ["error": "\(error)"])
     }
+  }
+
+  /// A disk is taken over, or not there. Its worker may have spoken meanwhile: steps are taken only
+  /// now, or a disk of which half is known would be taken for one that nobody wants and that holds
+  /// nothing.
+  func adopted(_ disk: Disk) {
+    disk.busy = false
+    if disk.due, table[disk.id] === disk { mark(disk.id) }
   }
 
   /// Ends every worker of a disk. Whether one of them cannot be killed yet: then the disk waits

@@ -103,6 +103,8 @@ extension Reconciler {
     disk.readOnly = wanted.readOnly
     if let vdev = sight.vdev { disk.vdev = vdev }
     disk.device = device
+    disk.busy = true
+    defer { adopted(disk) }
     table[id] = disk
     let directory = DiskDirectory(configuration, id)
     let log = log(for: disk)
