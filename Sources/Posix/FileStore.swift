@@ -123,7 +123,7 @@ public final class FileStore: ByteStore {
   public func nextData(from offset: UInt64) throws(IOError) -> Range<UInt64>? {
     guard !isBlockDevice else { return offset < deviceSize ? offset..<deviceSize : nil }
     let (seekData, seekHole): (Int32, Int32) = (3, 4)
-    let start = lseek(raw, off_t(offset), seekData)
+    let start = lseek(raw, off_t(truncatingIfNeeded: offset), seekData)
     if start < 0 && errno == ENXIO { return nil }
     guard start >= 0 else { throw IOError.last("find data in", name) }
     let end = lseek(raw, start, seekHole)
@@ -242,6 +242,8 @@ public final class FileStore: ByteStore {
 
   // MARK: Reading and writing
 
+  // An offset that no file has, which an image may name, is the system call's to refuse (EINVAL).
+
   /// Fills the buffer; past the end, with zeroes.
   public func read(_ buffer: UnsafeMutableRawBufferPointer, at offset: UInt64) throws(IOError) {
     let unit = unit.load(ordering: .relaxed)
@@ -255,7 +257,8 @@ public final class FileStore: ByteStore {
     var done = 0
     while done < buffer.count {
       let rest = UnsafeMutableRawBufferPointer(rebasing: buffer[done...])
-      let count = pread(raw, rest.baseAddress, rest.count, off_t(offset) + off_t(done))
+      let count = pread(
+        raw, rest.baseAddress, rest.count, off_t(truncatingIfNeeded: offset) &+ off_t(done))
       if count < 0 {
         if errno == EINTR { continue }
         throw IOError.last("read", name)
@@ -285,7 +288,8 @@ public final class FileStore: ByteStore {
     var done = 0
     while done < buffer.count {
       let rest = UnsafeRawBufferPointer(rebasing: buffer[done...])
-      let count = pwrite(raw, rest.baseAddress, rest.count, off_t(offset) + off_t(done))
+      let count = pwrite(
+        raw, rest.baseAddress, rest.count, off_t(truncatingIfNeeded: offset) &+ off_t(done))
       if count < 0 {
         if errno == EINTR { continue }
         throw IOError.last("write", name)
@@ -343,7 +347,7 @@ public final class FileStore: ByteStore {
   public func copy(
     from other: FileStore, at source: UInt64, to offset: UInt64, count: UInt64
   ) throws(IOError) {
-    var (from, to) = (off_t(source), off_t(offset))
+    var (from, to) = (off_t(truncatingIfNeeded: source), off_t(truncatingIfNeeded: offset))
     var left = Int(count)
     while left > 0 {
       let done = dmu_copy_range(other.raw, &from, raw, &to, left)
@@ -379,7 +383,9 @@ public final class FileStore: ByteStore {
       guard size <= deviceSize else { throw IOError(ENOSPC, "resize", name) }
       return
     }
-    guard ftruncate(raw, off_t(size)) == 0 else { throw IOError.last("resize", name) }
+    guard ftruncate(raw, off_t(truncatingIfNeeded: size)) == 0 else {
+      throw IOError.last("resize", name)
+    }
   }
 
   /// fdatasync(2): data, and the metadata that is needed to find it.

@@ -70,8 +70,9 @@ public struct LoopDevice: ~Copyable, Sendable {
     }
   }
 
-  /// Lengthens a file; its former length, or nil when nothing was done.
-  private static func stretch(
+  /// Lengthens a file as far as there are files of that length; its former length, or nil when
+  /// nothing was done.
+  static func stretch(
     _ file: Int32, _ name: String, by growth: UInt64
   ) throws(IOError) -> UInt64? {
     guard growth > 0 else { return nil }
@@ -81,7 +82,7 @@ public struct LoopDevice: ~Copyable, Sendable {
     let length = UInt64(status.st_size)
     var ahead = growth / 4096 * 4096
     while ahead >= 4096 {
-      if ftruncate(file, off_t(length + ahead)) == 0 { return length }
+      if ftruncate(file, off_t(truncatingIfNeeded: length &+ ahead)) == 0 { return length }
       guard errno == EFBIG || errno == ENOSPC || errno == EINVAL else {
         throw IOError.last("lengthen", name)
       }

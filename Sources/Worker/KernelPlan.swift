@@ -11,6 +11,7 @@ import DeviceMapper
 import ImageFormats
 import Posix
 import Target
+import WorkerLink
 
 /// The files of a device, and what of an image they are.
 struct KernelPlan {
@@ -29,7 +30,7 @@ struct KernelPlan {
   }
 
   /// The most files that a device has. Source: DMU_MAX_DEVICES.
-  static let mostFiles = 15
+  static let mostFiles = DiskPart.most
 
   /// The files, by the kernel's numbers.
   let files: [File]

@@ -12,6 +12,9 @@ public struct DiskPart: Sendable, Hashable {
     case file(Int)
   }
 
+  /// The most that a disk has. Source: DMU_MAX_DEVICES.
+  public static let most = 15
+
   /// Which one.
   public var role: Role
   /// Whether the device may write it.

@@ -93,6 +93,9 @@ public struct DiskReport: Sendable, Equatable {
     byNode = try message.flag("by-node")
     hindrance = message.fields["hindrance"]
     let words = (message.fields["parts"] ?? "").split(separator: ",")
+    guard words.count <= DiskPart.most else {
+      throw .badField(verb: message.verb, field: "parts")
+    }
     parts = try words.map { word throws(LinkFault) in
       guard let part = DiskPart(word) else {
         throw .badField(verb: message.verb, field: "parts")
@@ -196,7 +199,9 @@ public enum WorkerReport: Sendable, Equatable {
     case "status": self = .status(try DiskReport(message))
     case "descriptors":
       let file = message.fields["path"] == nil ? nil : try FileNeed(message)
-      self = .descriptors(files: try message.optionalNumber("files") ?? 0, file: file)
+      let files: Int = try message.optionalNumber("files") ?? 0
+      guard files >= 0 else { throw .badField(verb: message.verb, field: "files") }
+      self = .descriptors(files: files, file: file)
     case "attached": self = .attached
     case "detached": self = .detached
     case "event":

@@ -72,11 +72,20 @@ import WorkerLink
     for (field, value) in [
       ("size", "511"), ("size", "18446744073709551104"), ("block-size", "0"),
       ("block-size", "513"), ("state", "splendid"), ("attached", "maybe"), ("pid", "x"),
+      ("parts", (0..<16).map { "file-\($0):w:0" }.joined(separator: ",")),
     ] {
       var message = WorkerReport.status(Self.report).message
       message.fields[field] = value
       #expect(throws: LinkFault.badField(verb: "status", field: field)) {
         try WorkerReport(message)
+      }
+    }
+  }
+
+  @Test func aNumberOfFilesThatIsNoneIsRefused() throws {
+    for files in ["-1", "-9223372036854775808", "9223372036854775808", "x"] {
+      #expect(throws: LinkFault.badField(verb: "descriptors", field: "files")) {
+        try WorkerReport(LinkMessage("descriptors", ["files": files]))
       }
     }
   }
