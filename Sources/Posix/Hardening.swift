@@ -33,6 +33,10 @@ public enum Hardening {
     if geteuid() == 0 {
       guard setgroups(0, nil) == 0 else { throw IOError.last("drop the groups") }
       guard dmu_set_user(uid, gid) == 0 else { throw IOError.last("become user", "\(uid)") }
+      // What the calls say is looked at.
+      guard getuid() == uid, geteuid() == uid, getgid() == gid, getegid() == gid else {
+        throw IOError(EPERM, "become user", "\(uid)")
+      }
     }
     guard dmu_prctl(noNewPrivileges, 1) == 0 else { throw IOError.last("renounce new rights") }
   }

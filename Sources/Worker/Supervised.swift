@@ -76,7 +76,7 @@ public final class Supervised {
     do throws(IOError) {
       let signals = try SignalSource([SIGTERM, SIGINT])
       let owner = geteuid()
-      harden(options, log)
+      try harden(options, log)
       let loop = try EventLoop()
       let listener = Descriptor(owning: options.listener)
       let server = try LinkServer(listener, owner: owner, loop: loop, log: log)
@@ -88,7 +88,8 @@ public final class Supervised {
     }
   }
 
-  private static func harden(_ options: SupervisedOptions, _ log: Log) {
+  /// Throws when the privileges cannot be given up: nothing is opened or served with them.
+  private static func harden(_ options: SupervisedOptions, _ log: Log) throws(IOError) {
     func attempt(_ what: String, _ step: () throws(IOError) -> Void) {
       do throws(IOError) {
         try step()
@@ -96,9 +97,7 @@ public final class Supervised {
     }
     attempt("lock memory") { () throws(IOError) in try Hardening.lockMemory() }
     attempt("become an I/O flusher") { () throws(IOError) in try Hardening.becomeFlusher() }
-    attempt("drop privileges") { () throws(IOError) in
-      try Hardening.dropPrivileges(uid: options.uid, gid: options.gid)
-    }
+    try Hardening.dropPrivileges(uid: options.uid, gid: options.gid)
   }
 
   private init(_ loop: EventLoop, _ server: LinkServer, _ version: String, _ log: Log) {

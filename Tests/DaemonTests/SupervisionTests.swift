@@ -10,6 +10,23 @@ import Testing
 struct SupervisionTests {
   private let block = [UInt8](repeating: 0x5A, count: 4096)
 
+  @Test(
+    "A worker that cannot give up its privileges serves nothing",
+    .enabled(if: geteuid() == 0, "only root has any"))
+  func privileges() async throws {
+    try await inWorld(["worker.restart-limit": "1"]) { world in
+      // Root of a namespace without another user to become.
+      try world.useWorkers("exec unshare --user --map-root-user")
+      let disk = try world.attach(5, world.spec("g5.dscow"))
+      let why = try await world.addFailure(disk)
+      #expect(why.contains("the worker was lost while it started (it ended with exit status 1)"))
+      #expect(try SmallFile.read(world.workerLog).contains("cannot drop the groups"))
+      try world.useWorkers()
+      try world.detach(disk)
+      try await world.isGone(disk)
+    }
+  }
+
   @Test("A worker that is killed is replaced, and what it had not committed survives")
   func killed() async throws {
     try await inWorld { world in
