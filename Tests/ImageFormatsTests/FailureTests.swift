@@ -66,8 +66,8 @@ import Testing
 
   /// What a power cut leaves of a store over an older one: either, or none, never a mixture.
   @Test func creationOverAnOlderStore() throws {
-    for seed in 0..<300 {
-      var random = SplitMix64(seed: UInt64(seed))
+    for seed in Depth.seeds(300) {
+      var random = SplitMix64(seed: seed)
       let disk = try Self.make()
       let old = try Dscow.open(store: disk, base: Self.base(), writable: true)
       let engine = MiniEngine(old, store: disk, base: Self.base())
@@ -103,8 +103,8 @@ import Testing
   }
 
   @Test func acceptanceAndPowerCuts() throws {
-    for seed in 0..<300 {
-      var random = SplitMix64(seed: UInt64(seed))
+    for seed in Depth.seeds(300) {
+      var random = SplitMix64(seed: seed)
       var store = try Self.make()
       let changed = Self.base()
       try changed.write([1, 2, 3], at: 100)

@@ -1,4 +1,4 @@
-// Where the fixtures and the built programs are, and how much the long tests do.
+// Where the fixtures and the built programs are.
 
 import Foundation
 
@@ -18,20 +18,5 @@ enum Fixture {
       throw CocoaError(.fileNoSuchFile, userInfo: [NSFilePathErrorKey: path.path])
     }
     return path
-  }
-}
-
-/// How much of the long tests is done: DMU_DEPTH times a little, 1 by default. With 30 every
-/// kind and every place is tried, and the random tests do what docs/testing.md tells of.
-enum Depth {
-  static let factor = max(1, getenv("DMU_DEPTH").flatMap { Int(String(cString: $0)) } ?? 1)
-
-  /// A count times the depth.
-  static func times(_ count: Int) -> Int { count * factor }
-
-  /// `count` times the depth of some items, evenly spread over them; all when that is more.
-  static func some<Item>(_ count: Int, of items: [Item]) -> [Item] {
-    let wanted = min(items.count, times(count))
-    return (0..<wanted).map { items[$0 * items.count / wanted] }
   }
 }

@@ -31,14 +31,14 @@ struct PowerCuts {
   /// Leaves nothing to find.
   let repair: (any ByteStore) throws -> Void
 
-  func run(seeds: Int) throws {
+  func run(seeds: [UInt64]) throws {
     var leaks: UInt64 = 0
-    for seed in 0..<seeds {
-      do { leaks += try live(seed: UInt64(seed)) } catch {
+    for seed in seeds {
+      do { leaks += try live(seed: seed) } catch {
         Issue.record("\(name), seed \(seed): \(error)")
       }
     }
-    print("\(name): \(seeds) seeds, \(seeds * 3) power cuts, \(leaks) leaks")
+    print("\(name): \(seeds.count) seeds, \(seeds.count * 3) power cuts, \(leaks) leaks")
   }
 
   /// The suite must be able to fail: a commit whose stages are not kept apart is found out.
@@ -94,14 +94,14 @@ struct PowerCuts {
   /// Cuts the power while the disk is given another length: it has the old one or the new, what
   /// it had is there, and what is new is zeroes; and then it is given a third one.
   func runResizes(
-    seeds: Int, _ resize: (any ImageFormat, UInt64) throws -> Void
+    seeds: [UInt64], _ resize: (any ImageFormat, UInt64) throws -> Void
   ) throws {
-    for seed in 0..<seeds {
-      do { try resizeLife(UInt64(seed), resize) } catch {
+    for seed in seeds {
+      do { try resizeLife(seed, resize) } catch {
         Issue.record("\(name), resize, seed \(seed): \(error)")
       }
     }
-    print("\(name): \(seeds) power cuts while resizing")
+    print("\(name): \(seeds.count) power cuts while resizing")
   }
 
   private func resizeLife(

@@ -17,7 +17,7 @@ import Testing
     return first..<min(sectors, first + 1 + random.below(40))
   }
 
-  @Test(arguments: [1, 2, 3, 4]) func agreesWithTheModel(seed: UInt64) throws {
+  @Test(arguments: Depth.seeds(4, offset: 1)) func agreesWithTheModel(seed: UInt64) throws {
     var random = SplitMix64(seed: seed)
     let store = MemoryStore("store")
     let base = MemoryStore("base", size: 66_000 * 4096 - 700)

@@ -90,7 +90,6 @@ extension LayerChain {
 
 @Suite struct ChangeTests {
   static let quiet = Progress(on: false)
-  static let depth = max(1, getenv("DMU_DEPTH").flatMap { Int(String(cString: $0)) } ?? 1)
 
   /// Does something to a trio with the power going at some point, until it got by without;
   /// `judge` sees what is left each time.
@@ -99,7 +98,7 @@ extension LayerChain {
     _ judge: (Trio, _ before: Trio, _ seed: UInt64, _ done: Bool) throws -> Void
   ) throws {
     var (cuts, whole) = (0, 0)
-    for seed in 0..<UInt64(rounds * Self.depth) {
+    for seed in Depth.seeds(rounds) {
       var random = SplitMix64(seed: seed)
       let disk = SimulatedDisk("disk", size: Int(3 * Trio.third))
       let trio = try Trio.make(kind, on: disk, seed: seed % 7)
@@ -290,7 +289,7 @@ extension LayerChain {
         #expect(try trio.check().corruptions == 0, "call \(number)")
         guard failing.calls > number else { break }
         // All of them would take minutes in a debug build.
-        number += max(1, 7 / Self.depth)
+        number += max(1, 7 / Depth.factor)
       }
     }
   }

@@ -329,8 +329,8 @@ import Testing
   /// A store whose making was broken off at any step is made again without being forced.
   @Test func halfMadeStores() throws {
     let base = MemoryStore("base", bytes: [UInt8](repeating: 3, count: 1 << 20))
-    for seed in 0..<400 {
-      var random = SplitMix64(seed: UInt64(seed))
+    for seed in Depth.seeds(400) {
+      var random = SplitMix64(seed: seed)
       let machine = Machine(["store"])
       let store = machine.file("store")
       machine.limit(random.below(16))

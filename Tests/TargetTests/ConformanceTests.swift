@@ -57,8 +57,8 @@ import Testing
 
   /// DMU_SEED replays from one seed on; DMU_DEPTH=N does N times as many.
   @Test func traces() throws {
-    func number(_ name: String) -> UInt64? { getenv(name).flatMap { UInt64(String(cString: $0)) } }
-    let seed = number("DMU_SEED") ?? UInt64.random(in: 1..<(1 << 40))
+    let seed =
+      Depth.firstSeed > 0 ? Depth.firstSeed : UInt64.random(in: 1..<(1 << 40))
     let memory = try memoryFile()
     defer { close(memory) }
     print("traces from DMU_SEED=\(seed) on")
@@ -66,7 +66,7 @@ import Testing
     for (sectors, blockSize) in [(96, UInt32(4096)), (93, 4096), (12, 512), (47, 2048)] {
       let driver = try UserTargetDriver(
         sectors: sectors, blockSize: blockSize, atOnce: 30, memory: memory)
-      for seed in seed..<(seed + 500 * (number("DMU_DEPTH") ?? 1)) {
+      for seed in (0..<UInt64(Depth.times(500))).lazy.map({ seed &+ $0 }) {
         let trace = Trace(seed: seed, sectors: sectors, blockSize: blockSize)
         try trace.run(on: driver, tally: &tally)
         try driver.renew()

@@ -257,13 +257,13 @@ private final class Trace: RequestOwner {
   /// A read was served from a place beyond what it had asked for, before the data was there.
   static let known: [UInt64] = [636_325_554_291_061]
 
-  /// DMU_SEED replays one seed.
+  /// DMU_SEED replays from one seed on; DMU_DEPTH=N does N times as many.
   static let seeds: [UInt64] = {
-    if let text = getenv("DMU_SEED"), let seed = UInt64(String(cString: text)) { return [seed] }
+    if Depth.firstSeed > 0 { return Depth.seeds(800) }
     var time = timespec()
     clock_gettime(CLOCK_REALTIME, &time)
     let start = UInt64(time.tv_nsec) << 20
-    return known + (0..<800).map { start + $0 }
+    return known + Depth.seeds(800, offset: start)
   }()
 
   @Test func anyOrderOfEverything() throws {

@@ -273,7 +273,7 @@ let hasQemu = access("/usr/bin/qemu-img", X_OK) == 0
         image.model(), seed: seeds.next(), longest: width, repeats: false,
         stripe: RandomLoad.Stripe(index: index, count: 4, width: width))
     }
-    let depth = getenv("DMU_DEPTH").flatMap { Int(String(cString: $0)) } ?? 1
+    let depth = Depth.factor
     for round in 1...3 {
       let socket = image.folder.file("nbd\(round)")
       let cowd = try CowdProcess(

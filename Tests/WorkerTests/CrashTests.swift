@@ -401,8 +401,7 @@ private final class LogFile {
   static let errors = open("/dev/null", O_WRONLY | O_CLOEXEC)
 
   @Test(arguments: 0..<parts) func everyCutLeavesWhatWasConfirmed(part: Int) throws {
-    for number in 0..<(Self.runs / Self.parts) {
-      let seed = UInt64(part * 1_000_000 + number)
+    for seed in Depth.seeds(Self.runs / Self.parts, offset: UInt64(part) * 1_000_000) {
       try CrashRun(seed: seed, order: .right, errors: Self.errors).live()
     }
   }
@@ -413,9 +412,9 @@ private final class LogFile {
   @Test func theMachineDiesAtEveryMoment() throws {
     var cuts: [Bool: [CutMoment: Int]] = [:]
     for failing in [false, true] {
-      for number in 0..<1500 {
+      for seed in Depth.seeds(1500, offset: 50_000_000) {
         let run = try CrashRun(
-          seed: UInt64(50_000_000 + number), order: .right, errors: Self.errors,
+          seed: seed, order: .right, errors: Self.errors,
           failsFlushes: failing)
         try run.live()
         cuts[failing, default: [:]][run.moment, default: 0] += 1

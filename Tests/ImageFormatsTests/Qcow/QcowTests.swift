@@ -19,11 +19,11 @@ import Testing
   }
 
   @Test(arguments: [false, true]) func powerCuts(overBase: Bool) throws {
-    try Self.cuts(overBase: overBase).run(seeds: Depth.times(20))
+    try Self.cuts(overBase: overBase).run(seeds: Depth.seeds(20))
   }
 
   @Test func powerCutsWhileResizing() throws {
-    try Self.cuts(overBase: false).runResizes(seeds: Depth.times(40)) { format, size in
+    try Self.cuts(overBase: false).runResizes(seeds: Depth.seeds(40)) { format, size in
       try #require(format as? Qcow).resize(to: size)
     }
   }
@@ -61,8 +61,8 @@ import Testing
         try use(bytes)
       }
     }
-    for seed in 0..<Depth.times(30) {
-      var random = SplitMix64(seed: UInt64(seed))
+    for seed in Depth.seeds(30) {
+      var random = SplitMix64(seed: seed)
       var bytes = image
       for _ in 0...random.below(6) {
         bytes[random.below(random.chance(50) ? 64 : bytes.count)] =

@@ -162,29 +162,29 @@ struct Qcow2CrashRun {
 
 @Suite struct Qcow2CrashTests {
   /// Lives per kind of image, of three cuts each: with DMU_DEPTH=30 more than 10,000 in all.
-  static let seeds = Depth.times(14)
+  static let seeds = Depth.seeds(14)
 
   @Test(arguments: CrashSeedImage.allCases) func powerCuts(kind: CrashSeedImage) throws {
     let image = try kind.make()
     let judge = try Judge()
     var leaks = 0
-    for number in 0..<Self.seeds {
-      var run = Qcow2CrashRun(seed: UInt64(number), image: image)
+    for (number, seed) in Self.seeds.enumerated() {
+      var run = Qcow2CrashRun(seed: seed, image: image)
       try run.live(cuts: 3)
       leaks += run.leaks
       guard number % 60 == 0 else { continue }
       // Now and then QEMU says what it thinks: 0 is clean, 3 is leaks.
       try Data(run.disk.contents()).write(to: URL(fileURLWithPath: judge.path("disk.img")))
       let (output, status) = try judge.run("qemu-img", ["check", "-f", "qcow2", "disk.img"])
-      #expect(status == 0 || status == 3, "seed \(number): \(output)")
+      #expect(status == 0 || status == 3, "seed \(seed): \(output)")
       // What leaks is found and repaired, and then both agree that nothing is wrong.
       let store = try judge.open("disk.img", writable: true)
       try Qcow2.repair(store: store, .leaks)
       #expect(try Qcow2.check(store: store).isClean)
       let (after, clean) = try judge.run("qemu-img", ["check", "-f", "qcow2", "disk.img"])
-      #expect(clean == 0, "seed \(number): \(after)")
+      #expect(clean == 0, "seed \(seed): \(after)")
     }
-    print("qcow2 \(kind.rawValue): \(Self.seeds * 3) power cuts, \(leaks) leaked clusters")
+    print("qcow2 \(kind.rawValue): \(Self.seeds.count * 3) power cuts, \(leaks) leaked clusters")
   }
 
   /// The suite must be able to fail: a commit whose stages are not kept apart is found

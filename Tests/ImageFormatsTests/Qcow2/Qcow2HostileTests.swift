@@ -57,9 +57,9 @@ import Testing
 
   @Test(arguments: CrashSeedImage.allCases) func mutations(kind: CrashSeedImage) throws {
     let image = try kind.make().bytes
-    let seeds = Depth.times(14)
-    for seed in 0..<seeds {
-      var random = SplitMix64(seed: UInt64(seed))
+    let seeds = Depth.seeds(14)
+    for seed in seeds {
+      var random = SplitMix64(seed: seed)
       var bytes = image
       for _ in 0...random.below(12) {
         let reach = random.chance(50) ? min(bytes.count, 4096) : bytes.count

@@ -113,11 +113,11 @@ import Testing
   }
 
   @Test(arguments: [false, true]) func powerCuts(overBase: Bool) throws {
-    try Self.cuts(overBase: overBase).run(seeds: Depth.times(20))
+    try Self.cuts(overBase: overBase).run(seeds: Depth.seeds(20))
   }
 
   @Test func powerCutsWhileResizing() throws {
-    try Self.cuts(overBase: false).runResizes(seeds: Depth.times(40)) { format, size in
+    try Self.cuts(overBase: false).runResizes(seeds: Depth.seeds(40)) { format, size in
       try #require(format as? Vhd).resize(to: size)
     }
   }
@@ -155,8 +155,8 @@ import Testing
       bytes[offset] ^= 0xFF
       try use(bytes)
     }
-    for seed in 0..<Depth.times(17) {
-      var random = SplitMix64(seed: UInt64(seed))
+    for seed in Depth.seeds(17) {
+      var random = SplitMix64(seed: seed)
       var bytes = image
       for _ in 0...random.below(6) {
         // The table and the bitmaps; and the header with its sum put right.

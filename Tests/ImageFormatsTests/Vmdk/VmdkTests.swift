@@ -205,7 +205,7 @@ import Testing
   }
 
   @Test(arguments: [false, true]) func powerCutsOfExtents(overBase: Bool) throws {
-    try Self.splitCuts(overBase: overBase).run(seeds: Depth.times(20))
+    try Self.splitCuts(overBase: overBase).run(seeds: Depth.seeds(20))
   }
 
   @Test func brokenOrderOfExtentsIsFound() throws {
@@ -230,7 +230,7 @@ import Testing
   }
 
   @Test(arguments: [false, true]) func powerCuts(overBase: Bool) throws {
-    try Self.cuts(overBase: overBase).run(seeds: Depth.times(20))
+    try Self.cuts(overBase: overBase).run(seeds: Depth.seeds(20))
   }
 
   /// What QEMU's own check thinks of images after power cuts: 0 is clean, 3 is leaks.
@@ -248,11 +248,11 @@ import Testing
         }
         return try cuts.check(store)
       }, repair: cuts.repair)
-    try judged.run(seeds: Depth.times(3))
+    try judged.run(seeds: Depth.seeds(3))
   }
 
   @Test func powerCutsWhileResizing() throws {
-    try Self.cuts(overBase: false).runResizes(seeds: Depth.times(40)) { format, size in
+    try Self.cuts(overBase: false).runResizes(seeds: Depth.seeds(40)) { format, size in
       try #require(format as? Vmdk).resize(to: size)
     }
   }
@@ -308,8 +308,8 @@ import Testing
           try Self.use(bytes)
         }
       }
-      for seed in 0..<Depth.times(30) {
-        var random = SplitMix64(seed: UInt64(seed))
+      for seed in Depth.seeds(30) {
+        var random = SplitMix64(seed: seed)
         var bytes = image
         for _ in 0...random.below(6) {
           let reach = [80, 1000, 80 * 512, bytes.count][random.below(4)]
