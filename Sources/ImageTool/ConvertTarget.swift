@@ -109,9 +109,10 @@ private final class RawTarget: ConvertTarget {
     size = image.size
     unit = 4096
     wantsZeroes = !files.isZero
-    guard store.size >= size || !request.intoExisting || !store.isBlockDevice else {
+    guard store.size >= size || !store.isBlockDevice else {
       throw ImageError(
-        .badRequest, "\(store.name) has \(store.size) bytes, \(size) are needed")
+        .badRequest,
+        "\(store.name) is a device of \(store.size) bytes, \(size) are needed: make it longer")
     }
     try toolIO { () throws(IOError) in
       if store.size < size || !request.intoExisting { try store.resize(to: size) }
@@ -170,8 +171,15 @@ final class Qcow2Target: ConvertTarget {
     laysOut = options.preallocation != .off || options.dataFileRaw || full
     let isFilled = options.preallocation == .falloc || options.preallocation == .full || full
     fills = isFilled ? (data ?? store) as? FileStore : nil
-    if !isZero, laysOut {
-      // A device shows what it held where clusters are placed and not written.
+    guard laysOut else { return }
+    // A device shows what it held where clusters are placed and not written. A data file that is
+    // none is new.
+    if let data {
+      let disk = builder.header.size
+      if data.isFixedSize {
+        try toolIO { () throws(IOError) in try data.zero(at: 0, count: disk) }
+      }
+    } else if !isZero {
       try toolIO { () throws(IOError) in try store.zero(at: 0, count: store.size) }
     }
   }

@@ -93,13 +93,24 @@ enum Kinds {
       throw ImageError(
         .badRequest, "preallocation=metadata: a raw image has none: use off, falloc or full")
     }
+    if store.isBlockDevice {
+      guard size <= store.size else {
+        throw ImageError(
+          .badRequest,
+          "\(store.name) is a device of \(store.size) bytes, \(size) are needed: make it longer")
+      }
+    }
     try toolIO { () throws(IOError) in
       try store.resize(to: 0)
       try store.resize(to: size)
       switch much {
       case .off, .metadata:
-        if store.isBlockDevice { return }
-      case .falloc: try store.allocate(at: 0, count: size)
+        // Nothing there shall look like the image that the device held.
+        if store.isBlockDevice { try store.zero(at: 0, count: min(512, store.size)) }
+      case .falloc:
+        // A device has its space, and keeps what it held.
+        if store.isBlockDevice { try store.zero(at: 0, count: size) }
+        try store.allocate(at: 0, count: size)
       case .full:
         let zeroes = [UInt8](repeating: 0, count: 1 << 20)
         var offset: UInt64 = 0

@@ -34,14 +34,15 @@ public struct LoopDevice: ~Copyable, Sendable {
   public var path: String { "/dev/loop\(number)" }
   private let descriptor: Descriptor
 
-  /// Makes a device of an open file or device, which stays the caller's. With `direct` requests
-  /// pass the page cache by where the file system lets them, in sectors as small as it takes;
-  /// otherwise sectors have 512 bytes. `growth`: by so many bytes the device is longer than
+  /// Makes a device of an open file or device, which stays the caller's, with sectors of `sector`
+  /// bytes (512 to 4096). With `direct` requests pass the page cache by where the file system lets
+  /// them, in larger sectors where it takes no smaller ones. `growth`: by so many bytes the device is longer than
   /// the file, as far as its file system has files of that length. `name` is what losetup
   /// prints. Throws: ENOENT without the driver, EBADF, and the errno of the ioctl calls of
   /// loop(4).
   public init(
-    file: Int32, name: String, readOnly: Bool, direct: Bool = true, growth: UInt64 = 0
+    file: Int32, name: String, readOnly: Bool, direct: Bool = true, sector: UInt32 = 512,
+    growth: UInt64 = 0
   ) throws(IOError) {
     let control = try Descriptor(path: "/dev/loop-control", flags: O_RDWR)
     let flags =
@@ -50,7 +51,7 @@ public struct LoopDevice: ~Copyable, Sendable {
     var made: Made?
     var failure: IOError?
     do throws(IOError) {
-      made = try Self.make(control, file, flags, name)
+      made = try Self.make(control, file, flags, sector, name)
     } catch { failure = error }
     if let length, ftruncate(file, off_t(length)) != 0 {
       throw failure ?? IOError.last("shorten", name)
@@ -92,7 +93,8 @@ public struct LoopDevice: ~Copyable, Sendable {
   }
 
   private static func make(
-    _ control: borrowing Descriptor, _ file: Int32, _ flags: UInt32, _ name: String
+    _ control: borrowing Descriptor, _ file: Int32, _ flags: UInt32, _ sector: UInt32,
+    _ name: String
   ) throws(IOError) -> Made {
     let readOnly = flags & Self.readOnly != 0
     // Between finding a free device and taking it another may have taken it.
@@ -101,7 +103,7 @@ public struct LoopDevice: ~Copyable, Sendable {
       guard number >= 0 else { throw IOError.last("find a free loop device for", name) }
       let node = "/dev/loop\(number)"
       let device = try Descriptor(path: node, flags: readOnly ? O_RDONLY : O_RDWR)
-      if try Self.configure(device, file, flags, name) { return Made(number, device) }
+      if try Self.configure(device, file, flags, sector, name) { return Made(number, device) }
     }
     throw IOError(EBUSY, "find a free loop device for", name)
   }
@@ -109,9 +111,10 @@ public struct LoopDevice: ~Copyable, Sendable {
   /// False when somebody else took the device. A file that cannot be read past the cache in
   /// small sectors is asked for in larger ones.
   private static func configure(
-    _ device: borrowing Descriptor, _ file: Int32, _ flags: UInt32, _ name: String
+    _ device: borrowing Descriptor, _ file: Int32, _ flags: UInt32, _ sector: UInt32,
+    _ name: String
   ) throws(IOError) -> Bool {
-    for size in [UInt32(512), 4096] {
+    for size in [sector, 4096] {
       guard dmu_loop_configure(device.raw, file, size, flags, name) == 0 else {
         if errno == EBUSY { return false }
         throw IOError.last("make a loop device of", name)

@@ -9,17 +9,6 @@ import WorkerLink
 
 @Suite("Stores on block devices", .serialized, .enabled(if: geteuid() == 0))
 struct BlockDeviceTests {
-  private static func loop(_ file: String, sector: Int) throws -> String {
-    let pair = try UnixSocket.pair(.stream)
-    var command = Command("/sbin/losetup", ["-b", "\(sector)", "-f", "--show", file])
-    command.descriptors = [1: pair.second.raw]
-    #expect(try command.start().wait(milliseconds: 10_000) == .exited(0))
-    var bytes = [UInt8](repeating: 0, count: 64)
-    let count = read(pair.first.raw, &bytes, bytes.count)
-    guard count > 0 else { throw IOError.last("read", "losetup") }
-    return String(decoding: bytes[..<(count - 1)], as: UTF8.self)
-  }
-
   @Test(arguments: [512, 4096]) func zeroesOfAnyAlignment(sector: Int) throws {
     var seeds = SeededRandom(announcedAs: "zeroes on a device of \(sector) bytes a sector")
     let image = try TestImage(sectors: 4096, blockSize: 65536)
@@ -27,11 +16,9 @@ struct BlockDeviceTests {
     let file = try FileStore(
       Descriptor(path: disk, flags: O_RDWR | O_CREAT, mode: 0o600), name: disk)
     try file.resize(to: 16 << 20)
-    let device = try Self.loop(disk, sector: sector)
-    defer {
-      let detach = Command("/sbin/losetup", ["-d", device])
-      do { _ = try detach.start().wait(milliseconds: 10_000) } catch { Issue.record(error) }
-    }
+    let loop = try LoopDevice(
+      file: file.raw, name: disk, readOnly: false, direct: false, sector: UInt32(sector))
+    let device = loop.path
     let copied = Command(
       "/bin/dd", ["if=\(image.store)", "of=\(device)", "bs=64k", "conv=fsync", "status=none"])
     #expect(try copied.start().wait(milliseconds: 20_000) == .exited(0))
@@ -57,5 +44,7 @@ struct BlockDeviceTests {
     try client.run(.flush)
     #expect(try daemon.status().state == .ready)
     #expect(try client.run(.read, offset: 0, length: size) == model)
+    // Until here it is there.
+    #expect(try loop.sectorSize() == UInt32(sector))
   }
 }

@@ -128,10 +128,13 @@ extension Qcow2 {
         }
         if !isReserved { try fill(target, from: start, to: end) }
         try target.flush()
-      } else if options.dataFileRaw, let dataFile {
-        try dataFile.zero(at: 0, count: header.size)
-      } else if lays, dataFile == nil {
-        try store.zero(at: layout.tablesEnd, count: layout.end - layout.tablesEnd)
+      } else if lays {
+        // What has a place and is not written shows what was there.
+        if let dataFile {
+          try dataFile.zero(at: 0, count: header.size)
+        } else {
+          try store.zero(at: layout.tablesEnd, count: layout.end - layout.tablesEnd)
+        }
       }
       try store.flush()
       // What does not fit the first sector comes first: that one makes it an image.

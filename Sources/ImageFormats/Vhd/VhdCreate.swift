@@ -43,6 +43,12 @@ extension Vhd {
       header.basePaths = base.map { [$0.path] } ?? []
       header.baseUUID = base?.uuid ?? header.baseUUID
     }
+    if kind == .fixed, store.isFixedSize, store.size != size + VhdHeader.footerSize {
+      throw ImageError(
+        .badRequest,
+        "a fixed VHD image of \(size) bytes fills \(size + VhdHeader.footerSize), and "
+          + "\(store.name), a device, has \(store.size): make a dynamic one")
+    }
     header.footer = header.encodedFooter()
     try io { () throws(IOError) in try write(header, to: store) }
     return header
@@ -54,9 +60,6 @@ extension Vhd {
     try store.resize(to: 0)
     guard header.kind != .fixed else {
       try store.resize(to: header.size + 512)
-      if store.isFixedSize, store.size != header.size + 512 {
-        throw IOError(28, "end a fixed image of \(header.size) bytes with", store.name)
-      }
       try store.zero(at: 0, count: header.size)
       try store.flush()
       try store.write(header.footer, at: header.size)

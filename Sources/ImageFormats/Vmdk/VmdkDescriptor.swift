@@ -192,7 +192,13 @@ public struct VmdkDescriptor: Sendable, Equatable {
     let parts = words.split(separator: "\"", omittingEmptySubsequences: false).map(String.init)
     var head = parts[0].split { $0 == " " || $0 == "\t" }.map(String.init)
     func refuse(_ code: ImageError.Code = .corrupt) -> ImageError {
-      ImageError(code, "its descriptor has the line '\(words.prefix(200))'")
+      // Whatever it is, it goes to a terminal.
+      let shown = words.prefix(100).map { character in
+        character.unicodeScalars.contains { $0.value < 32 || $0.value == 127 || $0.value == 0xFFFD }
+          ? "?" : character
+      }
+      return ImageError(
+        code, "its descriptor has the line '\(String(shown))': no extent is written so: restore it")
     }
     guard head.count >= 3, let sectors = UInt64(head[1]) else { throw refuse() }
     guard head[2].uppercased() != "SESPARSE" else {

@@ -53,13 +53,16 @@ public final class VmdkStreamWriter {
     directory = [UInt32](repeating: 0, count: Int(header.tables))
     grains = (header.capacity + header.grain - 1) / header.grain
     position = header.overhead
-    let text = descriptor.encoded()
+    var text = descriptor.encoded()
+    // A device shows what it held behind the text.
+    text.pad(to: Int(Vmdk.descriptorSectors) * 512)
+    let room = text
     let start = header.encoded()
     try io { () throws(IOError) in
       try store.resize(to: 0)
       try store.resize(to: 128 * 512)
       try store.write(start, at: 0)
-      try store.write(text, at: 512)
+      try store.write(room, at: 512)
     }
   }
 
