@@ -207,7 +207,8 @@ extension VhdHeader {
       && creatorVersion >= VhdBatmap.promisedFrom
   }
 
-  /// The base's paths in the order that blktap prefers: the next counts when one leads nowhere.
+  /// The base's paths in the order that blktap prefers: the next counts when one leads nowhere. Its
+  /// name counts where there is no path.
   private func paths(_ bytes: [UInt8], _ store: any ByteStore) throws(ImageError) -> [String] {
     var found: [String: String] = [:]
     for locator in locators where locator.length > 0 && locator.length <= 4096 {
@@ -222,12 +223,14 @@ extension VhdHeader {
       default: continue
       }
     }
-    let name = Self.slashes(Self.utf16([UInt8](bytes[64..<576]), isBig: true))
     var paths: [String] = []
-    for path in [found["MacX"], found["W2ru"], found["W2ku"], name] {
+    for path in [found["MacX"], found["W2ru"], found["W2ku"]] {
       if let path, !path.isEmpty, !paths.contains(path) { paths.append(path) }
     }
-    return paths
+    guard paths.isEmpty else { return paths }
+    // A name without a folder: another file may bear it.
+    let name = Self.slashes(Self.utf16([UInt8](bytes[64..<576]), isBig: true))
+    return name.isEmpty ? [] : [name]
   }
 
   /// Hands out the blocks that have a place by the table, in order, and where their bitmaps
@@ -353,7 +356,8 @@ extension VhdHeader {
     return bytes + [UInt8(heads), UInt8(sectors)]
   }
 
-  /// The dynamic header of a new image. The base's path goes to byte 2048 as a locator.
+  /// The dynamic header of a new image. The base's path goes to byte 2048 as a locator, the last
+  /// part of it into the header.
   func encodedDynamic() -> [UInt8] {
     var bytes = Self.dynamicCookie
     bytes.appendBig(UInt64.max)
@@ -364,8 +368,9 @@ extension VhdHeader {
     bytes.appendBig(UInt32(0))
     bytes += baseUUID
     bytes.pad(to: 64)
-    let units = Array((basePath ?? "").utf16.prefix(255))
-    for unit in units { bytes.appendBig(unit) }
+    // Its name alone: libvhd wants it to be the last part of every path.
+    let name = basePath?.split(separator: "/").last ?? ""
+    for unit in name.utf16.prefix(255) { bytes.appendBig(unit) }
     bytes += [UInt8](repeating: 0, count: 1024 - bytes.count)
     if let basePath {
       bytes.replaceSubrange(576..<580, with: Array("MacX".utf8))
