@@ -14,7 +14,7 @@ SHELL_FILES = $(shell git grep -lE '^\#!/bin/(ba)?sh|^\# shellcheck shell=' -- .
 export SWIFT
 export DMU_BIN_DIR = $(CURDIR)/$(BIN)
 
-.PHONY: help build dist test kernel-lab check run lab-shell install fuzz bench clean format
+.PHONY: help build dist test kernel-lab check run lab-shell install fuzz soak bench clean format
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -66,6 +66,11 @@ fuzz: build ## hostile images for every format, a minute for each target (20 min
 	@lab/prerequisites test
 	fuzz/run --seconds 60
 
+soak: build ## the seeded suites for longer, with other seeds: DMU_DEPTH=10 times `make test`
+	@lab/prerequisites test kernel
+	@lab/kernel/prepare >/dev/null
+	Tests/soak $(BIN)
+
 bench: dist ## measure against dm-linear, dm-snapshot, loop, qemu-nbd, qemu-img and a plain disk
 	@lab/prerequisites bench xen module
 	@status=0; for part in bench/nbd "env FORMAT=qcow2 bench/nbd" bench/images lab/speed/run \
@@ -91,4 +96,4 @@ install: ## install into $(DESTDIR)$(PREFIX), etc. into $(DESTDIR)/etc
 	  install -D -m 644 $$page $(DESTDIR)$(PREFIX)/share/$$page || exit 1; done
 
 clean: ## remove what was built here (the cache of the labs stays)
-	rm -rf .build .build-release .build-fuzz .lab-prepare.log .lab-kernel.log
+	rm -rf .build .build-release .build-fuzz .build-soak .lab-prepare.log .lab-kernel.log
