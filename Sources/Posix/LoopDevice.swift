@@ -28,6 +28,13 @@ public struct LoopDevice: ~Copyable, Sendable {
     public let isDirect: Bool
   }
 
+  /// Takes the file from a loop device of somebody else, at once or with its last close. Throws the
+  /// errno of open(2), and ENXIO for one without a file.
+  public static func release(_ path: String) throws(IOError) {
+    let device = try Descriptor(path: path, flags: O_RDONLY)
+    guard dmu_loop_clear(device.raw) == 0 else { throw IOError.last("give back", path) }
+  }
+
   /// The number in /dev/loopN.
   public let number: Int32
   /// The device's node.

@@ -177,6 +177,37 @@ struct PendingTests {
     }
   }
 
+  @Test(
+    "doctor finds a loop device that is left of a store, and takes the file from it",
+    .enabled(if: geteuid() == 0, "only root has loop devices"))
+  func leftLoop() async throws {
+    try await inWorld { world in
+      let disk = try await written(world, domain: 5)
+      kill(try await world.worker(disk), SIGKILL)
+      try world.useWorkers(instead: "exit 1")
+      try world.detach(disk)
+      try await world.isGone(disk)
+      #expect(world.logs().count == 1)
+      let path = world.folder.file("g.dscow")
+      func loops() async throws -> [Leftover] {
+        let all = try await world.ask(ControlRequest(.leftovers)).leftovers ?? []
+        return all.filter { $0.name.hasPrefix("loop-device ") }
+      }
+      #expect(try await loops().isEmpty)
+      do {
+        let file = try Descriptor(path: path, flags: O_RDWR)
+        let loop = try LoopDevice(file: file.raw, name: path, readOnly: true, direct: false)
+        let left = try #require(try await loops().first)
+        #expect(left.name == "loop-device \(loop.path)")
+        #expect(left.what.contains(path))
+        _ = try await world.ask(ControlRequest(.clean, target: left.name))
+      }
+      try await eventually("it is gone") { try await loops().isEmpty }
+      try world.useWorkers()
+      try await readsBack(world, domain: 6)
+    }
+  }
+
   @Test("A disk that only reads gets what the log holds, too")
   func readOnly() async throws {
     try await inWorld(["worker.restart-limit": "0"]) { world in

@@ -1,5 +1,5 @@
-// What is left of disks that are no more: devices, workers (and the locks they have), pending
-// logs, nodes in xenstore. Nothing of it goes by itself; `dmu-xen doctor --clean` removes it
+// What is left of disks that are no more: devices, loop devices, workers (and the locks they
+// have), pending logs, nodes in xenstore. Nothing of it goes by itself; `dmu-xen doctor --clean` removes it
 // piece by piece.
 
 internal import DeviceMapper
@@ -9,7 +9,7 @@ internal import XenStore
 
 /// Something that is left of a disk.
 public struct Leftover: Codable, Sendable, Equatable {
-  /// "device /dev/nbd3", "worker 77", "log KEY", "nodes 5-51712": names it in `clean`.
+  /// "device /dev/nbd3", "loop-device /dev/loop2", "worker 77", "log KEY", "nodes 5-51712": names it in `clean`.
   public var name: String
   /// What it is, one line.
   public var what: String
@@ -29,6 +29,12 @@ extension Reconciler {
           what: "a device of domain \(id.domain) (\(id.vdev)) that"
             + " no disk has" + (stray.hindrance.map { "; \($0)" } ?? ""),
           loses: stray.hindrance))
+    }
+    for (path, file) in await strayLoops() {
+      found.append(
+        Leftover(
+          name: "loop-device \(path)",
+          what: "a loop device of \(file), which a disk has had, that no device stands on"))
     }
     for worker in try await strayWorkers() {
       found.append(
@@ -65,6 +71,10 @@ extension Reconciler {
       for (id, device) in await foundDevices() where device.path == subject {
         return await end(StrayDevice(disk: id, node: device, hindrance: nil))
       }
+    case "loop-device":
+      for (path, _) in await strayLoops() where path == subject {
+        return try await blocking { () throws(IOError) in try LoopDevice.release(path) }
+      }
     case "worker":
       let limit = configuration.stopTimeout
       for worker in try await strayWorkers() where String(worker.process.pid) == subject {
@@ -83,6 +93,40 @@ extension Reconciler {
     default: break
     }
     throw DiskFailure(.gone, "there is no leftover '\(SpecError.shown(name))' any more")
+  }
+
+  /// Loop devices of files that disks, kept logs or failed attaches name, made as the module's
+  /// devices have them (they go with their last close), and that no device stands on: path, file.
+  private func strayLoops() async -> [(path: String, file: String)] {
+    var files: Set<String> = []
+    func add(_ store: String?, _ base: String?) {
+      for path in [store, base].compactMap({ $0 }) { files.insert(Images.real(path) ?? path) }
+    }
+    for disk in table.values where disk.device?.kind != .dm { add(disk.spec?.store, disk.basePath) }
+    for failure in failures { add(failure.store, failure.base) }
+    do throws(DiskFailure) {
+      for kept in try await keptLogs() {
+        add(kept.info?.store, kept.info.flatMap { Reconciler.spec($0.params)?.base })
+      }
+    } catch { log.warning("cannot look for pending logs", metadata: ["error": "\(error)"]) }
+    return await offload.run { [files] in
+      FileUsers.names(in: "/sys/block").filter { $0.hasPrefix("loop") }.sorted().compactMap {
+        name in
+        let folder = "/sys/block/\(name)"
+        guard let file = Reconciler.line(folder + "/loop/backing_file"), files.contains(file),
+          Reconciler.line(folder + "/loop/autoclear") == "1",
+          FileUsers.names(in: folder + "/holders").allSatisfy({ $0.hasPrefix(".") })
+        else { return nil }
+        return ("/dev/" + name, file)
+      }
+    }
+  }
+
+  /// The line of a small file; nil when it cannot be read: a loop device comes and goes.
+  private static func line(_ path: String) -> String? {
+    do throws(IOError) {
+      return try TextFile.read(path).split(separator: "\n").first.map { String($0) }
+    } catch { return nil }
   }
 
   /// Workers whose links were made for disks of this daemon's run directory, or for devices that
