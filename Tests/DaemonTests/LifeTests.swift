@@ -23,7 +23,9 @@ struct LifeTests {
       try await eventually("the nodes") { try world.node(disk, "state") == "ready" }
       #expect(try world.node(disk, "device") == device.path)
       #expect(try world.node(disk, "worker") == "\(try await world.worker(disk))")
-      #expect(try world.toolstack.read("/local/domain/0/dmu-xen/disks") == "1")
+      try await eventually("it is counted") {
+        try world.toolstack.read("/local/domain/0/dmu-xen/disks") == "1"
+      }
       var store = stat()
       #expect(stat(world.folder.file("g5.dscow"), &store) == 0)
       #expect(store.st_mode & 0o777 == 0o600)
@@ -104,6 +106,27 @@ struct LifeTests {
       try world.toolstack.connect(disk, sectors: 2048)
       try world.toolstack.destroyDomain(5)
       try await eventually("its worker is gone") { world.directories().isEmpty }
+    }
+  }
+
+  @Test("A disk that is taken away while it waits for its store does not take it any more")
+  func takenAwayWhileWaiting() async throws {
+    try await inWorld { world in
+      try await world.makeStore("g5.dscow")
+      let started = world.folder.file("started")
+      try world.useWorkers("touch '\(started)'; exec")
+      do {
+        let other = try FileStore(path: world.folder.file("g5.dscow"), writable: true)
+        try other.lock(exclusive: true)
+        let disk = try world.attach(5, world.spec("g5.dscow"))
+        try await eventually("it waits") {
+          try await world.status(5).first?.error?.contains("to let go of the store") == true
+        }
+        try world.detach(disk)
+      }
+      try await Task.sleep(for: .milliseconds(600))
+      #expect(access(started, F_OK) != 0, "no worker was started for it")
+      #expect(try await world.status().isEmpty)
     }
   }
 

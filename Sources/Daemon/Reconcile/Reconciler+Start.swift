@@ -13,6 +13,8 @@ private enum StartStop: Error {
   case heldBack(DiskID)
   /// There is no store, and the block script has not said whether one may be made.
   case asking
+  /// It was taken away while it waited.
+  case unwanted
 }
 
 extension Reconciler {
@@ -48,6 +50,7 @@ extension Reconciler {
       case .asking:
         // The script may have come while everything was being let go of.
         enter(disk, disk.boots == nil ? .asking(store: disk.spec?.store ?? "") : .idle)
+      case .unwanted: enter(disk, .idle)
       case .failed(let failure): enter(disk, .failed(failure, attached: false))
       }
     }
@@ -114,6 +117,7 @@ extension Reconciler {
         guard !recovering.values.contains(where: { $0.store?.identity == identity }) else {
           disk.activity = "the store's pending log is being committed"
           await pause(.milliseconds(100))
+          guard await isStillWanted(disk) else { throw .unwanted }
           continue
         }
         attempt += 1
@@ -122,6 +126,7 @@ extension Reconciler {
         }
         disk.activity = "waiting for another program to let go of the \(role.rawValue)"
         do { try await Task.sleep(for: .milliseconds(100)) } catch { throw .failed(.gone) }
+        guard await isStillWanted(disk) else { throw .unwanted }
       }
     }
   }
@@ -188,6 +193,17 @@ extension Reconciler {
       _ = try await recover(found)
       return true
     } catch { throw .failed(error) }
+  }
+
+  /// Whether xenstore still wants a disk whose start has waited: a store that becomes free is for
+  /// somebody else if not.
+  func isStillWanted(_ disk: Disk) async -> Bool {
+    do throws(XenStoreError) {
+      if let sight = try await view.look(disk.id) { disk.sight = sight }
+    } catch {
+      log(for: disk).warning("cannot look at the disk", metadata: ["error": "\(error)"])
+    }
+    return disk.wanted != nil
   }
 
   /// Why a locked image cannot be had; nil: try again.

@@ -158,8 +158,12 @@ public actor Reconciler {
       if case .serving = disk.phase, disk.socketLost { await replaceSocket(disk) }
     case .start:
       guard let wanted = disk.wanted else { return }
-      if freeStarts == 0 { disk.activity = "waiting until other disks have started" }
-      await inTurn { await self.start(disk, wanted) }
+      let waits = freeStarts == 0
+      if waits { disk.activity = "waiting until other disks have started" }
+      await inTurn {
+        if waits, await !self.isStillWanted(disk) { return }
+        await self.start(disk, wanted)
+      }
       disk.due = true
     case .restart:
       await inTurn { await self.restart(disk) }
