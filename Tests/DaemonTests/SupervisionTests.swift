@@ -100,6 +100,23 @@ struct SupervisionTests {
     }
   }
 
+  @Test("A link that nobody reads does not keep the daemon from starting")
+  func muteLink() async throws {
+    try await inWorld { world in
+      try await world.stopDaemon()
+      let folder = world.runDirectory + "/disks/7-51712"
+      try #require(mkdir(folder, 0o700) == 0)
+      let mute = try UnixSocket.listen(at: folder + "/link", kind: .packets)
+      try await world.startDaemon()
+      let disk = try world.attach(5, world.spec("g5.dscow"))
+      try await world.add(disk)
+      let left = try #require(try await world.status(7).first)
+      #expect(left.state == .failed)
+      #expect(left.error?.contains("end the worker at \(folder)/link") == true)
+      #expect(mute.raw >= 0)
+    }
+  }
+
   @Test("A live worker whose socket ends gets another one")
   func socketLost() async throws {
     try await inWorld { world in
