@@ -15,6 +15,7 @@ import CXenStore
 import Glibc
 import Synchronization
 
+// The handle's mutexes guard it, and one thread has `hasReader`: see there.
 final class Connection: @unchecked Sendable {
   // The handle is not Sendable by itself: libxenstore guards it with mutexes of its own, and that
   // nobody uses it after the close is the invariant above. `hasReader` is one thread's own.

@@ -85,9 +85,8 @@ final class Machine {
   }
 }
 
-/// A file of a machine.
+/// A file of a machine. One test, on one thread, has the whole machine.
 final class MachineFile: ByteStore, @unchecked Sendable {
-  // Guarded by the tests, which are single-threaded.
   let name: String
   let isWritable = true
   private let index: Int

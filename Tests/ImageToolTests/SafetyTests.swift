@@ -338,6 +338,7 @@ import Testing
         try Dscow.create(store: store, base: base, baseName: "base", blockSize: 65536, size: 65536)
       } catch { #expect(error.cause?.code == 5) }
       let left = machine.after(seed % 2 == 0 ? .kill : .powerCut, using: &random).file("store")
+      // No header is what was broken off before it was a store: that it cannot be read is the answer.
       if (try? Dscow.header(of: left)) == nil {
         try Dscow.create(store: left, base: base, baseName: "base", blockSize: 65536, size: 65536)
       }
