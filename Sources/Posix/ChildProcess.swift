@@ -88,13 +88,7 @@ public final class ProcessHandle: Sendable {
     do throws(IOError) {
       guard try self.startTime(of: pid) == startTime else { return false }
       let folder = "/proc/\(pid)/task"
-      guard let threads = opendir(folder) else { throw IOError.last("list", folder) }
-      defer { closedir(threads) }
-      while let entry = readdir(threads) {
-        let name = withUnsafeBytes(of: entry.pointee.d_name) {
-          String(decoding: $0.prefix { $0 != 0 }, as: UTF8.self)
-        }
-        guard Int32(name) != nil else { continue }
+      for name in try Folder.names(folder) {
         guard try isThreadEnding("\(folder)/\(name)") else { return false }
       }
       // Read again: threads that are made meanwhile are made by one that was not ending.

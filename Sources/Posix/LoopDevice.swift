@@ -43,9 +43,9 @@ public struct LoopDevice: ~Copyable, Sendable {
 
   /// Makes a device of an open file or device, which stays the caller's, with sectors of `sector`
   /// bytes (512 to 4096). With `direct` requests pass the page cache by where the file system lets
-  /// them, in larger sectors where it takes no smaller ones. `growth`: by so many bytes the device is longer than
-  /// the file, as far as its file system has files of that length. `name` is what losetup
-  /// prints. Throws: ENOENT without the driver, EBADF, and the errno of the ioctl calls of
+  /// them, in larger sectors where it takes no smaller ones. `growth`: by so many bytes the device
+  /// is longer than the file, as far as its file system has files of that length. `name` is what
+  /// losetup prints. Throws: ENOENT without the driver, EBADF, and the errno of the ioctl calls of
   /// loop(4).
   public init(
     file: Int32, name: String, readOnly: Bool, direct: Bool = true, sector: UInt32 = 512,

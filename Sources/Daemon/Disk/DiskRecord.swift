@@ -145,19 +145,7 @@ struct DiskDirectory: Sendable {
 
   /// The disks that something in a folder is named after.
   static func named(in path: String) throws(IOError) -> [DiskID] {
-    guard let folder = opendir(path) else {
-      if errno == ENOENT { return [] }
-      throw IOError.last("list", path)
-    }
-    defer { closedir(folder) }
-    var found: [DiskID] = []
-    while let entry = readdir(folder) {
-      let name = withUnsafeBytes(of: entry.pointee.d_name) {
-        String(decoding: $0.prefix { $0 != 0 }, as: UTF8.self)
-      }
-      if let id = DiskID(name) { found.append(id) }
-    }
-    return found.sorted()
+    try Folder.names(path).compactMap { DiskID($0) }.sorted()
   }
 
   /// Makes it, empty but for what an earlier life of the disk left there.

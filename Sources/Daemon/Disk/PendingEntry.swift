@@ -97,16 +97,8 @@ struct PendingEntry: Sendable, Hashable {
 
   /// Every log.
   static func all(_ registry: PendingRegistry) throws(IOError) -> [PendingEntry] {
-    guard let folder = opendir(registry.directory) else {
-      if errno == ENOENT { return [] }
-      throw IOError.last("list", registry.directory)
-    }
-    defer { closedir(folder) }
     var found: Set<String> = []
-    while let entry = readdir(folder) {
-      let name = withUnsafeBytes(of: entry.pointee.d_name) {
-        String(decoding: $0.prefix { $0 != 0 }, as: UTF8.self)
-      }
+    for name in try Folder.names(registry.directory) {
       let parts = name.split(separator: ".", omittingEmptySubsequences: false)
       guard parts.count == 1 || parts.last == "info" else { continue }
       let key = parts.first.map { String($0) } ?? ""

@@ -47,17 +47,9 @@ enum FileUsers {
     } catch { return "a program" }
   }
 
-  /// Names in a folder, those of itself and its parent too.
+  /// Names in a folder of a file system of the kernel's, where what stands comes and goes: none in one
+  /// that cannot be read.
   static func names(in path: String) -> [String] {
-    guard let folder = opendir(path) else { return [] }
-    defer { closedir(folder) }
-    var found: [String] = []
-    while let entry = readdir(folder) {
-      found.append(
-        withUnsafeBytes(of: entry.pointee.d_name) {
-          String(decoding: $0.prefix { $0 != 0 }, as: UTF8.self)
-        })
-    }
-    return found
+    do throws(IOError) { return try Folder.names(path) } catch { return [] }
   }
 }

@@ -160,7 +160,7 @@ public struct KernelAttacher: DeviceAttacher {
   /// Looks for processes, mounts and devices on top of it.
   public func isInUse(_ node: DeviceNode) throws(IOError) -> Bool {
     let name = "nbd\(node.index)"
-    let holders = FileUsers.names(in: "/sys/block/\(name)/holders").filter { !$0.hasPrefix(".") }
+    let holders = FileUsers.names(in: "/sys/block/\(name)/holders")
     if !holders.isEmpty { return true }
     let number = " \(node.major):\(node.minor) "
     if try TextFile.read("/proc/self/mountinfo").contains(number) { return true }

@@ -37,7 +37,7 @@ extension Reconciler {
         guard mkdir(folder, 0o700) == 0 || errno == EEXIST else {
           throw IOError.last("make", folder)
         }
-        return FileUsers.names(in: folder).filter { !$0.hasPrefix(".") }
+        return try Folder.names(folder)
       }
       for name in names {
         let directory = DiskDirectory(path: folder + "/" + name)

@@ -1,6 +1,6 @@
 // What is left of disks that are no more: devices, loop devices, workers (and the locks they
-// have), pending logs, nodes in xenstore. Nothing of it goes by itself; `dmu-xen doctor --clean` removes it
-// piece by piece.
+// have), pending logs, nodes in xenstore. Nothing of it goes by itself; `dmu-xen doctor --clean`
+// removes it piece by piece.
 
 internal import DeviceMapper
 internal import Logging
@@ -115,7 +115,7 @@ extension Reconciler {
         let folder = "/sys/block/\(name)"
         guard let file = Reconciler.line(folder + "/loop/backing_file"), files.contains(file),
           Reconciler.line(folder + "/loop/autoclear") == "1",
-          FileUsers.names(in: folder + "/holders").allSatisfy({ $0.hasPrefix(".") })
+          FileUsers.names(in: folder + "/holders").isEmpty
         else { return nil }
         return ("/dev/" + name, file)
       }

@@ -1,0 +1,24 @@
+// What stands in a folder.
+
+import Glibc
+
+/// Looks into folders.
+public enum Folder {
+  /// The names in a folder but its own and its parent's, in no order; none where there is no
+  /// folder. Throws the errno of opendir(3).
+  public static func names(_ path: String) throws(IOError) -> [String] {
+    guard let folder = opendir(path) else {
+      if errno == ENOENT { return [] }
+      throw IOError.last("list", path)
+    }
+    defer { closedir(folder) }
+    var found: [String] = []
+    while let entry = readdir(folder) {
+      let name = withUnsafeBytes(of: entry.pointee.d_name) {
+        String(decoding: $0.prefix { $0 != 0 }, as: UTF8.self)
+      }
+      if name != ".", name != ".." { found.append(name) }
+    }
+    return found
+  }
+}
