@@ -48,6 +48,8 @@ let package = Package(
     room("XenStore", ["CXenStore", "Posix"]),
     .systemLibrary(name: "CZlib", pkgConfig: "zlib", providers: [.apt(["zlib1g-dev"])]),
     .systemLibrary(name: "CZstd", pkgConfig: "libzstd", providers: [.apt(["libzstd-dev"])]),
+    .systemLibrary(
+      name: "CSeccomp", pkgConfig: "libseccomp", providers: [.apt(["libseccomp-dev"])]),
     .target(name: "CPlugin"),
     room("ImageFormats", ["CPlugin", "CZlib", "CZstd", "Posix"]),
     .systemLibrary(
@@ -63,7 +65,8 @@ let package = Package(
     room("Target", ["DMU", "Posix"]),
     room("WorkerLink", ["Posix"]),
     room(
-      "Worker", ["Target", "DMU", "DeviceMapper", "ImageFormats", "WorkerLink", "Posix"]),
+      "Worker",
+      ["CSeccomp", "Target", "DMU", "DeviceMapper", "ImageFormats", "WorkerLink", "Posix"]),
     room(
       "Daemon",
       [
@@ -92,6 +95,7 @@ let package = Package(
     tests(
       "WorkerTests", ["Worker", "Target", "ImageFormats", "WorkerLink", "Posix", "TestSupport"]),
     program("played-worker", ["WorkerLink", "Posix"]),
+    program("cage-trial", ["CTrials", "Worker", "Posix"]),
     tests("DaemonTests", ["Daemon", "WorkerLink", "Posix", "TestSupport", logging]),
   ],
   cLanguageStandard: .gnu11,

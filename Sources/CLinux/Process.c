@@ -2,14 +2,19 @@
 #include "CLinuxProcess.h"
 
 #include <errno.h>
+#include <linux/capability.h>
+#include <linux/landlock.h>
 #include <linux/netlink.h>
+#include <sched.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/mount.h>
 #include <sys/pidfd.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/signalfd.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <sys/time.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -175,6 +180,100 @@ int dmu_lock_memory(void)
 int dmu_prctl(int option, unsigned long argument)
 {
     return prctl(option, argument, 0UL, 0UL, 0UL);
+}
+
+_Static_assert(DMU_NAMESPACE_MOUNT == CLONE_NEWNS, "CLONE_NEWNS");
+_Static_assert(DMU_NAMESPACE_CGROUP == CLONE_NEWCGROUP, "CLONE_NEWCGROUP");
+_Static_assert(DMU_NAMESPACE_UTS == CLONE_NEWUTS, "CLONE_NEWUTS");
+_Static_assert(DMU_NAMESPACE_IPC == CLONE_NEWIPC, "CLONE_NEWIPC");
+_Static_assert(DMU_NAMESPACE_USER == CLONE_NEWUSER, "CLONE_NEWUSER");
+_Static_assert(DMU_NAMESPACE_PID == CLONE_NEWPID, "CLONE_NEWPID");
+_Static_assert(DMU_NAMESPACE_NETWORK == CLONE_NEWNET, "CLONE_NEWNET");
+
+int dmu_unshare(int namespaces)
+{
+    return unshare(namespaces);
+}
+
+int dmu_empty_root(void)
+{
+    const unsigned long flags = MS_NOSUID | MS_NODEV | MS_NOEXEC;
+
+    // Nothing of this is to be seen outside, and nothing from outside comes in later.
+    if (mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) != 0)
+        return -1;
+    // Any directory will do to mount on; this one is everywhere.
+    if (mount("none", "/proc", "tmpfs", flags, "size=4k,nr_inodes=1,mode=0555") != 0 ||
+        chdir("/proc") != 0)
+        return -1;
+    // The old root comes to lie on the new one, from where it is taken.
+    if (syscall(SYS_pivot_root, ".", ".") != 0 || umount2(".", MNT_DETACH) != 0 ||
+        chdir("/") != 0)
+        return -1;
+    return mount(NULL, "/", NULL, MS_REMOUNT | MS_BIND | MS_RDONLY | flags, NULL);
+}
+
+int dmu_empty_bounding_set(void)
+{
+    for (unsigned long capability = 0; capability < 64; capability++) {
+        int has = prctl(PR_CAPBSET_READ, capability, 0UL, 0UL, 0UL);
+        if (has < 0)
+            break;
+        if (has > 0 && prctl(PR_CAPBSET_DROP, capability, 0UL, 0UL, 0UL) != 0)
+            return -1;
+    }
+    return 0;
+}
+
+int dmu_drop_capabilities(void)
+{
+    struct __user_cap_header_struct header = {.version = _LINUX_CAPABILITY_VERSION_3};
+    struct __user_cap_data_struct none[_LINUX_CAPABILITY_U32S_3] = {{0}};
+
+    if (prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0UL, 0UL, 0UL) != 0)
+        return -1;
+    return (int)syscall(SYS_capset, &header, none);
+}
+
+int dmu_has_capabilities(void)
+{
+    struct __user_cap_header_struct header = {.version = _LINUX_CAPABILITY_VERSION_3};
+    struct __user_cap_data_struct sets[_LINUX_CAPABILITY_U32S_3];
+
+    if (syscall(SYS_capget, &header, sets) != 0)
+        return 1;
+    for (int i = 0; i < _LINUX_CAPABILITY_U32S_3; i++) {
+        if (sets[i].effective != 0 || sets[i].permitted != 0 || sets[i].inheritable != 0)
+            return 1;
+    }
+    return 0;
+}
+
+int dmu_deny_paths(void)
+{
+    // What the first version of the interface knows, which every kernel that has it takes.
+    struct landlock_ruleset_attr all = {.handled_access_fs = (1ULL << 13) - 1};
+
+    int rules = (int)syscall(SYS_landlock_create_ruleset, &all, sizeof all, 0U);
+    if (rules < 0)
+        return errno == ENOSYS || errno == EOPNOTSUPP ? 0 : -1;
+    int result = (int)syscall(SYS_landlock_restrict_self, rules, 0U);
+    int saved = errno;
+    close(rules);
+    errno = saved;
+    return result == 0 ? 1 : -1;
+}
+
+int dmu_set_limit(int resource, uint64_t value)
+{
+    struct rlimit limit;
+
+    if (getrlimit(resource, &limit) != 0)
+        return -1;
+    if (limit.rlim_max > value)
+        limit.rlim_max = value;
+    limit.rlim_cur = limit.rlim_max;
+    return setrlimit(resource, &limit);
 }
 
 int dmu_netlink_open(int protocol, int timeout_ms)

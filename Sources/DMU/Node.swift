@@ -73,6 +73,9 @@ public final class Node {
     return raw.map { -$0.result }
   }
 
+  /// The number of the request by which answers are given, for a filter of system calls.
+  public static var answerRequest: UInt32 { dmu_answer_request() }
+
   private func call(_ answers: UnsafeMutablePointer<dmu_answer>, _ count: Int) throws(IOError) {
     var order = dmu_batch()
     order.answers = UInt64(UInt(bitPattern: answers))

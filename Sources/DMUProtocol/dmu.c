@@ -8,3 +8,8 @@ int dmu_answer_call(int node, struct dmu_batch *batch)
 {
     return ioctl(node, DMU_IOC_ANSWER, batch);
 }
+
+unsigned int dmu_answer_request(void)
+{
+    return DMU_IOC_ANSWER;
+}

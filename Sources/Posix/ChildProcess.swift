@@ -115,6 +115,16 @@ public final class ProcessHandle: Sendable {
     }
   }
 
+  /// The user that it runs as. Throws what reading proc(5) fails with.
+  public func user() throws(IOError) -> UInt32 {
+    let path = "/proc/\(pid)/status"
+    for line in try ProcessHandle.text(path).split(separator: "\n") where line.hasPrefix("Uid:") {
+      let words = line.split(whereSeparator: \.isWhitespace)
+      if words.count > 2, let user = UInt32(words[2]) { return user }
+    }
+    throw IOError(EPROTO, "read", path)
+  }
+
   private static func startTime(of pid: Int32) throws(IOError) -> UInt64 {
     guard let ticks = UInt64(try statFields("/proc/\(pid)")[19]) else {
       throw IOError(EINVAL, "read", "/proc/\(pid)/stat")
@@ -154,6 +164,9 @@ public struct Command: Sendable {
   public var descriptors: [Int32: Int32] = [:]
   /// Whether it becomes the leader of a new session.
   public var newSession = false
+  /// Whether it is the first process of a new PID namespace: it sees no other, and whatever it
+  /// starts ends with it. Needs CAP_SYS_ADMIN. Source: pid_namespaces(7).
+  public var newProcessNamespace = false
 
   /// A program from its path and arguments.
   public init(_ path: String, _ arguments: [String] = [], environment: [String]? = nil) {
@@ -163,8 +176,31 @@ public struct Command: Sendable {
   }
 
   /// Starts it, with no signal blocked or ignored. Throws: the errno of posix_spawn(3), with
-  /// the path.
+  /// the path; with a namespace also that of unshare(2).
   public func start() throws(IOError) -> ProcessHandle {
+    guard newProcessNamespace else { return try spawn() }
+    // The namespace is that of the thread's next process. A thread that has one can start no
+    // thread any more, so it is one of its own.
+    let outcome = Outcome()
+    try OwnThread.run { outcome.result = spawnIsolated() }
+    return try outcome.result.get()
+  }
+
+  // Written by the thread before it ends, read after it was joined.
+  private final class Outcome: @unchecked Sendable {
+    var result: Result<ProcessHandle, IOError> = .failure(IOError(ECANCELED, "run a thread"))
+  }
+
+  private func spawnIsolated() -> Result<ProcessHandle, IOError> {
+    do throws(IOError) {
+      guard dmu_unshare(DMU_NAMESPACE_PID) == 0 else {
+        throw IOError.last("make a PID namespace for", path)
+      }
+      return .success(try spawn())
+    } catch { return .failure(error) }
+  }
+
+  private func spawn() throws(IOError) -> ProcessHandle {
     var actions = posix_spawn_file_actions_t()
     var attributes = posix_spawnattr_t()
     posix_spawn_file_actions_init(&actions)

@@ -21,6 +21,10 @@ public struct SupervisedOptions: Sendable {
   public var uid: UInt32 = 65534
   /// The group.
   public var gid: UInt32 = 65534
+  /// The most files that it is handed.
+  public var files: UInt64 = 256
+  /// Whether it is caged: not when an admin has switched that off, to debug it.
+  public var isCaged = true
   /// What it logs.
   public var level = Log.Level.info
   /// The listening socket of the link, handed over.
@@ -97,8 +101,20 @@ public final class Supervised {
     }
     attempt("lock memory") { () throws(IOError) in try Hardening.lockMemory() }
     attempt("become an I/O flusher") { () throws(IOError) in try Hardening.becomeFlusher() }
-    try Hardening.dropPrivileges(uid: options.uid, gid: options.gid)
+    attempt("be as good as others when memory runs out") { () throws(IOError) in
+      try Hardening.resetMemoryScore()
+    }
+    guard options.isCaged else {
+      log(.warning, "not caged: worker.sandbox is off")
+      guard geteuid() == 0 else { return }
+      return try Hardening.become(uid: options.uid, gid: options.gid)
+    }
+    let owner = Cage.Owner.daemon(uid: options.uid, gid: options.gid)
+    try Cage.enter(owner, files: options.files + spareFiles)
   }
+
+  /// Descriptors beside those of the disk's files: the link, the loop, the pool, sockets.
+  private static let spareFiles: UInt64 = 64
 
   private init(_ loop: EventLoop, _ server: LinkServer, _ version: String, _ log: Log) {
     self.loop = loop
@@ -140,6 +156,7 @@ public final class Supervised {
   }
 
   private func follow(_ order: WorkerOrder, _ descriptors: LinkDescriptors) {
+    if order == .ping { return server.send(.alive) }
     guard !stopping || order == .status else {
       return server.refuse(order.message.verb, "the worker is stopping")
     }

@@ -59,6 +59,8 @@ public enum WorkerOrder: Sendable, Equatable {
   case attach
   /// Tell your state and counters.
   case status
+  /// Say `alive`.
+  case ping
   /// An admin has acted: flushes may succeed again after one that failed, and counted I/O
   /// errors are forgotten. Answered with `status`.
   case clear
@@ -91,6 +93,7 @@ public enum WorkerOrder: Sendable, Equatable {
     case .refuseFile(let reason): return LinkMessage("file", ["refused": reason])
     case .attach: return LinkMessage("attach")
     case .status: return LinkMessage("status")
+    case .ping: return LinkMessage("ping")
     case .clear: return LinkMessage("clear")
     case .descriptors(let index): return LinkMessage("descriptors", ["index": "\(index)"])
     case .stop: return LinkMessage("stop")
@@ -120,6 +123,7 @@ public enum WorkerOrder: Sendable, Equatable {
       self = message.fields["refused"].map { .refuseFile(reason: $0) } ?? .file
     case "attach": self = .attach
     case "status": self = .status
+    case "ping": self = .ping
     case "clear": self = .clear
     case "descriptors":
       self = .descriptors(index: try message.optionalNumber("index") ?? 0)

@@ -163,6 +163,8 @@ public enum WorkerReport: Sendable, Equatable {
   case descriptors(files: Int, file: FileNeed?)
   /// The node is served and knows the whole mapping: the device may be brought into use.
   case attached
+  /// The answer to `ping`.
+  case alive
   /// The nbd socket has ended; the disk is kept and waits for another.
   case detached
   /// Unasked: the state has changed.
@@ -181,6 +183,7 @@ public enum WorkerReport: Sendable, Equatable {
       LinkMessage(
         "descriptors", ["files": "\(files)"].merging(file?.fields ?? [:]) { one, _ in one })
     case .attached: LinkMessage("attached")
+    case .alive: LinkMessage("alive")
     case .detached: LinkMessage("detached")
     case .event(let state, let error):
       LinkMessage("event", ["state": state.rawValue, "error": error])
@@ -203,6 +206,7 @@ public enum WorkerReport: Sendable, Equatable {
       guard files >= 0 else { throw .badField(verb: message.verb, field: "files") }
       self = .descriptors(files: files, file: file)
     case "attached": self = .attached
+    case "alive": self = .alive
     case "detached": self = .detached
     case "event":
       self = .event(try message.state(), error: message.fields["error"] ?? "")

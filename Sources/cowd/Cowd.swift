@@ -97,6 +97,14 @@ struct Cowd: ParsableCommand {
   @Option(name: .long, help: ArgumentHelp("The group to become.", visibility: .private))
   var gid: UInt32 = 65534
 
+  @Option(name: .long, help: ArgumentHelp("The most files.", visibility: .private))
+  var files: UInt64 = 256
+
+  @Flag(
+    name: .long,
+    help: ArgumentHelp("Not caged: for debugging.", visibility: .private))
+  var noSandbox = false
+
   @Argument(help: "NAME (not with --nbd), and the path of the STORE.")
   var operands: [String] = []
 
@@ -123,6 +131,8 @@ struct Cowd: ParsableCommand {
       var options = SupervisedOptions()
       options.uid = uid
       options.gid = gid
+      options.files = files
+      options.isCaged = !noSandbox
       options.level = verbose > 0 ? .debug : .info
       throw ExitCode(Supervised.run(options, version: Version.text))
     }

@@ -71,6 +71,7 @@ private final class Played {
       guard report.byNode else { return }
       node = descriptors.take(.node)
       try link.send(.attached)
+    case .ping: try link.send(.alive)
     case .status, .clear: try link.send(.status(report))
     case .descriptors(let index):
       var lent: [LinkRole: Int32] = [:]

@@ -51,7 +51,9 @@ import Testing
       look-interval = 5
       [worker]
       program = "/opt/cowd"
-      user = 1000
+      uids = "3000-3999"
+      sandbox = "off"
+      heartbeat = 0
       restart-limit = 0
       [base]
       directories = ["/srv/bases", "/dev/vg"]
@@ -61,7 +63,9 @@ import Testing
     #expect(configuration.logLevel == .debug)
     #expect(configuration.lookInterval == .seconds(5))
     #expect(configuration.workerProgram == "/opt/cowd")
-    #expect(configuration.workerUser == 1000)
+    #expect(configuration.workerUsers == 3000...3999)
+    #expect(configuration.sandbox == .off)
+    #expect(configuration.heartbeat == .zero)
     #expect(configuration.restartLimit == 0)
     #expect(configuration.baseDirectories == ["/srv/bases", "/dev/vg"])
     #expect(configuration.requestTimeout == .seconds(30))
@@ -92,7 +96,15 @@ import Testing
     #expect(
       failure("worker = 5\n")?.description
         == "f line 1: worker: this must be a table: write [worker]")
-    #expect(failure("worker.user = -1\n")?.description.hasPrefix("f line 1: worker.user:") == true)
+    for range in ["\"\"", "1000", "\"1000\"", "\"999-2000\"", "\"3000-2000\"", "\"60000-70000\""] {
+      #expect(
+        failure("worker.uids = \(range)\n")?.description.hasPrefix(
+          "f line 1: worker.uids: the value must be a range of user numbers") == true)
+    }
+    #expect(
+      failure("[worker]\nuser = 65534\n")?.description
+        == "f line 2: worker.user: there is no such key any more: each disk has a user of its own,"
+        + " see worker.uids")
     for strange in [
       "[]", "[#]", "[=]", "[[daemon]]", "= 5", "\"a\" = 5", "[daemon", "x", "[a b]", "a = \"x",
       "a = 'x",

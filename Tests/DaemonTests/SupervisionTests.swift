@@ -117,6 +117,57 @@ struct SupervisionTests {
     }
   }
 
+  @Test("A worker that does not answer is replaced, and what it had not committed survives")
+  func silentWorker() async throws {
+    try await inWorld(["worker.heartbeat": "1"]) { world in
+      let disk = try world.attach(5, world.spec("g5.dscow"))
+      let other = try world.attach(6, world.spec("g6.dscow"))
+      try await world.add(disk)
+      try await world.add(other)
+      let (worker, healthy) = (try await world.worker(disk), try await world.worker(other))
+      #expect(try world.wire().write([UInt8](repeating: 7, count: 4096), at: 0) == 0)
+      kill(worker, SIGSTOP)
+      try await eventually("it is replaced") {
+        let now = try await world.status(5).first
+        return now?.state == .ready && now?.worker != nil && now?.worker != worker
+      }
+      #expect(try world.wire().read(4096, at: 0) == [UInt8](repeating: 7, count: 4096))
+      #expect(try await world.worker(other) == healthy)
+      #expect(
+        try SmallFile.read(world.folder.file("daemon.log")).contains("has not answered for 3 s"))
+    }
+  }
+
+  @Test("Each disk's worker runs as a user of its own", .enabled(if: geteuid() == 0))
+  func users() async throws {
+    try await inWorld(["worker.uids": "\"2000100-2000102\""]) { world in
+      var disks: [FakeDisk] = []
+      for domain in 5...7 {
+        let disk = try world.attach(domain, world.spec("g\(domain).dscow"))
+        try await world.add(disk)
+        disks.append(disk)
+      }
+      var users: [UInt32] = []
+      for disk in disks {
+        let process = try ProcessHandle(pid: try await world.worker(disk))
+        users.append(try process.user())
+      }
+      #expect(users.sorted() == [2_000_100, 2_000_101, 2_000_102])
+      // The next daemon knows whom they belong to: there is none left.
+      try await world.stopDaemon()
+      try await world.startDaemon()
+      let more = try world.attach(8, world.spec("g8.dscow"))
+      await #expect(throws: (any Error).self) { try await world.add(more) }
+      let status = try await world.status(8).first
+      #expect(status?.error?.contains("widen worker.uids") == true)
+      // A replaced worker is the same user again.
+      kill(try await world.worker(disks[0]), SIGKILL)
+      try await eventually("it is replaced") { try await world.status(5).first?.restarts == 1 }
+      try await eventually("it serves") { try await world.status(5).first?.state == .ready }
+      #expect(try ProcessHandle(pid: try await world.worker(disks[0])).user() == users[0])
+    }
+  }
+
   @Test("A live worker whose socket ends gets another one")
   func socketLost() async throws {
     try await inWorld { world in

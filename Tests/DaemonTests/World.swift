@@ -114,15 +114,13 @@ final class World: Sendable {
   func configure(_ settings: [String: String]) throws {
     var all = [
       "daemon.run-directory": "\"\(runDirectory)\"", "daemon.log-level": "\"info\"",
-      "worker.program": "\"\(folder.file("cowd"))\"", "worker.user": "\(World.workerUser)",
-      "worker.group": "\(World.workerUser)", "store.create-in": "[\"\(folder.path)\"]",
+      "worker.program": "\"\(folder.file("cowd"))\"",
+      "store.create-in": "[\"\(folder.path)\"]",
     ]
     all.merge(settings) { $1 }
     let text = all.sorted { $0.key < $1.key }.map { "\($0) = \($1)\n" }.joined()
     try file("dmu-xen.toml", Array(text.utf8))
   }
-
-  static var workerUser: UInt32 { geteuid() == 0 ? 65534 : geteuid() }
 
   @discardableResult
   func file(_ name: String, _ bytes: [UInt8]) throws -> String {
@@ -380,6 +378,8 @@ func inWorld(
   } catch {
     // What may explain it.
     print("daemon.log:\n\(try SmallFile.read(world.folder.file("daemon.log")).suffix(4000))")
+    let workers = try SmallFile.read(world.workerLog)
+    print("workers.log:\n\(workers.suffix(2000))")
     print("state: \(World.names(world.runDirectory + "/disks")), \(try await world.workers())")
     try await world.end()
     throw error

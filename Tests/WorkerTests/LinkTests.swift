@@ -20,14 +20,14 @@ import WorkerLink
 
   @Test(arguments: [
     WorkerOrder.start(start), .start(StartOrder(disk: "", format: "")), .file,
-    .refuseFile(reason: "not allowed"), .attach, .status, .descriptors(index: 0),
+    .refuseFile(reason: "not allowed"), .attach, .status, .ping, .descriptors(index: 0),
     .descriptors(index: 7), .stop,
   ]) func ordersComeBackAsTheyWent(_ order: WorkerOrder) throws {
     #expect(try WorkerOrder(LinkMessage(decoding: order.message.encoded())) == order)
   }
 
   @Test(arguments: [
-    WorkerReport.ready(report), .status(report), .detached,
+    WorkerReport.ready(report), .status(report), .detached, .alive,
     .needFile(FileNeed(role: "data-file", path: "/x y", writable: true)),
     .descriptors(files: 0, file: nil),
     .descriptors(files: 3, file: FileNeed(role: "base", path: "b", writable: false)),

@@ -24,7 +24,8 @@ final class TestDaemon {
   /// `store` and `base` stand in for the image's own.
   /// `injecting`: as of `CowdProcess`, for the first worker.
   init(
-    _ image: TestImage, store path: String? = nil, base: String? = nil, injecting: String? = nil
+    _ image: TestImage, store path: String? = nil, base: String? = nil, injecting: String? = nil,
+    caged: Bool = true
   ) throws {
     self.image = image
     self.injecting = injecting
@@ -35,15 +36,16 @@ final class TestDaemon {
     self.base = try Descriptor(path: base ?? image.base, flags: O_RDONLY)
     pending = try Descriptor(
       path: image.folder.file("pending"), flags: O_RDWR | O_CREAT, mode: 0o600)
-    worker = try Self.spawn(listener.raw, image.folder, injecting)
+    worker = try Self.spawn(listener.raw, image.folder, injecting, caged: caged)
     link = try LinkConnection(path: linkPath)
   }
 
   private static func spawn(
-    _ listener: Int32, _ folder: TemporaryFolder, _ injecting: String? = nil
+    _ listener: Int32, _ folder: TemporaryFolder, _ injecting: String? = nil, caged: Bool = true
   ) throws -> CowdProcess {
     try CowdProcess(
-      ["--supervised"], descriptors: [3: listener], injecting: injecting, folder: folder)
+      ["--supervised", "--uid", "2000000", "--gid", "2000000"] + (caged ? [] : ["--no-sandbox"]),
+      descriptors: [3: listener], injecting: injecting, folder: folder)
   }
 
   /// Another process in place of a dead one.

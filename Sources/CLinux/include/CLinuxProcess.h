@@ -63,6 +63,38 @@ int dmu_lock_memory(void);
 // An operation on the calling process. Source: prctl(2).
 int dmu_prctl(int option, unsigned long argument);
 
+// The kinds of namespaces, as bits for dmu_unshare. Source: namespaces(7).
+#define DMU_NAMESPACE_MOUNT 0x00020000
+#define DMU_NAMESPACE_CGROUP 0x02000000
+#define DMU_NAMESPACE_UTS 0x04000000
+#define DMU_NAMESPACE_IPC 0x08000000
+#define DMU_NAMESPACE_USER 0x10000000
+#define DMU_NAMESPACE_PID 0x20000000
+#define DMU_NAMESPACE_NETWORK 0x40000000
+
+// Moves the calling thread into new namespaces; with DMU_NAMESPACE_PID it is the next process that
+// it starts. Source: unshare(2).
+int dmu_unshare(int namespaces);
+
+// Makes an empty file system that nobody can write to the root of the calling process's mount
+// namespace, and takes everything else out of it. Source: pivot_root(2), section NOTES.
+int dmu_empty_root(void);
+
+// Takes every capability out of the bounding set, which needs CAP_SETPCAP; then out of every other
+// set of the calling thread, for good. Source: capabilities(7).
+int dmu_empty_bounding_set(void);
+int dmu_drop_capabilities(void);
+
+// Whether a capability is left in any set: 1, 0.
+int dmu_has_capabilities(void);
+
+// Denies the calling process and its children every use of a path, where the kernel has Landlock.
+// 1: done; 0: this kernel has none. Source: landlock(7).
+int dmu_deny_paths(void);
+
+// Lowers both values of a resource limit, RLIMIT_..., to at most this. Source: setrlimit(2).
+int dmu_set_limit(int resource, uint64_t value);
+
 // A datagram netlink socket, bound, whose receive waits at most `timeout_ms`.
 // Source: netlink(7).
 int dmu_netlink_open(int protocol, int timeout_ms);

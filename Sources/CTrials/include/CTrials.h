@@ -43,4 +43,9 @@ void dmu_discard_begin(struct dmu_discards *discards, int zeroing, uint64_t offs
 // Its errno, 0 for success; -1 while it is under way.
 int dmu_discard_end(struct dmu_discards *discards);
 
+// Makes a system call by its name, past libc, for the trials of a worker's cage. -1 and errno on
+// failure, EINVAL for a name that is not known. "none" makes none, "thread" starts a thread with
+// libc and waits for its end.
+int dmu_trial_call(const char *name);
+
 #endif

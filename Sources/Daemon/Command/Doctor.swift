@@ -261,10 +261,10 @@ public struct Doctor: Sendable {
 
   private func worker(_ configuration: Configuration) -> Finding {
     let remedy = "install cowd beside dmu-xend, or set worker.program in \(configurationPath)"
-    if configuration.workerUser == 0 {
+    if configuration.sandbox == .off {
       return Finding(
-        "the worker", "it would run as root",
-        remedy: "set worker.user in \(configurationPath) to 65534")
+        "the worker", "it would run outside of its cage, with a view of the whole host",
+        remedy: "take worker.sandbox = \"off\" out of \(configurationPath)")
     }
     do throws(IOError) {
       let program = try ProcessLauncher.program(configuration)

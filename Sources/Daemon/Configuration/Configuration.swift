@@ -24,14 +24,17 @@ public struct Configuration: Sendable, Equatable {
 
   /// Path of cowd; empty: beside dmu-xend, then along PATH.
   public var workerProgram = ""
-  /// The user that workers run as.
-  public var workerUser: UInt32 = 65534
-  /// The group that workers run as.
-  public var workerGroup: UInt32 = 65534
+  /// The users that workers run as, each disk's as another, with the group of the same number.
+  public var workerUsers: ClosedRange<UInt32> = 2_000_000...2_065_535
+  /// Whether workers are caged.
+  public var sandbox = Switch.on
   /// How long a worker may take until it is ready.
   public var readyTimeout = Duration.seconds(20)
   /// How long a worker may take to flush and end before it is killed.
   public var stopTimeout = Duration.seconds(10)
+  /// How often a worker is asked whether it lives; zero: never. One that does not answer for three
+  /// times as long is replaced.
+  public var heartbeat = Duration.seconds(10)
   /// So many restarts of a disk's worker are allowed...
   public var restartLimit = 10
   /// ...in so long a time.
@@ -45,6 +48,14 @@ public struct Configuration: Sendable, Equatable {
   public var storeDirectories: [String] = []
   /// Directories in which a store that does not exist is made when a domain boots.
   public var createIn: [String] = ["/var/lib/dmu-xen"]
+  /// Something that is done or not.
+  public enum Switch: String, Sendable, CaseIterable {
+    /// It is done.
+    case on
+    /// It is not.
+    case off
+  }
+
   /// What happens to a write for which there is no space.
   public var onFull = OnFull.wait
   /// How long such a write waits before it fails; zero: without a limit.

@@ -26,10 +26,11 @@ struct ConfigurationKey: Sendable {
     seconds("daemon", "attach-timeout", \.attachTimeout, 1...35),
     transport,
     path("worker", "program", \.workerProgram, mayBeEmpty: true),
-    number("worker", "user", \.workerUser, 0...4_294_967_294),
-    number("worker", "group", \.workerGroup, 0...4_294_967_294),
+    users("worker", "uids", \.workerUsers),
+    sandbox,
     seconds("worker", "ready-timeout", \.readyTimeout, 1...35),
     seconds("worker", "stop-timeout", \.stopTimeout, 1...600),
+    seconds("worker", "heartbeat", \.heartbeat, 0...3600),
     number("worker", "restart-limit", \.restartLimit, 0...1_000_000),
     seconds("worker", "restart-window", \.restartWindow, 1...86_400),
     directories("store", "directories", \.storeDirectories),
@@ -43,8 +44,15 @@ struct ConfigurationKey: Sendable {
     seconds("nbd", "dead-connection-timeout", \.deadConnectionTimeout, 1...31_536_000),
   ]
 
+  /// Keys that there were once, and what to do now.
+  static let gone = [
+    "worker.user": "each disk has a user of its own, see worker.uids",
+    "worker.group": "each disk has a group of its own, see worker.uids",
+  ]
+
   private static let logLevel = word("daemon", "log-level", \.logLevel)
   private static let onFull = word("store", "on-full", \.onFull)
+  private static let sandbox = word("worker", "sandbox", \.sandbox)
   private static let transport = word("daemon", "transport", \.transport)
 
   private static func word<Word: RawRepresentable<String> & CaseIterable & Sendable>(
@@ -93,6 +101,31 @@ struct ConfigurationKey: Sendable {
         configuration[keyPath: field] = paths
       },
       show: { "[" + $0[keyPath: field].map { "\"\($0)\"" }.joined(separator: ", ") + "]" })
+  }
+
+  private static func users(
+    _ table: String, _ name: String,
+    _ field: any WritableKeyPath<Configuration, ClosedRange<UInt32>> & Sendable
+  ) -> ConfigurationKey {
+    ConfigurationKey(
+      table: table, name: name,
+      take: { configuration, value throws(Wanted) in
+        let ends = (value.string ?? "").split(separator: "-", omittingEmptySubsequences: false)
+          .map { UInt32($0) }
+        // 65534 is nobody's, and so everybody's.
+        guard ends.count == 2, let first = ends[0], let last = ends[1], first >= 1000,
+          first <= last, last < UInt32.max, !(first...last).contains(65534)
+        else {
+          throw Wanted(
+            "a range of user numbers that nothing else has, from 1000 on and without 65534, as in"
+              + " \"2000000-2065535\"")
+        }
+        configuration[keyPath: field] = first...last
+      },
+      show: {
+        let range = $0[keyPath: field]
+        return "\"\(range.lowerBound)-\(range.upperBound)\""
+      })
   }
 
   private static func seconds(

@@ -62,6 +62,9 @@ extension Configuration {
       for name in content.keys.sorted() {
         let known = ConfigurationKey.all.filter { $0.table == table }
         guard let key = known.first(where: { $0.name == name }), let value = content[name] else {
+          if let instead = ConfigurationKey.gone["\(table).\(name)"] {
+            throw fail(name, "there is no such key any more: \(instead)")
+          }
           let hint = NearestMatch.hint(for: name, among: known.map(\.name))
           throw fail(name, "there is no such key\(hint)")
         }

@@ -8,10 +8,11 @@ import Glibc
 
 /// Starts workers.
 public protocol WorkerLauncher: Sendable {
-  /// Starts a worker for a disk with the listening end of its link. Blocks. The process is
-  /// a child of this one. Throws: the errno of posix_spawn(3).
+  /// Starts a worker for a disk with the listening end of its link, to run as this user where
+  /// this process is root. Blocks. The process is a child of this one. Throws: the errno of
+  /// posix_spawn(3) or unshare(2).
   func launch(
-    disk: DiskID, listener: Int32, configuration: Configuration
+    disk: DiskID, listener: Int32, user: UInt32, configuration: Configuration
   ) throws(IOError) -> ProcessHandle
 }
 
@@ -190,18 +191,21 @@ public struct ProcessLauncher: WorkerLauncher {
   /// The launcher.
   public init() {}
 
-  /// Starts cowd with the link's listener as descriptor 3.
+  /// Starts cowd with the link's listener as descriptor 3, and with nothing of this process's
+  /// environment.
   public func launch(
-    disk: DiskID, listener: Int32, configuration: Configuration
+    disk: DiskID, listener: Int32, user: UInt32, configuration: Configuration
   ) throws(IOError) -> ProcessHandle {
+    let isCaged = configuration.sandbox == .on
     var command = Command(
       try ProcessLauncher.program(configuration),
-      [
-        "--supervised", "--uid", String(configuration.workerUser), "--gid",
-        String(configuration.workerGroup),
-      ] + (configuration.logLevel <= .debug ? ["--verbose"] : []))
+      ["--supervised", "--uid", String(user), "--gid", String(user)]
+        + (isCaged ? [] : ["--no-sandbox"])
+        + (configuration.logLevel <= .debug ? ["--verbose"] : []))
     command.descriptors = [3: listener]
     command.newSession = true
+    // Only root may make one by itself; a worker without root makes its others itself.
+    command.newProcessNamespace = isCaged && geteuid() == 0
     return try command.start()
   }
 

@@ -56,6 +56,8 @@ final class WorkerChannel: Sendable {
     var questions: [(number: UInt64, question: Question)] = []
     var next: UInt64 = 1
     var closed = false
+    /// Pings since the worker was heard last.
+    var unanswered = 0
     var registration: Poller.Registration?
   }
 
@@ -127,6 +129,18 @@ final class WorkerChannel: Sendable {
     return try result.get()
   }
 
+  /// Asks the worker whether it lives. Answers how many such questions in a row have been sent
+  /// before and nothing was heard since.
+  func ping() -> Int {
+    let unanswered = state.withLock { state in
+      defer { state.unanswered += 1 }
+      return state.unanswered
+    }
+    // A link that has ended is seen to elsewhere.
+    do throws(WorkerSilence) { try send(.ping) } catch {}
+    return unanswered
+  }
+
   private func end(_ number: UInt64, _ result: Result<WorkerReply, WorkerSilence>) {
     let question = state.withLock { state in
       state.questions.firstIndex { $0.number == number }
@@ -160,6 +174,7 @@ final class WorkerChannel: Sendable {
   }
 
   private func take(_ message: LinkMessage, _ descriptors: LinkDescriptors) {
+    state.withLock { $0.unanswered = 0 }
     let report: WorkerReport
     do {
       report = try WorkerReport(message)
@@ -179,6 +194,8 @@ final class WorkerChannel: Sendable {
     switch report {
     case .event(let state, let error): tell.yield(.event(state, error: error))
     case .detached: tell.yield(.detached)
+    // A worker of before there were pings says at least this.
+    case .alive, .refused("ping", _): break
     case .refused(let order, let message): tell.yield(.complaint("\(order): \(message)"))
     case .failed(let code, let message): tell.yield(.complaint("\(code): \(message)"))
     case .ready, .needFile, .status, .descriptors, .attached:

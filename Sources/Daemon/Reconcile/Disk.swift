@@ -45,6 +45,8 @@ final class Disk {
   var boots: Bool?
 
   var worker: Worker?
+  /// The user that its workers run as; nil: none has run yet.
+  var user: UInt32?
   /// Counts the workers, so that late news of an earlier one is told apart.
   var generation = 0
   /// What the worker said last.
@@ -70,7 +72,9 @@ final class Disk {
   var domainName: String?
   /// The directory of a disk that is none of the table's: one that only recovers a log.
   var directoryPath: String?
-  /// A worker of an earlier daemon that could not be killed yet. It has the store's lock.
+  /// Its worker has not answered and is being killed.
+  var isBeingReplaced = false
+  /// A worker of an earlier daemon, or one that does not answer, that could not be killed yet. It has the store's lock.
   var lingering: ProcessHandle?
   /// The worker's link when it is not in the directory: it was found, not started.
   var linkPath: String?

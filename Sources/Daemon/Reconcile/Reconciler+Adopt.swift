@@ -155,10 +155,11 @@ extension Reconciler {
     let path = record.link ?? DiskDirectory(configuration, disk.id).link
     let log = log(for: disk)
     do {
-      let (process, link) = try await offload.run { () throws(IOError) in
+      let (process, user, link) = try await offload.run { () throws(IOError) in
         let process = try ProcessHandle(pid: record.worker, startTime: record.workerStart)
-        return (process, try LinkConnection(path: path))
+        return (process, try process.user(), try LinkConnection(path: path))
       }
+      users.note(disk, user)
       disk.linkPath = record.link
       let worker = follow(disk, process, link)
       let patience = Duration.seconds(5)

@@ -102,12 +102,13 @@ extension Reconciler {
     let directory = disk.directory(configuration)
     disk.linkPath = nil
     let (launcher, configuration, id) = (launcher, configuration, disk.id)
+    let user = try users.take(disk, configuration.workerUsers)
     let (process, link) = try await offload.run { () throws(DiskFailure) in
       do throws(IOError) {
         try directory.removeLink()
         let listener = try UnixSocket.listen(at: directory.link, kind: .packets)
         let process = try launcher.launch(
-          disk: id, listener: listener.raw, configuration: configuration)
+          disk: id, listener: listener.raw, user: user, configuration: configuration)
         do throws(IOError) {
           return (process, try LinkConnection(path: directory.link))
         } catch {
@@ -134,6 +135,7 @@ extension Reconciler {
     Task { [weak self] in
       for await news in channel.news { await self?.hear(id, generation, news) }
     }
+    watchHearts()
     return worker
   }
 
@@ -192,6 +194,53 @@ extension Reconciler {
         log(for: disk).error("cannot kill the worker", metadata: ["error": "\(error)"])
       }
     }
+  }
+
+  // MARK: - Heartbeat
+
+  /// Sees to it that every worker is asked from now on.
+  private func watchHearts() {
+    guard !isWatchingHearts else { return }
+    isWatchingHearts = true
+    Task { [weak self] in
+      while let pause = await self?.beat() {
+        do { try await Task.sleep(for: pause) } catch { return }
+      }
+    }
+  }
+
+  /// Asks every worker that serves, and replaces those that have not answered three times.
+  /// Answers when to ask again; nil: never.
+  private func beat() -> Duration? {
+    guard !ending else { return nil }
+    let pause = configuration.heartbeat
+    // A reload may change it.
+    guard pause != .zero else { return .seconds(10) }
+    for disk in table.values {
+      guard case .serving = disk.phase, !disk.busy, let worker = disk.worker, worker.ended == nil,
+        worker.channel.ping() >= 3
+      else { continue }
+      Task { await replaceSilent(disk, worker, pause * 3) }
+    }
+    return pause
+  }
+
+  /// Replaces a worker that does not answer.
+  private func replaceSilent(_ disk: Disk, _ worker: Worker, _ silence: Duration) async {
+    guard disk.worker === worker, !disk.isBeingReplaced else { return }
+    disk.isBeingReplaced = true
+    defer { disk.isBeingReplaced = false }
+    let (id, generation) = (disk.id, disk.generation)
+    let why = "it has not answered for \(silence.components.seconds) seconds"
+    log(for: disk).error("a worker is killed", metadata: ["reason": "\(why)"])
+    var isKilled = false
+    do throws(IOError) { isKilled = try await worker.kill() } catch {
+      log(for: disk).error("cannot kill the worker", metadata: ["error": "\(error)"])
+    }
+    guard !isKilled, let disk = current(id, generation) else { return }
+    // It waits in the kernel, and has the store until that answers.
+    disk.lingering = worker.process
+    died(disk, why)
   }
 
   // MARK: - Replacing

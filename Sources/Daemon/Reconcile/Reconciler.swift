@@ -31,6 +31,8 @@ public actor Reconciler {
   let flushing = Offload(threads: 32)
   let log: Logger
   var table: [DiskID: Disk] = [:]
+  /// The users that workers run as.
+  var users = WorkerUsers()
   /// What commits the log of a store that no disk uses, by the log's key.
   var recovering: [String: Disk] = [:]
   /// Keys of the logs that are committed, removed or given up just now: no disk takes one up
@@ -41,6 +43,7 @@ public actor Reconciler {
   var nextWaiter: UInt64 = 1
   var ending = false
   var takesWaiters = true
+  var isWatchingHearts = false
   private var freeStarts = Reconciler.startsAtOnce
   private var startQueue: [CheckedContinuation<Void, Never>] = []
   private var announced: [Int]?
