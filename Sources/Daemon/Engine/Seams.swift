@@ -204,6 +204,7 @@ public struct ProcessLauncher: WorkerLauncher {
         + (configuration.logLevel <= .debug ? ["--verbose"] : []))
     command.descriptors = [3: listener]
     command.newSession = true
+    command.environment = ["PATH=/usr/sbin:/usr/bin:/sbin:/bin"]
     // Only root may make one by itself; a worker without root makes its others itself.
     command.newProcessNamespace = isCaged && geteuid() == 0
     return try command.start()
