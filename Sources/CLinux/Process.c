@@ -19,9 +19,12 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+// DMU_DESCRIPTOR_ROOM is the most that the kernel lets one message carry. Source: SCM_MAX_FD in
+// net/scm.h.
+
 union control {
     struct cmsghdr align;
-    char bytes[CMSG_SPACE(sizeof(int) * DMU_MAX_DESCRIPTORS)];
+    char bytes[CMSG_SPACE(sizeof(int) * DMU_DESCRIPTOR_ROOM)];
 };
 
 ssize_t dmu_send_message(int fd, const void *bytes, size_t count, const int *fds,
@@ -59,6 +62,10 @@ ssize_t dmu_receive_message(int fd, void *bytes, size_t count, int *fds, size_t 
                              .msg_controllen = sizeof control.bytes};
     size_t room = *fd_count;
 
+    if (room < DMU_DESCRIPTOR_ROOM) {
+        errno = EINVAL;
+        return -1;
+    }
     *fd_count = 0;
     *truncated = 0;
     ssize_t result = recvmsg(fd, &message, MSG_CMSG_CLOEXEC | MSG_DONTWAIT);
@@ -74,12 +81,9 @@ ssize_t dmu_receive_message(int fd, void *bytes, size_t count, int *fds, size_t 
         for (size_t i = 0; i < sent; i++) {
             int received;
             memcpy(&received, CMSG_DATA(header) + i * sizeof(int), sizeof(int));
-            if (*fd_count < room) {
+            // There is room for every descriptor that a message may carry.
+            if (*fd_count < room)
                 fds[(*fd_count)++] = received;
-            } else {
-                close(received);
-                *truncated = 1;
-            }
         }
     }
     return result;

@@ -5,6 +5,7 @@
 #include <fcntl.h>
 #include <malloc.h>
 #include <stdio.h>
+#include <sys/mman.h>
 #include <sys/statvfs.h>
 #include <sys/uio.h>
 #include <unistd.h>
@@ -72,6 +73,21 @@ int dmu_free_space(int fd, uint64_t *bytes)
 ssize_t dmu_copy_range(int from, off_t *source, int to, off_t *offset, size_t count)
 {
     return copy_file_range(from, source, to, offset, count, 0);
+}
+
+int dmu_sealed_memory(const char *name, off_t length)
+{
+    int fd = memfd_create(name, MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    if (fd < 0)
+        return -1;
+    if (ftruncate(fd, length) != 0 ||
+        fcntl(fd, F_ADD_SEALS, F_SEAL_GROW | F_SEAL_SHRINK | F_SEAL_SEAL) != 0) {
+        int saved = errno;
+        close(fd);
+        errno = saved;
+        return -1;
+    }
+    return fd;
 }
 
 int dmu_unnamed_file(const char *directory, mode_t mode)

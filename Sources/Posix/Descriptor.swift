@@ -24,6 +24,14 @@ public struct Descriptor: ~Copyable, Sendable {
     self.raw = result
   }
 
+  /// Makes memory of so many bytes as a file that nobody can make longer or shorter. Throws: the
+  /// errno of memfd_create(2) or fcntl(2).
+  public init(sealedMemory length: UInt64, name: String) throws(IOError) {
+    let result = dmu_sealed_memory(name, off_t(length))
+    guard result >= 0 else { throw IOError.last("make memory for", name) }
+    self.raw = result
+  }
+
   deinit {
     _ = Glibc.close(raw)
   }

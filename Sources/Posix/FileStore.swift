@@ -62,6 +62,12 @@ public final class FileStore: ByteStore {
     try lock(F_WRLCK, at: byte, length: 1)
   }
 
+  /// Locks one byte for this open file description as many may have it at once. Throws EAGAIN when
+  /// somebody has it alone.
+  public func lockShared(_ byte: Int64) throws(IOError) {
+    try lock(F_RDLCK, at: byte, length: 1)
+  }
+
   /// Gives up the lock of a byte.
   public func unlockByte(_ byte: Int64) throws(IOError) {
     try lock(F_UNLCK, at: byte, length: 1)
@@ -75,22 +81,41 @@ public final class FileStore: ByteStore {
   /// 200 + n that somebody does not bear n done by others; n is 0 for reading what is
   /// consistent, 1 for writing, 3 for resizing. Source: QEMU, docs/devel, image locking.
   public func lock(exclusive: Bool) throws(IOError) {
-    let done: [Int64] = exclusive ? [0, 1, 3] : [0]
-    let unbearable: [Int64] = [1, 3]
     do throws(IOError) {
-      for act in done { try lock(F_RDLCK, at: 100 + act, length: 1) }
-      for act in unbearable { try lock(F_RDLCK, at: 200 + act, length: 1) }
-      for byte in done.map({ 200 + $0 }) + unbearable.map({ 100 + $0 }) {
-        let found = dmu_ofd_locked(raw, byte, 1)
-        guard found >= 0 else { throw IOError.last("look for a lock on", name) }
-        if found != 0 { throw IOError(EAGAIN, "lock", name) }
-      }
+      try placeLocks(exclusive: exclusive)
+      if try hasConflict(exclusive: exclusive) { throw IOError(EAGAIN, "lock", name) }
     } catch {
       // The error that led here is the one worth telling.
       _ = dmu_ofd_lock(raw, Int16(F_UNLCK), 100, 200)
       throw error
     }
   }
+
+  /// Takes the locks of `lock(exclusive:)` without looking for those of others. Throws EAGAIN when
+  /// another has one of the bytes alone.
+  public func placeLocks(exclusive: Bool) throws(IOError) {
+    for act in Self.done(exclusive) { try lock(F_RDLCK, at: 100 + act, length: 1) }
+    for act in Self.unbearable { try lock(F_RDLCK, at: 200 + act, length: 1) }
+  }
+
+  /// Whether another open file description has a lock that does not go with those of
+  /// `lock(exclusive:)`.
+  public func hasConflict(exclusive: Bool) throws(IOError) -> Bool {
+    for byte in Self.conflicts(exclusive: exclusive) {
+      let found = dmu_ofd_locked(raw, byte, 1)
+      guard found >= 0 else { throw IOError.last("look for a lock on", name) }
+      if found != 0 { return true }
+    }
+    return false
+  }
+
+  /// The bytes on which somebody else's lock is in the way.
+  public static func conflicts(exclusive: Bool) -> [Int64] {
+    done(exclusive).map { 200 + $0 } + unbearable.map { 100 + $0 }
+  }
+
+  private static func done(_ exclusive: Bool) -> [Int64] { exclusive ? [0, 1, 3] : [0] }
+  private static var unbearable: [Int64] { [1, 3] }
 
   /// Gives up the locks of `lock(exclusive:)`.
   public func unlock() throws(IOError) {

@@ -7,15 +7,18 @@ import Synchronization
 /// A descriptor that came with a packet: closed with this object, unless taken.
 public final class PassedDescriptor: Sendable {
   private let number: Mutex<Int32>
+  private let closer: Closer?
 
-  /// Takes over an owned descriptor.
-  public init(_ descriptor: consuming Descriptor) {
+  /// Takes over an owned descriptor. With a closer, that closes it: its peer is not trusted.
+  public init(_ descriptor: consuming Descriptor, closer: Closer? = nil) {
     number = Mutex(descriptor.release())
+    self.closer = closer
   }
 
   deinit {
     let raw = number.withLock { $0 }
-    if raw >= 0 { _ = Glibc.close(raw) }
+    guard raw >= 0 else { return }
+    if let closer { closer.close(raw) } else { _ = Glibc.close(raw) }
   }
 
   /// The number, lent; nil when it has been taken.
@@ -37,7 +40,7 @@ public final class PassedDescriptor: Sendable {
 public enum Packet: Sendable {
   /// Bytes, and the descriptors that came with them.
   case packet([UInt8], [PassedDescriptor])
-  /// A packet that was too long or carried too many descriptors; those are closed.
+  /// A packet that was too long or carried too many descriptors, which are closed.
   case tooLarge
   /// Nothing there now.
   case none
@@ -47,7 +50,7 @@ public enum Packet: Sendable {
 
 /// Sending and receiving packets.
 public enum PacketSocket {
-  /// The most descriptors in one packet.
+  /// The most descriptors in one packet; one that carries more is too large.
   public static let maxDescriptors = Int(DMU_MAX_DESCRIPTORS)
 
   /// Sends a packet with descriptors, which stay the caller's. Throws: EAGAIN when the peer
@@ -68,16 +71,19 @@ public enum PacketSocket {
     guard result == bytes.count else { throw IOError.last("send a packet") }
   }
 
-  /// Receives the next packet of at most `limit` bytes, if there is one. Throws: the errno
-  /// of recvmsg(2).
-  public static func receive(from socket: Int32, limit: Int) throws(IOError) -> Packet {
-    var numbers = [Int32](repeating: -1, count: maxDescriptors)
-    var count = maxDescriptors
+  /// Receives the next packet of at most `limit` bytes, if there is one. Descriptors that nobody
+  /// takes are closed by `closer`, if there is one. Throws: the errno of recvmsg(2).
+  public static func receive(
+    from socket: Int32, limit: Int, closer: Closer? = nil
+  ) throws(IOError) -> Packet {
+    let room = Int(DMU_DESCRIPTOR_ROOM)
+    var numbers = [Int32](repeating: -1, count: room)
+    var count = room
     var truncated: Int32 = 0
     var result = 0
     let bytes = [UInt8](unsafeUninitializedCapacity: limit) { buffer, filled in
       repeat {
-        count = maxDescriptors
+        count = room
         result = dmu_receive_message(
           socket, buffer.baseAddress, limit, &numbers, &count, &truncated)
       } while result < 0 && errno == EINTR
@@ -90,8 +96,10 @@ public enum PacketSocket {
       default: throw IOError.last("receive a packet")
       }
     }
-    let descriptors = numbers[..<count].map { PassedDescriptor(Descriptor(owning: $0)) }
-    if truncated != 0 { return .tooLarge }
+    let descriptors = numbers[..<count].map {
+      PassedDescriptor(Descriptor(owning: $0), closer: closer)
+    }
+    if truncated != 0 || count > maxDescriptors { return .tooLarge }
     return result == 0 ? .end : .packet(bytes, descriptors)
   }
 }

@@ -13,6 +13,11 @@ public struct PendingSummary: Sendable, Equatable {
   /// Whether a flush had no known result when the log was last written.
   public var isFlushing: Bool
 
+  /// Bytes of a log when it is made, and at most.
+  public static let firstSize: UInt64 = 4096 + 1024 * 40
+  /// A log that is longer was not written by a worker in its senses.
+  public static let largestSize: UInt64 = 4096 + 65536 * 40
+
   /// Whether something would be lost with the log.
   public var isNeeded: Bool { uncommitted > 0 || flushFailed != 0 || isFlushing }
 

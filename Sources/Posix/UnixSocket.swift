@@ -64,12 +64,28 @@ public enum UnixSocket {
     return listener
   }
 
-  /// Connects to a path. Throws: the errno of connect(2).
-  public static func connect(to path: String, kind: Kind) throws(IOError) -> Descriptor {
+  /// Connects to a path. A listener whose queue is full is waited for, at most so long. Throws: the
+  /// errno of connect(2), ETIMEDOUT after that time.
+  public static func connect(
+    to path: String, kind: Kind, milliseconds: Int = 5000
+  ) throws(IOError) -> Descriptor {
     let socket = try make(kind)
+    try setSendTimeout(socket.raw, milliseconds)
     let code = try withAddress(path) { Glibc.connect(socket.raw, $0, $1) == 0 ? 0 : errno }
-    guard code == 0 else { throw IOError(code, "connect to", path) }
+    guard code == 0 else {
+      throw IOError(code == EAGAIN ? ETIMEDOUT : code, "connect to", path)
+    }
+    try setSendTimeout(socket.raw, 0)
     return socket
+  }
+
+  /// Source: socket(7), SO_SNDTIMEO; connect(2) of a Unix socket waits as long. 0: for ever.
+  private static func setSendTimeout(_ raw: Int32, _ milliseconds: Int) throws(IOError) {
+    var time = timeval(tv_sec: milliseconds / 1000, tv_usec: milliseconds % 1000 * 1000)
+    guard
+      setsockopt(
+        raw, SOL_SOCKET, SO_SNDTIMEO, &time, socklen_t(MemoryLayout<timeval>.size)) == 0
+    else { throw IOError.last("set up a socket") }
   }
 
   /// Takes the next connection of a listening socket that is waiting; nil when there is none

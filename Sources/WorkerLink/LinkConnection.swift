@@ -29,6 +29,9 @@ public struct LinkDescriptors: Sendable {
     self.owners = owners
   }
 
+  /// Whether there are none.
+  public var isEmpty: Bool { owners.isEmpty }
+
   /// The roles present.
   public var roles: Set<LinkRole> { Set(owners.keys) }
 
@@ -69,18 +72,23 @@ public enum LinkEvent: Sendable {
 /// One end of a link. Sending and receiving never wait, and may be done from any thread.
 public final class LinkConnection: Sendable {
   /// The socket, lent: poll it for input.
-  public var raw: Int32 { socket.raw }
+  public let raw: Int32
 
-  private let socket: Descriptor
+  private let socket: PassedDescriptor
+  private let closer: Closer?
 
-  /// Takes over a connected packet socket.
-  public init(_ socket: consuming Descriptor) {
-    self.socket = socket
+  /// Takes over a connected packet socket. With a closer the peer is not trusted: whatever it
+  /// sends, and the socket whose queue may hold more of it, is closed there.
+  public init(_ socket: consuming Descriptor, closer: Closer? = nil) {
+    raw = socket.raw
+    self.socket = PassedDescriptor(socket, closer: closer)
+    self.closer = closer
   }
 
-  /// Connects to a worker that listens at a path.
+  /// Connects to a worker that listens at a path, which is not trusted. Throws: the errno of
+  /// connect(2), ETIMEDOUT when it takes no connection for some seconds.
   public convenience init(path: String) throws(IOError) {
-    self.init(try UnixSocket.connect(to: path, kind: .packets))
+    self.init(try UnixSocket.connect(to: path, kind: .packets), closer: Closer())
   }
 
   /// Sends a message with descriptors, which stay the caller's. Throws `io` with EAGAIN when
@@ -105,7 +113,7 @@ public final class LinkConnection: Sendable {
   public func receive() throws(LinkError) -> LinkEvent {
     let packet: Packet
     do {
-      packet = try PacketSocket.receive(from: raw, limit: LinkMessage.limit)
+      packet = try PacketSocket.receive(from: raw, limit: LinkMessage.limit, closer: closer)
     } catch { throw .io(error) }
     switch packet {
     case .none: return .none

@@ -172,6 +172,12 @@ public enum WorkerReport: Sendable, Equatable {
   /// An order that was not understood or came at a wrong time; the worker goes on.
   case refused(order: String, message: String)
 
+  /// The roles of the descriptors that may travel beside it.
+  public var roles: Set<LinkRole> {
+    guard case .descriptors(_, let file) = self else { return [] }
+    return file == nil ? [.store, .base, .pending, .witness] : [.file, .witness]
+  }
+
   /// As a message.
   public var message: LinkMessage {
     switch self {

@@ -78,6 +78,44 @@ import Testing
     #expect(try openDescriptors() == before)
   }
 
+  @Test func aConnectionThatNobodyTakesIsGivenUp() throws {
+    let folder = try TemporaryFolder()
+    let path = folder.file("s")
+    let listener = try UnixSocket.listen(at: path, kind: .packets, backlog: 0)
+    let first = try UnixSocket.connect(to: path, kind: .packets, milliseconds: 200)
+    let start = ContinuousClock.now
+    #expect(throws: IOError(ETIMEDOUT, "connect to", path)) {
+      _ = try UnixSocket.connect(to: path, kind: .packets, milliseconds: 200)
+    }
+    #expect(ContinuousClock.now - start < .seconds(5))
+    #expect(first.raw >= 0 && listener.raw >= 0)
+  }
+
+  @Test func aCloserClosesWhatNobodyTakesOnItsOwnThread() throws {
+    let pair = try UnixSocket.pair(.packets)
+    let carried = try UnixSocket.pair(.stream)
+    let watched = try carried.first.duplicate()
+    do {
+      let other = try carried.second.duplicate()
+      for count in [8, 1] {
+        try PacketSocket.send(
+          [1], descriptors: Array(repeating: other.raw, count: count), to: pair.first.raw)
+      }
+    }
+    let ends = carried
+    try ends.second.close()
+    for _ in 0..<2 {
+      _ = try PacketSocket.receive(from: pair.second.raw, limit: 10, closer: Closer())
+    }
+    var byte: UInt8 = 0
+    var count = -1
+    for _ in 0..<500 where count != 0 {
+      count = recv(watched.raw, &byte, 1, Int32(MSG_DONTWAIT))
+      if count != 0 { usleep(10_000) }
+    }
+    #expect(count == 0, "every copy of the other end is closed")
+  }
+
   @Test func aStaleSocketIsReplacedAndALiveOneIsNot() throws {
     let folder = try TemporaryFolder()
     let path = folder.file("s")

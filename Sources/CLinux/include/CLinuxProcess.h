@@ -9,8 +9,10 @@
 #include <stdint.h>
 #include <sys/types.h>
 
-// The most descriptors that one message carries.
+// The most descriptors that one message carries when it is sent, and the room for them that a
+// receiver needs.
 #define DMU_MAX_DESCRIPTORS 8
+#define DMU_DESCRIPTOR_ROOM 253
 
 // Sends one message with descriptors, without waiting and without SIGPIPE.
 // Source: unix(7), SCM_RIGHTS; cmsg(3).
@@ -18,8 +20,9 @@ ssize_t dmu_send_message(int fd, const void *bytes, size_t count, const int *fds
                          size_t fd_count);
 
 // Receives one message without waiting. `fd_count` holds the room in `fds` on entry (at
-// most DMU_MAX_DESCRIPTORS) and the number received on return; they are close-on-exec.
-// What did not fit is closed, and `truncated` is set to 1, as it is when bytes were cut.
+// least DMU_DESCRIPTOR_ROOM) and the number received on return; they are close-on-exec. No
+// descriptor is closed here unless the process has no number for it (EMFILE): close(2) may wait.
+// `truncated` is set to 1 when bytes or descriptors were cut.
 ssize_t dmu_receive_message(int fd, void *bytes, size_t count, int *fds, size_t *fd_count,
                             int *truncated);
 

@@ -39,6 +39,10 @@ int dmu_free_space(int fd, uint64_t *bytes);
 // Copies between files within the kernel. Source: copy_file_range(2).
 ssize_t dmu_copy_range(int from, off_t *source, int to, off_t *offset, size_t count);
 
+// Memory of a fixed length as a file: nobody can make it longer or shorter. Source:
+// memfd_create(2), F_ADD_SEALS in fcntl(2).
+int dmu_sealed_memory(const char *name, off_t length);
+
 // A file in a directory that has no name and goes with its descriptor; then a name for it.
 // Source: open(2), O_TMPFILE.
 int dmu_unnamed_file(const char *directory, mode_t mode);

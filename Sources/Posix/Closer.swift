@@ -1,0 +1,69 @@
+// Closing descriptors that somebody else has chosen. close(2) may wait: a socket with SO_LINGER for
+// its unsent data, a file of a network or user file system for its server. So may the end of a
+// socket whose queue holds such descriptors.
+
+internal import CLinux
+import Glibc
+import Synchronization
+
+/// Closes descriptors one after the other, on a thread of its own that lives as long as there are
+/// some. Whoever is given many such owners of descriptors has one for each peer, so that none
+/// waits for another's.
+public final class Closer: Sendable {
+  private struct State {
+    var queue: [Int32] = []
+    var isRunning = false
+  }
+
+  private let state = Mutex(State())
+
+  /// A closer that has nothing to do.
+  public init() {}
+
+  /// Takes an owned descriptor over and closes it soon. Does not wait.
+  public func close(_ raw: Int32) {
+    let starts = state.withLock { state in
+      state.queue.append(raw)
+      defer { state.isRunning = true }
+      return !state.isRunning
+    }
+    if starts { start() }
+  }
+
+  private func start() {
+    var thread = pthread_t()
+    var attributes = pthread_attr_t()
+    pthread_attr_init(&attributes)
+    pthread_attr_setdetachstate(&attributes, Int32(PTHREAD_CREATE_DETACHED))
+    pthread_attr_setstacksize(&attributes, 128 << 10)
+    defer { pthread_attr_destroy(&attributes) }
+    let context = Unmanaged.passRetained(self)
+    let code = pthread_create(
+      &thread, &attributes,
+      { argument in
+        guard let argument else { return nil }
+        Unmanaged<Closer>.fromOpaque(argument).takeRetainedValue().run()
+        return nil
+      }, context.toOpaque())
+    guard code == 0 else {
+      // Too many threads: what is queued is closed after the next descriptor that comes.
+      context.release()
+      state.withLock { $0.isRunning = false }
+      return
+    }
+  }
+
+  private func run() {
+    while let raw = next() { _ = Glibc.close(raw) }
+  }
+
+  private func next() -> Int32? {
+    state.withLock { state in
+      guard !state.queue.isEmpty else {
+        state.isRunning = false
+        return nil
+      }
+      return state.queue.removeFirst()
+    }
+  }
+}
