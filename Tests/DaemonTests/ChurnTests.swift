@@ -41,6 +41,8 @@ struct ChurnTests {
       // And every one of them goes.
       for disk in wanted { try world.detach(disk) }
       try await settled(world, [])
+      let log = try SmallFile.read(world.folder.file("daemon.log"))
+      #expect(!log.contains("left processes"), "a worker of another disk was taken for one's child")
     }
   }
 

@@ -108,8 +108,8 @@ struct SentenceTests {
       #expect(
         said9
           .hasPrefix(
-            "option 'blocksize' is unknown: format dscow has block-size, base-format, create,"
-              + " force, transport"))
+            "option 'blocksize' is unknown: format dscow has block-size, base-format,"
+              + " base-directory, create, force, transport"))
       let said10 = try await sentence(world, world.spec("g", options: "?block-size=5K"))
       #expect(
         said10

@@ -109,7 +109,8 @@ import WorkerLink
       params: "dmu:dscow:/a%3A:/b", readOnly: true, vdev: "xvda",
       files: [
         NamedFile(
-          need: FileNeed(role: "base", path: "/x=y\u{E4} %", writable: false), path: "/z z"),
+          need: FileNeed(role: "base", path: "/x=y\u{E4} %", writable: false), path: "/z z",
+          identity: FileIdentity("f-801-4c2")),
         NamedFile(need: FileNeed(role: "extent", path: "a", writable: true), path: "/a"),
       ],
       worker: 5, workerStart: 6,
@@ -119,6 +120,15 @@ import WorkerLink
     mapped.device = DeviceNode(
       kind: .dm, index: 3, path: "/dev/mapper/dmu-5-51712", major: 253, minor: 3)
     #expect(DiskRecord(mapped.text) == mapped)
+    var known = record
+    known.identities = DiskIdentities(
+      store: FileIdentity("b-fd00"), base: FileIdentity("f-1-2"), log: FileIdentity("f-19-3"))
+    known.isComplete = true
+    #expect(DiskRecord(known.text) == known)
+    for text in ["f-801-4c2", "b-fd00"] { #expect(FileIdentity(text)?.text == text) }
+    for text in ["", "f", "f-1", "f-1-2-3", "b-1-2", "b-x", "c-1", "f--1-2"] {
+      #expect(FileIdentity(text) == nil, "\(text)")
+    }
     let old = record.text.replacing("device-kind=nbd\n", with: "")
     #expect(DiskRecord(old) == record, "the record of a daemon that knew nbd only")
     #expect(DiskRecord("") == nil)
@@ -154,6 +164,21 @@ import WorkerLink
     #expect(allowed("data-file", "a", writable: true) == nil, "that is for store.directories")
     #expect(allowed("base", "b\nc") == nil && allowed("base", "link") == nil)
     #expect(allowed("a b", "a") == nil && allowed("", "a") == nil)
+    // The spec's own directory, in place of the host's; not for what the disk writes to.
+    let elsewhere = NamingPolicy(configuration, file: "f")
+    func ruled(_ directory: String, _ role: String) -> Bool {
+      let spec = Spec(
+        format: "qcow2", options: [Spec.Option(name: "base-directory", value: directory)],
+        store: folder.file("store"))
+      let need = FileNeed(role: role, path: "a", writable: false)
+      do {
+        return try elsewhere.resolve(need, of: spec, unless: nil).path == folder.file("a")
+      } catch { return false }
+    }
+    #expect(ruled(folder.path, "base") && !ruled("/usr", "base") && !ruled("/usr", "extent"))
+    #expect(throws: DiskFailure.self) {
+      try policy.check(found.need, after: [found], isComplete: true, of: spec)
+    }
     try policy.check(found.need, after: [found], of: spec)
     #expect(throws: DiskFailure.self) {
       try policy.check(found.need, after: [found, found], of: spec)

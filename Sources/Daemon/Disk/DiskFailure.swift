@@ -184,6 +184,14 @@ extension DiskFailure {
     DiskFailure(.baseRefused, "store \(store) names more than \(files) files: convert it")
   }
 
+  static func notNamedBefore(_ role: String, _ path: String, store: String) -> DiskFailure {
+    DiskFailure(
+      .baseRefused,
+      "store \(store) names \(SpecError.shown(path)) as its \(role), which it did not name when the"
+        + " disk was started: if its images were changed on purpose, run 'dmu-xen reload', else"
+        + " look at the worker's log")
+  }
+
   static func strangeName(_ store: String) -> DiskFailure {
     DiskFailure(
       .baseRefused,

@@ -2,11 +2,19 @@
 // over. It is text, one KEY=VALUE a line, values percent-encoded, replaced whole.
 //
 // It lies in the disk's directory together with `link`, the socket that the worker listens
-// on, and, for a disk that is read only, `pending`, an empty memory file.
+// on.
 
 internal import Posix
 internal import WorkerLink
 import Glibc
+
+/// Which files a disk was started with, whatever has their names by now.
+struct DiskIdentities: Sendable, Equatable {
+  var store: FileIdentity?
+  var base: FileIdentity?
+  /// The pending log.
+  var log: FileIdentity?
+}
 
 /// What is remembered of a disk across a restart of the daemon.
 struct DiskRecord: Sendable, Equatable {
@@ -24,6 +32,10 @@ struct DiskRecord: Sendable, Equatable {
   var pending: String?
   /// Path of the worker's link, when it does not lie in the disk's directory.
   var link: String?
+  /// Which files they are; not known of an earlier daemon's disk.
+  var identities = DiskIdentities()
+  /// Whether a worker has served the disk with these files.
+  var isComplete = false
 
   var text: String {
     var fields = [
@@ -32,6 +44,10 @@ struct DiskRecord: Sendable, Equatable {
       "since=\(since)",
     ]
     if let pending { fields.append("pending=\(pending)") }
+    if let store = identities.store { fields.append("store-file=" + store.text) }
+    if let base = identities.base { fields.append("base-file=" + base.text) }
+    if let log = identities.log { fields.append("log-file=" + log.text) }
+    if isComplete { fields.append("settled=1") }
     if let link { fields.append("link=" + PercentCode.encode(link)) }
     fields += DiskRecord.lines(files)
     if let device {
@@ -44,10 +60,18 @@ struct DiskRecord: Sendable, Equatable {
     return fields.map { $0 + "\n" }.joined()
   }
 
+  /// The files that its worker may write.
+  var writtenFiles: [FileIdentity] {
+    guard !readOnly else { return [] }
+    return [identities.store].compactMap { $0 }
+      + files.filter(\.need.writable).compactMap(\.identity)
+  }
+
   /// The lines that remember files.
   static func lines(_ files: [NamedFile]) -> [String] {
     files.enumerated().map { index, file in
-      let parts = [file.need.role, file.need.writable ? "1" : "0", file.need.path, file.path]
+      var parts = [file.need.role, file.need.writable ? "1" : "0", file.need.path, file.path]
+      if let identity = file.identity { parts.append(identity.text) }
       let codes = parts.map { PercentCode.encode($0) }.joined(separator: " ")
       return "file-\(index)=" + PercentCode.encode(codes)
     }
@@ -76,6 +100,11 @@ struct DiskRecord: Sendable, Equatable {
       params: params, readOnly: fields["readonly"] == "1", vdev: vdev,
       files: files, worker: worker, workerStart: workerStart, device: nil, since: since,
       pending: fields["pending"], link: fields["link"])
+    isComplete = fields["settled"] == "1"
+    identities = DiskIdentities(
+      store: fields["store-file"].flatMap { FileIdentity($0) },
+      base: fields["base-file"].flatMap { FileIdentity($0) },
+      log: fields["log-file"].flatMap { FileIdentity($0) })
     if let index = fields["device"].flatMap({ UInt32($0) }), let path = fields["device-path"],
       let major = fields["device-major"].flatMap({ UInt32($0) }),
       let minor = fields["device-minor"].flatMap({ UInt32($0) })
@@ -115,9 +144,12 @@ struct DiskRecord: Sendable, Equatable {
 
   private static func file(_ text: String) -> NamedFile? {
     let parts: [String] = text.split(separator: " ").compactMap { decode($0) }
-    guard parts.count == 4 else { return nil }
+    // A record without it is of a daemon that did not remember which file it was.
+    guard parts.count == 4 || parts.count == 5 else { return nil }
     let need = FileNeed(role: parts[0], path: parts[2], writable: parts[1] == "1")
-    return NamedFile(need: need, path: parts[3])
+    return NamedFile(
+      need: need, path: parts[3],
+      identity: parts.count == 5 ? FileIdentity(parts[4]) : nil)
   }
 
   private static func decode(_ text: Substring) -> String? {
@@ -129,6 +161,7 @@ struct DiskRecord: Sendable, Equatable {
 struct DiskDirectory: Sendable {
   let path: String
   var link: String { path + "/link" }
+  /// The log of a daemon that kept it here.
   var pending: String { path + "/pending" }
   private var record: String { path + "/disk" }
 
@@ -151,13 +184,6 @@ struct DiskDirectory: Sendable {
   /// Makes it, empty but for what an earlier life of the disk left there.
   func make() throws(IOError) {
     guard mkdir(path, 0o700) == 0 || errno == EEXIST else { throw IOError.last("make", path) }
-  }
-
-  /// The memory file of a disk that is read only: a new one, or the one that is there.
-  func openPending(new: Bool) throws(IOError) -> FileStore {
-    if new, unlink(pending) != 0, errno != ENOENT { throw IOError.last("remove", pending) }
-    let descriptor = try Descriptor(path: pending, flags: O_RDWR | O_CREAT, mode: 0o600)
-    return try FileStore(descriptor, name: pending)
   }
 
   /// Removes the socket of an earlier worker.

@@ -107,10 +107,16 @@ struct PendingEntry: Sendable, Hashable {
     return found.sorted().map { PendingEntry(registry, $0) }
   }
 
-  /// Opens the log, making an empty one if there is none.
+  /// Opens the log, making an empty one if there is none. An empty one gets the space here that its
+  /// worker needs to begin it: a file system that is full keeps no worker from starting.
   func open() throws(IOError) -> FileStore {
     let descriptor = try Descriptor(path: path, flags: O_RDWR | O_CREAT, mode: 0o600)
-    return try FileStore(descriptor, name: path)
+    let log = try FileStore(descriptor, name: path)
+    guard log.size < PendingSummary.firstSize else { return log }
+    try RunReserve.writing(path) { () throws(IOError) in
+      try log.allocate(at: 0, count: PendingSummary.firstSize)
+    }
+    return log
   }
 
   /// What the log holds; nothing when there is none.
@@ -168,10 +174,11 @@ struct PendingEntry: Sendable, Hashable {
     let new = path + ".new"
     let descriptor = try Descriptor(path: new, flags: O_RDWR | O_CREAT | O_TRUNC, mode: 0o600)
     let copy = try FileStore(descriptor, name: new)
-    try copy.resize(to: lost.size)
+    let size = min(lost.size, PendingSummary.largestSize)
+    try RunReserve.writing(new) { () throws(IOError) in try copy.allocate(at: 0, count: size) }
     var offset: UInt64 = 0
-    while offset < lost.size {
-      let count = Int(min(1 << 20, lost.size - offset))
+    while offset < size {
+      let count = Int(min(1 << 20, size - offset))
       try copy.write(try lost.read(at: offset, count: count), at: offset)
       offset += UInt64(count)
     }

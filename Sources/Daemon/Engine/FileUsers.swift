@@ -36,9 +36,19 @@ enum FileUsers {
     return String(decoding: buffer[..<count].map { UInt8(bitPattern: $0) }, as: UTF8.self)
   }
 
-  private static func isFile(_ path: String, _ identity: FileIdentity) -> Bool {
-    var status = stat()
-    return stat(path, &status) == 0 && FileIdentity(status) == identity
+  /// Whether a path leads to a file or device, as far as that can be told without waiting.
+  static func isFile(_ path: String, _ identity: FileIdentity) -> Bool {
+    do throws(IOError) { return FileIdentity(try CachedStatus(path: path)) == identity } catch {
+      return false
+    }
+  }
+
+  /// The first line of a small file of the kernel's; nil when it cannot be read: what it tells of
+  /// comes and goes.
+  static func line(_ path: String) -> String? {
+    do throws(IOError) {
+      return try TextFile.readRepairing(path).split(separator: "\n").first.map { String($0) }
+    } catch { return nil }
   }
 
   private static func name(of pid: Int32) -> String {

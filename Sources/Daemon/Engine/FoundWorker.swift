@@ -42,10 +42,7 @@ struct FoundWorker: Sendable {
 
   /// Whether it has a file or device open.
   func has(_ identity: FileIdentity) -> Bool {
-    FileUsers.descriptors(of: process.pid).contains { path in
-      var status = stat()
-      return stat(path, &status) == 0 && FileIdentity(status) == identity
-    }
+    FileUsers.descriptors(of: process.pid).contains { FileUsers.isFile($0, identity) }
   }
 
   /// Opens its pending log by its descriptor, whether or not the file still has its name; nil
@@ -56,6 +53,9 @@ struct FoundWorker: Sendable {
       if target.hasSuffix(" (deleted)") { target = String(target.dropLast(" (deleted)".count)) }
       let parts = target.split(separator: "/")
       guard parts.last == "pending" || parts.dropLast().last == "pending" else { continue }
+      // Only the daemon makes such files, and gives no worker another one than its own.
+      let status = try CachedStatus(path: path)
+      guard status.owner == geteuid(), status.mode == S_IFREG | 0o600 else { continue }
       return try FileStore(Descriptor(path: path, flags: O_RDWR), name: target)
     }
     return nil
@@ -75,7 +75,7 @@ struct FoundWorker: Sendable {
     return process.hasEnded
   }
 
-  private static func isWorker(_ pid: Int32) -> Bool {
+  static func isWorker(_ pid: Int32) -> Bool {
     do throws(IOError) {
       let words = try TextFile.readRepairing("/proc/\(pid)/cmdline").split(separator: "\0")
       return words.contains("--supervised")
@@ -83,7 +83,7 @@ struct FoundWorker: Sendable {
   }
 
   /// The paths of bound Unix sockets by their inodes. Source: proc(5), /proc/net/unix.
-  private static func boundPaths() throws(IOError) -> [String: String] {
+  static func boundPaths() throws(IOError) -> [String: String] {
     var paths: [String: String] = [:]
     for line in try TextFile.readRepairing("/proc/net/unix").split(separator: "\n") {
       let fields = line.split(separator: " ", maxSplits: 7, omittingEmptySubsequences: true)

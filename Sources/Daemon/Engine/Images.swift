@@ -2,33 +2,17 @@
 // name a base. Nothing here reads a byte of an image.
 //
 // Invariants:
-// - The lock belongs to the open file, which the worker gets a duplicate of: it lasts as
-//   long as anybody serves the disk, whoever of daemon and worker dies first.
+// - The lock that decides is held on an open file description of the daemon's own, which no
+//   worker gets: no worker can give it up, or keep it. The same locks are on the description that
+//   the worker gets a duplicate of, and a loop device of the file: they last as long as anybody
+//   serves the disk when no daemon is there.
 // - Locks are taken on what was opened, never on a path.
+// - A lock of somebody who can only read a file is no reason to refuse reading it.
 // - A new store has no name before its worker has formatted it: a store that was made and came
 //   to nothing is never found later and taken for a disk.
 
 internal import Posix
 import Glibc
-
-/// Tells files apart, whatever path they were opened by.
-struct FileIdentity: Hashable, Sendable {
-  let device: UInt64
-  let inode: UInt64
-
-  /// Of an open descriptor; a device node is known by the device's own number.
-  init(_ raw: Int32, name: String) throws(IOError) {
-    var status = stat()
-    guard fstat(raw, &status) == 0 else { throw IOError.last("examine", name) }
-    self.init(status)
-  }
-
-  init(_ status: stat) {
-    let isDevice = status.st_mode & S_IFMT == S_IFBLK
-    device = isDevice ? UInt64.max : UInt64(status.st_dev)
-    inode = isDevice ? UInt64(status.st_rdev) : UInt64(status.st_ino)
-  }
-}
 
 /// An image that was opened and locked.
 struct OpenImage: Sendable {
@@ -38,6 +22,8 @@ struct OpenImage: Sendable {
   /// flushes it until a worker has to learn whether the flush in which its predecessor died has
   /// failed: the kernel reports a failed write once for each open file description.
   var witness: FileStore?
+  /// The same file once more, with the lock that decides who may use it. Nobody else gets it.
+  private(set) var guardian: FileStore?
 
   init(file: FileStore, identity: FileIdentity) {
     self.file = file
@@ -50,6 +36,44 @@ struct OpenImage: Sendable {
     let path = "/proc/self/fd/\(file.raw)"
     witness = try FileStore(
       try Descriptor(path: path, flags: O_RDONLY | O_NONBLOCK), name: file.name)
+  }
+}
+
+extension OpenImage {
+  /// Locks the file; false when another has it. With `isHeld` a lock of somebody else is the
+  /// file's own loop device's, and goes with ours. `file` may have locks already.
+  ///
+  /// 1. The daemon's own description gets the locks: from now on nobody else begins to use it.
+  /// 2. The shared description, which a worker or a loop device has, gives its locks up.
+  /// 3. Whatever is found now is a stranger's.
+  /// 4. The shared description gets the locks again, for the time when no daemon is there.
+  mutating func lock(exclusive: Bool, isHeld: Bool) throws(IOError) -> Bool {
+    let own = try FileStore(
+      Descriptor(
+        path: "/proc/self/fd/\(file.raw)",
+        flags: (file.isWritable ? O_RDWR : O_RDONLY) | O_NONBLOCK), name: file.name)
+    do throws(IOError) {
+      try own.placeLocks(exclusive: exclusive)
+      try file.unlock()
+      if try own.hasConflict(exclusive: exclusive), !isHeld,
+        exclusive || LockHolders.hasWriter(identity, FileStore.conflicts(exclusive: false))
+      {
+        return false
+      }
+      try file.placeLocks(exclusive: exclusive)
+    } catch {
+      // Somebody has a byte of them alone, for which one has to be able to write.
+      guard error.code == EAGAIN else { throw error }
+      return isHeld
+    }
+    guardian = own
+    return true
+  }
+
+  /// Gives the locks up, whoever else has the shared description.
+  func unlock() throws(IOError) {
+    try file.unlock()
+    try guardian?.unlock()
   }
 }
 
@@ -72,8 +96,8 @@ enum Images {
   ) throws(DiskFailure) -> OpenOutcome {
     var base: OpenImage?
     if let path = spec.base {
-      let image = try openBase(path)
-      guard try lock(image, .base, isHeld: isHeld) else { return .locked(.base, image.identity) }
+      var image = try openBase(path)
+      guard try lock(&image, .base, isHeld: isHeld) else { return .locked(.base, image.identity) }
       base = image
     }
     var store: OpenImage?
@@ -92,8 +116,8 @@ enum Images {
       } catch { throw DiskFailure(error) }
       new = made
     }
-    guard let store else { return .missing }
-    guard try lock(store, .store, shared: readOnly, isHeld: isHeld) else {
+    guard var store else { return .missing }
+    guard try lock(&store, .store, shared: readOnly, isHeld: isHeld) else {
       return .locked(.store, store.identity)
     }
     if new == nil, !store.file.isBlockDevice, store.file.size == 0 {
@@ -114,11 +138,10 @@ enum Images {
     guard unlink(new.path) == 0 || errno == ENOENT else { throw IOError.last("remove", new.path) }
   }
 
-  /// Opens a base that was named by a spec, or by an image that may. Blocks.
+  /// Opens a base that was named by a spec. Blocks.
   static func openBase(_ path: String) throws(DiskFailure) -> OpenImage {
     do throws(IOError) {
-      let descriptor = try Descriptor(path: path, flags: O_RDONLY | O_NONBLOCK)
-      return try image(descriptor, path)
+      return try openStore(path, readOnly: true)
     } catch {
       throw error.code == ENOENT ? .baseMissing(path) : DiskFailure(error)
     }
@@ -126,15 +149,11 @@ enum Images {
 
   /// Takes the lock; false when another has it. Of a file that is held its loop device may.
   static func lock(
-    _ image: OpenImage, _ role: SpecError.Role, shared: Bool = false, isHeld: Bool = false
+    _ image: inout OpenImage, _ role: SpecError.Role, shared: Bool = false, isHeld: Bool = false
   ) throws(DiskFailure) -> Bool {
     do throws(IOError) {
-      try image.file.lock(exclusive: role == .store && !shared)
-      return true
-    } catch {
-      if error.code == EAGAIN { return isHeld }
-      throw DiskFailure(error)
-    }
+      return try image.lock(exclusive: role == .store && !shared, isHeld: isHeld)
+    } catch { throw DiskFailure(error) }
   }
 
   /// What a path leads to, links resolved; nil when there is nothing. Blocks.
@@ -151,6 +170,9 @@ enum Images {
     let known = directories.compactMap { real($0) }
     let parts = path.split(separator: "/")
     guard let resolved = real(path) else {
+      // Only what is not there is told apart. A path that cannot be resolved, being too long for
+      // example, leads nobody knows where.
+      guard errno == ENOENT else { return nil }
       let inside = directories.contains { path.hasPrefix($0 + ($0.hasSuffix("/") ? "" : "/")) }
       return inside && !parts.contains("..") ? path : nil
     }
@@ -172,9 +194,13 @@ enum Images {
     }
   }
 
-  static func openStore(_ path: String, readOnly: Bool) throws(IOError) -> OpenImage {
+  static func openStore(
+    _ path: String, readOnly: Bool, followsLinks: Bool = true
+  ) throws(IOError) -> OpenImage {
+    // O_NONBLOCK means nothing to files and devices.
     let flags = (readOnly ? O_RDONLY : O_RDWR) | O_NONBLOCK
-    var image = try image(try Descriptor(path: path, flags: flags), path)
+    var image = try OpenImage(
+      try Descriptor(imagePath: path, flags: flags, followsLinks: followsLinks), name: path)
     if !readOnly { try image.addWitness() }
     return image
   }
@@ -183,13 +209,6 @@ enum Images {
     do throws(IOError) { return try NewFile(path: path) } catch {
       throw error.code == ENOENT ? .storeDirectoryMissing(path) : DiskFailure(error)
     }
-  }
-
-  private static func image(
-    _ descriptor: consuming Descriptor, _ path: String
-  ) throws(IOError) -> OpenImage {
-    // O_NONBLOCK was for pipes that have no writer; it means nothing to files and devices.
-    try OpenImage(descriptor, name: path)
   }
 }
 

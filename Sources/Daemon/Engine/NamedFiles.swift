@@ -3,6 +3,7 @@
 
 internal import Posix
 internal import WorkerLink
+import Glibc
 
 /// A file that an image named, as it was allowed.
 struct NamedFile: Sendable, Hashable {
@@ -10,12 +11,14 @@ struct NamedFile: Sendable, Hashable {
   let need: FileNeed
   /// Where that led.
   let path: String
+  /// Which file that was; nil in the record of an earlier daemon.
+  var identity: FileIdentity?
 }
 
 /// What an image may name.
 struct NamingPolicy: Sendable {
-  /// The most files that one disk may have.
-  static let mostFiles = 1024
+  /// The most files that one disk may have: as deep a chain as can be configured.
+  static let mostFiles = 256
 
   let baseDirectories: [String]
   let storeDirectories: [String]
@@ -30,8 +33,12 @@ struct NamingPolicy: Sendable {
     self.file = file
   }
 
-  /// Whether a disk with these files may have one more.
-  func check(_ need: FileNeed, after files: [NamedFile], of spec: Spec) throws(DiskFailure) {
+  /// Whether a disk with these files may have one more. `isComplete`: a worker has served the disk
+  /// with these, so that its images name no others.
+  func check(
+    _ need: FileNeed, after files: [NamedFile], isComplete: Bool = false, of spec: Spec
+  ) throws(DiskFailure) {
+    guard !isComplete else { throw .notNamedBefore(need.role, need.path, store: spec.store) }
     guard files.count < Self.mostFiles else { throw .tooMany(spec.store, Self.mostFiles) }
     guard need.role == "base" else { return }
     let bases = files.filter { $0.need.role == "base" }.count + (spec.base == nil ? 0 : 1)
@@ -48,7 +55,7 @@ struct NamingPolicy: Sendable {
     let folder = store.prefix(through: store.lastIndex(of: "/") ?? store.startIndex)
     let path = need.path.hasPrefix("/") ? need.path : folder + need.path
     guard Self.isPlain(path), Self.isRole(need.role) else { throw .strangeName(store) }
-    let directories = need.writable ? storeDirectories : baseDirectories + storeDirectories
+    let directories = try directories(need, spec)
     guard let real = Images.allowed(path, in: directories) else {
       if need.writable {
         throw DiskFailure.fileRefused(need.role, path, store: store, configuration: file)
@@ -57,6 +64,15 @@ struct NamingPolicy: Sendable {
     }
     guard Self.isPlain(real) else { throw .strangeName(store) }
     return NamedFile(need: need, path: real)
+  }
+
+  private func directories(_ need: FileNeed, _ spec: Spec) throws(DiskFailure) -> [String] {
+    guard !need.writable else { return storeDirectories }
+    guard let own = try FormatOptions(spec).baseDirectory else {
+      return baseDirectories + storeDirectories
+    }
+    // In place of the host's; what is no base may still be a part of the store.
+    return need.role == "base" ? [own] : [own] + storeDirectories
   }
 
   /// Whether a path can be shown in a line, and kept in one.
@@ -75,19 +91,27 @@ extension Images {
   static func open(
     _ file: NamedFile, of store: OpenImage, isHeld: Bool = false
   ) throws(DiskFailure) -> OpenImage {
-    let image = try openNamed(file)
+    var image: OpenImage
+    do throws(IOError) { image = try openNamed(file) } catch {
+      switch error.code {
+      case ENOENT where !file.need.writable: throw .baseMissing(file.path)
+      // The path was resolved when the file was allowed: a link in it has come since.
+      case ELOOP, EXDEV: throw .exchanged(file.need.role, file.path)
+      default: throw DiskFailure(error)
+      }
+    }
     guard image.identity != store.identity else { throw .namesItself(store.file.name) }
-    guard try lock(image, file.need.writable ? .store : .base, isHeld: isHeld) else {
+    guard file.identity == nil || file.identity == image.identity else {
+      throw .exchanged(file.need.role, file.path)
+    }
+    guard try lock(&image, file.need.writable ? .store : .base, isHeld: isHeld) else {
       if file.need.role == "base" { throw .sameStoreTwice(file.path, []) }
       throw .fileInUse(file.need.role, file.path)
     }
     return image
   }
 
-  private static func openNamed(_ file: NamedFile) throws(DiskFailure) -> OpenImage {
-    guard file.need.writable else { return try openBase(file.path) }
-    do throws(IOError) {
-      return try openStore(file.path, readOnly: false)
-    } catch { throw DiskFailure(error) }
+  private static func openNamed(_ file: NamedFile) throws(IOError) -> OpenImage {
+    try openStore(file.path, readOnly: !file.need.writable, followsLinks: false)
   }
 }

@@ -38,13 +38,18 @@ enum TextFile {
     }
   }
 
-  /// Replaces a file whole: a reader sees the old text or the new one.
+  /// Replaces a file whole: a reader sees the old text or the new one. In the run directory the
+  /// reserve is used when there is no space.
   static func replace(_ path: String, with text: String) throws(IOError) {
+    try RunReserve.writing(path) { () throws(IOError) in try write(path, text) }
+  }
+
+  private static func write(_ path: String, _ text: String) throws(IOError) {
     let new = path + ".new"
     let descriptor = try Descriptor(path: new, flags: O_WRONLY | O_CREAT | O_TRUNC, mode: 0o600)
     var rest = Array(text.utf8)[...]
     while !rest.isEmpty {
-      let count = rest.withUnsafeBytes { write(descriptor.raw, $0.baseAddress, $0.count) }
+      let count = rest.withUnsafeBytes { Glibc.write(descriptor.raw, $0.baseAddress, $0.count) }
       if count < 0 {
         if errno == EINTR { continue }
         throw IOError.last("write", new)

@@ -4,6 +4,8 @@
 // Invariants:
 // - Every question ends once: answered, overdue, or with the end of the link.
 // - A report that answers no waiting question is news.
+// - Descriptors come with the answer to the order that asks for them and with nothing else. A
+//   worker that sends others, or something that is no message, is not listened to any more.
 
 internal import Posix
 internal import WorkerLink
@@ -17,8 +19,8 @@ enum WorkerNews: Sendable {
   case detached
   /// It refused an order, or said something that makes no sense.
   case complaint(String)
-  /// The link has ended.
-  case closed
+  /// The link has ended; why.
+  case closed(String)
 }
 
 /// Why a question got no answer.
@@ -58,6 +60,7 @@ final class WorkerChannel: Sendable {
     var closed = false
     /// Pings since the worker was heard last.
     var unanswered = 0
+    var reason: String?
     var registration: Poller.Registration?
   }
 
@@ -77,6 +80,9 @@ final class WorkerChannel: Sendable {
     let registration = poller.add(link.raw) { [self] in receive() }
     state.withLock { $0.registration = registration }
   }
+
+  /// Why the link has ended; nil while it has not.
+  var closed: String? { state.withLock { $0.reason } }
 
   /// Ends the link; questions that wait end with it.
   func close() { finish("the daemon closed the link") }
@@ -155,7 +161,11 @@ final class WorkerChannel: Sendable {
     for _ in 0..<64 {
       do throws(LinkError) {
         switch try link.receive() {
-        case .message(let message, let descriptors): take(message, descriptors)
+        case .message(let message, let descriptors):
+          guard take(message, descriptors) else {
+            finish("the worker sent descriptors that nobody asked for")
+            return false
+          }
         case .none: return true
         case .end:
           finish("the worker has gone")
@@ -166,22 +176,26 @@ final class WorkerChannel: Sendable {
         case .io(let error):
           finish(error.description)
           return false
-        case .fault(let fault): tell.yield(.complaint(fault.description))
+        case .fault(let fault):
+          finish("the worker sent what is no message: \(fault)")
+          return false
         }
       }
     }
     return true
   }
 
-  private func take(_ message: LinkMessage, _ descriptors: LinkDescriptors) {
+  /// False when there are descriptors that do not belong to it.
+  private func take(_ message: LinkMessage, _ descriptors: LinkDescriptors) -> Bool {
     state.withLock { $0.unanswered = 0 }
     let report: WorkerReport
     do {
       report = try WorkerReport(message)
     } catch {
       tell.yield(.complaint(error.description))
-      return
+      return descriptors.isEmpty
     }
+    guard descriptors.roles.isSubset(of: report.roles) else { return false }
     let asked = state.withLock { state in
       state.questions.firstIndex { $0.question.matches(report) }
         .map { state.questions.remove(at: $0).question }
@@ -189,7 +203,7 @@ final class WorkerChannel: Sendable {
     if let asked {
       asked.answer.resume(
         returning: .success(WorkerReply(report: report, descriptors: descriptors)))
-      return
+      return true
     }
     switch report {
     case .event(let state, let error): tell.yield(.event(state, error: error))
@@ -201,6 +215,7 @@ final class WorkerChannel: Sendable {
     case .ready, .needFile, .status, .descriptors, .attached:
       tell.yield(.complaint("a late answer"))
     }
+    return descriptors.isEmpty
   }
 
   private func finish(_ reason: String) {
@@ -208,6 +223,7 @@ final class WorkerChannel: Sendable {
       defer {
         state.questions = []
         state.closed = true
+        if state.reason == nil { state.reason = reason }
         state.registration = nil
       }
       return (state.questions, state.registration)
@@ -216,7 +232,7 @@ final class WorkerChannel: Sendable {
     for (_, question) in questions {
       question.answer.resume(returning: .failure(.closed(reason)))
     }
-    tell.yield(.closed)
+    tell.yield(.closed(reason))
     tell.finish()
   }
 }

@@ -25,10 +25,14 @@ final class Disk {
   /// the lock goes with the store.
   weak var compared: FileStore?
   var base: OpenImage?
+  /// Which files the disk was started with.
+  var identities = DiskIdentities()
   /// What the images named and was allowed, in the order of asking, and those of them that
   /// are open.
   var allowed: [NamedFile] = []
   var files: [NamedFile: OpenImage] = [:]
+  /// A worker has served the disk with the files that are allowed: its images name no others.
+  var isComplete = false
   /// Why the kernel cannot serve the disk by itself although it might have; nil when it does.
   var hindrance: String?
   /// What a device of the device-mapper stands on, by the worker's word.
@@ -47,6 +51,10 @@ final class Disk {
   var worker: Worker?
   /// The user that its workers run as; nil: none has run yet.
   var user: UInt32?
+  /// The worker that was there last; it may have left processes.
+  var former: FormerWorker?
+  /// Why the daemon has ended its worker, or let its link go; nil when it did not.
+  var verdict: String?
   /// Counts the workers, so that late news of an earlier one is told apart.
   var generation = 0
   /// What the worker said last.
@@ -162,10 +170,20 @@ final class Disk {
   /// What has to be remembered; nil before there is a worker.
   var record: DiskRecord? {
     guard let worker else { return nil }
-    return DiskRecord(
+    var record = DiskRecord(
       params: params, readOnly: readOnly, vdev: vdev, files: allowed,
       worker: worker.process.pid, workerStart: worker.process.startTime, device: device,
       since: since, pending: entry?.key, link: linkPath)
+    record.identities = identities
+    record.isComplete = isComplete
+    return record
+  }
+
+  /// The files that its worker may write.
+  var writtenFiles: [FileIdentity] {
+    guard !readOnly else { return [] }
+    return [store?.identity ?? identities.store].compactMap { $0 }
+      + allowed.filter(\.need.writable).compactMap(\.identity)
   }
 
   /// Where its link and its record are.

@@ -15,14 +15,20 @@ extension Reconciler {
   /// commits the logs that nobody uses any more.
   func adopt() async throws(IOError) {
     let configuration = configuration
-    let found = try await offload.run { () throws(IOError) in
+    let (found, workers) = try await offload.run { () throws(IOError) -> ([DiskID], [Int32]) in
       try PendingEntry.prepare(configuration.registry)
-      return try DiskDirectory.all(configuration)
+      let found = try DiskDirectory.all(configuration)
+      let records = try found.map { id throws(IOError) in
+        try DiskDirectory(configuration, id).load()
+      }
+      return (found, records.compactMap { $0?.worker })
     }
+    formerWorkers = Set(workers)
     await withTaskGroup { group in
       for id in found { group.addTask { await self.adopt(id) } }
     }
     await endRecoveries()
+    formerWorkers = []
     await adoptFound()
     if !table.isEmpty { log.notice("took over disks", metadata: ["disks": "\(table.count)"]) }
     await recallFailures()
@@ -68,6 +74,8 @@ extension Reconciler {
       disk.readOnly = record.readOnly
       disk.vdev = record.vdev
       disk.allowed = record.files
+      disk.identities = record.identities
+      disk.isComplete = record.isComplete
       disk.since = record.since
       guard try await isAttached(disk, device) else {
         log.error("the device has gone", metadata: ["device": "\(device.path)"])
@@ -174,18 +182,15 @@ extension Reconciler {
         throw WorkerSilence.closed("it is not serving")
       }
       let handed = try await descriptors(0, of: worker)
-      guard case .descriptors(let count, _) = handed.report, let spec = disk.spec,
-        let store = handed.descriptors.take(.store)
-      else { throw WorkerSilence.closed("it does not give the descriptors back") }
-      var image = try OpenImage(store, name: spec.store)
-      if !disk.readOnly { try image.take(handed.descriptors.take(.witness)) }
-      disk.store = image
-      disk.compared = image.file
-      try await takePending(handed.descriptors, disk)
-      if let base = handed.descriptors.take(.base) {
-        disk.base = try OpenImage(base, name: spec.base ?? "base")
+      guard case .descriptors(let count, _) = handed.report, let spec = disk.spec else {
+        throw WorkerSilence.closed("it does not give the descriptors back")
       }
-      try await takeFiles(min(count, NamingPolicy.mostFiles), worker, disk)
+      try await takeImages(handed.descriptors, disk, spec)
+      try await takePending(handed.descriptors, disk)
+      guard count <= disk.allowed.count else {
+        throw WorkerSilence.closed("it has files that it was never given")
+      }
+      try await takeFiles(count, worker, disk)
       disk.report = report
       guard report.byNode == disk.isHeldByKernel, report.attached || !report.byNode else {
         throw WorkerSilence.closed("it does not serve the device")
@@ -199,37 +204,55 @@ extension Reconciler {
       let reason = (error as? WorkerSilence)?.words ?? "\(error)"
       log.warning("cannot take the worker over", metadata: ["reason": "\(reason)"])
       disk.worker?.channel.close()
-      let (device, allowed) = (disk.device, disk.allowed)
+      let (device, allowed, identities) = (disk.device, disk.allowed, disk.identities)
+      let isComplete = disk.isComplete
       release(disk)
+      disk.isComplete = isComplete
       disk.device = device
       disk.allowed = allowed
+      disk.identities = identities
+      disk.former = FormerWorker(pid: record.worker, startTime: record.workerStart)
       return false
     }
   }
 
-  /// A worker that serves a node has no use for the file, but the next one is given it again.
-  private func takePending(_ handed: LinkDescriptors, _ disk: Disk) async throws {
-    let directory = DiskDirectory(configuration, disk.id)
-    let isHeld = disk.isHeldByKernel
-    var given: FileStore?
-    if let raw = handed.take(.pending) { given = try FileStore(raw, name: "the pending log") }
-    guard given != nil || isHeld else {
-      throw WorkerSilence.closed("it does not give the descriptors back")
+  /// Takes the store and the base back, and locks them for this daemon.
+  private func takeImages(
+    _ handed: LinkDescriptors, _ disk: Disk, _ spec: Spec
+  ) async throws(IOError) {
+    let (readOnly, isHeld, known) = (disk.readOnly, disk.isHeldByKernel, disk.identities)
+    let (store, base) = try await offload.run { () throws(IOError) -> (OpenImage, OpenImage?) in
+      let store = try WorkerDoor.image(
+        .store, handed, of: known.store, path: spec.store, writable: !readOnly, isHeld: isHeld)
+      guard let path = spec.base else { return (store, nil) }
+      let base = try WorkerDoor.image(
+        .base, handed, of: known.base, path: path, writable: false, isHeld: isHeld)
+      return (store, base)
     }
+    (disk.store, disk.base, disk.compared) = (store, base, store.file)
+    (disk.identities.store, disk.identities.base) = (store.identity, base?.identity)
+  }
+
+  /// A worker that serves a node has no use for the file, but the next one is given it again. A
+  /// disk that is read only has nothing in it.
+  private func takePending(_ handed: LinkDescriptors, _ disk: Disk) async throws(IOError) {
+    let (isHeld, known) = (disk.isHeldByKernel, disk.identities.log)
     guard !disk.readOnly, let store = disk.store else {
-      disk.pending = try await offload.run { [given] () throws(IOError) in
-        if let given { return given }
-        return try directory.openPending(new: false)
-      }
+      disk.pending = try Reconciler.emptyLog()
       return
     }
     let entry = try PendingEntry(configuration.registry, of: store)
-    disk.pending = try await offload.run { [given] () throws(IOError) in
-      guard let given else { return try entry.open() }
-      try entry.takeOver(given)
-      return given
+    let (pending, identity) = try await offload.run {
+      () throws(IOError) -> (FileStore, FileIdentity) in
+      var pending = try WorkerDoor.log(handed, entry, known)
+      if pending == nil {
+        guard isHeld else { throw IOError(EPERM, "take back", "the pending log") }
+        pending = try entry.open()
+      }
+      guard let pending else { throw IOError(EPERM, "take back", "the pending log") }
+      return (pending, try FileIdentity(pending.raw, name: pending.name))
     }
-    disk.entry = entry
+    (disk.pending, disk.entry, disk.identities.log) = (pending, entry, identity)
   }
 
   /// The log of a daemon that kept it in the disk's directory, of a worker that has ended.
@@ -254,18 +277,25 @@ extension Reconciler {
   /// not end (Swift 6.3).
   private func takeFiles(_ count: Int, _ worker: Worker, _ disk: Disk) async throws {
     for index in 0..<count {
-      try takeFile(try await descriptors(index + 1, of: worker), disk)
+      try await takeFile(try await descriptors(index + 1, of: worker), disk)
     }
   }
 
   /// Takes back a file that the disk was allowed.
-  private func takeFile(_ handed: WorkerReply, _ disk: Disk) throws {
+  private func takeFile(_ handed: WorkerReply, _ disk: Disk) async throws {
     let strange = WorkerSilence.closed("it has a file that it was never given")
-    guard case .descriptors(_, let need) = handed.report, let need else { throw strange }
-    guard let file = disk.allowed.first(where: { $0.need == need }) else { throw strange }
-    guard let raw = handed.descriptors.take(.file) else { throw strange }
-    var image = try OpenImage(raw, name: file.path)
-    if need.writable { try image.take(handed.descriptors.take(.witness)) }
+    guard case .descriptors(_, let need) = handed.report, let need,
+      let index = disk.allowed.firstIndex(where: { $0.need == need })
+    else { throw strange }
+    var file = disk.allowed[index]
+    let (descriptors, isHeld, known) = (handed.descriptors, disk.isHeldByKernel, file)
+    let image = try await offload.run { () throws(IOError) in
+      try WorkerDoor.image(
+        .file, descriptors, of: known.identity, path: known.path, writable: need.writable,
+        isHeld: isHeld)
+    }
+    file.identity = image.identity
+    disk.allowed[index] = file
     disk.files[file] = image
   }
 
@@ -281,15 +311,26 @@ extension Reconciler {
     }
   }
 
-  /// Ends every worker of a disk that still runs: the one of the record, and one that a
-  /// daemon started and did not live to write down.
+  /// Ends every worker of a disk that still runs: the one of the record, what it has left, and one
+  /// that a daemon started and did not live to write down, which has no store yet.
   func end(_ record: DiskRecord?, _ directory: DiskDirectory) async throws(IOError) {
     if let record { try await end(record) }
+    let remains = WorkerRemains(
+      worker: record.map { FormerWorker(pid: $0.worker, startTime: $0.workerStart) },
+      link: record?.link ?? directory.link, files: record?.writtenFiles ?? [],
+      users: configuration.workerUsers,
+      others: formerWorkers.subtracting([record?.worker ?? 0])
+        .union(table.values.compactMap { $0.worker?.process.pid }))
+    let log = log
     try await offload.run { () throws(IOError) in
+      try remains.end(log)
       let link: LinkConnection
       do throws(IOError) { link = try LinkConnection(path: directory.link) } catch {
-        if error.code == ENOENT || error.code == ECONNREFUSED { return }
-        throw error
+        switch error.code {
+        case ENOENT, ECONNREFUSED: return
+        case ETIMEDOUT: throw IOError(EBUSY, "end", "the worker at \(directory.link)")
+        default: throw error
+        }
       }
       do throws(LinkError) {
         try link.send(.stop)
@@ -327,14 +368,9 @@ extension Reconciler {
 }
 
 extension OpenImage {
-  /// Takes over a descriptor that is open and locked.
+  /// Takes over an open descriptor.
   init(_ descriptor: consuming Descriptor, name: String) throws(IOError) {
     let identity = try FileIdentity(descriptor.raw, name: name)
     self.init(file: try FileStore(descriptor, name: name), identity: identity)
-  }
-
-  /// Takes the witness that a worker gave back, or opens a new one.
-  mutating func take(_ given: consuming Descriptor?) throws(IOError) {
-    if let given { witness = try FileStore(given, name: file.name) } else { try addWitness() }
   }
 }

@@ -78,6 +78,8 @@ extension Reconciler {
       // One that has a worker has failed on its way out, and is tried again in time.
       guard case .failed(_, let attached) = disk.phase, disk.worker == nil else { continue }
       disk.backOff.reset()
+      // The admin has read why it failed: its images may name other files now.
+      disk.isComplete = false
       enter(disk, attached ? .restarting(at: .now) : .idle)
       mark(disk.id)
     }
@@ -118,6 +120,7 @@ extension Reconciler {
     status.format = disk.spec?.format
     status.store = disk.spec?.store
     status.base = disk.basePath ?? disk.report?.basePath
+    status.files = disk.allowed.isEmpty ? nil : disk.allowed.map(\.path)
     status.device = disk.device?.path
     status.transport = disk.device?.kind
     status.kernelDevice = disk.device?.kernelPath

@@ -125,6 +125,7 @@ extension Reconciler {
         old.worker == record.worker, old.params == record.params
       {
         (disk.allowed, disk.since) = (old.files, old.since)
+        (disk.identities, disk.isComplete) = (old.identities, old.isComplete)
       }
       if await takeOver(disk, record) {
         try await save(disk)

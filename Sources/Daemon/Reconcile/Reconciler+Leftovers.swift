@@ -113,20 +113,13 @@ extension Reconciler {
       FileUsers.names(in: "/sys/block").filter { $0.hasPrefix("loop") }.sorted().compactMap {
         name in
         let folder = "/sys/block/\(name)"
-        guard let file = Reconciler.line(folder + "/loop/backing_file"), files.contains(file),
-          Reconciler.line(folder + "/loop/autoclear") == "1",
+        guard let file = FileUsers.line(folder + "/loop/backing_file"), files.contains(file),
+          FileUsers.line(folder + "/loop/autoclear") == "1",
           FileUsers.names(in: folder + "/holders").isEmpty
         else { return nil }
         return ("/dev/" + name, file)
       }
     }
-  }
-
-  /// The line of a small file; nil when it cannot be read: a loop device comes and goes.
-  private static func line(_ path: String) -> String? {
-    do throws(IOError) {
-      return try TextFile.read(path).split(separator: "\n").first.map { String($0) }
-    } catch { return nil }
   }
 
   /// Workers whose links were made for disks of this daemon's run directory, or for devices that

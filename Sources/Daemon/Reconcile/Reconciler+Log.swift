@@ -31,14 +31,15 @@ extension PendingRegistry {
 extension Reconciler {
   // MARK: - A disk's log
 
-  /// Opens the log of the disk's store. A disk that is read only gets an empty file of its own.
+  /// Opens the log of the disk's store. A disk that is read only gets memory of its own, which
+  /// cannot grow.
   func prepareLog(_ disk: Disk) async throws(DiskFailure) {
     guard let store = disk.store, let spec = disk.spec else { return }
     let (directory, registry) = (disk.directory(configuration), configuration.registry)
     guard !disk.readOnly else {
       disk.pending = try await blocking { () throws(IOError) in
         try directory.make()
-        return try directory.openPending(new: true)
+        return try Reconciler.emptyLog()
       }
       return
     }
@@ -47,13 +48,14 @@ extension Reconciler {
     await take(entry, disk)
     let (pending, summary, info): (FileStore, PendingSummary, PendingInfo?)
     do throws(DiskFailure) {
-      (pending, summary, info) = try await offload.run {
-        () throws(DiskFailure) -> (FileStore, PendingSummary, PendingInfo?) in
+      (pending, disk.identities.log, summary, info) = try await offload.run {
+        () throws(DiskFailure) -> (FileStore, FileIdentity, PendingSummary, PendingInfo?) in
         try Reconciler.refuseOthers(entry, spec)
         do throws(IOError) {
           try directory.make()
           let pending = try entry.open()
-          return (pending, try PendingSummary(pending), try entry.info())
+          let identity = try FileIdentity(pending.raw, name: pending.name)
+          return (pending, identity, try PendingSummary(pending), try entry.info())
         } catch { throw DiskFailure(error) }
       }
     } catch {
@@ -69,6 +71,52 @@ extension Reconciler {
     log(for: disk).notice(
       "goes on from the store's pending log",
       metadata: ["log": "\(entry.path)", "holds": "\(summary.words)"])
+  }
+
+  /// The log of a disk that writes nothing.
+  static func emptyLog() throws(IOError) -> FileStore {
+    try FileStore(
+      Descriptor(sealedMemory: PendingSummary.firstSize, name: "dmu-pending"),
+      name: "the pending log")
+  }
+
+  /// Ends every worker whose log has grown beyond what a log may have, and makes the log as short
+  /// again: it shares the run directory with everybody else's.
+  func checkLogs() async {
+    for disk in Array(table.values) + recovering.values {
+      guard let worker = disk.worker, worker.ended == nil, let log = disk.pending, !disk.readOnly
+      else { continue }
+      let limit = PendingSummary.largestSize
+      do throws(DiskFailure) {
+        let size = try await blocking { () throws(IOError) in
+          max(log.size, try log.allocatedBytes())
+        }
+        // The last page may be one of a larger kind.
+        guard size > limit + 2 << 20, disk.worker === worker else { continue }
+        await replace(
+          worker, of: disk,
+          "its pending log has grown to \(ByteCount.short(size)) bytes, and none has more than"
+            + " \(ByteCount.short(limit))")
+        try await blocking { () throws(IOError) in
+          if log.size > limit { try log.resize(to: limit) }
+        }
+      } catch {
+        self.log(for: disk).error("cannot check the log", metadata: ["error": "\(error)"])
+      }
+    }
+    do throws(DiskFailure) {
+      try await blocking { () throws(IOError) in try RunReserve.refill() }
+      isRunFull = false
+    } catch { noteReserve(error) }
+  }
+
+  /// Says once that the run directory is full.
+  private func noteReserve(_ failure: DiskFailure) {
+    guard !isRunFull else { return }
+    isRunFull = true
+    log.error(
+      "the run directory has no space",
+      metadata: ["directory": "\(configuration.runDirectory)", "reason": "\(failure)"])
   }
 
   /// Makes a log the disk's: from now on nobody else begins to see to it, and who has begun is

@@ -36,7 +36,7 @@ extension Reconciler {
       disk.activity = nil
       enter(disk, .serving(DiskPhase.Trouble(disk.report)))
       // The worker may have ended while its device was being attached.
-      if let worker = disk.worker, worker.ended != nil { died(disk, "it ended at once") }
+      await checkWorker(disk)
     } catch {
       var failure: DiskFailure?
       if case .failed(let why) = error { failure = why }
@@ -106,8 +106,16 @@ extension Reconciler {
       switch outcome {
       case .opened(let store, let base, let new):
         if readOnly, try await recoverFirst(store) { continue }
+        // What the table says of a store counts, whatever became of its locks.
+        if let clash = clash(disk, store, base) {
+          if let failure = try await refusal(disk, spec, clash.0, clash.1, last: true) {
+            throw .failed(failure)
+          }
+          continue
+        }
         disk.store = store
         disk.base = base
+        disk.identities = DiskIdentities(store: store.identity, base: base?.identity)
         disk.newStore = new
         return
       case .missing:
@@ -129,6 +137,22 @@ extension Reconciler {
         guard await isStillWanted(disk) else { throw .unwanted }
       }
     }
+  }
+
+  /// Whether a disk of the table has one of these files in a way that does not go with this.
+  private func clash(
+    _ disk: Disk, _ store: OpenImage, _ base: OpenImage?
+  ) -> (SpecError.Role, FileIdentity)? {
+    let others = Array(table.values) + recovering.values
+    for other in others where other !== disk {
+      let isShared = disk.readOnly && other.readOnly
+      if other.store?.identity == store.identity, !isShared { return (.store, store.identity) }
+      if !disk.readOnly, other.uses(store.identity) { return (.store, store.identity) }
+      if let base, !other.readOnly, other.store?.identity == base.identity {
+        return (.base, base.identity)
+      }
+    }
+    return nil
   }
 
   /// Whether a store may be made; throws when not.
@@ -181,14 +205,14 @@ extension Reconciler {
       guard !claimedLogs.contains(found.key) else {
         // Somebody sees to it, or tries to, for which this has the store locked.
         try await offload.run { () throws(DiskFailure) in
-          do throws(IOError) { try store.file.unlock() } catch { throw DiskFailure(error) }
+          do throws(IOError) { try store.unlock() } catch { throw DiskFailure(error) }
         }
         await pause(.milliseconds(100))
         return true
       }
       // Its lock would be in the way; the caller's goes with this very function's argument.
       try await offload.run { () throws(DiskFailure) in
-        do throws(IOError) { try store.file.unlock() } catch { throw DiskFailure(error) }
+        do throws(IOError) { try store.unlock() } catch { throw DiskFailure(error) }
       }
       _ = try await recover(found)
       return true
@@ -341,10 +365,14 @@ extension Reconciler {
     disk.store = nil
     disk.base = nil
     disk.allowed = []
+    disk.isComplete = false
     disk.files = [:]
     disk.backings = []
     disk.hindrance = nil
     disk.pending = nil
+    disk.identities = DiskIdentities()
+    disk.former = nil
+    disk.verdict = nil
     disk.entry = nil
     disk.tookOver = false
     disk.newStore = nil

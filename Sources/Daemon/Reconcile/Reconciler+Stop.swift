@@ -15,9 +15,18 @@ private final class HeldFiles: Sendable {
     self.log = Mutex(log)
   }
 
-  func close() {
-    images.withLock { $0 = [] }
-    log.withLock { $0 = nil }
+  /// Gives the locks up first: a process that a worker has left may keep a descriptor. Why that
+  /// failed, if so.
+  func close() -> IOError? {
+    defer { log.withLock { $0 = nil } }
+    return images.withLock { images in
+      defer { images = [] }
+      var failure: IOError?
+      for image in images {
+        do throws(IOError) { try image.unlock() } catch { failure = error }
+      }
+      return failure
+    }
   }
 }
 
@@ -71,9 +80,18 @@ extension Reconciler {
       images = []
       (disk.store, disk.base, disk.files, disk.backings) = (nil, nil, [:], [])
       disk.pending = nil
-      let flushing = flushing
+      let (flushing, log, remains) = (flushing, log(for: disk), remains(of: disk))
       Task {
-        await flushing.run { held.close() }
+        let failure = await flushing.run { () -> IOError? in
+          do throws(IOError) { try remains.end(log) } catch {
+            _ = held.close()
+            return error
+          }
+          return held.close()
+        }
+        if let failure {
+          log.error("its files may be in use still", metadata: ["error": "\(failure)"])
+        }
         ended.set()
       }
     }

@@ -43,6 +43,7 @@ extension Reconciler {
       switch reply.report {
       case .ready(let report):
         disk.report = report
+        disk.isComplete = true
         disk.compared = store.file
         disk.backings = try disk.backings(report.parts, asked: asked)
         return
@@ -85,26 +86,43 @@ extension Reconciler {
     let before = disk.allowed.first { $0.need == need }
     if let before, let image = disk.files[before] { return (before, image) }
     let (isHeld, registry) = (disk.isHeldByKernel, configuration.registry)
+    let others = Array(table.values) + recovering.values
     let own = disk.entry?.key
-    if before == nil { try policy.check(need, after: disk.allowed, of: spec) }
+    if before == nil {
+      try policy.check(need, after: disk.allowed, isComplete: disk.isComplete, of: spec)
+    }
     let (file, image) = try await offload.run { () throws(DiskFailure) -> (NamedFile, OpenImage) in
-      let file = try policy.resolve(need, of: spec, unless: before)
+      var file = try policy.resolve(need, of: spec, unless: before)
       let image = try Images.open(file, of: store, isHeld: isHeld)
+      file.identity = image.identity
       if before == nil { try registry.refuse(image, own: own) }
       return (file, image)
     }
-    if before == nil { disk.allowed.append(file) }
+    let isClash = others.contains { other in
+      guard other !== disk else { return false }
+      if other.store?.identity == image.identity { return need.writable || !other.readOnly }
+      return need.writable && other.uses(image.identity)
+    }
+    guard !isClash else { throw .fileInUse(need.role, file.path) }
+    if let before, let index = disk.allowed.firstIndex(of: before) {
+      disk.allowed[index] = file
+    } else {
+      disk.allowed.append(file)
+    }
     disk.files[file] = image
     return (file, image)
   }
 
   private func startProcess(_ disk: Disk) async throws(DiskFailure) -> Worker {
     let directory = disk.directory(configuration)
+    let (remains, log) = (remains(of: disk), log(for: disk))
     disk.linkPath = nil
+    disk.verdict = nil
     let (launcher, configuration, id) = (launcher, configuration, disk.id)
     let user = try users.take(disk, configuration.workerUsers)
     let (process, link) = try await offload.run { () throws(DiskFailure) in
       do throws(IOError) {
+        try remains.end(log)
         try directory.removeLink()
         let listener = try UnixSocket.listen(at: directory.link, kind: .packets)
         let process = try launcher.launch(
@@ -118,7 +136,7 @@ extension Reconciler {
       } catch { throw DiskFailure.start(error) }
     }
     let worker = follow(disk, process, link)
-    log(for: disk).debug("worker started", metadata: ["worker": "\(process.pid)"])
+    log.debug("worker started", metadata: ["worker": "\(process.pid)"])
     return worker
   }
 
@@ -132,11 +150,21 @@ extension Reconciler {
       Task { await self?.ended(id, generation, how) }
     }
     disk.worker = worker
+    disk.former = FormerWorker(pid: process.pid, startTime: process.startTime)
     Task { [weak self] in
       for await news in channel.news { await self?.hear(id, generation, news) }
     }
     watchHearts()
     return worker
+  }
+
+  /// What a worker of a disk may have left when it has ended.
+  func remains(of disk: Disk) -> WorkerRemains {
+    let workers = (Array(table.values) + recovering.values).compactMap(\.worker)
+    return WorkerRemains(
+      worker: disk.former, link: disk.linkPath ?? disk.directory(configuration).link,
+      files: disk.writtenFiles, users: configuration.workerUsers,
+      others: Set(workers.filter { $0.ended == nil }.map(\.process.pid)))
   }
 
   /// What it means that a worker did not answer.
@@ -164,7 +192,7 @@ extension Reconciler {
   /// A worker has ended.
   func ended(_ id: DiskID, _ generation: Int, _ how: String) {
     guard let disk = current(id, generation), case .serving = disk.phase else { return }
-    died(disk, "it ended with \(how)")
+    died(disk, disk.verdict ?? "it ended with \(how)")
   }
 
   /// A worker says something unasked.
@@ -184,15 +212,28 @@ extension Reconciler {
       mark(id)
     case .complaint(let text):
       log(for: disk).warning("the worker complains", metadata: ["complaint": "\(text)"])
-    case .closed:
+    case .closed(let reason):
       guard case .serving = disk.phase, let worker = disk.worker, worker.ended == nil,
         await !worker.waitForEnd(.seconds(1)), current(id, generation) != nil
       else { return }
       // A worker that cannot be spoken to is replaced: that is always safe.
-      log(for: disk).error("the worker has closed its link and is replaced")
-      do throws(IOError) { _ = try await worker.kill() } catch {
-        log(for: disk).error("cannot kill the worker", metadata: ["error": "\(error)"])
-      }
+      await replace(worker, of: disk, reason)
+    }
+  }
+
+  /// What happened to a worker before its disk was serving was not acted upon.
+  func checkWorker(_ disk: Disk) async {
+    guard let worker = disk.worker else { return }
+    if worker.ended != nil { return died(disk, disk.verdict ?? "it ended at once") }
+    if let reason = worker.channel.closed { await replace(worker, of: disk, reason) }
+  }
+
+  /// Kills a worker that serves; its end has it replaced.
+  func replace(_ worker: Worker, of disk: Disk, _ reason: String) async {
+    disk.verdict = reason
+    log(for: disk).error("the worker is ended and replaced", metadata: ["reason": "\(reason)"])
+    do throws(IOError) { _ = try await worker.kill() } catch {
+      log(for: disk).error("cannot kill the worker", metadata: ["error": "\(error)"])
     }
   }
 
@@ -278,7 +319,7 @@ extension Reconciler {
       if byNode { try await handNodeAgain(disk) } else { try await replaceSocketOnce(disk) }
       try await save(disk)
       enter(disk, .serving(DiskPhase.Trouble(disk.report)))
-      if let worker = disk.worker, worker.ended != nil { died(disk, "it ended at once") }
+      await checkWorker(disk)
     } catch {
       if let worker = disk.worker {
         do throws(IOError) { _ = try await worker.kill() } catch {
@@ -299,7 +340,11 @@ extension Reconciler {
         try Images.open(spec, readOnly: readOnly, isHeld: isHeld)
       }
       switch outcome {
-      case .opened(let store, let base, _): (disk.store, disk.base) = (store, base)
+      case .opened(let store, let base, _):
+        try disk.identities.check(store, base, spec)
+        (disk.store, disk.base) = (store, base)
+        // Not known of an earlier daemon's disk.
+        (disk.identities.store, disk.identities.base) = (store.identity, base?.identity)
       case .missing: throw .storeNotMade(spec, "its disk was in use")
       case .locked(let role, let identity):
         let programs = await offload.run { FileUsers.programs(of: identity) }

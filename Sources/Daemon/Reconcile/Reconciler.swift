@@ -40,6 +40,11 @@ public actor Reconciler {
   var claimedLogs: Set<String> = []
   /// Attaches that failed and whose disks have gone; see Reconciler+Failures.
   var failures: [DiskStatus] = []
+  /// While disks are taken over: the workers that an earlier daemon has noted. A store may have
+  /// gone from one disk to another just before it ended.
+  var formerWorkers: Set<Int32> = []
+  /// It was said that the run directory is full, and is so still.
+  var isRunFull = false
   var nextWaiter: UInt64 = 1
   var ending = false
   var takesWaiters = true

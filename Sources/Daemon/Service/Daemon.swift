@@ -65,6 +65,9 @@ public struct Daemon: Sendable {
       try DaemonLock(path, "on this host (\(path))")
     }
     let lock = try RunDirectory.prepare(configuration)
+    do throws(IOError) { try RunReserve.establish(in: configuration.runDirectory) } catch {
+      log.error("the run directory has no space", metadata: ["reason": "\(error)"])
+    }
     if let standIn = surroundings.standInDevices {
       log.warning("devices are stand-ins: no guest can use them")
       try StandInDoor.open(standIn, runDirectory: configuration.runDirectory)
@@ -149,6 +152,7 @@ private struct ReconcileService: Service {
         tasks.addTask { try await watchDisks() }
         tasks.addTask { try await watchDomains() }
         tasks.addTask { await look() }
+        tasks.addTask { await watchLogs() }
       }
     }
     await reconciler.end()
@@ -183,6 +187,14 @@ private struct ReconcileService: Service {
         }
         return
       } catch { try await pause(error) }
+    }
+  }
+
+  /// A worker that fills the run directory is not given more than a moment.
+  private func watchLogs() async {
+    while !Task.isCancelled {
+      do { try await Task.sleep(for: .seconds(1)) } catch { return }
+      await reconciler.checkLogs()
     }
   }
 

@@ -24,6 +24,12 @@ public struct KnownFormat: Sendable, Hashable {
       + " (default: yes below store.create-in)"
   )
 
+  private static let baseDirectory = (
+    name: "base-directory",
+    meaning: "the directory below which bases have to lie that images name (default: those of"
+      + " base.directories)"
+  )
+
   private static let transport = (
     name: "transport",
     meaning: "the way to the kernel: auto, dm or nbd (default: what the configuration says)"
@@ -38,7 +44,7 @@ public struct KnownFormat: Sendable, Hashable {
           "block-size",
           "size of a block of a store that is created, 4K to 4M, a power of two"
         ),
-        baseFormat, create,
+        baseFormat, baseDirectory, create,
         ("force", "yes: use the store although its base has changed (default: no)"),
         transport,
       ], blockSizes: 4096...4_194_304),
@@ -48,12 +54,12 @@ public struct KnownFormat: Sendable, Hashable {
         (
           "block-size",
           "size of a cluster of a store that is created, 512 to 2M, a power of two"
-        ), baseFormat, create, transport,
+        ), baseFormat, baseDirectory, create, transport,
       ], blockSizes: 512...2_097_152),
-    KnownFormat(name: "qcow", options: [baseFormat, transport], blockSizes: nil),
-    KnownFormat(name: "vhd", options: [baseFormat, transport], blockSizes: nil),
-    KnownFormat(name: "vpc", options: [baseFormat, transport], blockSizes: nil),
-    KnownFormat(name: "vmdk", options: [baseFormat, transport], blockSizes: nil),
+    KnownFormat(name: "qcow", options: [baseFormat, baseDirectory, transport], blockSizes: nil),
+    KnownFormat(name: "vhd", options: [baseFormat, baseDirectory, transport], blockSizes: nil),
+    KnownFormat(name: "vpc", options: [baseFormat, baseDirectory, transport], blockSizes: nil),
+    KnownFormat(name: "vmdk", options: [baseFormat, baseDirectory, transport], blockSizes: nil),
     KnownFormat(name: "raw", options: [transport], blockSizes: nil),
   ]
 
@@ -78,6 +84,8 @@ public struct FormatOptions: Sendable, Hashable {
   public var create: Bool?
   /// Name of the base's format; nil: what the store says.
   public var baseFormat: String?
+  /// The directory below which bases have to lie that images name; nil: as the configuration says.
+  public var baseDirectory: String?
   /// By which way the kernel shall reach the disk; nil: what the configuration says.
   public var transport: Transport?
 
@@ -109,6 +117,11 @@ public struct FormatOptions: Sendable, Hashable {
             wanted: "one of " + KnownFormat.all.map(\.name).joined(separator: ", "))
         }
         baseFormat = base.name
+      case "base-directory":
+        guard option.value.hasPrefix("/") else {
+          throw .optionBad(option.name, option.value, wanted: "an absolute path")
+        }
+        baseDirectory = option.value
       case "force": force = try FormatOptions.flag(option)
       case "create": create = try FormatOptions.flag(option)
       case "transport":

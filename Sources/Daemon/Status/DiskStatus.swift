@@ -16,6 +16,8 @@ public struct DiskStatus: Codable, Sendable, Hashable {
   public var store: String?
   /// Path of the base.
   public var base: String?
+  /// Paths of the files that its images name, as they were allowed.
+  public var files: [String]?
   /// Path of the block device.
   public var device: String?
   /// The same by the kernel's own name for it.
