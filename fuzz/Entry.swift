@@ -1,23 +1,33 @@
-// The entries that libFuzzer calls. The environment says what is fuzzed: DMU_FUZZ=use-qcow2
-// and the like; see fuzz/run.
+// The entries that libFuzzer calls. The environment says what is fuzzed: DMU_FUZZ=use-qcow2,
+// link-report and the like; see fuzz/run.
 
 import Glibc
 import ImageFormats
 
 /// What this process fuzzes.
-private let target: (harness: Harness, mutator: Mutator) = {
+private enum FuzzTarget {
+  case image(Harness, Mutator)
+  case link(LinkHarness)
+}
+
+private let target: FuzzTarget = {
   let name = getenv("DMU_FUZZ").map { String(cString: $0) } ?? ""
+  if name == "link-report" { return .link(LinkHarness()) }
   let parts = name.split(separator: "-", maxSplits: 1).map(String.init)
   guard parts.count == 2, let effort = Effort(rawValue: parts[0]),
     let kind = ImageKind(rawValue: parts[1])
-  else { fatalError("DMU_FUZZ is head-, read- or use-FORMAT, not '\(name)'") }
-  return (Harness(kind: kind, effort: effort), Mutator(kind: kind))
+  else { fatalError("DMU_FUZZ is head-, read- or use-FORMAT, or link-report, not '\(name)'") }
+  return .image(Harness(kind: kind, effort: effort), Mutator(kind: kind))
 }()
 
 /// Takes one input. Source: libFuzzer's documentation.
 @_cdecl("LLVMFuzzerTestOneInput")
 public func fuzz(_ data: UnsafePointer<UInt8>, _ size: Int) -> Int32 {
-  target.harness.use(Array(UnsafeBufferPointer(start: data, count: size)))
+  let bytes = Array(UnsafeBufferPointer(start: data, count: size))
+  switch target {
+  case .image(let harness, _): harness.use(bytes)
+  case .link(let harness): harness.use(bytes)
+  }
   return 0
 }
 
@@ -26,5 +36,8 @@ public func fuzz(_ data: UnsafePointer<UInt8>, _ size: Int) -> Int32 {
 public func mutate(
   _ data: UnsafeMutablePointer<UInt8>, _ size: Int, _ most: Int, _ seed: UInt32
 ) -> Int {
-  target.mutator.mutate(data, size, most, seed: seed)
+  switch target {
+  case .image(_, let mutator): mutator.mutate(data, size, most, seed: seed)
+  case .link: mutateBytes(data, size, most)
+  }
 }

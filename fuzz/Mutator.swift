@@ -5,7 +5,7 @@
 @testable import ImageFormats
 
 @_silgen_name("LLVMFuzzerMutate")
-private func mutateBytes(_ data: UnsafeMutablePointer<UInt8>, _ size: Int, _ most: Int) -> Int
+func mutateBytes(_ data: UnsafeMutablePointer<UInt8>, _ size: Int, _ most: Int) -> Int
 
 /// A small generator; the fuzzer seeds it anew for each call.
 struct Generator {
