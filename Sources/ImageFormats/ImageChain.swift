@@ -40,6 +40,21 @@ public enum ImageChain {
     public var path: String
     /// The store that names it.
     public var from: String
+
+    /// A path, and the store in which it stands.
+    public init(role: Role, path: String, from: String) {
+      self.role = role
+      self.path = path
+      self.from = from
+    }
+
+    /// The refusal of a path that an untrusted image names.
+    public var refusal: ImageError {
+      ImageError(
+        .badRequest,
+        "image \(from) names \(path) as its \(role.rawValue), which --untrusted refuses: if the "
+          + "image may use that file, leave out --untrusted")
+    }
   }
 
   /// Answers requests for paths.

@@ -98,7 +98,8 @@ private final class BenchJob: @unchecked Sendable {
     let image = try ImageChain.open(
       store, kind: try ImageSource.kind(named: request.source.format),
       baseKind: try request.source.baseKind(), writable: true,
-      resolve: ImageSource.resolver(writing: [store.name]))
+      resolve: ImageSource.resolver(
+        writing: [store.name], untrusted: request.source.untrusted))
     opened = image
     writer = ImageWriter(image, store: store, devices: image.devices ?? [store])
     reader = nil

@@ -26,6 +26,9 @@ extension ImageTool {
     try decision.checkMayName(path, store)
     try Kinds.refuseSnapshots(store, kind, "committed into its base")
     try Kinds.checkCommit(store, kind, keep: keep)
+    guard !source.untrusted else {
+      throw ImageChain.Request(role: .base, path: path, from: store.name).refusal
+    }
     let base = try ImageFile.store(ImageSource.beside(source.path, path), writable: true)
     guard try !Dscow.same(base, store) else {
       throw ImageError(.corrupt, "\(source.path) is its own base")
@@ -40,7 +43,7 @@ extension ImageTool {
     }
     try commit(
       store, kind, into: base, below.kind, keep: keep, progress: progress,
-      resolve: ImageSource.resolver(writing: [store.name, base.name]))
+      resolve: ImageSource.resolver(writing: [store.name, base.name], untrusted: false))
     progress.finish()
     if !quiet { output.put("Image committed.\n") }
   }
@@ -143,7 +146,8 @@ extension ImageTool {
     var new: (path: String, kind: ImageKind, file: any ByteStore, disk: any ByteStore)?
     if let path {
       do throws(ImageError) {
-        new = try openBase(path, baseFormat, for: source.path, kind: kind)
+        new = try openBase(
+          path, baseFormat, for: source.path, kind: kind, untrusted: source.untrusted)
       } catch {
         // A name alone need not lead anywhere yet, where the image keeps no more than that.
         guard unsafe, kind == .qcow2, baseFormat != nil, error.cause?.code == ENOENT else {
@@ -155,7 +159,7 @@ extension ImageTool {
     if let new, try Dscow.same(new.file, store) {
       throw ImageError(.badRequest, "\(source.path) cannot be its own base")
     }
-    let resolve = ImageSource.resolver(writing: [store.name])
+    let resolve = ImageSource.resolver(writing: [store.name], untrusted: source.untrusted)
     try rebase(
       store, kind, onto: new.map { ($0.path, $0.kind, $0.disk) }, format: baseFormat,
       oldKind: try source.baseKind(), unsafe: unsafe, progress: progress, resolve: resolve)

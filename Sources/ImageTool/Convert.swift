@@ -64,7 +64,8 @@ extension ImageTool {
     let basePath = request.base ?? options.take("backing_file")
     let baseFormat = request.baseFormat ?? options.take("backing_fmt")
     let base = try basePath.map { path throws(ImageError) in
-      try openBase(path, baseFormat, for: request.target, kind: kind)
+      try openBase(
+        path, baseFormat, for: request.target, kind: kind, untrusted: request.source.untrusted)
     }
     let wanted = try options.bytes("size")
     let size = wanted ?? chain.size
@@ -160,8 +161,8 @@ final class TargetFiles {
     do throws(IOError) {
       return try FileStore(path: path, writable: true)
     } catch {
-      guard error.code == 2 else { throw ImageError(error) }
-      return nil
+      guard error.code != ENOENT else { return nil }
+      throw ImageFile.failure(error, toOpen: path, as: "target", ifMissing: "")
     }
   }
 

@@ -61,7 +61,8 @@ final class ConvertJob: @unchecked Sendable {
       let file = base.file
       under = DiskReader(
         try LayerChain.open(
-          file, kind: base.kind, resolve: ImageSource.resolver()))
+          file, kind: base.kind,
+          resolve: ImageSource.resolver(untrusted: request.source.untrusted)))
     }
     reader = DiskReader(chain)
     self.shared = shared

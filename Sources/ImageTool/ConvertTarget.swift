@@ -287,7 +287,8 @@ private final class WrittenTarget: ConvertTarget {
       if asked.role == .base, let disk, disk is FileStore { return disk }
       let path = ImageSource.beside(asked.from, asked.path)
       if let made = files.made[path] { return made }
-      return try ImageSource.resolver(writing: [files.store.name])(asked)
+      return try ImageSource.resolver(
+        writing: [files.store.name], untrusted: request.source.untrusted)(asked)
     }
     guard opened.size >= image.size else {
       throw ImageError(

@@ -23,6 +23,8 @@ extension ImageTool {
     public var options: [String] = []
     /// Whether nothing is printed.
     public var quiet = false
+    /// Whether no file that the base names is opened.
+    public var untrusted = false
 
     /// A request for an image at a path.
     public init(path: String) { self.path = path }
@@ -37,7 +39,8 @@ extension ImageTool {
     let basePath = request.base ?? options.take("backing_file")
     let baseFormat = request.baseFormat ?? options.take("backing_fmt")
     let base = try basePath.map { path throws(ImageError) in
-      try openBase(path, baseFormat, for: request.path, kind: kind)
+      try openBase(
+        path, baseFormat, for: request.path, kind: kind, untrusted: request.untrusted)
     }
     let sizeOption = try options.bytes("size")
     guard let size = request.size ?? sizeOption ?? base?.disk.size else {
@@ -79,9 +82,10 @@ extension ImageTool {
     for path in fresh { try ImageFile.flushDirectory(of: path) }
   }
 
-  /// Opens a base, whose path stands, or shall stand, in an image.
+  /// Opens a base, whose path stands, or shall stand, in an image. `untrusted`: no file that the
+  /// base names is opened.
   static func openBase(
-    _ path: String, _ format: String?, for image: String, kind: ImageKind
+    _ path: String, _ format: String?, for image: String, kind: ImageKind, untrusted: Bool
   ) throws(ImageError) -> (
     path: String, kind: ImageKind, file: any ByteStore, disk: any ByteStore
   ) {
@@ -94,7 +98,8 @@ extension ImageTool {
     let known: ImageKind = try ImageSource.kind(named: format)
     let real = ImageSource.beside(image, path)
     let file = try ImageFile.base(real)
-    let chain = try LayerChain.open(file, kind: known, resolve: ImageSource.resolver())
+    let chain = try LayerChain.open(
+      file, kind: known, resolve: ImageSource.resolver(untrusted: untrusted))
     // dscow stores are opened by daemons too, from wherever those are.
     let name = kind == .dscow ? try ImageFile.absolute(real) : path
     return (name, known, file, chain.flat())
@@ -130,7 +135,7 @@ extension ImageTool {
     }
     try Kinds.resize(
       store, decision, baseKind: try source.baseKind(), to: size,
-      resolve: ImageSource.resolver(writing: [store.name]))
+      resolve: ImageSource.resolver(writing: [store.name], untrusted: source.untrusted))
     if !quiet { output.put("Image resized.\n") }
   }
 

@@ -27,7 +27,9 @@ extension ImageTool {
     let image = try ImageLayer(
       store, kind: kind, below: nil,
       files: try LayerChain.files(
-        of: store, decision, resolve: ImageSource.resolver(evenInUse: source.evenInUse)))
+        of: store, decision,
+        resolve: ImageSource.resolver(
+          evenInUse: source.evenInUse, untrusted: source.untrusted)))
     // The unit in which everything can be said: a block, unless data lies at odder places.
     var unit = UInt64(image.format.blockSize)
     var mapped: UInt64 = 0
@@ -147,7 +149,7 @@ extension ImageTool {
       throw reader.refuse("the disk's length is not said: write <!-- dmu-img: size=BYTES -->")
     }
     let under = try base.map { path throws(ImageError) in
-      try openBase(path, baseFormat, for: target, kind: kind)
+      try openBase(path, baseFormat, for: target, kind: kind, untrusted: data.untrusted)
     }
     var request = ConvertRequest(data, target: target)
     request.format = format
@@ -183,7 +185,8 @@ extension ImageTool {
       asked throws(ImageError) in
       if asked.role == .base, let disk, disk is FileStore { return disk }
       if let made = files.made[ImageSource.beside(asked.from, asked.path)] { return made }
-      return try ImageSource.resolver()(asked)
+      // The base, which the command names.
+      return try ImageSource.resolver(untrusted: false)(asked)
     }
     let writer = ImageWriter(
       opened, store: files.store,

@@ -44,6 +44,9 @@ extension ImageTool {
     func base(_ source: ImageSource, _ evenInUse: Bool) throws(ImageError) -> ImageSource? {
       guard let base = info.basePath else { return nil }
       try decision.checkMayName(base, store)
+      guard !source.untrusted else {
+        throw ImageChain.Request(role: .base, path: base, from: path).refusal
+      }
       return ImageSource(
         ImageSource.beside(path, base), format: source.baseFormat ?? info.baseFormat,
         evenInUse: evenInUse)
@@ -145,13 +148,16 @@ extension ImageTool {
     let store = try source.open(writable: repair != nil)
     let decision = try source.decision(of: store)
     let kind = decision.kind
-    guard var report = try Kinds.check(store, decision, repair: repair) else {
+    func check(_ repair: Repair?) throws(ImageError) -> CheckReport? {
+      try Kinds.check(store, decision, repair: repair, untrusted: source.untrusted)
+    }
+    guard var report = try check(repair) else {
       throw ImageError(
         .unsupported, "\(source.path): a \(kind.rawValue) image has nothing to check")
     }
     let found = report
     if repair != nil, report.repaired > 0 {
-      guard let again = try Kinds.check(store, decision, repair: nil) else { return .failed }
+      guard let again = try check(nil) else { return .failed }
       report = again
     }
     if json {

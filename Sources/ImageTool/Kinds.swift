@@ -192,8 +192,9 @@ enum Kinds {
   }
 
   /// Checks an image, and mends it as far as is asked; nil when the format has nothing to check.
+  /// `untrusted`: no file that it names is opened.
   static func check(
-    _ store: FileStore, _ decision: FormatDecision, repair: Repair?
+    _ store: FileStore, _ decision: FormatDecision, repair: Repair?, untrusted: Bool
   ) throws(ImageError) -> CheckReport? {
     switch decision.kind {
     case .raw: return nil
@@ -210,7 +211,7 @@ enum Kinds {
     case .vmdk:
       let writing: Set<String> = repair == nil ? [] : [store.name]
       let extents = try LayerChain.files(
-        of: store, decision, resolve: ImageSource.resolver(writing: writing))
+        of: store, decision, resolve: ImageSource.resolver(writing: writing, untrusted: untrusted))
       guard let repair else { return try Vmdk.check(store: store, extents: extents) }
       return try Vmdk.repair(store: store, extents: extents, repair)
     }

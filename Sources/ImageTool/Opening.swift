@@ -14,15 +14,19 @@ public struct ImageSource: Sendable {
   public var baseFormat: String?
   /// Whether it may be in use by a running disk.
   public var evenInUse: Bool
+  /// Whether no file that it, or an image under it, names is opened.
+  public var untrusted: Bool
 
   /// A file as a command names it.
   public init(
-    _ path: String, format: String? = nil, baseFormat: String? = nil, evenInUse: Bool = false
+    _ path: String, format: String? = nil, baseFormat: String? = nil, evenInUse: Bool = false,
+    untrusted: Bool = false
   ) {
     self.path = path
     self.format = format
     self.baseFormat = baseFormat
     self.evenInUse = evenInUse
+    self.untrusted = untrusted
   }
 
   /// Opens and locks the file. Throws `io`, `badRequest` when it is in use.
@@ -43,7 +47,7 @@ public struct ImageSource: Sendable {
     let store = try open()
     return try LayerChain.open(
       store, kind: try Self.kind(named: format), baseKind: try baseKind(), snapshot: snapshot,
-      resolve: ImageSource.resolver(evenInUse: evenInUse))
+      resolve: ImageSource.resolver(evenInUse: evenInUse, untrusted: untrusted))
   }
 
   /// A format by name, if there is one. Throws `badRequest` for one that is not known.
@@ -64,11 +68,13 @@ public struct ImageSource: Sendable {
   }
 
   /// Opens the paths that stand in images: relative ones from the image's folder. The files
-  /// that hold the data of the stores in `writing`, by name, are opened for that.
+  /// that hold the data of the stores in `writing`, by name, are opened for that. `untrusted`:
+  /// every path is refused.
   static func resolver(
-    evenInUse: Bool = false, writing: Set<String> = []
+    evenInUse: Bool = false, writing: Set<String> = [], untrusted: Bool
   ) -> ImageChain.Resolver {
     { request throws(ImageError) in
+      if untrusted { throw request.refusal }
       let path = beside(request.from, request.path)
       do throws(ImageError) {
         guard request.role == .base else {

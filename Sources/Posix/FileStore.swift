@@ -40,7 +40,7 @@ public final class FileStore: ByteStore {
       guard dmu_block_device_size(descriptor.raw, &size) == 0 else {
         throw IOError.last("measure", name)
       }
-    default: throw IOError(EINVAL, "use as a store (neither file nor block device)", name)
+    default: throw Self.unusable(name)
     }
     self.firstSize = size
     self.isWritable = flags & O_ACCMODE != O_RDONLY
@@ -50,10 +50,39 @@ public final class FileStore: ByteStore {
     if dmu_is_direct(raw) == 1 { unit.store(directUnit, ordering: .relaxed) }
   }
 
-  /// Opens a path. Throws: the errno of open(2) and what the other initialiser throws.
+  /// Opens a path, without ever waiting. A path of another kind than a regular file or a block
+  /// device is not opened at all: opening a FIFO waits for its other end, and opening a character
+  /// device may have effects. Throws: EINVAL for these, the errno of open(2), and what the other
+  /// initialiser throws.
   public convenience init(path: String, writable: Bool) throws(IOError) {
-    let descriptor = try Descriptor(path: path, flags: writable ? O_RDWR : O_RDONLY)
+    guard Self.unusableKind(of: path) == nil else { throw Self.unusable(path) }
+    // The path may lead to a FIFO by now.
+    let flags = (writable ? O_RDWR : O_RDONLY) | O_NONBLOCK
+    let descriptor = try Descriptor(path: path, flags: flags)
     try self.init(descriptor, name: path)
+    let status = fcntl(raw, F_GETFL)
+    guard status >= 0, fcntl(raw, F_SETFL, status & ~O_NONBLOCK) == 0 else {
+      throw IOError.last("set up", path)
+    }
+  }
+
+  /// What a path leads to, in words, if that can be no store: "a FIFO". nil for a regular file, a
+  /// block device, and a path that cannot be examined. Source: inode(7).
+  public static func unusableKind(of path: String) -> String? {
+    var status = stat()
+    guard stat(path, &status) == 0 else { return nil }
+    return switch status.st_mode & S_IFMT {
+    case S_IFREG, S_IFBLK: nil
+    case S_IFIFO: "a FIFO"
+    case S_IFSOCK: "a socket"
+    case S_IFCHR: "a character device"
+    case S_IFDIR: "a directory"
+    default: "neither a file nor a block device"
+    }
+  }
+
+  private static func unusable(_ name: String) -> IOError {
+    IOError(EINVAL, "use as a store (neither file nor block device)", name)
   }
 
   /// Locks one byte for this open file description, against everybody, without waiting. For files

@@ -75,8 +75,7 @@ enum Opening {
     do throws(IOError) {
       return try FileStore(path: path, writable: writable)
     } catch {
-      guard error.code == ENOENT else { throw ImageError(error) }
-      throw ImageError(.io, "\(role) \(path) does not exist: \(remedy())", cause: error)
+      throw ImageFile.failure(error, toOpen: path, as: role, ifMissing: remedy())
     }
   }
 

@@ -29,9 +29,13 @@ enum PluginFolder {
     }
     try check(directory.raw, folder)
     let file = try system { () throws(IOError) in
-      try Descriptor(path: path, flags: O_RDONLY | O_NOFOLLOW)
+      // Without waiting: nothing says yet that it is a regular file.
+      try Descriptor(path: path, flags: O_RDONLY | O_NOFOLLOW | O_NONBLOCK)
     }
     try check(file.raw, path)
+    if let kind = FileStore.unusableKind(of: "/proc/self/fd/\(file.raw)") {
+      throw WorkerError("plugin", "plugin \(path) is \(kind): put the shared library there")
+    }
     guard let library = dlopen("/proc/self/fd/\(file.raw)", RTLD_NOW | RTLD_LOCAL),
       let entry = dlsym(library, "dmu_plugin")
     else {

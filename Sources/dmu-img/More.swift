@@ -126,14 +126,16 @@ struct Restore: ParsableCommand {
   var format = "qcow2"
   @Option(name: .customShort("b"), help: "The base that the image shall have.") var base: String?
   @Option(name: .customShort("F"), help: "The base's format.") var baseFormat: String?
+  @OptionGroup var trust: Trust
   @OptionGroup var looking: Looking
   @Argument(help: "The image to make.") var file: String
 
   func run() throws {
     try finish { _ throws(ImageError) in
       try ImageTool.restore(
-        input, data: ImageSource(data, evenInUse: looking.evenInUse), into: file, format: format,
-        base: base, baseFormat: baseFormat)
+        input,
+        data: ImageSource(data, evenInUse: looking.evenInUse, untrusted: trust.untrusted),
+        into: file, format: format, base: base, baseFormat: baseFormat)
       return 0
     }
   }

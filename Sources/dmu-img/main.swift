@@ -56,6 +56,11 @@ struct Looking: ParsableArguments {
   var evenInUse = false
 }
 
+struct Trust: ParsableArguments {
+  @Flag(help: "Refuse to open any file that an image names: base, data file, extent.")
+  var untrusted = false
+}
+
 struct Format: ParsableArguments {
   @Option(
     name: .customShort("f"),
@@ -65,8 +70,11 @@ struct Format: ParsableArguments {
     name: .customLong("base-format"),
     help: "The format of the image's base, whatever the image says of it.")
   var ownBaseFormat: String?
+  @OptionGroup var trust: Trust
   func source(_ path: String, evenInUse: Bool = false) -> ImageSource {
-    ImageSource(path, format: format, baseFormat: ownBaseFormat, evenInUse: evenInUse)
+    ImageSource(
+      path, format: format, baseFormat: ownBaseFormat, evenInUse: evenInUse,
+      untrusted: trust.untrusted)
   }
 }
 
@@ -83,6 +91,7 @@ struct Create: ParsableCommand {
   @Option(name: .customShort("F"), help: "The base's format.") var baseFormat: String?
   @Option(name: .customShort("o"), help: "NAME=VALUE,NAME=VALUE of the format.")
   var options: [String] = []
+  @OptionGroup var trust: Trust
   @OptionGroup var quiet: Quiet
   @Argument(help: "The file to make, or a device.") var file: String
   @Argument(help: "Length of the disk. (default: that of the base)") var size: Size?
@@ -96,6 +105,7 @@ struct Create: ParsableCommand {
       request.baseFormat = baseFormat
       request.options = options
       request.quiet = quiet.quiet
+      request.untrusted = trust.untrusted
       try ImageTool.create(request, to: output)
       return 0
     }
@@ -256,6 +266,7 @@ struct Compare: ParsableCommand {
   @Flag(name: .customShort("s"), help: "Lengths, and what is there at all, have to agree.")
   var strict = false
   @Flag(name: .customShort("p"), help: "Show how far it is.") var progress = false
+  @OptionGroup var trust: Trust
   @OptionGroup var quiet: Quiet
   @OptionGroup var looking: Looking
   @Argument(help: "An image.") var first: String
@@ -263,10 +274,13 @@ struct Compare: ParsableCommand {
 
   func run() throws {
     try finish(failed: 2) { output throws(ImageError) in
+      func source(_ path: String, _ format: String?) -> ImageSource {
+        ImageSource(
+          path, format: format, evenInUse: looking.evenInUse, untrusted: trust.untrusted)
+      }
       let isSame = try ImageTool.compare(
-        ImageSource(first, format: format, evenInUse: looking.evenInUse),
-        ImageSource(second, format: otherFormat, evenInUse: looking.evenInUse), strict: strict,
-        quiet: quiet.quiet, progress: Progress(on: progress), to: output)
+        source(first, format), source(second, otherFormat), strict: strict, quiet: quiet.quiet,
+        progress: Progress(on: progress), to: output)
       return isSame ? 0 : 1
     }
   }

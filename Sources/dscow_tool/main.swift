@@ -35,6 +35,8 @@ struct BaseFormat: ParsableArguments {
     name: [.customShort("F"), .customLong("base-format")],
     help: "The base's format; unless given, its first bytes say, and it may name no file.")
   var baseFormat: String?
+  @Flag(help: "Refuse to open any file that the store or the base names.")
+  var untrusted = false
 }
 
 struct Create: ParsableCommand {
@@ -52,8 +54,8 @@ struct Create: ParsableCommand {
     try finish { () throws(ImageError) in
       put(
         try DscowTool.create(
-          store: store, base: base, baseFormat: format.baseFormat, blockSize: blockSize?.bytes,
-          size: size?.bytes, force: force))
+          store: store, base: base, baseFormat: format.baseFormat, untrusted: format.untrusted,
+          blockSize: blockSize?.bytes, size: size?.bytes, force: force))
       return .done
     }
   }
@@ -89,8 +91,8 @@ struct Check: ParsableCommand {
   func run() throws {
     try finish { () throws(ImageError) in
       let (text, exit) = try DscowTool.check(
-        store: store, base: base, baseFormat: format.baseFormat, repair: repair, json: looking.json,
-        evenInUse: looking.evenInUse)
+        store: store, base: base, baseFormat: format.baseFormat, untrusted: format.untrusted,
+        repair: repair, json: looking.json, evenInUse: looking.evenInUse)
       put(text)
       return exit
     }
@@ -124,7 +126,9 @@ struct Accept: ParsableCommand {
 
   func run() throws {
     try finish { () throws(ImageError) in
-      put(try DscowTool.accept(store: store, base: base, baseFormat: format.baseFormat))
+      put(
+        try DscowTool.accept(
+          store: store, base: base, baseFormat: format.baseFormat, untrusted: format.untrusted))
       return .done
     }
   }

@@ -154,7 +154,8 @@ extension LayerChain {
       let file = try FileStore(path: bench.path("top"), writable: true)
       let kind = try ImageKind.probe(file)
       let image = try ImageChain.open(
-        file, kind: kind, writable: true, resolve: ImageSource.resolver(writing: [file.name]))
+        file, kind: kind, writable: true,
+        resolve: ImageSource.resolver(writing: [file.name], untrusted: false))
       let writer = ImageWriter(image, store: file, devices: image.devices ?? [file])
       try source.read(at: 0, count: 1 << 20).withUnsafeBytes { try writer.write($0, at: 0) }
       try writer.commit()

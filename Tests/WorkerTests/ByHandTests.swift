@@ -84,6 +84,30 @@ import Testing
     try expect("cannot be the name of a device", ["-p", "dscow", "a/b", image.store])
   }
 
+  /// What is no file is refused, not waited for: a FIFO has no other end here.
+  @Test func oddFilesAreRefused() throws {
+    let image = try TestImage(sectors: 256, blockSize: 4096)
+    let socket = "unix:" + image.folder.file("s")
+    let fifo = image.folder.file("fifo")
+    guard mkfifo(fifo, 0o600) == 0 else { throw IOError.last("make", fifo) }
+    for (path, kind) in [
+      (fifo, "a FIFO"), ("/dev/zero", "a character device"), (image.folder.path, "a directory"),
+    ] {
+      for (role, arguments) in [
+        ("store", ["-p", "dscow", "--nbd", socket, path]),
+        ("store", ["-p", "raw", "--read-only", "--nbd", socket, path]),
+        ("base", ["-p", "dscow", "--nbd", socket, "--base", path, image.store]),
+      ] {
+        let result = try run(arguments, image.folder)
+        #expect(result.status == .exited(1), "\(arguments)")
+        #expect(
+          result.messages.contains(
+            "\(role) \(path) is \(kind): give a regular file or a block device"),
+          "it says \(result.messages)")
+      }
+    }
+  }
+
   @Test(.enabled(if: access("/dev/mapper/control", R_OK | W_OK) != 0))
   func aMissingDeviceMapperIsNamed() throws {
     let image = try TestImage(sectors: 256, blockSize: 4096)

@@ -4,8 +4,10 @@
 // that a power cut finds either the old set or the new.
 //
 // Memory is bounded: clusters are counted in windows, and the tables are walked once for
-// each. An image of up to 1 TiB in clusters of 64 KiB is one window. Tables are read in the
-// order in which they lie in the file, those that touch together.
+// each. An image of up to 1 TiB in clusters of 64 KiB is one window. A longer file is walked once
+// more, ahead, to find where anything is used or counted, and only these parts are windows: a
+// sparse file may be of any length. Tables are read in the order in which they lie in the file,
+// those that touch together.
 
 import Glibc
 public import Posix
@@ -35,6 +37,12 @@ extension Qcow2 {
 final class Qcow2Checker {
   /// Clusters that are counted at a time, in 8 bytes each.
   static let window: UInt64 = 1 << 24
+  /// What is used or counted is noted in so many clusters at a time.
+  private static let part: UInt64 = 1 << 15
+  /// An image in more windows, or with more parts than those have, is refused: no sound one
+  /// reaches so far.
+  private static let mostWindows = 1 << 10
+  private static let mostParts = mostWindows * Int(window / part)
   /// Tables and refcounts are read in pieces of at most so many bytes.
   private static let piece: UInt64 = 2 << 20
 
@@ -53,6 +61,9 @@ final class Qcow2Checker {
   var checksSigns = true
   /// Whether the walk says what is wrong: only the first does.
   var speaks = true
+  /// The parts in which a cluster is used or counted, while they are looked for.
+  private var parts: Set<UInt64>?
+  private var lastPart = UInt64.max
   /// The last cluster that is used.
   private var last: UInt64 = 0
   let fileClusters: UInt64
@@ -72,16 +83,14 @@ final class Qcow2Checker {
   func run(repair: Repair?) throws(ImageError) -> CheckReport {
     let reach = refcounts.tableEntries * refcounts.perBlock
     let most = max(1, min(reach, max(fileClusters, 1)))
-    var start: UInt64 = 0
-    while start < most {
-      range = start..<min(most, start + Self.window)
+    for window in try windows(to: most) {
+      range = window
       uses = Qcow2Counts(range.count)
       found = Qcow2Counts(range.count)
       try loadCounts()
       try walk()
       try compare(repair: repair)
       speaks = false
-      start = range.upperBound
     }
     report.imageEnd = (last + 1) * clusterSize
     report.totalClusters = (header.size + clusterSize - 1) / clusterSize
@@ -95,6 +104,58 @@ final class Qcow2Checker {
     return report
   }
 
+  /// The ranges of clusters to count, one after the other. They hold every cluster below `most`
+  /// that is used or counted.
+  private func windows(to most: UInt64) throws(ImageError) -> [Range<UInt64>] {
+    guard most > Self.window else { return [0..<most] }
+    parts = []
+    try walk()
+    for index in 0..<present(refcounts.tableEntries, at: header.refcountTableOffset) {
+      // The walk has reported a wrong entry.
+      guard isFull == false, try isCounted(index) else { continue }
+      note(index * refcounts.perBlock, refcounts.perBlock)
+    }
+    speaks = false
+    var windows: [Range<UInt64>] = []
+    for part in (parts ?? []).sorted() where part * Self.part < most {
+      let (start, end) = (part * Self.part, min(most, (part + 1) * Self.part))
+      if let last = windows.last, end - last.lowerBound <= Self.window {
+        windows[windows.count - 1] = last.lowerBound..<end
+      } else {
+        windows.append(start..<end)
+      }
+    }
+    guard !isFull, windows.count <= Self.mostWindows else {
+      throw ImageError(
+        .unsupported,
+        "\(store.name): its clusters are scattered too widely to be counted, over more than "
+          + "\(Self.mostWindows) ranges of \(Self.window) clusters: convert the image")
+    }
+    parts = nil
+    return windows
+  }
+
+  private var isFull: Bool { (parts?.count ?? 0) > Self.mostParts }
+
+  private func isCounted(_ index: UInt64) throws(ImageError) -> Bool {
+    do throws(ImageError) {
+      return try refcounts.block(index) != nil
+    } catch {
+      guard error.code == .corrupt else { throw error }
+      return false
+    }
+  }
+
+  /// Notes that clusters are used or counted.
+  private func note(_ first: UInt64, _ count: UInt64) {
+    let last = min(first + count, fileClusters) - 1
+    guard first <= last, !isFull else { return }
+    for part in (first / Self.part)...(last / Self.part) where part != lastPart {
+      lastPart = part
+      parts?.insert(part)
+    }
+  }
+
   private func say(_ words: String) { if speaks { report.corruption(words) } }
 
   /// Counts a use of clusters.
@@ -105,6 +166,7 @@ final class Qcow2Checker {
       return
     }
     last = max(last, first + count - 1)
+    if parts != nil { note(first, count) }
     for cluster in max(
       first, range.lowerBound)..<max(
         max(first, range.lowerBound), min(first + count, range.upperBound))
@@ -261,6 +323,7 @@ final class Qcow2Checker {
       if expected != 0, expected != cluster { fragmented += 1 }
       expected = cluster + 1
       if cluster > last { last = cluster }
+      if parts != nil { note(cluster, 1) }
       guard cluster >= lower, cluster < upper else { continue }
       uses[cluster - lower] &+= 1
       if checks, (found[cluster - lower] == 1) != (raw & Qcow2Bits.copied != 0) {

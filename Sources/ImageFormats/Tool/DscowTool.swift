@@ -17,9 +17,9 @@ public enum DscowTool {
   }
 
   /// The disk in a base: its own bytes, or what an image in it shows. A base that names further
-  /// files has to be stated to be an image.
+  /// files has to be stated to be an image. `untrusted`: none of these files is opened.
   private static func disk(
-    in base: FileStore, format: String?
+    in base: FileStore, format: String?, untrusted: Bool
   ) throws(ImageError) -> any ByteStore {
     // Whoever makes a store of it says what is wrong with that.
     guard base.size > 0 else { return base }
@@ -32,6 +32,7 @@ public enum DscowTool {
       }
     }
     return try LayerChain.open(base, kind: stated) { asked throws(ImageError) in
+      if untrusted { throw asked.refusal }
       let folder = asked.from.lastIndex(of: "/").map { String(asked.from[...$0]) } ?? ""
       return try ImageFile.base(asked.path.hasPrefix("/") ? asked.path : folder + asked.path)
     }.flat()
@@ -40,8 +41,8 @@ public enum DscowTool {
   /// Makes a store, with the lines that describe it. `base` nil: a disk of zeroes. A store over
   /// an image is as long as the disk in that.
   public static func create(
-    store path: String, base basePath: String?, baseFormat: String? = nil, blockSize: UInt64?,
-    size: UInt64?, force: Bool
+    store path: String, base basePath: String?, baseFormat: String? = nil, untrusted: Bool = false,
+    blockSize: UInt64?, size: UInt64?, force: Bool
   ) throws(ImageError) -> String {
     guard let blockSize = UInt32(exactly: blockSize ?? UInt64(Dscow.defaultBlockSize)) else {
       throw ImageError(.badRequest, "block size \(blockSize ?? 0) is larger than 4 MiB")
@@ -59,7 +60,7 @@ public enum DscowTool {
       let header = try Dscow.create(
         store: store,
         base: try base.map { file throws(ImageError) in
-          try disk(in: file, format: baseFormat)
+          try disk(in: file, format: baseFormat, untrusted: untrusted)
         }, baseName: name ?? "", blockSize: blockSize, size: size,
         overwrite: force)
       if isNew { try ImageFile.flushDirectory(of: path) }
@@ -139,12 +140,12 @@ public enum DscowTool {
 
   /// Checks a store, with its base when a path is given.
   public static func check(
-    store path: String, base: String?, baseFormat: String? = nil, repair: Bool, json: Bool,
-    evenInUse: Bool
+    store path: String, base: String?, baseFormat: String? = nil, untrusted: Bool = false,
+    repair: Bool, json: Bool, evenInUse: Bool
   ) throws(ImageError) -> (text: String, exit: Exit) {
     let store = try ImageFile.store(path, writable: repair, evenInUse: evenInUse && !repair)
     let base = try base.map { path throws(ImageError) in
-      try disk(in: try ImageFile.base(path), format: baseFormat)
+      try disk(in: try ImageFile.base(path), format: baseFormat, untrusted: untrusted)
     }
     let result = try Dscow.check(store: store, base: base, repair: repair)
     let exit: Exit =
@@ -231,17 +232,21 @@ public enum DscowTool {
   /// Stamps a store with its base as it is now: the one its header names, or another, whose
   /// path it then keeps.
   public static func accept(
-    store path: String, base: String?, baseFormat: String? = nil
+    store path: String, base: String?, baseFormat: String? = nil, untrusted: Bool = false
   ) throws(ImageError) -> String {
     let store = try ImageFile.store(path, writable: true)
     guard let known = try Dscow.header(of: store).header.base else {
       throw ImageError(.badRequest, "store \(path) has no base that could change")
     }
+    guard base != nil || !untrusted else {
+      throw ImageChain.Request(role: .base, path: known.path, from: path).refusal
+    }
     let basePath = try base.map { path throws(ImageError) in try ImageFile.absolute(path) }
     let file = try ImageFile.base(basePath ?? known.path)
     try Dscow.checkDistinct(store, file)
     try Dscow.accept(
-      store: store, base: try disk(in: file, format: baseFormat), baseName: basePath)
+      store: store, base: try disk(in: file, format: baseFormat, untrusted: untrusted),
+      baseName: basePath)
     return "\(path) now belongs to \(basePath ?? known.path) as it is\n"
   }
 }

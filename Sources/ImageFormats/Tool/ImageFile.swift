@@ -67,9 +67,23 @@ public enum ImageFile {
     do throws(IOError) {
       return try FileStore(path: path, writable: writable)
     } catch {
-      guard error.code == ENOENT else { throw ImageError(error) }
-      throw ImageError(.io, "\(role) \(path) does not exist: check the path", cause: error)
+      throw failure(error, toOpen: path, as: role, ifMissing: "check the path")
     }
+  }
+
+  /// Why a path could not be opened, with a remedy. `ifMissing` is the remedy when nothing is there.
+  public static func failure(
+    _ error: IOError, toOpen path: String, as role: String, ifMissing remedy: String
+  ) -> ImageError {
+    if error.code == ENOENT {
+      return ImageError(.io, "\(role) \(path) does not exist: \(remedy)", cause: error)
+    }
+    guard error.code == EINVAL, let kind = FileStore.unusableKind(of: path) else {
+      return ImageError(error)
+    }
+    return ImageError(
+      .badRequest, "\(role) \(path) is \(kind): give a regular file or a block device",
+      cause: error)
   }
 
   /// Makes a new file for a store, readable by its owner only; opens the file or device that
