@@ -20,9 +20,9 @@ public final class Output {
 
   deinit { bytes.deallocate() }
 
-  /// Adds text.
+  /// Adds text, made fit for a terminal: names in it may come from elsewhere.
   public func put(_ text: String) {
-    var text = text
+    var text = ForeignText.lines(text)
     text.withUTF8 { put($0) }
   }
 

@@ -136,7 +136,7 @@ public enum ByHand {
 
   /// Writes a line to standard output at once, for whoever waits for it.
   static func say(_ line: String) {
-    let bytes = Array((line + "\n").utf8)
+    let bytes = Array((ForeignText.shown(line, limit: 8192) + "\n").utf8)
     // Nobody may be listening; that is no reason not to serve.
     _ = Glibc.write(1, bytes, bytes.count)
   }

@@ -2,6 +2,7 @@
 // with its priority, which the journal takes out. Source: sd-daemon(3).
 
 import Glibc
+internal import Posix
 
 /// A log of one program and, where there is one, one disk.
 public struct Log: Sendable {
@@ -27,27 +28,33 @@ public struct Log: Sendable {
   /// The disk, said in every line.
   public var disk: String?
 
-  private let output: Int32
+  private let output: LogLines
+  private let rate = LogRate()
 
   /// A log to a descriptor, which stays the caller's.
   public init(level: Level = .info, journal: Bool, output: Int32 = 2) {
     self.level = level
     self.journal = journal
-    self.output = output
+    self.output = LogLines(output)
   }
 
   /// Whether standard error goes to the journal, by what systemd says.
   public static var underJournal: Bool { getenv("JOURNAL_STREAM") != nil }
 
-  /// Writes a line.
+  /// Writes a line. One that comes again and again is written once a second, with the number of
+  /// those between. A reader that has stopped is not waited for.
   public func callAsFunction(
     _ level: Level, _ message: String, _ fields: KeyValuePairs<String, String> = [:]
   ) {
     guard level <= self.level else { return }
-    var line = Array(line(level, message, fields).utf8)
-    line.append(0x0a)
-    // A log that cannot be written has nowhere to say so.
-    _ = Glibc.write(output, line, line.count)
+    var line = line(level, message, fields)
+    if level < .debug {
+      guard let held = rate.admit(message) else { return }
+      if held > 0 { line += " held-back=\(held)" }
+    }
+    output.write(line) { count in
+      self.line(.warning, "nobody read the log: lines were dropped", ["lines": "\(count)"])
+    }
   }
 
   func line(
@@ -61,15 +68,13 @@ public struct Log: Sendable {
   }
 
   private static func quoted(_ value: String) -> String {
-    let plain = value.utf8.allSatisfy { $0 > 0x20 && $0 != 0x22 && $0 != 0x3d && $0 != 0x7f }
-    guard !plain || value.isEmpty else { return value }
-    let inner = escaped(value).split(separator: "\"", omittingEmptySubsequences: false)
+    let shown = escaped(value)
+    let plain = shown.utf8.allSatisfy { $0 != 0x20 && $0 != 0x22 && $0 != 0x3d }
+    guard !plain || value.isEmpty else { return shown }
+    let inner = shown.split(separator: "\"", omittingEmptySubsequences: false)
     return "\"" + inner.joined(separator: "\\\"") + "\""
   }
 
   /// Without what could end a line or speak to a terminal.
-  private static func escaped(_ text: String) -> String {
-    guard text.utf8.contains(where: { $0 < 0x20 || $0 == 0x7f }) else { return text }
-    return String(text.map { $0.asciiValue.map { $0 < 0x20 || $0 == 0x7f } ?? false ? "?" : $0 })
-  }
+  private static func escaped(_ text: String) -> String { ForeignText.shown(text, limit: 1000) }
 }

@@ -188,7 +188,7 @@ func finish(
   let output = Output()
   var exit = failed
   func complain(_ error: any Error) {
-    let message = [UInt8]("dmu-img: \(error)\n".utf8)
+    let message = [UInt8](ForeignText.lines("dmu-img: \(error)\n").utf8)
     // There is nobody left to tell when stderr fails.
     _ = write(2, message, message.count)
   }

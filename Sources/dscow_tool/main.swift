@@ -3,6 +3,7 @@
 import ArgumentParser
 import Glibc
 import ImageFormats
+import Posix
 
 struct Tool: ParsableCommand {
   static let configuration = CommandConfiguration(
@@ -134,7 +135,7 @@ struct Accept: ParsableCommand {
   }
 }
 
-func put(_ text: String) { print(text, terminator: "") }
+func put(_ text: String) { print(ForeignText.lines(text), terminator: "") }
 
 /// Runs a command; turns an error into a line on stderr, and anything but success into the
 /// exit code.
@@ -144,7 +145,7 @@ func finish(_ body: () throws(ImageError) -> DscowTool.Exit) throws {
     exit = try body()
     if fflush(nil) != 0 { exit = .failed }
   } catch {
-    let message = [UInt8]("dscow_tool: \(error)\n".utf8)
+    let message = [UInt8](ForeignText.lines("dscow_tool: \(error)\n").utf8)
     // There is nobody left to tell when stderr fails.
     _ = write(2, message, message.count)
   }

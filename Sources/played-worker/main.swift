@@ -118,8 +118,8 @@ private func dropPrivileges() throws(IOError) {
     return CommandLine.arguments.indices.contains(index + 1)
       ? UInt32(CommandLine.arguments[index + 1]) : nil
   }
-  guard let user = number("--uid"), let group = number("--gid") else { return }
-  try Hardening.dropPrivileges(uid: user, gid: group)
+  guard geteuid() == 0, let user = number("--uid"), let group = number("--gid") else { return }
+  try Hardening.become(uid: user, gid: group)
 }
 
 do {

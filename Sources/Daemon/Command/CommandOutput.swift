@@ -1,5 +1,6 @@
 // What every command has in common: where text goes and how it ends.
 
+internal import Posix
 import Glibc
 
 /// How a command ended, as its exit status.
@@ -23,7 +24,8 @@ public enum CommandOutput {
   public static func complain(_ line: String) { put(line + "\n", 2) }
 
   private static func put(_ text: String, _ descriptor: Int32) {
-    var rest = Array(text.utf8)[...]
+    // Whatever is in it, a terminal is shown text and nothing else.
+    var rest = Array(ForeignText.lines(text).utf8)[...]
     while !rest.isEmpty {
       let count = rest.withUnsafeBytes { write(descriptor, $0.baseAddress, $0.count) }
       if count < 0 {

@@ -6,6 +6,7 @@
 //   anything that fails                -> {"ok":false,"error":"one sentence","code":"in-use"}
 
 internal import FoundationEssentials
+internal import Posix
 
 /// What a client asks.
 public struct ControlRequest: Codable, Sendable, Equatable {
@@ -121,7 +122,7 @@ public enum ControlLine {
   public static func pretty(_ value: some Encodable) throws -> String {
     let encoder = JSONEncoder()
     encoder.outputFormatting = [.prettyPrinted, .sortedKeys, .withoutEscapingSlashes]
-    return String(decoding: try encoder.encode(value), as: UTF8.self)
+    return ForeignText.json(String(decoding: try encoder.encode(value), as: UTF8.self))
   }
 
   /// Reads a value.

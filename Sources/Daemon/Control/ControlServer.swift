@@ -169,7 +169,7 @@ struct ControlServer: Service {
     guard let path = request.path, let id = DiskID(path: path) else {
       return ControlReply(
         ok: false,
-        error: "'\(SpecError.shown(request.path ?? ""))' is not a disk's path in xenstore:"
+        error: "'\(ForeignText.shown(request.path ?? ""))' is not a disk's path in xenstore:"
           + " give backend/vbd/DOMAIN/DEVICE")
     }
     guard request.command == .attach else {

@@ -49,7 +49,7 @@ public struct DiskFailure: Error, Sendable, Hashable, CustomStringConvertible {
   /// A failure from its parts.
   public init(_ code: Code, _ sentence: String) {
     self.code = code
-    self.sentence = SpecError.shown(sentence, limit: 1000)
+    self.sentence = ForeignText.shown(sentence, limit: 1000)
   }
 
   /// The sentence.
@@ -187,7 +187,7 @@ extension DiskFailure {
   static func notNamedBefore(_ role: String, _ path: String, store: String) -> DiskFailure {
     DiskFailure(
       .baseRefused,
-      "store \(store) names \(SpecError.shown(path)) as its \(role), which it did not name when the"
+      "store \(store) names \(ForeignText.shown(path)) as its \(role), which it did not name when the"
         + " disk was started: if its images were changed on purpose, run 'dmu-xen reload', else"
         + " look at the worker's log")
   }

@@ -53,7 +53,7 @@ enum FileUsers {
 
   private static func name(of pid: Int32) -> String {
     do throws(IOError) {
-      return SpecError.shown(try TextFile.read("/proc/\(pid)/comm").trimmingNewline, limit: 32)
+      return ForeignText.shown(try TextFile.read("/proc/\(pid)/comm").trimmingNewline, limit: 32)
     } catch { return "a program" }
   }
 

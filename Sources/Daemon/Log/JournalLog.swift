@@ -2,6 +2,7 @@
 // time. Facts follow the message as KEY=VALUE, in the order of their keys.
 
 public import Logging
+internal import Posix
 import Glibc
 import Synchronization
 
@@ -39,25 +40,38 @@ public struct JournalLog: LogHandler {
 
   /// Writes one line, in one write(2), so that lines of several threads stay whole.
   public func log(event: LogEvent) {
-    let facts = metadata.merging(event.metadata ?? [:]) { $1 }
-    var line = isTerminal ? StatusTable.time(Int64(time(nil))) + " " : "<\(event.level.priority)>"
-    line += JournalLog.render("\(event.message)", facts)
-    let bytes = Array(line.utf8)
-    // There is nobody to tell that the log itself cannot be written.
-    _ = bytes.withUnsafeBytes { write(2, $0.baseAddress, $0.count) }
+    var facts = metadata.merging(event.metadata ?? [:]) { $1 }
+    if event.level > .debug {
+      let key = "\(event.message) \(facts["disk"] ?? "")"
+      guard let held = JournalLog.rate.admit(key) else { return }
+      if held > 0 { facts["held-back"] = "\(held)" }
+    }
+    JournalLog.lines.write(start(event.level) + JournalLog.render("\(event.message)", facts)) {
+      let remark = JournalLog.render(
+        "nobody read the log: lines were dropped", ["lines": "\($0)"])
+      return start(.warning) + remark
+    }
   }
 
-  /// "message key=value key=\"a value\"", with a newline.
+  /// Of the whole process.
+  private static let lines = LogLines(2)
+  private static let rate = LogRate()
+
+  private func start(_ level: Logger.Level) -> String {
+    isTerminal ? StatusTable.time(Int64(time(nil))) + " " : "<\(level.priority)>"
+  }
+
+  /// "message key=value key=\"a value\"".
   static func render(_ message: String, _ facts: Logger.Metadata) -> String {
-    var line = SpecError.shown(message, limit: 4000)
+    var line = ForeignText.shown(message, limit: 4000)
     for (key, value) in facts.sorted(by: { $0.key < $1.key }) {
       line += " \(key)=\(quoted("\(value)"))"
     }
-    return line + "\n"
+    return line
   }
 
   private static func quoted(_ text: String) -> String {
-    let shown = SpecError.shown(text, limit: 4000)
+    let shown = ForeignText.shown(text, limit: 4000)
     guard shown.isEmpty || shown.contains(where: { $0 == " " || $0 == "\"" || $0 == "=" }) else {
       return shown
     }

@@ -92,7 +92,7 @@ extension Reconciler {
       }
     default: break
     }
-    throw DiskFailure(.gone, "there is no leftover '\(SpecError.shown(name))' any more")
+    throw DiskFailure(.gone, "there is no leftover '\(ForeignText.shown(name))' any more")
   }
 
   /// Loop devices of files that disks, kept logs or failed attaches name, made as the module's

@@ -408,8 +408,8 @@ extension DiskPhase.Trouble {
   init?(_ state: DiskState, _ error: String) {
     switch state {
     case .ready: return nil
-    case .degraded: self.init(state: .degraded, error: SpecError.shown(error, limit: 1000))
-    case .noSpace: self.init(state: .noSpace, error: SpecError.shown(error, limit: 1000))
+    case .degraded: self.init(state: .degraded, error: ForeignText.shown(error, limit: 1000))
+    case .noSpace: self.init(state: .noSpace, error: ForeignText.shown(error, limit: 1000))
     }
   }
 

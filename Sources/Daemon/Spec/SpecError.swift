@@ -1,5 +1,7 @@
 // Everything that can be wrong with a spec, each with its own words.
 
+internal import Posix
+
 /// A spec that cannot be read, and why.
 public struct SpecError: Error, Sendable, Hashable, CustomStringConvertible {
   /// Which of the two paths.
@@ -58,7 +60,7 @@ public struct SpecError: Error, Sendable, Hashable, CustomStringConvertible {
 
   /// The sentence: the spec, the reason, the remedy.
   public var description: String {
-    "spec '\(SpecError.shown(text))' is malformed: \(explanation): write \(SpecError.shape)"
+    "spec '\(ForeignText.shown(text))' is malformed: \(explanation): write \(SpecError.shape)"
   }
 
   /// The reason in words, without the spec.
@@ -66,18 +68,18 @@ public struct SpecError: Error, Sendable, Hashable, CustomStringConvertible {
     switch reason {
     case .noPrefix: "it does not begin with 'dmu:'"
     case .noFormat: "it names no format"
-    case .badFormat(let name): "'\(SpecError.shown(name))' cannot be the name of a format"
+    case .badFormat(let name): "'\(ForeignText.shown(name))' cannot be the name of a format"
     case .noStore: "it names no store"
     case .emptyBase: "it ends in ':' with no base after it"
     case .tooManyParts(let count):
       "it has \(count) parts where format, store and base are three at the most"
         + " (a ':' in a path is written %3A)"
     case .noOptionName: "an option has no name"
-    case .badOptionName(let name): "'\(SpecError.shown(name))' cannot be the name of an option"
+    case .badOptionName(let name): "'\(ForeignText.shown(name))' cannot be the name of an option"
     case .noOptionValue(let name): "option '\(name)' has no value"
     case .optionTwice(let name): "option '\(name)' is given twice"
     case .notAbsolute(let role, let path):
-      "\(role.rawValue) '\(SpecError.shown(path))' is not an absolute path"
+      "\(role.rawValue) '\(ForeignText.shown(path))' is not an absolute path"
     case .tooLong(let role):
       "the path of the \(role.rawValue) is longer than \(Spec.longestPath) bytes"
     case .sameTwice: "store and base are the same"
@@ -90,24 +92,9 @@ public struct SpecError: Error, Sendable, Hashable, CustomStringConvertible {
     case .bare(let character):
       "\(what) has a '\(character)', which is written"
         + " \(PercentCode.code(character.asciiValue ?? 0))"
-    case .notACode(let found): "\(what) has '\(shown(found))', which is not a percent code"
+    case .notACode(let found): "\(what) has '\(ForeignText.shown(found))', which is not a percent code"
     case .control(let byte): "\(what) has the control character \(PercentCode.code(byte))"
     case .notText: "\(what) is not UTF-8"
     }
-  }
-
-  /// A piece of foreign text made fit for one line: control characters as codes, and cut
-  /// off when very long.
-  static func shown(_ text: String, limit: Int = 200) -> String {
-    var result = ""
-    for scalar in text.unicodeScalars {
-      guard result.count < limit else { return result + "..." }
-      if scalar.value < 0x20 || scalar.value == 0x7F {
-        result += PercentCode.code(UInt8(scalar.value))
-      } else {
-        result.unicodeScalars.append(scalar)
-      }
-    }
-    return result
   }
 }

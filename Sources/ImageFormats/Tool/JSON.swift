@@ -1,5 +1,7 @@
 // JSON as text, as much of it as the tools print.
 
+internal import Posix
+
 /// A JSON value.
 public enum JSON: Sendable {
   /// A whole number.
@@ -47,7 +49,7 @@ public enum JSON: Sendable {
       switch scalar {
       case "\"", "\\": text += "\\\(scalar)"
       case "\n": text += "\\n"
-      case "\u{0}"..."\u{1F}", "\u{7F}":
+      case _ where ForeignText.isUnfit(scalar):
         let digits = String(scalar.value, radix: 16)
         text += "\\u" + String(repeating: "0", count: 4 - digits.count) + digits
       default: text.unicodeScalars.append(scalar)
