@@ -94,6 +94,7 @@ static int dmu_remember(struct dmu_device *dev, struct dmu_answer *a, struct dmu
 		dmu_placed_add(dev, placement);
 		spin_unlock_irq(&dev->lock);
 	}
+	dmu_stop(DMU_STOP_LISTED);
 	/* Who finds the place finds it uncommitted, too: a forced write asks for that. */
 	if (!error && !(a->flags & DMU_TEMPORARY))
 		WARN_ON(dmu_extent_store(dev, a->block, a->count, word));

@@ -38,6 +38,7 @@ int dmu_claim(struct dmu_device *dev, struct dmu_answer *a, struct dmu_cell **cl
 	else
 		cell->state = DMU_CLAIMED;
 	spin_unlock_irq(&dev->lock);
+	dmu_stop(DMU_STOP_CLAIMED);
 	*claimed = error ? NULL : cell;
 	return error;
 }
@@ -364,6 +365,7 @@ long dmu_answer_batch(struct dmu_device *dev, struct dmu_batch __user *argument)
 			error = -EINTR;
 			break;
 		}
+		dmu_stop(DMU_STOP_ANSWERING);
 		if (copy_from_user(&a, &answers[i], sizeof(a))) {
 			error = -EFAULT;
 			break;

@@ -418,6 +418,7 @@ static void dmu_scatter(struct dmu_cell *cell)
 			dmu_defer(dev, bio);
 	}
 	spin_unlock_irq(&dev->lock);
+	dmu_stop(DMU_STOP_SCATTERED);
 	while ((bio = bio_list_pop(&issue)))
 		dmu_issue(dev, bio, dmu_io(bio)->word, dmu_io(bio)->epoch);
 }

@@ -64,6 +64,7 @@
 #include <linux/workqueue.h>
 #include "compat.h"
 #include "dmu.h"
+#include "dmu-stop.h"
 
 #define DM_MSG_PREFIX "userspace"
 

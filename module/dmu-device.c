@@ -29,6 +29,7 @@ static void dmu_device_destroy(struct dmu_device *dev)
 	struct dmu_event *event, *after;
 	LIST_HEAD(events);
 
+	dmu_stop(DMU_STOP_HIDDEN);
 	wake_up(&dev->wait);
 	cancel_delayed_work_sync(&dev->timeout_work);
 	cancel_delayed_work_sync(&dev->deferred_work);

@@ -144,6 +144,7 @@ void dmu_flush_work(struct work_struct *work)
 	struct dmu_device *dev = container_of(work, struct dmu_device, flush.work);
 	struct dmu_flush *flush = &dev->flush;
 
+	dmu_stop(DMU_STOP_FLUSHING);
 	spin_lock_irq(&dev->lock);
 	for (;;) {
 		if (flush->state == DMU_FLUSH_IDLE) {
@@ -238,6 +239,7 @@ void dmu_epoch_work(struct work_struct *work)
 		dev->turning = true;
 	}
 	spin_unlock_irq(&dev->lock);
+	dmu_stop(DMU_STOP_TURNING);
 	if (dev->turning) {
 		old = dev->epoch;
 		/* See dmu_epoch_enter_rcu(). */

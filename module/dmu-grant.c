@@ -134,6 +134,7 @@ static bool dmu_grant_place(struct dmu_cell *cell)
 		placed = true;
 	}
 	spin_unlock_irq(&dev->lock);
+	dmu_stop(DMU_STOP_LISTED);
 	if (placed)
 		WARN_ON(dmu_index_set(dev, cell->block, 1, word));
 out:
@@ -145,6 +146,7 @@ static void dmu_grant_cell(struct dmu_cell *cell)
 {
 	struct dmu_device *dev = cell->dev;
 
+	dmu_stop(DMU_STOP_GRANTING);
 	cell->epoch = dmu_epoch_enter(dev);
 	cell->event = dmu_event_alloc(dev, GFP_NOWAIT | __GFP_NOWARN);
 	cell->placement = kmem_cache_alloc(dmu_placement_cache, GFP_NOWAIT | __GFP_NOWARN);

@@ -9,8 +9,11 @@ static int dmu_map_held(struct dmu_device *dev, struct bio *bio)
 {
 	bool requeue;
 
+	dmu_stop(DMU_STOP_HOLDING);
 	if (dmu_hold(dev, bio, &requeue))
 		return DM_MAPIO_SUBMITTED;
+	if (requeue)
+		dmu_stop(DMU_STOP_RETURNING);
 	return requeue ? DM_MAPIO_REQUEUE : -1;
 }
 
@@ -92,6 +95,7 @@ again:
 				*word = dmu_word(DMU_WORD_ZERO, false, 0);
 		}
 	}
+	dmu_stop(DMU_STOP_LOOKED);
 	smp_rmb();	/* see dmu-core.h: the index before the cells */
 	if (unlikely(atomic_read(&dev->busy))) {
 		blocks = dmu_block_of(dev, bio->bi_iter.bi_sector + count - 1) - block + 1;

@@ -134,6 +134,7 @@ static int dmu_open(struct inode *inode, struct file *file)
 	mutex_unlock(&dmu_devices_mutex);
 	if (!dev)
 		return -ENODEV;
+	dmu_stop(DMU_STOP_OPENING);
 	spin_lock_irq(&dev->lock);
 	if (dev->opened) {
 		error = -EBUSY;
@@ -164,6 +165,7 @@ static int dmu_release(struct inode *inode, struct file *file)
 	struct dmu_event *event, *next;
 	LIST_HEAD(events);
 
+	dmu_stop(DMU_STOP_CLOSING);
 	spin_lock_irq(&dev->lock);
 	dev->opened = false;
 	dev->dumping = false;
@@ -368,6 +370,7 @@ static ssize_t dmu_read(struct file *file, char __user *buffer, size_t size, lof
 				return -ERESTARTSYS;
 			continue;
 		}
+		dmu_stop(DMU_STOP_READING);
 		if (copy_to_user(buffer + done, &message, sizeof(message))) {
 			dmu_untake(dev, &message, event);
 			return done ? done : -EFAULT;

@@ -118,6 +118,7 @@ static void dmu_place_done(struct dmu_cell *cell)
 	unsigned long flags;
 	bool more;
 
+	dmu_stop(DMU_STOP_WRITTEN);
 	if (cell->error || cell->linked || cell->answer.flags & DMU_SYNC) {
 		queue_work(dev->wq, &cell->work);
 		return;
@@ -174,6 +175,7 @@ static void dmu_place_write(struct dmu_cell *cell)
 	u64 sector = cell->answer.sector +
 		     (bio->bi_iter.bi_sector & (dev->block_sectors - 1));
 
+	dmu_stop(DMU_STOP_WRITING);
 	if (bio->bi_opf & REQ_FUA)
 		dmu_force(bio);
 	if (bio_op(bio) == REQ_OP_WRITE_ZEROES) {
@@ -256,6 +258,7 @@ void dmu_place_work(struct work_struct *work)
 	}
 	if (error && !(a->flags & DMU_TEMPORARY))
 		dmu_place_forget(cell);
+	dmu_stop(DMU_STOP_FORGOTTEN);
 	spin_lock_irq(&dev->lock);
 	if (cell->placement) {
 		if (error)
@@ -277,6 +280,7 @@ void dmu_place_work(struct work_struct *work)
 	cell->active = NULL;
 	if (!error || !dmu_failed_hold(dev, bio, -error))
 		dmu_end_bio(bio, errno_to_blk_status(error));
+	dmu_stop(DMU_STOP_ENDED);
 	spin_lock_irq(&dev->lock);
 	cell->state = DMU_CLAIMED;
 	spin_unlock_irq(&dev->lock);

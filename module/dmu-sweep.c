@@ -74,6 +74,7 @@ void dmu_requeue_all(struct dmu_device *dev)
 	dev->requeue = true;
 	dmu_collect(dev, &bios);
 	spin_unlock_irq(&dev->lock);
+	dmu_stop(DMU_STOP_COLLECTED);
 	while ((bio = bio_list_pop(&bios)))
 		bio_list_add_head(&reversed, bio);
 	dmu_end_list(&reversed, BLK_STS_DM_REQUEUE);
@@ -86,6 +87,7 @@ static void dmu_fail_waiting(struct dmu_device *dev, int error)
 	spin_lock_irq(&dev->lock);
 	dmu_collect(dev, &bios);
 	spin_unlock_irq(&dev->lock);
+	dmu_stop(DMU_STOP_COLLECTED);
 	dmu_end_list(&bios, errno_to_blk_status(error));
 }
 

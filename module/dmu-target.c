@@ -180,6 +180,7 @@ static void dmu_presuspend(struct dm_target *ti)
 
 	if (dm_noflush_suspending(ti))
 		dmu_requeue_all(table->dev);
+	dmu_stop(DMU_STOP_SUSPENDING);
 }
 
 static void dmu_go_on(struct dmu_device *dev, bool whole)
@@ -194,6 +195,7 @@ static void dmu_go_on(struct dmu_device *dev, bool whole)
 
 static void dmu_presuspend_undo(struct dm_target *ti)
 {
+	dmu_stop(DMU_STOP_UNDOING);
 	dmu_go_on(((struct dmu_table *)ti->private)->dev, false);
 }
 

@@ -29,6 +29,8 @@ void fail(const char *file, int line, const char *what, const char *format, ...)
 	va_end(arguments);
 	printf("\n");
 	fflush(stdout);
+	run("[ ! -e " STOPS " ] || { cat " STOPS "; echo release >" STOPS "; }");
+	printf("%s\n", said());
 	run("dmsetup status; dmsetup table; dmsetup message lab 0 stats");
 	printf("%s\n", said());
 	fflush(stdout);

@@ -16,6 +16,7 @@
 #define SECTOR 512
 #define NODE "/dev/dmu/lab"
 #define DISK "/dev/mapper/lab"
+#define STOPS "/sys/module/dm_userspace/parameters/stop"	/* of the SMP lab's module */
 
 /* Ends the scenario unless what holds. */
 #define CHECK(what, ...) \

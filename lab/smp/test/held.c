@@ -1,0 +1,285 @@
+// SPDX-License-Identifier: Apache-2.0
+/*
+ * What goes wrong only when one thread stands still between two steps and another one passes it:
+ * there it is held, every time.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
+#include "stops.h"
+
+#define BLOCK 16
+#define PLACE(block) (32 * BLOCK + (block) * BLOCK)
+
+static struct rig plain(void)
+{
+	return (struct rig){ .block = BLOCK, .sectors = 64 * BLOCK };
+}
+
+static struct dmu_answer place(struct dmu_message m)
+{
+	struct dmu_answer a = map(m.id, m.block, 1, 0, PLACE(m.block),
+				  DMU_WRITABLE | DMU_COPY_FIRST);
+
+	a.from_device = 1;
+	a.from_sector = m.block * BLOCK;
+	return a;
+}
+
+/* Answers what a request asks, as a copy on write does, until it has ended. */
+static void serve(struct rig *rig, struct guest *guest, int error)
+{
+	uint64_t until = now_ms() + 20000;
+	struct dmu_message m;
+
+	while (!guest->done) {
+		CHECK(now_ms() < until, "a request does not end");
+		if (!next_message(rig->node, &m, 20))
+			continue;
+		if (m.type == DMU_FLUSH)
+			answer(rig->node, (struct dmu_answer){ .type = DMU_FLUSH_DONE,
+							       .id = m.id });
+		else if (m.type == DMU_FAULT && m.flags & DMU_WRITE)
+			answer(rig->node, place(m));
+		else if (m.type == DMU_FAULT)
+			answer(rig->node, map(m.id, m.block, 1, 1, m.block * BLOCK,
+					      DMU_TEMPORARY));
+		else if (m.type == DMU_DISCARD)
+			answer(rig->node, (struct dmu_answer){ .type = DMU_DONE, .id = m.id,
+							       .count = m.count });
+	}
+	end(guest, error);
+}
+
+/* A read that came after a write has its bytes, however long it stands beside the index. */
+static void read_passes_write(void)
+{
+	struct rig rig = plain();
+	struct dmu_message m;
+	struct guest *w, *r;
+
+	rig_up(&rig);
+	CHECK(answer(rig.node, map(0, 0, 64, 1, 0, 0)) == 0);
+	w = begin(&rig, WRITE_IT, 5 * BLOCK + 2, 2, 0x77);
+	m = expect(rig.node, DMU_FAULT);
+	stop_hold("looked", 1);
+	r = begin(&rig, READ_IT, 5 * BLOCK, BLOCK, 0);
+	stop_reached("looked", 1);
+	CHECK(answer(rig.node, place(m)) == 0);
+	end(w, 0);
+	stop_release("looked");
+	serve(&rig, r, 0);
+	check_fill(r, 2 * SECTOR, 2 * SECTOR, 0x77);
+	check_bytes(r, 0, 2 * SECTOR, 0, 5 * BLOCK * SECTOR);
+	rig_down(&rig);
+}
+
+/* The same, where the place was granted and nobody answers. */
+static void read_passes_granted(void)
+{
+	struct rig rig = plain();
+	struct guest *w, *r;
+
+	rig_up(&rig);
+	CHECK(answer(rig.node, map(0, 0, 64, 1, 0, 0)) == 0);
+	CHECK(answer(rig.node, (struct dmu_answer){ .type = DMU_GRANT, .count = 64,
+		     .sector = PLACE(0), .length = 64 }) == 0);
+	stop_hold("granting", 1);
+	w = begin(&rig, WRITE_IT, 5 * BLOCK + 2, 2, 0x77);
+	stop_reached("granting", 1);
+	stop_hold("looked", 1);
+	r = begin(&rig, READ_IT, 5 * BLOCK, BLOCK, 0);
+	stop_reached("looked", 1);
+	stop_release("granting");
+	end(w, 0);
+	stop_release("looked");
+	serve(&rig, r, 0);
+	check_fill(r, 2 * SECTOR, 2 * SECTOR, 0x77);
+	check_bytes(r, 0, 2 * SECTOR, 0, 5 * BLOCK * SECTOR);
+	rig_down(&rig);
+}
+
+/* fail_faults takes a write while an answer has its cell; a read that comes then is a read. */
+static void failed_while_answered(void)
+{
+	struct rig rig = plain();
+	struct answering *answering;
+	struct dmu_message m;
+	struct guest *w, *r;
+
+	rig_up(&rig);
+	w = begin(&rig, WRITE_IT, 3 * BLOCK + 2, 2, 0x77);
+	m = expect(rig.node, DMU_FAULT);
+	stop_hold("claimed", 1);
+	answering = begin_answer(rig.node, place(m));
+	stop_reached("claimed", 1);
+	CHECK(run("dmsetup message lab 0 fail_faults") == 0, "%s", said());
+	end(w, EIO);
+	r = begin(&rig, READ_IT, 3 * BLOCK, BLOCK, 0);
+	still_waits(r);
+	stop_release("claimed");
+	end_answer(answering, 0);
+	serve(&rig, r, 0);
+	check_bytes(r, 0, BLOCK * SECTOR, 0, 3 * BLOCK * SECTOR);
+	rig_down(&rig);
+}
+
+/* The same with a discard: the write that comes then is not ended by the discard's answer. */
+static void failed_while_done(void)
+{
+	struct rig rig = plain();
+	struct answering *answering;
+	struct dmu_message m;
+	struct guest *d, *w, *r;
+	uint8_t bytes[SECTOR];
+
+	rig_up(&rig);
+	d = begin(&rig, DISCARD_IT, 3 * BLOCK, BLOCK, 0);
+	m = expect(rig.node, DMU_DISCARD);
+	stop_hold("claimed", 1);
+	answering = begin_answer(rig.node, (struct dmu_answer){ .type = DMU_DONE, .id = m.id,
+								.count = m.count });
+	stop_reached("claimed", 1);
+	CHECK(run("dmsetup message lab 0 fail_faults") == 0, "%s", said());
+	end(d, EIO);
+	w = begin(&rig, WRITE_IT, 3 * BLOCK + 2, 2, 0x77);
+	still_waits(w);
+	stop_release("claimed");
+	end_answer(answering, 0);
+	serve(&rig, w, 0);
+	peek(rig.store, PLACE(3) + 2, 1, bytes);
+	CHECK(bytes[0] == 0x77 && bytes[SECTOR - 1] == 0x77, "the write is not in its place");
+	r = begin(&rig, READ_IT, 3 * BLOCK + 2, 2, 0);
+	serve(&rig, r, 0);
+	check_fill(r, 0, 2 * SECTOR, 0x77);
+	rig_down(&rig);
+}
+
+/* Removed while the work of a cell whose write has failed goes on. */
+static void removed_while_ending(void)
+{
+	struct rig rig = plain();
+	struct dmu_message m;
+	struct guest *w;
+	pid_t removal;
+	int status;
+
+	rig.store_table = "error";
+	rig_up(&rig);
+	w = begin(&rig, WRITE_IT, 0, BLOCK, 1);
+	m = expect(rig.node, DMU_FAULT);
+	stop_hold("ended", 1);
+	CHECK(answer(rig.node, map(m.id, 0, 1, 0, PLACE(0), DMU_WRITABLE)) == 0);
+	end(w, EIO);
+	stop_reached("ended", 1);
+	close(rig.disk);
+	removal = start("dmsetup remove lab");
+	CHECK(!finished(removal, 1000, &status), "removed with %d", status);
+	stop_release("ended");
+	CHECK(finished(removal, 20000, &status) && status == 0, "dmsetup remove: %d", status);
+	close(rig.node);
+	CHECK(run("dmsetup remove store") == 0, "%s", said());
+	CHECK(run("losetup -D") == 0);
+}
+
+/* An answer that does not come to its end keeps nobody else's device waiting. */
+static void others_while_answering(void)
+{
+	struct answering *answering;
+	struct rig rig = plain();
+	pid_t reload, other;
+	int status;
+
+	rig_up(&rig);
+	stop_hold("answering", 1);
+	answering = begin_answer(rig.node, map(0, 0, 64, 1, 0, 0));
+	stop_reached("answering", 1);
+	reload = start("dmsetup load lab --table '0 %d userspace lab %d 2 %s ro:%s'", 64 * BLOCK,
+		       BLOCK, rig.store, rig.base);
+	sleep_ms(500);
+	other = start("dmsetup create other --table '0 64 userspace other 16 1 ro:%s' --readonly && "
+		      "dmsetup remove other", rig.base);
+	CHECK(finished(other, 10000, &status) && status == 0, "another device waits, status %d",
+	      status);
+	stop_release("answering");
+	end_answer(answering, 0);
+	CHECK(finished(reload, 20000, &status) && status == 0, "dmsetup load: %d", status);
+	rig_down(&rig);
+}
+
+static void *read_one(void *argument)
+{
+	struct rig *rig = argument;
+	struct dmu_message m;
+
+	return read(rig->node, &m, sizeof(m)) == sizeof(m) && m.type == DMU_VERSION_IS ? rig :
+											   NULL;
+}
+
+/* Removed while a reader has an event in its hands. */
+static void removed_while_reading(void)
+{
+	struct rig rig = plain();
+	pthread_t reader;
+	void *got;
+
+	rig_up(&rig);
+	CHECK(answer(rig.node, (struct dmu_answer){ .type = DMU_GET_VERSION }) == 0);
+	stop_hold("reading", 1);
+	CHECK(pthread_create(&reader, NULL, read_one, &rig) == 0);
+	stop_reached("reading", 1);
+	close(rig.disk);
+	CHECK(run("dmsetup remove lab") == 0, "%s", said());
+	stop_release("reading");
+	pthread_join(reader, &got);
+	CHECK(got, "the message is lost");
+	run("dmesg");
+	CHECK(!strstr(said(), "WARNING:"), "the kernel has warned");
+	close(rig.node);
+	CHECK(run("losetup -D") == 0);
+}
+
+/* A forced write does not find a place before the commit that it needs is known to be needed. */
+static void forced_while_mapped(void)
+{
+	struct rig rig = plain();
+	struct answering *answering;
+	struct dmu_message m;
+	struct dmu_answer a;
+	struct guest *w;
+
+	rig_up(&rig);
+	a = map(0, 7, 1, 0, PLACE(7), DMU_WRITABLE | DMU_HOLD_FLUSH);
+	a.mark = 1;
+	stop_hold("listed", 1);
+	answering = begin_answer(rig.node, a);
+	stop_reached("listed", 1);
+	w = begin(&rig, WRITE_SYNC, 7 * BLOCK, BLOCK, 0x77);
+	still_waits(w);
+	stop_release("listed");
+	end_answer(answering, 0);
+	m = expect(rig.node, DMU_FAULT);
+	CHECK(answer(rig.node, map(m.id, 7, 1, 0, PLACE(7), DMU_WRITABLE)) == 0);
+	m = expect(rig.node, DMU_FLUSH);
+	still_waits(w);
+	CHECK(answer(rig.node, (struct dmu_answer){ .type = DMU_FLUSH_DONE, .id = m.id }) == 0);
+	end(w, 0);
+	rig_down(&rig);
+}
+
+const struct scenario stop_scenarios[] = {
+	{ "read-passes-write", read_passes_write },
+	{ "read-passes-granted", read_passes_granted },
+	{ "failed-while-answered", failed_while_answered },
+	{ "failed-while-done", failed_while_done },
+	{ "others-while-answering", others_while_answering },
+	{ "removed-while-reading", removed_while_reading },
+	{ "forced-while-mapped", forced_while_mapped },
+	{ "removed-while-ending", removed_while_ending },
+	{ 0 },
+};
