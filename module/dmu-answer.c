@@ -62,7 +62,7 @@ void dmu_unclaim(struct dmu_cell *cell)
 	cell->state = DMU_ASKED;
 	spin_unlock_irq(&dev->lock);
 	if (bio)
-		dmu_end_bio(bio, BLK_STS_DM_REQUEUE);
+		dmu_give_back(dev, bio);
 }
 
 /* The reads at the head of a claimed cell's queue. */

@@ -347,6 +347,7 @@ bool dmu_hold(struct dmu_device *dev, struct bio *bio, bool *requeue)
 	/* Who sends it on may wait. */
 	bio->bi_opf &= ~REQ_NOWAIT;
 	spin_lock_irqsave(&dev->lock, flags);
+	dmu_returned_stamp(dev, bio);
 	if (dmu_requeueing(dev)) {
 		*requeue = true;
 		held = false;
@@ -483,6 +484,6 @@ void dmu_advance(struct dmu_cell *cell, u64 count)
 	}
 	bio_list_pop(&cell->bios);
 	spin_unlock_irq(&dev->lock);
-	dmu_end_bio(bio, BLK_STS_DM_REQUEUE);
+	dmu_give_back(dev, bio);
 	dmu_process(cell);
 }

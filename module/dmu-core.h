@@ -60,6 +60,7 @@
 #include <linux/mutex.h>
 #include <linux/percpu-refcount.h>
 #include <linux/rbtree.h>
+#include <linux/signal.h>
 #include <linux/wait.h>
 #include <linux/workqueue.h>
 #include "compat.h"
@@ -87,6 +88,7 @@ struct dmu_io {
 	unsigned long since;		/* when it began to wait, in jiffies */
 	bio_end_io_t *saved_end_io;
 	struct dmu_cell *cell;		/* whose preparation it is the write of */
+	u64 arrival;			/* when it came to wait: dmu-returned.c */
 	u64 sector;			/* where a forced write begins */
 	unsigned int forced;		/* its sectors, when a commit has to follow; or 0 */
 	struct bvec_iter iter;		/* what of a write was sent, for when it fails */
@@ -103,6 +105,8 @@ struct dmu_table {
 	struct dmu_device *dev;
 	struct dm_target *ti;
 	struct list_head list;		/* of dev->tables */
+	sigset_t signals;		/* of who suspends it, while they are blocked */
+	bool blocked;
 	unsigned int fault_timeout;
 	unsigned int count;
 	unsigned int writable;		/* how many are */
@@ -216,6 +220,17 @@ struct dmu_failed {
 	struct delayed_work work;
 };
 
+#define DMU_RETURNED_BITS 8
+
+/* Requests that a suspend has given back: see dmu-returned.c. */
+struct dmu_returned {
+	struct list_head notes;
+	struct hlist_head found[1 << DMU_RETURNED_BITS];
+	bool came;			/* one has come since the last look */
+	u64 arrivals;			/* so far */
+	struct delayed_work work;
+};
+
 struct dmu_device {
 	struct kref ref;
 	struct list_head list;
@@ -263,6 +278,7 @@ struct dmu_device {
 	struct dmu_flush flush;
 	struct list_head forced;	/* notes of writes that a suspend has given back */
 	struct dmu_failed failed;
+	struct dmu_returned returned;
 
 	struct dmu_grant grant;
 	struct list_head granting;	/* cells for grant_work */
@@ -445,6 +461,16 @@ void dmu_force(struct bio *bio);
 void dmu_forced_note(struct dmu_device *dev, struct bio *bio);
 bool dmu_forced_again(struct dmu_device *dev, struct bio *bio);
 void dmu_forced_drop(struct dmu_device *dev);
+
+/* dmu-returned.c: order over a suspend. */
+void dmu_returned_stamp(struct dmu_device *dev, struct bio *bio);
+void dmu_returned_note(struct dmu_device *dev, struct bio *bio);
+void dmu_give_back(struct dmu_device *dev, struct bio *bio);
+int dmu_returned_again(struct dmu_device *dev, struct bio *bio);
+void dmu_returned_collect(struct dmu_device *dev, struct bio_list *bios);
+void dmu_returned_expect(struct dmu_device *dev);
+void dmu_returned_drop(struct dmu_device *dev);
+void dmu_returned_work(struct work_struct *work);
 
 /* dmu-failed.c: writes that have failed. */
 void dmu_failed_note(struct bio *bio);

@@ -36,6 +36,8 @@ static void dmu_device_destroy(struct dmu_device *dev)
 	cancel_work_sync(&dev->grant_work);
 	cancel_work_sync(&dev->fail_work);
 	cancel_delayed_work_sync(&dev->failed.work);
+	cancel_delayed_work_sync(&dev->returned.work);
+	dmu_returned_drop(dev);
 	cancel_work_sync(&dev->flush.work);
 	dmu_epochs_exit(dev);
 	/* The request of a cell may have ended while its work goes on. */
@@ -88,6 +90,10 @@ static void dmu_device_init(struct dmu_device *dev)
 	INIT_LIST_HEAD(&dev->forced);
 	INIT_WORK(&dev->fail_work, dmu_fail_work);
 	INIT_DELAYED_WORK(&dev->failed.work, dmu_failed_work);
+	INIT_LIST_HEAD(&dev->returned.notes);
+	for (i = 0; i < 1 << DMU_RETURNED_BITS; i++)
+		INIT_HLIST_HEAD(&dev->returned.found[i]);
+	INIT_DELAYED_WORK(&dev->returned.work, dmu_returned_work);
 	INIT_LIST_HEAD(&dev->events);
 	init_waitqueue_head(&dev->wait);
 }

@@ -132,7 +132,7 @@ static bool dmu_failed_send(struct dmu_device *dev, struct bio *bio)
 		if (dmu_hold(dev, bio, &requeue))
 			return true;
 		if (requeue) {
-			dmu_end_bio(bio, BLK_STS_DM_REQUEUE);
+			dmu_give_back(dev, bio);
 			return true;
 		}
 		if (dmu_try_issue(dev, bio))
@@ -146,6 +146,7 @@ void dmu_failed_work(struct work_struct *work)
 	struct dmu_device *dev = container_of(failed, struct dmu_device, failed);
 	struct bio_list bios, later = BIO_EMPTY_LIST;
 	struct bio *bio;
+	bool requeue;
 
 	spin_lock_irq(&dev->lock);
 	bios = failed->again;
@@ -158,12 +159,17 @@ void dmu_failed_work(struct work_struct *work)
 		return;
 	spin_lock_irq(&dev->lock);
 	/* A suspend or the administrator may have come for them meanwhile. */
-	if (!dev->requeue && !dev->failing) {
+	requeue = dmu_requeueing(dev);
+	if (!requeue && !dev->failing) {
 		bio_list_merge_head(&failed->again, &later);
 		bio_list_init(&later);
 		mod_delayed_work(dev->wq, &failed->work, HZ / 100);
 	}
 	spin_unlock_irq(&dev->lock);
-	while ((bio = bio_list_pop(&later)))
-		dmu_end_bio(bio, dev->requeue ? BLK_STS_DM_REQUEUE : BLK_STS_IOERR);
+	while ((bio = bio_list_pop(&later))) {
+		if (requeue)
+			dmu_give_back(dev, bio);
+		else
+			dmu_end_bio(bio, BLK_STS_IOERR);
+	}
 }

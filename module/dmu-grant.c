@@ -72,7 +72,7 @@ static void dmu_grant_ask(struct dmu_cell *cell)
 		return;
 	}
 	spin_unlock_irq(&dev->lock);
-	dmu_end_bio(bio, BLK_STS_DM_REQUEUE);
+	dmu_give_back(dev, bio);
 	dmu_process(cell);
 }
 

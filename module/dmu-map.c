@@ -12,9 +12,11 @@ static int dmu_map_held(struct dmu_device *dev, struct bio *bio)
 	dmu_stop(DMU_STOP_HOLDING);
 	if (dmu_hold(dev, bio, &requeue))
 		return DM_MAPIO_SUBMITTED;
-	if (requeue)
-		dmu_stop(DMU_STOP_RETURNING);
-	return requeue ? DM_MAPIO_REQUEUE : -1;
+	if (!requeue)
+		return -1;
+	dmu_returned_note(dev, bio);
+	dmu_stop(DMU_STOP_RETURNING);
+	return DM_MAPIO_REQUEUE;
 }
 
 static int dmu_map_flush(struct dmu_table *table, struct bio *bio)
@@ -166,6 +168,11 @@ int dmu_map(struct dm_target *ti, struct bio *bio)
 	if (bio->bi_opf & REQ_PREFLUSH)
 		return dmu_map_flush(table, bio);
 	bio->bi_iter.bi_sector = dm_target_offset(ti, bio->bi_iter.bi_sector);
+	if (unlikely(!list_empty(&dev->returned.notes))) {
+		result = dmu_returned_again(dev, bio);
+		if (result >= 0)
+			return result;
+	}
 	switch (bio_op(bio)) {
 	case REQ_OP_READ:
 		break;

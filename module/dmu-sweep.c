@@ -73,11 +73,13 @@ void dmu_requeue_all(struct dmu_device *dev)
 	spin_lock_irq(&dev->lock);
 	dev->requeue = true;
 	dmu_collect(dev, &bios);
+	dmu_returned_collect(dev, &bios);
 	spin_unlock_irq(&dev->lock);
 	dmu_stop(DMU_STOP_COLLECTED);
 	while ((bio = bio_list_pop(&bios)))
 		bio_list_add_head(&reversed, bio);
-	dmu_end_list(&reversed, BLK_STS_DM_REQUEUE);
+	while ((bio = bio_list_pop(&reversed)))
+		dmu_give_back(dev, bio);
 }
 
 static void dmu_fail_waiting(struct dmu_device *dev, int error)

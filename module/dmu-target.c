@@ -10,6 +10,7 @@
 #include <linux/ctype.h>
 #include <linux/log2.h>
 #include <linux/module.h>
+#include <linux/sched/signal.h>
 #include <linux/slab.h>
 #include "dmu-core.h"
 
@@ -174,12 +175,37 @@ static void dmu_dtr(struct dm_target *ti)
 	dmu_table_free(table);
 }
 
+/*
+ * A suspend that a signal ends lets the core fail what is on its way back to it just then. Without
+ * flush there is nothing to wait for but the backing devices: signals wait until that is over.
+ */
+static void dmu_signals_block(struct dmu_table *table)
+{
+	sigset_t all;
+
+	sigfillset(&all);
+	/* Another target of the same table has been here. */
+	if (sigequalsets(&current->blocked, &all))
+		return;
+	sigprocmask(SIG_BLOCK, &all, &table->signals);
+	table->blocked = true;
+}
+
+static void dmu_signals_restore(struct dmu_table *table)
+{
+	if (table->blocked)
+		sigprocmask(SIG_SETMASK, &table->signals, NULL);
+	table->blocked = false;
+}
+
 static void dmu_presuspend(struct dm_target *ti)
 {
 	struct dmu_table *table = ti->private;
 
-	if (dm_noflush_suspending(ti))
+	if (dm_noflush_suspending(ti)) {
+		dmu_signals_block(table);
 		dmu_requeue_all(table->dev);
+	}
 	dmu_stop(DMU_STOP_SUSPENDING);
 }
 
@@ -187,9 +213,13 @@ static void dmu_go_on(struct dmu_device *dev, bool whole)
 {
 	spin_lock_irq(&dev->lock);
 	dev->requeue = false;
-	if (!whole)
+	if (whole)
+		dmu_returned_expect(dev);
+	else
 		dmu_forced_drop(dev);
 	spin_unlock_irq(&dev->lock);
+	if (!whole)
+		dmu_returned_drop(dev);
 	queue_work(dev->wq, &dev->flush.work);
 }
 
@@ -197,6 +227,12 @@ static void dmu_presuspend_undo(struct dm_target *ti)
 {
 	dmu_stop(DMU_STOP_UNDOING);
 	dmu_go_on(((struct dmu_table *)ti->private)->dev, false);
+	dmu_signals_restore(ti->private);
+}
+
+static void dmu_postsuspend(struct dm_target *ti)
+{
+	dmu_signals_restore(ti->private);
 }
 
 static void dmu_resume(struct dm_target *ti)
@@ -215,6 +251,8 @@ static int dmu_preresume(struct dm_target *ti)
 	if (error)
 		return error;
 	mutex_lock(&dev->answer_mutex);
+	if (dev->table->ti->begin != ti->begin)
+		dmu_returned_drop(dev);
 	spin_lock_irq(&dev->lock);
 	if (dev->table->ti->begin != ti->begin)
 		dmu_forced_drop(dev);
@@ -328,6 +366,7 @@ static struct target_type dmu_target = {
 	.end_io = dmu_end_io,
 	.presuspend = dmu_presuspend,
 	.presuspend_undo = dmu_presuspend_undo,
+	.postsuspend = dmu_postsuspend,
 	.preresume = dmu_preresume,
 	.resume = dmu_resume,
 	.status = dmu_status,

@@ -6,6 +6,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -272,6 +273,73 @@ static void forced_while_mapped(void)
 	rig_down(&rig);
 }
 
+/* A suspend that a signal is sent to gives back what waits, and loses none of it. */
+static void signal_in_suspend(void)
+{
+	struct rig rig = plain();
+	struct guest *slow, *early, *late;
+	struct dmu_message m;
+	pid_t suspend;
+	int status;
+
+	rig.store_table = "delay %s 0 0 %1$s 0 2000";
+	rig_up(&rig);
+	CHECK(answer(rig.node, map(0, 40, 1, 0, PLACE(40), DMU_WRITABLE)) == 0);
+	slow = begin(&rig, WRITE_IT, 40 * BLOCK, BLOCK, 9);
+	early = begin(&rig, WRITE_IT, 2 * BLOCK, 2, 0x77);
+	m = expect(rig.node, DMU_FAULT);
+	stop_hold("undoing", 1);
+	suspend = start("exec dmsetup suspend --noflush --nolockfs lab");
+	sleep_ms(500);
+	kill(suspend, SIGTERM);
+	sleep_ms(500);
+	/* The core takes requests again before an interrupted suspend is undone. */
+	late = begin(&rig, WRITE_IT, 3 * BLOCK, 2, 0x78);
+	still_waits(late);
+	still_waits(early);
+	stop_release("undoing");
+	CHECK(finished(suspend, 20000, &status), "the suspend does not end");
+	end(slow, 0);
+	CHECK(run("dmsetup resume lab") == 0, "%s", said());
+	answer(rig.node, place(m));
+	serve(&rig, early, 0);
+	serve(&rig, late, 0);
+	rig_down(&rig);
+}
+
+/* Writes of one block keep their order over a suspend that comes between them. */
+static void order_over_suspend(void)
+{
+	struct rig rig = plain();
+	struct guest *first, *second, *third;
+	struct dmu_message m;
+	uint8_t bytes[SECTOR];
+	pid_t suspend;
+	int status;
+
+	rig_up(&rig);
+	first = begin(&rig, WRITE_IT, 4 * BLOCK, 1, 1);
+	m = expect(rig.node, DMU_FAULT);
+	stop_hold("holding", 1);
+	second = begin(&rig, WRITE_IT, 4 * BLOCK, 1, 2);
+	stop_reached("holding", 1);
+	stop_release("suspending");
+	suspend = start("dmsetup suspend --noflush --nolockfs lab");
+	stop_passed("suspending", 1);
+	stop_release("holding");
+	CHECK(finished(suspend, 20000, &status) && status == 0, "dmsetup suspend: %d", status);
+	third = begin(&rig, WRITE_IT, 4 * BLOCK, 1, 3);
+	sleep_ms(50);
+	CHECK(answer(rig.node, place(m)) == 0);
+	CHECK(run("dmsetup resume lab") == 0, "%s", said());
+	serve(&rig, first, 0);
+	serve(&rig, second, 0);
+	serve(&rig, third, 0);
+	peek(rig.store, PLACE(4), 1, bytes);
+	CHECK(bytes[0] == 3, "the last of three writes is write %d", bytes[0]);
+	rig_down(&rig);
+}
+
 const struct scenario stop_scenarios[] = {
 	{ "read-passes-write", read_passes_write },
 	{ "read-passes-granted", read_passes_granted },
@@ -280,6 +348,8 @@ const struct scenario stop_scenarios[] = {
 	{ "others-while-answering", others_while_answering },
 	{ "removed-while-reading", removed_while_reading },
 	{ "forced-while-mapped", forced_while_mapped },
+	{ "signal-in-suspend", signal_in_suspend },
+	{ "order-over-suspend", order_over_suspend },
 	{ "removed-while-ending", removed_while_ending },
 	{ 0 },
 };
