@@ -313,30 +313,32 @@ static void order_over_suspend(void)
 	struct rig rig = plain();
 	struct guest *first, *second, *third;
 	struct dmu_message m;
-	uint8_t bytes[SECTOR];
+	uint8_t bytes[2 * SECTOR];
 	pid_t suspend;
 	int status;
 
 	rig_up(&rig);
-	first = begin(&rig, WRITE_IT, 4 * BLOCK, 1, 1);
+	first = begin(&rig, WRITE_IT, 4 * BLOCK, 2, 1);
 	m = expect(rig.node, DMU_FAULT);
 	stop_hold("holding", 1);
-	second = begin(&rig, WRITE_IT, 4 * BLOCK, 1, 2);
+	second = begin(&rig, WRITE_IT, 4 * BLOCK, 2, 2);
 	stop_reached("holding", 1);
 	stop_release("suspending");
 	suspend = start("dmsetup suspend --noflush --nolockfs lab");
 	stop_passed("suspending", 1);
+	sleep_ms(300);	/* the core takes no more */
 	stop_release("holding");
 	CHECK(finished(suspend, 20000, &status) && status == 0, "dmsetup suspend: %d", status);
-	third = begin(&rig, WRITE_IT, 4 * BLOCK, 1, 3);
+	third = begin(&rig, WRITE_IT, 4 * BLOCK + 1, 1, 3);
 	sleep_ms(50);
 	CHECK(answer(rig.node, place(m)) == 0);
 	CHECK(run("dmsetup resume lab") == 0, "%s", said());
 	serve(&rig, first, 0);
 	serve(&rig, second, 0);
 	serve(&rig, third, 0);
-	peek(rig.store, PLACE(4), 1, bytes);
-	CHECK(bytes[0] == 3, "the last of three writes is write %d", bytes[0]);
+	peek(rig.store, PLACE(4), 2, bytes);
+	CHECK(bytes[0] == 2 && bytes[SECTOR] == 3, "the last writes are %d and %d", bytes[0],
+	      bytes[SECTOR]);
 	rig_down(&rig);
 }
 
