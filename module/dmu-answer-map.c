@@ -84,6 +84,8 @@ static int dmu_remember(struct dmu_device *dev, struct dmu_answer *a, struct dmu
 		error = -EEXIST;
 	else if (placement && a->mark <= dev->last_mark)
 		error = -ERANGE;	/* grants have used it up meanwhile */
+	else if (placement && atomic_read(&dev->uncommitted) >= DMU_MAX_UNCOMMITTED)
+		error = -ENOBUFS;
 	spin_unlock_irq(&dev->lock);
 	if (!error && dmu_extent_conflict(dev, a->block, a->count, word))
 		error = -EEXIST;
@@ -162,7 +164,9 @@ static int dmu_map_read(struct dmu_device *dev, struct dmu_answer *a, struct dmu
 /* The requests that the worker was asked about have left: its placement comes to nothing. */
 static void dmu_map_orphan(struct dmu_device *dev, struct dmu_answer *a, struct dmu_cell *cell)
 {
+	spin_lock_irq(&dev->lock);
 	dmu_map_error(dev, cell->event, a->block, a->mark, ECANCELED);
+	spin_unlock_irq(&dev->lock);
 	cell->event = NULL;
 	dmu_process(cell);
 }

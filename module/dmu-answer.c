@@ -77,6 +77,8 @@ struct bio *dmu_pop_read(struct dmu_cell *cell)
 	else
 		bio = NULL;
 	spin_unlock_irq(&cell->dev->lock);
+	if (bio)
+		dmu_stop(DMU_STOP_POPPED);
 	return bio;
 }
 
@@ -243,7 +245,7 @@ static int dmu_take_dump(struct dmu_device *dev)
 {
 	spin_lock_irq(&dev->lock);
 	dev->dumping = true;
-	dev->dump_next = 0;
+	dev->dump_next = dev->placements.next;
 	dev->dump_last = dev->last_mark;
 	wake_up(&dev->wait);
 	spin_unlock_irq(&dev->lock);

@@ -424,6 +424,22 @@ static void dmu_scatter(struct dmu_cell *cell)
 		dmu_issue(dev, bio, dmu_io(bio)->word, dmu_io(bio)->epoch);
 }
 
+/* Gives up a claimed cell, and its bios back to the core: a suspend wants them. */
+void dmu_return_cell(struct dmu_cell *cell)
+	__releases(&cell->dev->lock)
+{
+	struct dmu_device *dev = cell->dev;
+	struct bio_list bios = cell->bios, reversed = BIO_EMPTY_LIST;
+	struct bio *bio;
+
+	dmu_cell_remove(cell);
+	spin_unlock_irq(&dev->lock);
+	while ((bio = bio_list_pop(&bios)))
+		bio_list_add_head(&reversed, bio);
+	while ((bio = bio_list_pop(&reversed)))
+		dmu_give_back(dev, bio);
+}
+
 /*
  * Serves the queue of a claimed cell as far as the index allows: ends with the cell gone, or
  * asking for its first bio. Process context.
@@ -445,6 +461,10 @@ void dmu_process(struct dmu_cell *cell)
 			return;
 		}
 		if (!dmu_serving(dev, bio)) {
+			if (unlikely(dmu_requeueing(dev))) {
+				dmu_return_cell(cell);
+				return;
+			}
 			if (!dmu_grant_offer(cell))
 				dmu_ask(cell);
 			break;
@@ -477,13 +497,10 @@ void dmu_advance(struct dmu_cell *cell, u64 count)
 	cell->count -= count;
 	bio_list_add_head(&cell->bios, bio);
 	cell->state = DMU_CLAIMED;
-	if (!dmu_requeueing(dev)) {
-		dmu_ask(cell);
-		spin_unlock_irq(&dev->lock);
+	if (dmu_requeueing(dev)) {
+		dmu_return_cell(cell);
 		return;
 	}
-	bio_list_pop(&cell->bios);
+	dmu_ask(cell);
 	spin_unlock_irq(&dev->lock);
-	dmu_give_back(dev, bio);
-	dmu_process(cell);
 }

@@ -72,6 +72,8 @@
 #define DMU_HASH_BITS	10
 #define DMU_POOL_CELLS	256
 #define DMU_MAX_EVENTS	65536
+#define DMU_MAX_UNCOMMITTED	262144	/* placements of a device */
+#define DMU_ASK_COMMIT	65536	/* so many of them are worth a flush of our own */
 
 struct dmu_device;
 struct dmu_index;
@@ -162,6 +164,7 @@ struct dmu_cell {
 struct dmu_placement {
 	struct list_head list;		/* dev->placements, by mark */
 	struct list_head untold;	/* dev->untold, or empty */
+	struct list_head writing;	/* dev->writing while it is in flight */
 	struct rb_node node;		/* dev->placed, by block */
 	u64 block;
 	u64 count;
@@ -194,6 +197,7 @@ struct dmu_flush {
 	u64 id;
 	u64 upto;
 	unsigned long since;
+	bool wanted;			/* a commit that no request waits for */
 	bool told;
 	bool failed;			/* for good, until clear_error */
 	bool failure_told;		/* what the opener knows of that */
@@ -248,6 +252,7 @@ struct dmu_device {
 	unsigned int fault_timeout;
 
 	struct dmu_index __rcu *index;
+	u64 extents;			/* changed under map_mutex */
 	struct mutex map_mutex;
 	struct mutex answer_mutex;
 
@@ -272,6 +277,7 @@ struct dmu_device {
 	u64 next_id;
 
 	struct list_head placements;
+	struct list_head writing;	/* those whose data is still being written, by mark */
 	struct rb_root placed;
 	atomic_t uncommitted;
 	u64 last_mark;
@@ -290,8 +296,8 @@ struct dmu_device {
 	struct list_head events;
 	unsigned int event_count;
 	bool dumping;
-	u64 dump_next;			/* marks from here on are still to be told */
-	u64 dump_last;
+	struct list_head *dump_next;	/* of dev->placements, the first that is still to be told */
+	u64 dump_last;			/* the mark of the last of them */
 
 	bool opened;
 	bool gone;
@@ -392,7 +398,6 @@ static inline s64 dmu_word_shift(unsigned long word)
 int dmu_extent_store(struct dmu_device *dev, u64 block, u64 count, unsigned long word);
 int dmu_extent_erase(struct dmu_device *dev, u64 block, u64 count);
 bool dmu_extent_conflict(struct dmu_device *dev, u64 block, u64 count, unsigned long word);
-u64 dmu_extent_count(struct dmu_device *dev);
 
 /* dmu-index.c: blocks to words. */
 unsigned long dmu_index_lookup(struct dmu_device *dev, u64 block, u64 want, u64 *run);
@@ -413,6 +418,7 @@ struct dmu_cell *dmu_cell_by_id(struct dmu_device *dev, u64 id);
 bool dmu_preparing_overlap(struct dmu_device *dev, u64 block, u64 count,
 			   struct dmu_cell *except, unsigned long word);
 void dmu_cell_remove(struct dmu_cell *cell);
+void dmu_return_cell(struct dmu_cell *cell) __releases(&cell->dev->lock);
 void dmu_process(struct dmu_cell *cell);
 void dmu_ask(struct dmu_cell *cell);
 void dmu_advance(struct dmu_cell *cell, u64 count);
@@ -437,6 +443,7 @@ void dmu_zero_bio(struct dmu_device *dev, struct bio *bio, unsigned long word,
 bool dmu_placed_overlap(struct dmu_device *dev, u64 block, u64 count, unsigned long word,
 			bool same_allowed);
 void dmu_placed_add(struct dmu_device *dev, struct dmu_placement *placement);
+void dmu_placed_written(struct dmu_placement *placement);
 void dmu_placed_drop(struct dmu_device *dev, struct dmu_placement *placement);
 
 /* dmu-grant.c: placements without a question. */

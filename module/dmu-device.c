@@ -85,6 +85,7 @@ static void dmu_device_init(struct dmu_device *dev)
 	INIT_WORK(&dev->grant_work, dmu_grant_work);
 	INIT_LIST_HEAD(&dev->untold);
 	INIT_LIST_HEAD(&dev->placements);
+	INIT_LIST_HEAD(&dev->writing);
 	dev->placed = RB_ROOT;
 	INIT_WORK(&dev->flush.work, dmu_flush_work);
 	INIT_LIST_HEAD(&dev->forced);

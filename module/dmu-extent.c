@@ -17,17 +17,6 @@ unsigned long dmu_word(unsigned int device, bool writable, s64 shift)
 	return ((unsigned long)shift << 6) | (device << 2) | (writable ? 2 : 0) | 1;
 }
 
-/* Maps a run; -ENOMEM, and nothing has changed. */
-int dmu_extent_store(struct dmu_device *dev, u64 block, u64 count, unsigned long word)
-{
-	return dmu_index_set(dev, block, count, word);
-}
-
-int dmu_extent_erase(struct dmu_device *dev, u64 block, u64 count)
-{
-	return dmu_index_set(dev, block, count, 0);
-}
-
 /* The word of a block and how many from it on share a slot: for walking over many. */
 static unsigned long dmu_extent_step(struct dmu_device *dev, u64 block, u64 *run)
 {
@@ -39,6 +28,52 @@ static unsigned long dmu_extent_step(struct dmu_device *dev, u64 block, u64 *run
 	if (!(block & 1023))
 		cond_resched();
 	return word;
+}
+
+/*
+ * How many extents begin from the block on, up to and with the last one. Sets before to the word of
+ * the block in front of it, after to that of the last.
+ */
+static u64 dmu_extent_begins(struct dmu_device *dev, u64 block, u64 last, unsigned long *before,
+			     unsigned long *after)
+{
+	unsigned long at;
+	u64 count = 0, run;
+
+	*before = block ? dmu_extent_step(dev, block - 1, &run) : 0;
+	at = *before;
+	for (; block <= last; block += run) {
+		*after = dmu_extent_step(dev, block, &run);
+		if (*after && *after != at)
+			count++;
+		at = *after;
+	}
+	return count;
+}
+
+/* Maps a run; -ENOMEM, and nothing has changed. */
+int dmu_extent_store(struct dmu_device *dev, u64 block, u64 count, unsigned long word)
+{
+	u64 end = block + count, last = min(end, dev->blocks - 1), extents;
+	unsigned long before, after = 0;
+	int error;
+
+	extents = dev->extents - dmu_extent_begins(dev, block, last, &before, &after);
+	error = dmu_index_set(dev, block, count, word);
+	if (error)
+		return error;
+	/* What begins with the run, which is alike, and what begins behind it. */
+	if (word && word != before)
+		extents++;
+	if (last == end && after && after != word)
+		extents++;
+	WRITE_ONCE(dev->extents, extents);
+	return 0;
+}
+
+int dmu_extent_erase(struct dmu_device *dev, u64 block, u64 count)
+{
+	return dmu_extent_store(dev, block, count, 0);
 }
 
 /*
@@ -57,18 +92,4 @@ bool dmu_extent_conflict(struct dmu_device *dev, u64 block, u64 count, unsigned 
 			return true;
 	}
 	return false;
-}
-
-u64 dmu_extent_count(struct dmu_device *dev)
-{
-	u64 blocks = READ_ONCE(dev->blocks), block, count = 0, run;
-	unsigned long word, before = 0;
-
-	for (block = 0; block < blocks; block += run) {
-		word = dmu_extent_step(dev, block, &run);
-		if (word && word != before)
-			count++;
-		before = word;
-	}
-	return count;
 }

@@ -6,6 +6,7 @@
  * mark, waits until the data of every placement up to there is written, flushes the devices,
  * asks the worker to commit, and ends its requests. With nothing uncommitted it ends after the
  * devices. All steps but the answer are taken by flush.work, which never runs twice at once.
+ * Where much is uncommitted and nobody sends a flush, one runs that no request waits for.
  *
  * A device that failed a flush may have dropped what it was to write: every flush fails from
  * then on, until the administrator says clear_error. EIO of the worker says the same of what it
@@ -83,13 +84,8 @@ static bool dmu_flush_data_done(struct dmu_device *dev)
 {
 	struct dmu_placement *placement;
 
-	list_for_each_entry(placement, &dev->placements, list) {
-		if (placement->mark > dev->flush.upto)
-			break;
-		if (placement->in_flight)
-			return false;
-	}
-	return true;
+	placement = list_first_entry_or_null(&dev->writing, struct dmu_placement, writing);
+	return !placement || placement->mark > dev->flush.upto;
 }
 
 static bool dmu_flush_uncommitted(struct dmu_device *dev)
@@ -148,8 +144,9 @@ void dmu_flush_work(struct work_struct *work)
 	spin_lock_irq(&dev->lock);
 	for (;;) {
 		if (flush->state == DMU_FLUSH_IDLE) {
-			if (bio_list_empty(&flush->waiting))
+			if (bio_list_empty(&flush->waiting) && !flush->wanted)
 				break;
+			flush->wanted = false;
 			flush->active = flush->waiting;
 			bio_list_init(&flush->waiting);
 			if (READ_ONCE(flush->failed)) {

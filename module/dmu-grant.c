@@ -27,7 +27,7 @@ static bool dmu_grant_holds(struct dmu_device *dev, u64 block)
 
 	lockdep_assert_held(&dev->lock);
 	return block - grant->block < grant->count && dev->untold_count < grant->budget &&
-	       !dev->requeue;
+	       !dev->requeue && atomic_read(&dev->uncommitted) < DMU_MAX_UNCOMMITTED;
 }
 
 static unsigned long dmu_grant_lookup(struct dmu_device *dev, u64 block)
@@ -61,19 +61,16 @@ bool dmu_grant_offer(struct dmu_cell *cell)
 static void dmu_grant_ask(struct dmu_cell *cell)
 {
 	struct dmu_device *dev = cell->dev;
-	struct bio *bio = cell->active;
 
 	spin_lock_irq(&dev->lock);
+	bio_list_add_head(&cell->bios, cell->active);
 	cell->active = NULL;
-	if (!dmu_requeueing(dev)) {
-		bio_list_add_head(&cell->bios, bio);
-		dmu_ask(cell);
-		spin_unlock_irq(&dev->lock);
+	if (dmu_requeueing(dev)) {
+		dmu_return_cell(cell);
 		return;
 	}
+	dmu_ask(cell);
 	spin_unlock_irq(&dev->lock);
-	dmu_give_back(dev, bio);
-	dmu_process(cell);
 }
 
 /* Makes the cell one that was answered. Its block is read where from says. */
@@ -136,7 +133,7 @@ static bool dmu_grant_place(struct dmu_cell *cell)
 	spin_unlock_irq(&dev->lock);
 	dmu_stop(DMU_STOP_LISTED);
 	if (placed)
-		WARN_ON(dmu_index_set(dev, cell->block, 1, word));
+		WARN_ON(dmu_extent_store(dev, cell->block, 1, word));
 out:
 	mutex_unlock(&dev->map_mutex);
 	return placed;

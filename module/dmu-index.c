@@ -272,5 +272,5 @@ void dmu_index_free(struct dmu_device *dev)
 
 struct kmem_cache *dmu_index_cache_create(void)
 {
-	return KMEM_CACHE(dmu_index_table, 0);
+	return KMEM_CACHE(dmu_index_table, SLAB_ACCOUNT);
 }

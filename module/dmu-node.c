@@ -54,27 +54,33 @@ void dmu_event_free(struct dmu_device *dev, struct dmu_event *event)
 	kmem_cache_free(dmu_event_cache, event);
 }
 
-/* Queues the event, or drops it when its opener has gone. */
+/* Queues the event, or drops it when its opener has gone. The caller holds dev->lock. */
+static void dmu_event_queue(struct dmu_device *dev, struct dmu_event *event)
+{
+	lockdep_assert_held(&dev->lock);
+	event->after = dev->last_mark;
+	if (dev->opened && !dev->gone && event->session == dev->session) {
+		list_add_tail(&event->list, &dev->events);
+		wake_up(&dev->wait);
+	} else {
+		dev->event_count--;
+		kmem_cache_free(dmu_event_cache, event);
+	}
+}
+
 void dmu_event_post(struct dmu_device *dev, struct dmu_event *event)
 {
 	unsigned long flags;
-	bool post;
 
 	spin_lock_irqsave(&dev->lock, flags);
-	post = dev->opened && !dev->gone && event->session == dev->session;
-	event->after = dev->last_mark;
-	if (post)
-		list_add_tail(&event->list, &dev->events);
+	dmu_event_queue(dev, event);
 	spin_unlock_irqrestore(&dev->lock, flags);
-	if (post)
-		wake_up(&dev->wait);
-	else
-		dmu_event_free(dev, event);
 }
 
 /*
  * Reports that a placement came to nothing. Unlike other events this one concerns whoever is
- * the worker by now: it may have been told of the placement in a dump.
+ * the worker by now: it may have been told of the placement in a dump. The caller holds dev->lock
+ * since it has dropped the placement: who opens after that may give its mark to another one.
  */
 void dmu_map_error(struct dmu_device *dev, struct dmu_event *event, u64 block, u64 mark,
 		   int error)
@@ -86,8 +92,8 @@ void dmu_map_error(struct dmu_device *dev, struct dmu_event *event, u64 block, u
 	event->message.count = 1;
 	event->message.mark = mark;
 	event->message.code = error;
-	event->session = READ_ONCE(dev->session);
-	dmu_event_post(dev, event);
+	event->session = dev->session;
+	dmu_event_queue(dev, event);
 }
 
 /* Reports that a backing device has failed under a request; as far as there is memory. */
@@ -214,15 +220,14 @@ static void dmu_next_dump(struct dmu_device *dev, struct dmu_message *message)
 {
 	struct dmu_placement *placement;
 
-	list_for_each_entry(placement, &dev->placements, list) {
-		if (placement->mark <= dev->dump_next)
-			continue;
-		if (placement->mark > dev->dump_last)
-			break;
-		message->type = DMU_UNCOMMITTED_IS;
-		dmu_tell_placement(dev, placement, message);
-		dev->dump_next = placement->mark;
-		return;
+	if (dev->dump_next != &dev->placements) {
+		placement = list_entry(dev->dump_next, struct dmu_placement, list);
+		if (placement->mark <= dev->dump_last) {
+			message->type = DMU_UNCOMMITTED_IS;
+			dmu_tell_placement(dev, placement, message);
+			dev->dump_next = placement->list.next;
+			return;
+		}
 	}
 	message->type = DMU_DUMP_DONE;
 	message->mark = dev->last_mark;
@@ -323,9 +328,15 @@ static void dmu_untake(struct dmu_device *dev, struct dmu_message *message,
 			break;
 		}
 	} else if (message->type == DMU_UNCOMMITTED_IS) {
-		dev->dump_next = message->mark - 1;
+		while (dev->dumping && dev->dump_next->prev != &dev->placements) {
+			placement = list_entry(dev->dump_next->prev, struct dmu_placement, list);
+			if (placement->mark < message->mark)
+				break;
+			dev->dump_next = &placement->list;
+		}
 	} else if (message->type == DMU_DUMP_DONE) {
 		dev->dumping = true;
+		dev->dump_next = &dev->placements;
 	} else if (message->type == DMU_FLUSH_FAILED) {
 		dev->flush.failure_told = !message->code;
 	} else if (message->type == DMU_WRITES_FAILED) {

@@ -125,7 +125,7 @@ static void dmu_place_done(struct dmu_cell *cell)
 	}
 	spin_lock_irqsave(&dev->lock, flags);
 	if (cell->placement)
-		cell->placement->in_flight = false;
+		dmu_placed_written(cell->placement);
 	cell->placement = NULL;
 	cell->epoch = NULL;
 	cell->event = NULL;
@@ -215,16 +215,14 @@ static void dmu_place_forget(struct dmu_cell *cell)
 	}
 }
 
-/* Says how the placement ended, if anyone is to hear of it. */
-static void dmu_place_tell(struct dmu_cell *cell, int error)
+/* Says that the placement is done, if anyone is to hear of it. */
+static void dmu_place_tell(struct dmu_cell *cell)
 {
 	struct dmu_answer *a = &cell->answer;
 	struct dmu_event *event = cell->event;
 
 	cell->event = NULL;
-	if (error) {
-		dmu_map_error(cell->dev, event, a->block, a->mark, -error);
-	} else if (a->flags & DMU_SYNC) {
+	if (a->flags & DMU_SYNC) {
 		event->message.type = DMU_SYNC_DONE;
 		event->message.id = a->id;
 		event->message.block = a->block;
@@ -264,11 +262,17 @@ void dmu_place_work(struct work_struct *work)
 		if (error)
 			dmu_placed_drop(dev, cell->placement);
 		else
-			cell->placement->in_flight = false;
+			dmu_placed_written(cell->placement);
 		cell->placement = NULL;
 	}
+	if (error) {
+		dmu_map_error(dev, cell->event, a->block, a->mark, -error);
+		cell->event = NULL;
+	}
 	spin_unlock_irq(&dev->lock);
-	dmu_place_tell(cell, error);
+	dmu_stop(DMU_STOP_DROPPED);
+	if (!error)
+		dmu_place_tell(cell);
 	dmu_epoch_leave(cell->epoch);
 	cell->epoch = NULL;
 	cell->error = 0;
@@ -363,13 +367,29 @@ void dmu_placed_add(struct dmu_device *dev, struct dmu_placement *placement)
 	rb_link_node(&placement->node, parent, link);
 	rb_insert_color(&placement->node, &dev->placed);
 	list_add_tail(&placement->list, &dev->placements);
-	atomic_inc(&dev->uncommitted);
+	if (placement->in_flight)
+		list_add_tail(&placement->writing, &dev->writing);
 	dev->last_mark = placement->mark;
+	if (!(atomic_inc_return(&dev->uncommitted) % DMU_ASK_COMMIT)) {
+		dev->flush.wanted = true;
+		queue_work(dev->wq, &dev->flush.work);
+	}
+}
+
+/* Its data is in its place. The caller holds dev->lock. */
+void dmu_placed_written(struct dmu_placement *placement)
+{
+	placement->in_flight = false;
+	list_del(&placement->writing);
 }
 
 void dmu_placed_drop(struct dmu_device *dev, struct dmu_placement *placement)
 {
 	lockdep_assert_held(&dev->lock);
+	if (dev->dumping && dev->dump_next == &placement->list)
+		dev->dump_next = placement->list.next;
+	if (placement->in_flight)
+		list_del(&placement->writing);
 	rb_erase(&placement->node, &dev->placed);
 	dmu_grant_told(dev, placement);
 	list_del(&placement->list);

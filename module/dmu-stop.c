@@ -2,8 +2,9 @@
 /*
  * Stop points, in debug builds only (make DMU_STOP_POINTS=y); see dmu-stop.h.
  *
- *   /sys/module/dm_userspace/parameters/stop     write "hold NAME [COUNT]": the next COUNT threads
- *                                                (1) that come to the point stay there;
+ *   /sys/module/dm_userspace/parameters/stop     write "hold NAME [COUNT [SKIP]]": the next COUNT
+ *                                                threads (1) that come to the point after SKIP
+ *                                                others (0) stay there;
  *                                                "release NAME": they go on, and nobody is held;
  *                                                "release": so at every point.
  *                                                read: a line "NAME WAITING PASSED" for each
@@ -33,6 +34,7 @@ static const char * const dmu_stop_names[DMU_STOPS] = {
 	[DMU_STOP_HOLDING] = "holding",
 	[DMU_STOP_RETURNING] = "returning",
 	[DMU_STOP_CLAIMED] = "claimed",
+	[DMU_STOP_POPPED] = "popped",
 	[DMU_STOP_ANSWERING] = "answering",
 	[DMU_STOP_READING] = "reading",
 	[DMU_STOP_COLLECTED] = "collected",
@@ -42,6 +44,7 @@ static const char * const dmu_stop_names[DMU_STOPS] = {
 	[DMU_STOP_WRITING] = "writing",
 	[DMU_STOP_WRITTEN] = "written",
 	[DMU_STOP_FORGOTTEN] = "forgotten",
+	[DMU_STOP_DROPPED] = "dropped",
 	[DMU_STOP_ENDED] = "ended",
 	[DMU_STOP_SCATTERED] = "scattered",
 	[DMU_STOP_GRANTING] = "granting",
@@ -54,6 +57,7 @@ static const char * const dmu_stop_names[DMU_STOPS] = {
 
 static struct dmu_stop_point {
 	unsigned int hold;		/* so many are to stay */
+	unsigned int skip;		/* after so many */
 	unsigned int released;		/* how often */
 	atomic_t waiting;
 	atomic_t passed;
@@ -115,8 +119,10 @@ void dmu_stop(enum dmu_stop at)
 
 	if (READ_ONCE(point->hold)) {
 		raw_spin_lock_irqsave(&dmu_stop_lock, flags);
-		stay = point->hold;
-		if (stay) {
+		stay = point->hold && !point->skip;
+		if (point->skip) {
+			point->skip--;
+		} else if (stay) {
 			point->hold--;
 			atomic_inc(&point->waiting);
 		}
@@ -136,18 +142,29 @@ static void dmu_stop_release(struct dmu_stop_point *point)
 
 	raw_spin_lock_irqsave(&dmu_stop_lock, flags);
 	point->hold = 0;
+	point->skip = 0;
 	WRITE_ONCE(point->released, point->released + 1);
 	atomic_set(&point->passed, 0);
+	raw_spin_unlock_irqrestore(&dmu_stop_lock, flags);
+}
+
+static void dmu_stop_hold(struct dmu_stop_point *point, unsigned int count, unsigned int skip)
+{
+	unsigned long flags;
+
+	raw_spin_lock_irqsave(&dmu_stop_lock, flags);
+	point->skip = skip;
+	WRITE_ONCE(point->hold, count);
 	raw_spin_unlock_irqrestore(&dmu_stop_lock, flags);
 }
 
 static int dmu_stop_set(const char *value, const struct kernel_param *param)
 {
 	char verb[8] = "", name[16] = "";
-	unsigned int count = 1, i;
+	unsigned int count = 1, skip = 0, i;
 	bool known = false;
 
-	if (sscanf(value, "%7s %15s %u", verb, name, &count) < 1)
+	if (sscanf(value, "%7s %15s %u %u", verb, name, &count, &skip) < 1)
 		return -EINVAL;
 	for (i = 0; i < DMU_STOPS; i++) {
 		if (*name && strcmp(name, dmu_stop_names[i]))
@@ -156,7 +173,7 @@ static int dmu_stop_set(const char *value, const struct kernel_param *param)
 		if (!strcmp(verb, "release"))
 			dmu_stop_release(&dmu_stop_points[i]);
 		else if (!strcmp(verb, "hold") && *name)
-			WRITE_ONCE(dmu_stop_points[i].hold, count);
+			dmu_stop_hold(&dmu_stop_points[i], count, skip);
 		else
 			known = false;
 	}

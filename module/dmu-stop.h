@@ -11,6 +11,7 @@ enum dmu_stop {
 	DMU_STOP_HOLDING,	/* the index serves it not: it is about to be queued */
 	DMU_STOP_RETURNING,	/* a suspend wants it back: it is about to go */
 	DMU_STOP_CLAIMED,	/* an answer has its cell, not yet the cell's request */
+	DMU_STOP_POPPED,	/* an answer has taken a read, which it has not served yet */
 	DMU_STOP_ANSWERING,	/* answer_mutex is held, an answer is about to be read */
 	DMU_STOP_READING,	/* a message is taken, not yet copied to the reader */
 	DMU_STOP_COLLECTED,	/* what waits is taken away, and has not ended yet */
@@ -20,6 +21,7 @@ enum dmu_stop {
 	DMU_STOP_WRITING,	/* a place is prepared, the write is about to be sent */
 	DMU_STOP_WRITTEN,	/* it is done, the cell stands */
 	DMU_STOP_FORGOTTEN,	/* a failed place is out of the index, its placement listed still */
+	DMU_STOP_DROPPED,	/* the placement is dropped, the request has not ended yet */
 	DMU_STOP_ENDED,		/* the request of a cell has ended, its cell stands */
 	DMU_STOP_SCATTERED,	/* a cell is gone, its requests are about to be sent */
 	DMU_STOP_GRANTING,	/* a cell is about to be placed by a grant */

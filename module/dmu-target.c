@@ -278,7 +278,7 @@ static void dmu_status(struct dm_target *ti, status_type_t type, unsigned int fl
 	switch (type) {
 	case STATUSTYPE_INFO:
 		DMEMIT("%s %d:%d %s %llu %d %d %s", dev->name, dev->major, dev->minor,
-		       dev->opened ? "worker" : "no-worker", dmu_extent_count(dev),
+		       dev->opened ? "worker" : "no-worker", READ_ONCE(dev->extents),
 		       atomic_read(&dev->uncommitted), atomic_read(&dev->busy),
 		       READ_ONCE(dev->flush.failed) ? "flush-failed" : "ok");
 		break;
@@ -389,9 +389,9 @@ static int __init dmu_init(void)
 {
 	int error = -ENOMEM;
 
-	dmu_cell_cache = KMEM_CACHE(dmu_cell, 0);
-	dmu_event_cache = KMEM_CACHE(dmu_event, 0);
-	dmu_placement_cache = KMEM_CACHE(dmu_placement, 0);
+	dmu_cell_cache = KMEM_CACHE(dmu_cell, SLAB_ACCOUNT);
+	dmu_event_cache = KMEM_CACHE(dmu_event, SLAB_ACCOUNT);
+	dmu_placement_cache = KMEM_CACHE(dmu_placement, SLAB_ACCOUNT);
 	dmu_index_cache = dmu_index_cache_create();
 	if (!dmu_cell_cache || !dmu_event_cache || !dmu_placement_cache || !dmu_index_cache)
 		goto no_caches;

@@ -342,6 +342,74 @@ static void order_over_suspend(void)
 	rig_down(&rig);
 }
 
+/* A read that an answer could not serve is given back as well when a suspend has come meanwhile. */
+static void put_back_in_suspend(void)
+{
+	struct rig rig = plain();
+	struct answering *answering;
+	struct guest *one, *other;
+	static uint8_t bytes[2 * SECTOR];
+	struct dmu_message m;
+	pid_t suspend;
+	int status;
+
+	memset(bytes, 0x55, sizeof(bytes));
+	rig_up(&rig);
+	one = begin(&rig, READ_IT, 3 * BLOCK, 2, 0);
+	m = expect(rig.node, DMU_FAULT);
+	other = begin(&rig, READ_IT, 3 * BLOCK + 8, 2, 0);
+	still_waits(other);
+	stop_hold_later("popped", 1);
+	answering = begin_answer(rig.node, (struct dmu_answer){ .type = DMU_DATA, .id = m.id,
+				 .address = (uintptr_t)bytes, .length = sizeof(bytes) });
+	stop_reached("popped", 1);
+	end(one, 0);
+	check_fill(one, 0, 2 * SECTOR, 0x55);
+	stop_release("suspending");
+	suspend = start("exec dmsetup suspend --noflush --nolockfs lab");
+	stop_passed("suspending", 1);
+	stop_release("popped");
+	end_answer(answering, 0);
+	CHECK(finished(suspend, 10000, &status) && status == 0, "the suspend waits for the worker");
+	CHECK(run("dmsetup resume lab") == 0, "%s", said());
+	serve(&rig, other, 0);
+	check_bytes(other, 0, 2 * SECTOR, 0, (3 * BLOCK + 8) * SECTOR);
+	rig_down(&rig);
+}
+
+/* A new worker does not hear of another one's failed placement under a mark that it has given. */
+static void mark_of_another(void)
+{
+	struct rig rig = plain();
+	struct dmu_message m;
+	struct dmu_answer a;
+	struct guest *w;
+
+	rig.store_table = "error";
+	rig_up(&rig);
+	w = begin(&rig, WRITE_IT, 0, BLOCK, 1);
+	m = expect(rig.node, DMU_FAULT);
+	a = map(m.id, 0, 1, 0, PLACE(0), DMU_WRITABLE | DMU_HOLD_FLUSH);
+	a.mark = 7;
+	stop_hold("dropped", 1);
+	CHECK(answer(rig.node, a) == 0);
+	stop_reached("dropped", 1);
+	close(rig.node);
+	rig.node = open(NODE, O_RDWR | O_CLOEXEC);
+	CHECK(rig.node >= 0, "errno %d", errno);
+	CHECK(answer(rig.node, (struct dmu_answer){ .type = DMU_DUMP }) == 0);
+	m = expect(rig.node, DMU_DUMP_DONE);
+	a = map(0, 9, 1, 0, PLACE(9), DMU_WRITABLE | DMU_HOLD_FLUSH);
+	a.mark = m.mark + 7;
+	CHECK(answer(rig.node, a) == 0);
+	stop_release("dropped");
+	end(w, EIO);
+	while (next_message(rig.node, &m, 200))
+		CHECK(m.type != DMU_MAP_ERROR || m.mark != a.mark, "mark %llu of block %llu",
+		      (unsigned long long)m.mark, (unsigned long long)m.block);
+	rig_down(&rig);
+}
+
 const struct scenario stop_scenarios[] = {
 	{ "read-passes-write", read_passes_write },
 	{ "read-passes-granted", read_passes_granted },
@@ -352,6 +420,8 @@ const struct scenario stop_scenarios[] = {
 	{ "forced-while-mapped", forced_while_mapped },
 	{ "signal-in-suspend", signal_in_suspend },
 	{ "order-over-suspend", order_over_suspend },
+	{ "put-back-in-suspend", put_back_in_suspend },
+	{ "mark-of-another", mark_of_another },
 	{ "removed-while-ending", removed_while_ending },
 	{ 0 },
 };

@@ -54,6 +54,14 @@ void stop_hold(const char *point, int count)
 	put("stop", text);
 }
 
+void stop_hold_later(const char *point, int skip)
+{
+	char text[64];
+
+	snprintf(text, sizeof(text), "hold %s 1 %d", point, skip);
+	put("stop", text);
+}
+
 void stop_release(const char *point)
 {
 	char text[64];

@@ -7,6 +7,7 @@
 #include "lab.h"
 
 void stop_hold(const char *point, int count);	/* the next count threads stay there */
+void stop_hold_later(const char *point, int skip);	/* one that comes after so many others */
 void stop_release(const char *point);
 void stop_reached(const char *point, int count);	/* waits until so many are there */
 void stop_passed(const char *point, int count);	/* until so many have passed since the release */
