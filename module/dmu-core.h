@@ -251,8 +251,8 @@ struct dmu_device {
 	u64 blocks;
 	unsigned int fault_timeout;
 
-	struct dmu_index __rcu *index;
-	u64 extents;			/* changed under map_mutex */
+	struct dmu_index __rcu *index;	/* on a line that is read only */
+	u64 extents ____cacheline_aligned_in_smp;	/* changed under map_mutex */
 	struct mutex map_mutex;
 	struct mutex answer_mutex;
 
@@ -263,9 +263,10 @@ struct dmu_device {
 	bool turning;
 	struct work_struct epoch_work;
 
-	spinlock_t lock;
-	atomic_t busy;			/* cells and deferred bios */
+	/* Every request reads these; the lock is not on their line. */
+	atomic_t busy ____cacheline_aligned_in_smp;	/* cells and deferred bios */
 	unsigned int removals;		/* of cells, so far */
+	spinlock_t lock ____cacheline_aligned_in_smp;
 	struct hlist_head by_block[1 << DMU_HASH_BITS];
 	struct hlist_head by_id[1 << DMU_HASH_BITS];
 	struct list_head cells;

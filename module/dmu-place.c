@@ -19,14 +19,27 @@ static struct block_device *dmu_bdev(struct dmu_device *dev, unsigned int device
 
 static void dmu_place_write(struct dmu_cell *cell);
 
+static void dmu_place_write_work(struct work_struct *work)
+{
+	struct dmu_cell *cell = container_of(work, struct dmu_cell, work);
+
+	INIT_WORK(&cell->work, dmu_place_work);
+	dmu_place_write(cell);
+}
+
 static void dmu_place_put(struct dmu_cell *cell)
 {
 	if (!atomic_dec_and_test(&cell->pending))
 		return;
-	if (cell->type == DMU_FAULT && !cell->error)
-		dmu_place_write(cell);
-	else
-		queue_work(cell->dev->wq, &cell->work);
+	if (cell->type == DMU_FAULT && !cell->error) {
+		if (bio_op(cell->active) != REQ_OP_WRITE_ZEROES) {
+			dmu_place_write(cell);
+			return;
+		}
+		/* kcopyd's thread must not wait for a job of kcopyd's. */
+		INIT_WORK(&cell->work, dmu_place_write_work);
+	}
+	queue_work(cell->dev->wq, &cell->work);
 }
 
 static void dmu_place_copied(int read_error, unsigned long write_error, void *context)

@@ -27,7 +27,7 @@
 #include "dmu-core.h"
 
 #define DMU_STOP_MOST	(20ULL * NSEC_PER_SEC)
-#define DMU_SPIN_MOST	50	/* microseconds of a delay that spins */
+#define DMU_SPIN_MOST	50	/* microseconds of a delay with interrupts off */
 
 static const char * const dmu_stop_names[DMU_STOPS] = {
 	[DMU_STOP_LOOKED] = "looked",
@@ -104,10 +104,16 @@ static void dmu_stop_delayed(unsigned int most)
 	if (every > 1 && chance % every)
 		return;
 	chance = (chance >> 8) % most + 1;
-	if (!dmu_stop_sleeps())
-		udelay(min_t(unsigned int, chance, DMU_SPIN_MOST));
-	else
+	if (dmu_stop_sleeps()) {
 		usleep_range(chance, chance + 10);
+		return;
+	}
+	if (irqs_disabled())
+		chance = min_t(unsigned int, chance, DMU_SPIN_MOST);
+	/* Not in one piece: udelay() takes no more than some milliseconds. */
+	for (; chance > 100; chance -= 100)
+		udelay(100);
+	udelay(chance);
 }
 
 void dmu_stop(enum dmu_stop at)

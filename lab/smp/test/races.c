@@ -22,12 +22,14 @@
 #define BLOCKS 40
 #define SECTORS (BLOCKS * BLOCK)
 #define PLACE(block) (32 * BLOCK + (block) * BLOCK)
+#define OTHER(block) (64 * BLOCK + SECTORS + (block) * BLOCK)
 #define GUESTS 4
 #define ROUND 20
 
 static struct rig rig;
 static volatile bool over;
-static volatile unsigned int reads, writes, failures, deaths, suspends, reloads, sweeps, removals;
+static volatile unsigned int reads, writes, failures, deaths, suspends, reloads, sweeps, removals,
+	moves;
 
 static uint64_t draw(uint64_t *state)
 {
@@ -152,80 +154,102 @@ static void *guest_main(void *argument)
 	return NULL;
 }
 
-/* The worker and what it knows: a block's place is its own. */
+/*
+ * The worker and what it knows. A block is in the base, or in one of two places, from which it
+ * moves to the other one, again and again: INVALIDATE; when that is through the block is mapped to
+ * be read, and the next write goes to the other place, carrying the block along.
+ */
 static struct {
-	bool placed[BLOCKS], committed[BLOCKS];
+	uint64_t at[BLOCKS], committed[BLOCKS];	/* sectors of the store, 0: in the base */
 	uint64_t mark[BLOCKS];
+	bool leaving[BLOCKS];			/* INVALIDATE is under way */
+	bool moves[BLOCKS];			/* it is mapped nowhere to be written */
 	uint64_t last_mark;
-	bool granting;
 } format;
 
 static struct dmu_answer place(struct dmu_message *m)
 {
-	struct dmu_answer a = map(m->id, m->block, 1, 0, PLACE(m->block), DMU_WRITABLE);
+	uint64_t block = m->block, at = format.at[block];
+	struct dmu_answer a = map(m->id, block, 1, 0, at, DMU_WRITABLE);
 
-	if (format.placed[m->block])
+	if (at && !format.moves[block])
 		return a;
-	format.last_mark += format.granting ? 1 << 20 : 1;
-	a.mark = format.last_mark;
+	a.sector = at == PLACE(block) ? OTHER(block) : PLACE(block);
+	a.mark = ++format.last_mark;
 	a.flags |= DMU_HOLD_FLUSH | DMU_COPY_FIRST;
-	a.from_device = 1;
-	a.from_sector = m->block * BLOCK;
+	a.from_device = at ? 0 : 1;
+	a.from_sector = at ? at : block * BLOCK;
 	return a;
 }
 
 static void answer_fault(int node, struct dmu_message *m)
 {
+	uint64_t block = m->block, at = format.at[block];
 	struct dmu_answer a;
 	int result;
 
-	if (!(m->flags & DMU_WRITE) && !format.placed[m->block])
-		a = map(m->id, m->block, 1, 1, m->block * BLOCK, DMU_TEMPORARY);
-	else
+	format.leaving[block] = false;
+	if (m->flags & DMU_WRITE)
 		a = place(m);
+	else if (at)
+		a = map(m->id, block, 1, 0, at, format.moves[block] ? 0 : DMU_WRITABLE);
+	else
+		a = map(m->id, block, 1, 1, block * BLOCK, block % 2 ? DMU_TEMPORARY : 0);
 	result = answer(node, a);
 	/* Whoever asked may have been failed meanwhile. */
 	CHECK(result == 0 || result == -ENOENT, "MAP of block %llu: %d",
-	      (unsigned long long)m->block, result);
-	if (!result && a.mark) {
-		format.placed[m->block] = true;
-		format.mark[m->block] = a.mark;
-	}
+	      (unsigned long long)block, result);
+	if (result || !a.mark)
+		return;
+	moves++;
+	format.moves[block] = false;
+	format.at[block] = a.sector;
+	format.mark[block] = a.mark;
 }
 
 static void take(int node, struct dmu_message *m)
 {
-	uint64_t i;
+	uint64_t block = m->block, i;
 
 	switch (m->type) {
 	case DMU_FAULT:
 		answer_fault(node, m);
 		break;
 	case DMU_FLUSH:
+		/* Whoever asked may have been failed: then all of it is uncommitted still. */
+		if (answer(node, (struct dmu_answer){ .type = DMU_FLUSH_DONE, .id = m->id }))
+			break;
 		for (i = 0; i < BLOCKS; i++)
-			format.committed[i] |= format.placed[i] && format.mark[i] <= m->mark;
-		answer(node, (struct dmu_answer){ .type = DMU_FLUSH_DONE, .id = m->id });
+			if (format.at[i] != format.committed[i] && format.mark[i] <= m->mark)
+				format.committed[i] = format.at[i];
 		break;
-	case DMU_PLACED:
 	case DMU_UNCOMMITTED_IS:
-		format.placed[m->block] = true;
-		format.mark[m->block] = m->mark;
+		format.at[block] = m->sector;
+		format.mark[block] = m->mark;
 		if (m->mark > format.last_mark)
 			format.last_mark = m->mark;
 		break;
 	case DMU_MAP_ERROR:
-		if (!format.committed[m->block] && format.mark[m->block] == m->mark)
-			format.placed[m->block] = false;
+		if (format.mark[block] != m->mark || format.at[block] == format.committed[block])
+			break;
+		format.at[block] = format.committed[block];
+		format.moves[block] = format.at[block];
+		break;
+	case DMU_INVALIDATE_DONE:
+		if (!format.leaving[block])
+			break;
+		format.leaving[block] = false;
+		format.moves[block] = true;
+		answer(node, map(0, block, 1, 0, format.at[block], 0));
 		break;
 	default:
 		break;
 	}
 }
 
-/* A worker's beginning: what is uncommitted, and, now and then, a grant. */
-static int open_node(uint64_t *state)
+/* A worker's beginning: what is uncommitted. */
+static int open_node(void)
 {
-	struct dmu_answer a = { .type = DMU_DUMP };
 	struct dmu_message m = { 0 };
 	uint64_t i;
 	int node;
@@ -235,48 +259,45 @@ static int open_node(uint64_t *state)
 		CHECK(errno == EBUSY, "errno %d", errno);
 		sleep_ms(1);
 	}
-	for (i = 0; i < BLOCKS; i++)
-		format.placed[i] = format.committed[i];
-	format.granting = false;
-	CHECK(answer(node, a) == 0);
+	for (i = 0; i < BLOCKS; i++) {
+		format.at[i] = format.committed[i];
+		format.leaving[i] = format.moves[i] = false;
+	}
+	CHECK(answer(node, (struct dmu_answer){ .type = DMU_DUMP }) == 0);
 	while (m.type != DMU_DUMP_DONE) {
 		CHECK(next_message(node, &m, 20000), "a dump does not end");
 		take(node, &m);
 	}
 	if (m.mark > format.last_mark)
 		format.last_mark = m.mark;
-	if (draw(state) % 2)
-		return node;
-	a = (struct dmu_answer){ .type = DMU_GRANT, .count = BLOCKS, .sector = PLACE(0),
-				 .length = 8 };
-	CHECK(answer(node, a) == 0);
-	format.granting = true;
-	for (i = 0; i < BLOCKS; i++) {
-		int result = format.placed[i] ? 0 : answer(node, map(0, i, 1, 1, i * BLOCK, 0));
-
-		CHECK(!result || result == -EEXIST, "%d", result);
-	}
 	return node;
+}
+
+static void leave_place(int node, uint64_t block)
+{
+	if (!format.at[block] || format.at[block] != format.committed[block] ||
+	    format.leaving[block] || format.moves[block])
+		return;
+	CHECK(answer(node, (struct dmu_answer){ .type = DMU_INVALIDATE, .block = block,
+						.count = 1 }) == 0);
+	format.leaving[block] = true;
 }
 
 static void *worker_main(void *argument)
 {
 	uint64_t state = *(uint64_t *)argument;
-	int node = open_node(&state);
+	int node = open_node();
 	struct dmu_message m;
 
 	while (!over) {
-		if (next_message(node, &m, 20))
+		if (next_message(node, &m, 5))
 			take(node, &m);
-		m.block = draw(&state) % BLOCKS;
-		if (draw(&state) % 64 == 0 && format.committed[m.block])
-			CHECK(answer(node, (struct dmu_answer){ .type = DMU_INVALIDATE,
-				     .block = m.block, .count = 1 }) == 0);
-		if (draw(&state) % 24)
+		leave_place(node, draw(&state) % BLOCKS);
+		if (draw(&state) % 200)
 			continue;
 		close(node);
 		deaths++;
-		node = open_node(&state);
+		node = open_node();
 	}
 	close(node);
 	return NULL;
@@ -320,9 +341,9 @@ static void *sweep_main(void *argument)
 }
 
 /* The whole disk, when nothing is under way: what the last worker serves. */
-static void look_at_all(uint64_t *state)
+static void look_at_all(void)
 {
-	int node = open_node(state);
+	int node = open_node();
 	struct guest *g = begin(&rig, READ_IT, 0, SECTORS, 0);
 	struct dmu_message m;
 	uint64_t i;
@@ -372,9 +393,9 @@ static void race(bool sweep)
 		pthread_join(guests[i].thread, NULL);
 	CHECK(sweep || failures <= GUESTS, "%u requests have failed", failures);
 	stop_delay(0, 4);
-	look_at_all(&states[0]);
-	printf("# %u reads, %u writes, %u failed; %u deaths, %u suspends, %u reloads, %u sweeps\n",
-	       reads, writes, failures, deaths, suspends, reloads, sweeps);
+	look_at_all();
+	printf("# %u reads, %u writes, %u failed, %u moves; %u deaths, %u suspends, %u reloads, "
+	       "%u sweeps\n", reads, writes, failures, moves, deaths, suspends, reloads, sweeps);
 	rig_down(&rig);
 }
 
