@@ -44,6 +44,7 @@ bool dmu_failed_hold(struct dmu_device *dev, struct bio *bio, int error)
 	if (held) {
 		bio->bi_status = BLK_STS_OK;
 		bio->bi_iter = dmu_io(bio)->iter;
+		dmu_io(bio)->arrival = 0;
 		bio_list_add(&failed->bios, bio);
 		failed->error = error;
 		if (failed->state == DMU_FAILED_IDLE) {

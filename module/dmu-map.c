@@ -162,6 +162,7 @@ int dmu_map(struct dm_target *ti, struct bio *bio)
 
 	io->dev = dev;
 	io->epoch = NULL;
+	io->arrival = 0;
 	io->forced = 0;
 	io->written = false;
 	io->passed = false;

@@ -26,6 +26,7 @@ struct dmu_note {
 	const struct bio_vec *vecs;
 	u64 sector;
 	unsigned int count;
+	blk_opf_t op;
 	u64 arrival;
 	struct bio *bio;		/* has come again, and waits for an earlier one */
 	struct list_head turn;		/* of that one's behind */
@@ -46,16 +47,18 @@ static struct dmu_note *dmu_note_find(struct dmu_device *dev, struct bio *bio)
 	lockdep_assert_held(&dev->lock);
 	hlist_for_each_entry(note, dmu_note_bucket(dev, bio), node)
 		if (note->vecs == bio->bi_io_vec && note->sector == bio->bi_iter.bi_sector &&
-		    (note->vecs || note->count == bio_sectors(bio)) && !note->bio)
+		    note->op == (bio->bi_opf & REQ_OP_MASK) && !note->bio &&
+		    (note->vecs || note->count == bio_sectors(bio)))
 			return note;
 	return NULL;
 }
 
-/* Says that a request comes to wait; under dev->lock. */
+/* A request comes to wait, now or in the turn that it had before; under dev->lock. */
 void dmu_returned_stamp(struct dmu_device *dev, struct bio *bio)
 {
 	lockdep_assert_held(&dev->lock);
-	dmu_io(bio)->arrival = ++dev->returned.arrivals;
+	if (!dmu_io(bio)->arrival)
+		dmu_io(bio)->arrival = ++dev->returned.arrivals;
 }
 
 /* Whether it has an order: it is within one block, or a discard of whole ones. */
@@ -83,6 +86,7 @@ void dmu_returned_note(struct dmu_device *dev, struct bio *bio)
 	note->vecs = bio->bi_io_vec;
 	note->sector = bio->bi_iter.bi_sector;
 	note->count = bio_sectors(bio);
+	note->op = bio->bi_opf & REQ_OP_MASK;
 	note->arrival = dmu_io(bio)->arrival;
 	note->bio = NULL;
 	INIT_LIST_HEAD(&note->turn);
@@ -150,6 +154,7 @@ static void dmu_returned_turn(struct dmu_device *dev, struct dmu_note *note,
 			list_move_tail(&note->turn, &before->behind);
 			continue;
 		}
+		dmu_io(note->bio)->arrival = note->arrival;
 		bio_list_add(ready, note->bio);
 		list_del(&note->turn);
 		list_splice_tail(&note->behind, &turn);
@@ -214,8 +219,10 @@ static void dmu_returned_clear(struct dmu_device *dev, struct bio_list *bios)
 
 	lockdep_assert_held(&dev->lock);
 	list_for_each_entry_safe(note, next, &dev->returned.notes, list) {
-		if (note->bio)
+		if (note->bio) {
+			dmu_io(note->bio)->arrival = note->arrival;
 			bio_list_add(bios, note->bio);
+		}
 		dmu_note_drop(note);
 	}
 }
