@@ -85,6 +85,8 @@ install: ## install into $(DESTDIR)$(PREFIX), etc. into $(DESTDIR)/etc
 	install -m 755 hotplug/block-dmu $(DESTDIR)/etc/xen/scripts/
 	install -m 644 etc/dmu-xen.toml $(DESTDIR)/etc/
 	install -m 644 etc/systemd/*.service $(DESTDIR)/lib/systemd/system/
+	install -D -m 644 -t $(DESTDIR)/usr/lib/udev/rules.d etc/09-dmu-xen.rules
+	install -D -m 644 -t $(DESTDIR)/usr/lib/modprobe.d etc/modprobe.d/dmu-xen.conf
 	install -d -m 755 $(DESTDIR)$(PREFIX)/lib/dmu-xen/plugins
 	install -d -m 755 $(DESTDIR)/var/lib/dmu-xen
 	install -D -m 644 Sources/CPlugin/include/dmu_plugin.h $(DESTDIR)$(PREFIX)/include/dmu_plugin.h

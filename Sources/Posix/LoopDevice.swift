@@ -7,6 +7,7 @@
 // - A device keeps the length that its file had when it got it. A file that shall grow is
 //   therefore made longer for that moment: its device then has room ahead, and the file grows
 //   as it is written. Whoever lets it be written there sees to it that the file is as long.
+// - A device is marked for udev before it is given its file (LoopMarks).
 
 internal import CLinux
 import Glibc
@@ -29,7 +30,7 @@ public struct LoopDevice: ~Copyable, Sendable {
   }
 
   /// Takes the file from a loop device of somebody else, at once or with its last close. Throws the
-  /// errno of open(2), and ENXIO for one without a file.
+  /// errno of open(2), and ENXIO for one without a file. Its mark goes with the next sweep.
   public static func release(_ path: String) throws(IOError) {
     let device = try Descriptor(path: path, flags: O_RDONLY)
     guard dmu_loop_clear(device.raw) == 0 else { throw IOError.last("give back", path) }
@@ -110,7 +111,24 @@ public struct LoopDevice: ~Copyable, Sendable {
       guard number >= 0 else { throw IOError.last("find a free loop device for", name) }
       let node = "/dev/loop\(number)"
       let device = try Descriptor(path: node, flags: readOnly ? O_RDONLY : O_RDWR)
-      if try Self.configure(device, file, flags, sector, name) { return Made(number, device) }
+      let mark = try LoopMarks.host.mark(number)
+      guard try backing(of: device.raw, name) == nil else {
+        // An older mark is that of another process, which has made this device meanwhile.
+        if mark.isNew { try mark.remove() }
+        continue
+      }
+      let isMade: Bool
+      do throws(IOError) {
+        isMade = try Self.configure(device, file, flags, sector, name)
+      } catch {
+        mark.giveUp()
+        throw error
+      }
+      if isMade {
+        mark.keepUntilHere()
+        return Made(number, device)
+      }
+      try mark.remove()
     }
     throw IOError(EBUSY, "find a free loop device for", name)
   }

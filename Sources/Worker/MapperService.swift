@@ -148,6 +148,7 @@ struct ByMapper {
             + "unmount it and remove it (dmsetup remove), or start cowd again to go on")
       }
     }
+    sweep()
   }
 
   /// Removes what could not be brought into use; why it could not is the error, not this.
@@ -159,6 +160,14 @@ struct ByMapper {
 
   private func remove() throws(WorkerError) {
     try mapping { () throws(DeviceMapperError) in try device.device.remove(patient: true) }
+    sweep()
+  }
+
+  /// Removes the marks of the device's loop devices, which have gone with it.
+  private func sweep() {
+    do throws(IOError) { try LoopMarks.host.sweep() } catch {
+      log(.warning, "a mark of a loop device is left behind", ["error": "\(error)"])
+    }
   }
 }
 

@@ -53,7 +53,7 @@ public struct Doctor: Sendable {
   private let configurationPath: String
   private let socket: String?
   /// Stands before every path, in tests.
-  private let root: String
+  let root: String
 
   /// A doctor for the host, with the daemon of a configuration file or of a socket.
   public init(configurationPath: String, socket: String?, root: String = "") {
@@ -122,6 +122,7 @@ public struct Doctor: Sendable {
     findings.append(module("xen_blkback", "xen-blkback", "guests' disks"))
     findings += devices(configuration.transport)
     findings += [script(), worker(configuration), runDirectory(configuration)]
+    findings += probing()
     findings.append(blkfront())
     let daemon = daemon(configuration)
     findings.append(daemon)

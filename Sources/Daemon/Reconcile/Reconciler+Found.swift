@@ -210,6 +210,7 @@ extension Reconciler {
         try mapper.failFaults(id)
         try mapper.remove(id, deferred: false)
       }
+      await sweepLoopMarks()
     } catch {
       log.error(
         "cannot end a device of no disk",

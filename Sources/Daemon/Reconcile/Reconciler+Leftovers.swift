@@ -73,7 +73,8 @@ extension Reconciler {
       }
     case "loop-device":
       for (path, _) in await strayLoops() where path == subject {
-        return try await blocking { () throws(IOError) in try LoopDevice.release(path) }
+        try await blocking { () throws(IOError) in try LoopDevice.release(path) }
+        return await sweepLoopMarks()
       }
     case "worker":
       let limit = configuration.stopTimeout
@@ -119,6 +120,18 @@ extension Reconciler {
         else { return nil }
         return ("/dev/" + name, file)
       }
+    }
+  }
+
+  /// Removes the marks of loop devices that are no more (LoopMarks). Another owner of such a
+  /// device wants udev to probe it.
+  func sweepLoopMarks() async {
+    do throws(IOError) {
+      try await offload.run { () throws(IOError) in try LoopMarks.host.sweep() }
+    } catch {
+      log.warning(
+        "marks of loop devices are left: udev will not probe what gets these devices next",
+        metadata: ["error": "\(error)"])
     }
   }
 

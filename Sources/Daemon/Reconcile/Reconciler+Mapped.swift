@@ -174,6 +174,7 @@ extension Reconciler {
     try await mapping.run { () throws(DeviceMapperError) in
       try mapper.remove(id, deferred: false)
     }
+    await sweepLoopMarks()
   }
 
   /// Makes sure that a device holds nothing that is not in its image.
