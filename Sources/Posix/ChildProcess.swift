@@ -245,7 +245,15 @@ public struct Command: Sendable {
       }
     }
     guard code == 0 else { throw IOError(code, "start", path) }
-    return try ProcessHandle(pid: pid)
+    do throws(IOError) {
+      return try ProcessHandle(pid: pid)
+    } catch {
+      // Without a handle nobody could end it later.
+      kill(pid, SIGKILL)
+      var status: Int32 = 0
+      while waitpid(pid, &status, 0) < 0, errno == EINTR {}
+      throw error
+    }
   }
 }
 

@@ -377,7 +377,7 @@ func inWorld(
     try await body(world)
   } catch {
     // What may explain it.
-    print("daemon.log:\n\(try SmallFile.read(world.folder.file("daemon.log")).suffix(4000))")
+    print("daemon.log:\n\(try SmallFile.read(world.folder.file("daemon.log")).suffix(60_000))")
     let workers = try SmallFile.read(world.workerLog)
     print("workers.log:\n\(workers.suffix(2000))")
     print("state: \(World.names(world.runDirectory + "/disks")), \(try await world.workers())")

@@ -1,31 +1,135 @@
 // Calls that may block (open on a file system that hangs, netlink, spawn) run on threads
 // of their own, so that no disk waits for another's sake.
 
-internal import NIOPosix
-internal import Synchronization
+internal import Posix
+import Glibc
+import Synchronization
 
-/// Runs blocking work.
-struct Offload: Sendable {
-  private let pool: NIOThreadPool
-
-  /// More blocking calls at once than there are threads wait for one another.
-  init(threads: Int = 16) {
-    pool = NIOThreadPool(numberOfThreads: threads)
-    pool.start()
+/// Runs blocking work. Threads are made as they are needed: what hangs has a thread to itself, and
+/// whatever comes next has another.
+final class Offload: Sendable {
+  private struct State {
+    var jobs: [@Sendable () -> Void] = []
+    var idle = 0
+    var threads = 0
   }
 
-  /// Runs the work on a thread of the pool and waits for it without blocking the caller's.
+  /// So many calls that hang leave none for the next.
+  static let mostThreads = 4096
+
+  private let most: Int
+  private let bell: Bell
+  private let state = Mutex(State())
+
+  /// At most so many threads: with fewer than there are blocking calls, they wait for one another.
+  init(threads: Int = Offload.mostThreads) {
+    most = threads
+    bell = Bell()
+  }
+
+  /// Runs the work on a thread and waits for it without blocking the caller's.
   func run<Value: Sendable, Failure: Error>(
     _ work: @escaping @Sendable () throws(Failure) -> Value
   ) async throws(Failure) -> Value {
     let result = await withCheckedContinuation { continuation in
-      pool.submit { _ in
-        // Also when the pool is being shut down: the caller holds descriptors that the
-        // work takes care of.
+      submit {
         continuation.resume(returning: Result { () throws(Failure) in try work() })
       }
     }
     return try result.get()
+  }
+
+  private func submit(_ job: @escaping @Sendable () -> Void) {
+    let wantsThread = state.withLock { state in
+      state.jobs.append(job)
+      guard state.idle < state.jobs.count, state.threads < most else { return false }
+      state.threads += 1
+      return true
+    }
+    if wantsThread, !start() {
+      state.withLock { $0.threads -= 1 }
+      // Then it waits for one of those there are. Without any, the caller has to do.
+      if state.withLock({ $0.threads == 0 }) { drain() }
+    }
+    bell.ring()
+  }
+
+  /// Whether there is a thread more.
+  private func start() -> Bool {
+    var thread = pthread_t()
+    var attributes = pthread_attr_t()
+    pthread_attr_init(&attributes)
+    defer { pthread_attr_destroy(&attributes) }
+    pthread_attr_setdetachstate(&attributes, Int32(PTHREAD_CREATE_DETACHED))
+    pthread_attr_setstacksize(&attributes, 512 << 10)
+    let context = Unmanaged.passRetained(self)
+    let code = pthread_create(
+      &thread, &attributes,
+      { argument in
+        guard let argument else { return nil }
+        Unmanaged<Offload>.fromOpaque(argument).takeRetainedValue().work()
+        return nil
+      }, context.toOpaque())
+    if code != 0 { context.release() }
+    return code == 0
+  }
+
+  /// The life of a thread: it ends after a while without work, but for the last few.
+  private func work() {
+    while true {
+      drain()
+      state.withLock { $0.idle += 1 }
+      let isWanted = bell.wait(seconds: 10) { state.withLock { !$0.jobs.isEmpty } }
+      let ends = state.withLock { state in
+        state.idle -= 1
+        guard !isWanted, state.jobs.isEmpty, state.threads > 2 else { return false }
+        state.threads -= 1
+        return true
+      }
+      if ends { return }
+    }
+  }
+
+  private func drain() {
+    while let job = state.withLock({ $0.jobs.isEmpty ? nil : $0.jobs.removeFirst() }) { job() }
+  }
+}
+
+/// Wakes threads that wait for something to do.
+// The mutex guards nothing but the way to sleep; both live as long as this.
+private final class Bell: @unchecked Sendable {
+  private let mutex = UnsafeMutablePointer<pthread_mutex_t>.allocate(capacity: 1)
+  private let condition = UnsafeMutablePointer<pthread_cond_t>.allocate(capacity: 1)
+
+  init() {
+    pthread_mutex_init(mutex, nil)
+    pthread_cond_init(condition, nil)
+  }
+
+  deinit {
+    pthread_cond_destroy(condition)
+    pthread_mutex_destroy(mutex)
+    condition.deallocate()
+    mutex.deallocate()
+  }
+
+  func ring() {
+    pthread_mutex_lock(mutex)
+    pthread_cond_signal(condition)
+    pthread_mutex_unlock(mutex)
+  }
+
+  /// Waits until `isThere`, at most so long. Whether it is.
+  func wait(seconds: Int, until isThere: () -> Bool) -> Bool {
+    var end = timespec()
+    clock_gettime(CLOCK_REALTIME, &end)
+    end.tv_sec += seconds
+    pthread_mutex_lock(mutex)
+    defer { pthread_mutex_unlock(mutex) }
+    while !isThere() {
+      guard pthread_cond_timedwait(condition, mutex, &end) == 0 else { return isThere() }
+    }
+    return true
   }
 }
 

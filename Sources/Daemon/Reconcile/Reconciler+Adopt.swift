@@ -24,11 +24,18 @@ extension Reconciler {
       return (found, records.compactMap { $0?.worker })
     }
     formerWorkers = Set(workers)
-    await withTaskGroup { group in
-      for id in found { group.addTask { await self.adopt(id) } }
+    adopting = Set(found)
+    for id in found { Task { await self.adopt(id) } }
+    // A disk whose files are on a file system that hangs is taken over when that answers; the
+    // others do not wait for it.
+    let end = ContinuousClock.now + Reconciler.adoptionTime
+    while !adopting.isEmpty, ContinuousClock.now < end { await pause(.milliseconds(10)) }
+    for id in adopting {
+      log.error(
+        "a disk's files do not answer: it is taken over when they do", metadata: ["disk": "\(id)"])
     }
     await endRecoveries()
-    formerWorkers = []
+    if adopting.isEmpty { formerWorkers = [] }
     await adoptFound()
     if !table.isEmpty { log.notice("took over disks", metadata: ["disks": "\(table.count)"]) }
     await recallFailures()
@@ -58,7 +65,10 @@ extension Reconciler {
     let directory = DiskDirectory(configuration, id)
     let disk = Disk(id, configuration: configuration, now: Reconciler.unixTime)
     disk.busy = true
-    defer { adopted(disk) }
+    defer {
+      adopting.remove(id)
+      adopted(disk)
+    }
     let log = log(for: disk)
     do throws(IOError) {
       let record = try await offload.run { () throws(IOError) in try directory.load() }

@@ -3,6 +3,7 @@
 internal import Logging
 internal import Posix
 internal import WorkerLink
+import Glibc
 
 extension Reconciler {
   /// Starts a worker with the disk's descriptors and waits until its image is open.
@@ -123,6 +124,7 @@ extension Reconciler {
     let (process, link) = try await offload.run { () throws(DiskFailure) in
       do throws(IOError) {
         try remains.end(log)
+        try DescriptorReserve.check()
         try directory.removeLink()
         let listener = try UnixSocket.listen(at: directory.link, kind: .packets)
         let process = try launcher.launch(
@@ -130,7 +132,9 @@ extension Reconciler {
         do throws(IOError) {
           return (process, try LinkConnection(path: directory.link))
         } catch {
-          try process.send(9)
+          try process.send(SIGKILL)
+          // Collected, or it would stay as a zombie.
+          _ = try process.wait(milliseconds: 5000)
           throw error
         }
       } catch { throw DiskFailure.start(error) }

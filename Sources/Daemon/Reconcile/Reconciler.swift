@@ -16,6 +16,10 @@ import Glibc
 public actor Reconciler {
   /// So many workers are started at the same time; the others wait their turn.
   static let startsAtOnce = 8
+  /// A start that takes longer waits for something, and gives its turn to another.
+  static let turnTime = Duration.seconds(5)
+  /// So long a new daemon waits for the disks of the one before it.
+  static let adoptionTime = Duration.seconds(15)
 
   var configuration: Configuration
   let configurationPath: String
@@ -49,6 +53,11 @@ public actor Reconciler {
   var ending = false
   var takesWaiters = true
   var isWatchingHearts = false
+  /// Disks of an earlier daemon that are being taken over.
+  var adopting: Set<DiskID> = []
+  private var nextTurn: UInt64 = 0
+  /// Turns that are taken and not given on yet.
+  private var turns: Set<UInt64> = []
   private var freeStarts = Reconciler.startsAtOnce
   private var startQueue: [CheckedContinuation<Void, Never>] = []
   private var announced: [Int]?
@@ -208,7 +217,21 @@ public actor Reconciler {
     } else {
       freeStarts -= 1
     }
+    nextTurn += 1
+    let turn = nextTurn
+    turns.insert(turn)
+    let clock = Task { [weak self] in
+      do { try await Task.sleep(for: Reconciler.turnTime) } catch { return }
+      await self?.giveOn(turn)
+    }
     await body()
+    clock.cancel()
+    giveOn(turn)
+  }
+
+  /// The next start may begin; once for each turn.
+  private func giveOn(_ turn: UInt64) {
+    guard turns.remove(turn) != nil else { return }
     if startQueue.isEmpty {
       freeStarts += 1
     } else {
