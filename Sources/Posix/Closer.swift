@@ -2,7 +2,6 @@
 // its unsent data, a file of a network or user file system for its server. So may the end of a
 // socket whose queue holds such descriptors.
 
-internal import CLinux
 import Glibc
 import Synchronization
 
@@ -31,25 +30,11 @@ public final class Closer: Sendable {
   }
 
   private func start() {
-    var thread = pthread_t()
-    var attributes = pthread_attr_t()
-    pthread_attr_init(&attributes)
-    pthread_attr_setdetachstate(&attributes, Int32(PTHREAD_CREATE_DETACHED))
-    pthread_attr_setstacksize(&attributes, 128 << 10)
-    defer { pthread_attr_destroy(&attributes) }
-    let context = Unmanaged.passRetained(self)
-    let code = pthread_create(
-      &thread, &attributes,
-      { argument in
-        guard let argument else { return nil }
-        Unmanaged<Closer>.fromOpaque(argument).takeRetainedValue().run()
-        return nil
-      }, context.toOpaque())
-    guard code == 0 else {
+    do throws(IOError) {
+      try DetachedThread.start(stackSize: 128 << 10) { self.run() }
+    } catch {
       // Too many threads: what is queued is closed after the next descriptor that comes.
-      context.release()
       state.withLock { $0.isRunning = false }
-      return
     }
   }
 

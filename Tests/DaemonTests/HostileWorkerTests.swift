@@ -26,6 +26,14 @@ struct HostileWorkerTests {
         .map(String.init) ?? "")
   }
 
+  /// Waits until another worker serves the disk of domain 5.
+  private func isReplaced(_ world: World, _ first: Int32) async throws {
+    try await eventually("another worker serves") {
+      let now = try await world.status(5).first
+      return now?.state == .ready && now?.worker != first
+    }
+  }
+
   @Test(
     "A descriptor whose close waits blocks nobody but a thread; its worker is replaced",
     arguments: ["linger", "many"])
@@ -63,10 +71,7 @@ struct HostileWorkerTests {
       try await world.stopDaemon(SIGKILL)
       for name in world.logs() { #expect(unlink("\(world.runDirectory)/pending/\(name)") == 0) }
       try await world.startDaemon()
-      try await eventually("it is replaced") {
-        let now = try await world.status(5).first
-        return now?.state == .ready && now?.worker != first
-      }
+      try await isReplaced(world, first)
       #expect(access(victim, F_OK) == 0, "nobody has moved it")
     }
   }
@@ -81,10 +86,7 @@ struct HostileWorkerTests {
       try await world.stopDaemon(SIGKILL)
       kill(first, SIGKILL)
       try await world.startDaemon()
-      try await eventually("another worker serves") {
-        let now = try await world.status(5).first
-        return now?.state == .ready && now?.worker != first
-      }
+      try await isReplaced(world, first)
       #expect(try await world.workers(["sleep"]).isEmpty, "the child has gone, too")
     }
   }
@@ -279,10 +281,7 @@ struct HostileWorkerTests {
         kill(first, SIGKILL)
       }
       try await world.add(try world.attach(6, try store(world, "b")))
-      try await eventually("another worker serves") {
-        let now = try await world.status(5).first
-        return now?.state == .ready && now?.worker != first
-      }
+      try await isReplaced(world, first)
       try await world.stopDaemon(SIGKILL)
       try await world.startDaemon()
       #expect(try await world.state(disk) == .ready)

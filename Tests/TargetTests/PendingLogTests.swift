@@ -14,6 +14,15 @@ import Testing
     try PendingLog(mapping: raw, size: size, blockSize: blockSize)
   }
 
+  @Test("The daemon knows how long a log is, new and at most")
+  func lengths() {
+    let record = PendingLog.recordSize
+    #expect(
+      PendingSummary.firstSize == UInt64(PendingLog.start + PendingLog.initialCapacity * record))
+    #expect(
+      PendingSummary.largestSize == UInt64(PendingLog.start + PendingLog.maximumCapacity * record))
+  }
+
   static func bytes(_ raw: Int32) -> [UInt8] {
     var status = stat()
     fstat(raw, &status)

@@ -172,7 +172,7 @@ enum Images {
     guard let resolved = real(path) else {
       // Only what is not there is told apart. A path that cannot be resolved, being too long for
       // example, leads nobody knows where.
-      guard errno == ENOENT else { return nil }
+      guard errno == ENOENT || errno == ENOTDIR else { return nil }
       let inside = directories.contains { path.hasPrefix($0 + ($0.hasSuffix("/") ? "" : "/")) }
       return inside && !parts.contains("..") ? path : nil
     }

@@ -8,9 +8,9 @@ import Glibc
 /// a writer that stays is found.
 enum LockHolders {
   /// Whether somebody who has the file open for writing has a lock on one of these bytes, or the
-  /// kernel writes to it as a loop device. Without the rights to look: true. Blocks.
+  /// kernel writes to it as a loop device. Without the right to look into processes: true. Blocks.
   static func hasWriter(_ identity: FileIdentity, _ bytes: [Int64]) -> Bool {
-    guard geteuid() == 0 else { return true }
+    guard mayLook else { return true }
     let isLocked = FileUsers.processes().contains { pid in
       FileUsers.names(in: "/proc/\(pid)/fd").contains { name in
         FileUsers.isFile("/proc/\(pid)/fd/\(name)", identity)
@@ -18,6 +18,16 @@ enum LockHolders {
       }
     }
     return isLocked || isWrittenByLoop(identity)
+  }
+
+  /// Whether this process has CAP_SYS_PTRACE, which is bit 19. Source: capabilities(7);
+  /// proc_pid_status(5), CapEff.
+  private static var mayLook: Bool {
+    lines("/proc/self/status").contains { words in
+      guard words.first == "CapEff:", let set = words.last.flatMap({ UInt64($0, radix: 16) })
+      else { return false }
+      return set & 1 << 19 != 0
+    }
   }
 
   /// Whether a descriptor, by its path in fdinfo, was opened for writing and has a lock on one of

@@ -41,24 +41,7 @@ final class Poller: Sendable {
     waker = try ends.second.duplicate()
     try UnixSocket.setNonBlocking(sleeper.raw)
     try UnixSocket.setNonBlocking(waker.raw)
-    var thread = pthread_t()
-    var attributes = pthread_attr_t()
-    pthread_attr_init(&attributes)
-    pthread_attr_setdetachstate(&attributes, Int32(PTHREAD_CREATE_DETACHED))
-    pthread_attr_setstacksize(&attributes, 256 << 10)
-    defer { pthread_attr_destroy(&attributes) }
-    let context = Unmanaged.passRetained(self)
-    let code = pthread_create(
-      &thread, &attributes,
-      { argument in
-        guard let argument else { return nil }
-        Unmanaged<Poller>.fromOpaque(argument).takeRetainedValue().run()
-        return nil
-      }, context.toOpaque())
-    guard code == 0 else {
-      context.release()
-      throw IOError(code, "start a thread")
-    }
+    try DetachedThread.start(stackSize: 256 << 10) { [self] in run() }
   }
 
   /// Calls the handler whenever there is input or the other end has gone, until it returns
