@@ -339,4 +339,67 @@ struct TroubleTests {
       try await other.end()
     }
   }
+
+  /// A lease makes whoever opens the file wait for 45 seconds: a file system that hangs.
+  private func leased(_ path: String) throws -> Descriptor {
+    let file = try Descriptor(path: path, flags: O_RDWR)
+    let (setSignal, setLease): (Int32, Int32) = (10, 1024)
+    guard fcntl(file.raw, setSignal, SIGURG) == 0, fcntl(file.raw, setLease, F_WRLCK) == 0 else {
+      throw Posix.IOError.last("lease", path)
+    }
+    return file
+  }
+
+  @Test("Attaches that hang keep no other disk waiting, nor the daemon from ending")
+  func hangingAttaches() async throws {
+    try await inWorld { world in
+      let healthy = try world.attach(5, world.spec("g5.dscow"))
+      try await world.add(healthy)
+      var leases: [PassedDescriptor] = []
+      for domain in 10..<30 {
+        try await world.makeStore("h\(domain)")
+        leases.append(PassedDescriptor(try leased(world.folder.file("h\(domain)"))))
+        _ = try world.attach(domain, world.spec("h\(domain)"))
+      }
+      try await eventually("they are being started") { try await world.status(29).count == 1 }
+      let begin = ContinuousClock.now
+      let other = try world.attach(40, world.spec("g40.dscow"))
+      try await eventually("another disk is ready", within: .seconds(30)) {
+        try await world.status(40).first?.state == .ready
+      }
+      kill(try await world.worker(healthy), SIGKILL)
+      try await eventually("a worker is replaced", within: .seconds(30)) {
+        let status = try await world.status(5).first
+        return status?.state == .ready && status?.restarts == 1
+      }
+      #expect(try await world.worker(other) > 0)
+      #expect(try await world.status(10).first?.state != .ready)
+      try await world.stopDaemon()
+      let took = ContinuousClock.now - begin
+      print("beside 20 attaches that hang: ready, replaced and ended after \(took)")
+      #expect(took < .seconds(40), "the leases have ended, which shows nothing")
+      _ = leases.count
+    }
+  }
+
+  @Test("Without descriptors a disk is refused, nothing is left of it, and the daemon answers")
+  func descriptors() async throws {
+    try await inWorld { world in
+      let disk = try world.attach(5, world.spec("g5.dscow"))
+      try await world.add(disk)
+      let workers = try await world.workers()
+      let daemon = try #require(world.daemonProcess)
+      let used = World.names("/proc/\(daemon.pid)/fd").count
+      try await world.run(
+        "/usr/bin/prlimit", "--pid", "\(daemon.pid)", "--nofile=\(used + 8):\(used + 8)")
+      for domain in 6...9 {
+        let more = try world.attach(domain, world.spec("g\(domain).dscow"))
+        await #expect(throws: (any Error).self) { try await world.add(more) }
+        let error = try await world.status(domain).first?.error ?? ""
+        #expect(error.contains("LimitNOFILE") || error.contains("Too many open files"), "\(error)")
+      }
+      #expect(try await world.workers() == workers)
+      #expect(try await world.status(5).first?.state == .ready)
+    }
+  }
 }

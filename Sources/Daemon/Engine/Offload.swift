@@ -56,22 +56,10 @@ final class Offload: Sendable {
 
   /// Whether there is a thread more.
   private func start() -> Bool {
-    var thread = pthread_t()
-    var attributes = pthread_attr_t()
-    pthread_attr_init(&attributes)
-    defer { pthread_attr_destroy(&attributes) }
-    pthread_attr_setdetachstate(&attributes, Int32(PTHREAD_CREATE_DETACHED))
-    pthread_attr_setstacksize(&attributes, 512 << 10)
-    let context = Unmanaged.passRetained(self)
-    let code = pthread_create(
-      &thread, &attributes,
-      { argument in
-        guard let argument else { return nil }
-        Unmanaged<Offload>.fromOpaque(argument).takeRetainedValue().work()
-        return nil
-      }, context.toOpaque())
-    if code != 0 { context.release() }
-    return code == 0
+    do throws(IOError) {
+      try DetachedThread.start(stackSize: 512 << 10) { [self] in work() }
+      return true
+    } catch { return false }
   }
 
   /// The life of a thread: it ends after a while without work, but for the last few.

@@ -19,12 +19,13 @@ final class Worker: Sendable {
 
   /// Follows a process. `onEnd` is called once, on the poller's thread, with how it ended.
   init(
-    process: ProcessHandle, channel: WorkerChannel, poller: Poller,
+    process: ProcessHandle, channel: WorkerChannel, poller: Poller, live: LiveWorkers,
     onEnd: @escaping @Sendable (String) -> Void
   ) {
     self.process = process
     self.channel = channel
     poller.add(process.raw) { [self] in
+      live.remove(process.pid)
       let how = Worker.collect(process)
       let waiters = state.withLock { state in
         defer { state.waiters = [:] }

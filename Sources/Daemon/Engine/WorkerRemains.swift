@@ -19,12 +19,13 @@ struct WorkerRemains: Sendable {
   let files: [FileIdentity]
   let users: ClosedRange<UInt32>
   let others: Set<Int32>
+  let live: LiveWorkers
 
   /// Ends it, and tells of it. Without a former worker there is nothing to look for.
   func end(_ log: Logger) throws(IOError) {
     guard let worker else { return }
     let killed = try Self.end(
-      of: worker, link: link, files: files, users: users, sparing: others)
+      of: worker, link: link, files: files, users: users, sparing: others, live)
     guard !killed.isEmpty else { return }
     log.error(
       "a worker has left processes, which were killed",
@@ -34,11 +35,12 @@ struct WorkerRemains: Sendable {
   /// Kills what is left of workers of a disk and waits for its end. A process belongs to them when
   /// it is a worker or runs as one of the workers' users, and has a socket that is bound to the disk's
   /// link, is in the session of that worker, or has one of the disk's files open for writing.
-  /// `others` are the workers that live. Answers the processes killed. Throws EBUSY when one of
+  /// `others` are workers that
+  /// live, as far as the caller knows; those of `live` are spared, too. Answers the processes killed. Throws EBUSY when one of
   /// them does not end. Blocks.
   static func end(
     of worker: FormerWorker?, link: String?, files: [FileIdentity],
-    users: ClosedRange<UInt32>, sparing others: Set<Int32>
+    users: ClosedRange<UInt32>, sparing others: Set<Int32>, _ live: LiveWorkers
   ) throws(IOError) -> [Int32] {
     let sockets = try link.map { link throws(IOError) in
       try FoundWorker.boundPaths().filter { $0.value == link }
@@ -48,13 +50,7 @@ struct WorkerRemains: Sendable {
       guard isUser(pid, users) || FoundWorker.isWorker(pid),
         isSession(pid, worker) || has(pid, socketsOf: sockets ?? [:]) || writes(pid, files)
       else { continue }
-      do throws(IOError) {
-        let process = try ProcessHandle(pid: pid)
-        try process.send(SIGKILL)
-        killed.append(process)
-      } catch {
-        guard error.code == ESRCH || error.code == ENOENT else { throw error }
-      }
+      if let process = try live.killStranger(pid) { killed.append(process) }
     }
     for process in killed {
       for _ in 0..<500 where !process.hasEnded { usleep(10_000) }

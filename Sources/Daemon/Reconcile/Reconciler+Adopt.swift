@@ -330,7 +330,7 @@ extension Reconciler {
       link: record?.link ?? directory.link, files: record?.writtenFiles ?? [],
       users: configuration.workerUsers,
       others: formerWorkers.subtracting([record?.worker ?? 0])
-        .union(table.values.compactMap { $0.worker?.process.pid }))
+        .union(table.values.compactMap { $0.worker?.process.pid }), live: liveWorkers)
     let log = log
     try await offload.run { () throws(IOError) in
       try remains.end(log)

@@ -120,6 +120,7 @@ extension Reconciler {
     disk.linkPath = nil
     disk.verdict = nil
     let (launcher, configuration, id) = (launcher, configuration, disk.id)
+    let live = liveWorkers
     let user = try users.take(disk, configuration.workerUsers)
     let (process, link) = try await offload.run { () throws(DiskFailure) in
       do throws(IOError) {
@@ -127,13 +128,16 @@ extension Reconciler {
         try DescriptorReserve.check()
         try directory.removeLink()
         let listener = try UnixSocket.listen(at: directory.link, kind: .packets)
-        let process = try launcher.launch(
-          disk: id, listener: listener.raw, user: user, configuration: configuration)
+        let process = try live.start { () throws(IOError) in
+          try launcher.launch(
+            disk: id, listener: listener.raw, user: user, configuration: configuration)
+        }
         do throws(IOError) {
           return (process, try LinkConnection(path: directory.link))
         } catch {
           try process.send(SIGKILL)
           // Collected, or it would stay as a zombie.
+          live.remove(process.pid)
           _ = try process.wait(milliseconds: 5000)
           throw error
         }
@@ -149,7 +153,11 @@ extension Reconciler {
     disk.generation += 1
     let (id, generation) = (disk.id, disk.generation)
     let channel = WorkerChannel(link, poller: poller)
-    let worker = Worker(process: process, channel: channel, poller: poller) { [weak self] how in
+    let live = liveWorkers
+    live.insert(process.pid)
+    let worker = Worker(
+      process: process, channel: channel, poller: poller, live: live
+    ) { [weak self] how in
       channel.closeAfterLastWords()
       Task { await self?.ended(id, generation, how) }
     }
@@ -168,7 +176,7 @@ extension Reconciler {
     return WorkerRemains(
       worker: disk.former, link: disk.linkPath ?? disk.directory(configuration).link,
       files: disk.writtenFiles, users: configuration.workerUsers,
-      others: Set(workers.filter { $0.ended == nil }.map(\.process.pid)))
+      others: Set(workers.filter { $0.ended == nil }.map(\.process.pid)), live: liveWorkers)
   }
 
   /// What it means that a worker did not answer.

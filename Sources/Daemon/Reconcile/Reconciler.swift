@@ -37,6 +37,7 @@ public actor Reconciler {
   var table: [DiskID: Disk] = [:]
   /// The users that workers run as.
   var users = WorkerUsers()
+  let liveWorkers = LiveWorkers()
   /// What commits the log of a store that no disk uses, by the log's key.
   var recovering: [String: Disk] = [:]
   /// Keys of the logs that are committed, removed or given up just now: no disk takes one up

@@ -92,7 +92,8 @@ public struct SpecError: Error, Sendable, Hashable, CustomStringConvertible {
     case .bare(let character):
       "\(what) has a '\(character)', which is written"
         + " \(PercentCode.code(character.asciiValue ?? 0))"
-    case .notACode(let found): "\(what) has '\(ForeignText.shown(found))', which is not a percent code"
+    case .notACode(let found):
+      "\(what) has '\(ForeignText.shown(found))', which is not a percent code"
     case .control(let byte): "\(what) has the control character \(PercentCode.code(byte))"
     case .notText: "\(what) is not UTF-8"
     }
