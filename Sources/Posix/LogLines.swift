@@ -1,6 +1,7 @@
 // Lines of a log, which must never cost more than they tell: nobody waits for a reader that has
 // stopped, and one message that comes again and again is counted instead of written.
 
+internal import CLinux
 import Glibc
 import Synchronization
 
