@@ -106,6 +106,32 @@ struct HostileWorkerTests {
     }
   }
 
+  @Test("Nobody else gets a store while its daemon is gone, nor after the next one has come")
+  func lockedWithoutDaemon() async throws {
+    try await inWorld { world in
+      let disk = try world.attach(5, world.spec("g.dscow"))
+      try await world.add(disk)
+      let worker = try await world.worker(disk)
+      func isLocked() throws -> Bool {
+        let file = try FileStore(path: world.folder.file("g.dscow"), writable: true)
+        do throws(IOError) {
+          try file.lock(exclusive: true)
+          return false
+        } catch { return error.code == EAGAIN }
+      }
+      for signal in [SIGTERM, SIGKILL] {
+        try await world.stopDaemon(signal)
+        #expect(try isLocked(), "the worker has the locks")
+        try await world.startDaemon()
+        #expect(try await world.worker(disk) == worker)
+        #expect(try isLocked(), "both have them")
+      }
+      try world.detach(disk)
+      try await world.isGone(disk)
+      #expect(try !isLocked())
+    }
+  }
+
   @Test("A worker that gives its locks up gives them to nobody: one store, one disk")
   func unlocking() async throws {
     try await inHostileWorld("unlock") { world in
