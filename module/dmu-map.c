@@ -9,6 +9,7 @@ static int dmu_map_held(struct dmu_device *dev, struct bio *bio)
 {
 	bool requeue;
 
+	dmu_io(bio)->arrival = 0;
 	dmu_stop(DMU_STOP_HOLDING);
 	if (dmu_hold(dev, bio, &requeue))
 		return DM_MAPIO_SUBMITTED;
@@ -162,7 +163,6 @@ int dmu_map(struct dm_target *ti, struct bio *bio)
 
 	io->dev = dev;
 	io->epoch = NULL;
-	io->arrival = 0;
 	io->forced = 0;
 	io->written = false;
 	io->passed = false;

@@ -19,11 +19,11 @@
 #include "stops.h"
 
 #define BLOCK 8
-#define BLOCKS 40
+#define BLOCKS 6
 #define SECTORS (BLOCKS * BLOCK)
 #define PLACE(block) (32 * BLOCK + (block) * BLOCK)
 #define OTHER(block) (64 * BLOCK + SECTORS + (block) * BLOCK)
-#define GUESTS 4
+#define GUESTS 8
 #define ROUND 20
 
 static struct rig rig;
@@ -335,7 +335,7 @@ static void *sweep_main(void *argument)
 		CHECK(dm(DM_TARGET_MSG, 0, draw(&state) % 4 ? "fail_faults" : "stats") == 0);
 		CHECK(dm(DM_TABLE_STATUS, DM_NOFLUSH_FLAG, NULL) == 0);
 		sweeps++;
-		sleep_ms(draw(&state) % 20);
+		sleep_ms(draw(&state) % 4);
 	}
 	return NULL;
 }
@@ -369,7 +369,7 @@ static void race(bool sweep)
 	rig_up(&rig);
 	for (i = 0; i < SECTORS; i++)
 		may[i][0] = true;
-	stop_delay(500, 8);
+	stop_delay(2000, 8);
 	for (i = 0; i < 3; i++)
 		states[i] = draw(&seed) | 1;
 	CHECK(pthread_create(&others[0], NULL, worker_main, &states[0]) == 0);
