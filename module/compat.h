@@ -43,6 +43,13 @@ static inline struct class *dmu_class_create(const char *name)
 #endif
 }
 
+/* What a function that list_sort() is given gets. */
+#if DMU_KERNEL(5, 13)
+#define DMU_SORT_CONST const
+#else
+#define DMU_SORT_CONST
+#endif
+
 #if DMU_KERNEL(6, 2)
 #define DMU_DEVNODE_CONST const
 #else

@@ -24,8 +24,9 @@
  *
  * Hot paths
  *
- *   dmu_map(): enter the epoch, read the index, see that no cell stands (one atomic) and that
- *   none has gone meanwhile, send the bio on. No lock, no memory, no shared cache line written.
+ *   dmu_map(): see that no suspend has given anything back, enter the epoch, read the index, see
+ *   that no cell stands (one atomic) and that none has gone meanwhile, send the bio on. No lock,
+ *   no memory, no shared cache line written.
  *   dmu_end_io(): leave the epoch.
  *
  *   The reading comes before the look for cells, and a place enters the index after its
@@ -41,7 +42,7 @@
  *   dmu_devices_mutex   the list of devices and their minors: all devices need it
  *   map_mutex           changes of the index; new marks
  *   lock                (spin, any context) cells, placements, messages, marks, the flush,
- *                       forced and failed writes, invalidations, opener
+ *                       forced, failed and returned requests, invalidations, opener
  *
  * Memory
  *

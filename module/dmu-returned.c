@@ -252,7 +252,8 @@ void dmu_returned_collect(struct dmu_device *dev, struct bio_list *bios)
 	}
 }
 
-static int dmu_note_compare(void *context, const struct list_head *a, const struct list_head *b)
+static int dmu_note_compare(void *context, DMU_SORT_CONST struct list_head *a,
+			    DMU_SORT_CONST struct list_head *b)
 {
 	u64 one = list_entry(a, struct dmu_note, list)->arrival;
 	u64 other = list_entry(b, struct dmu_note, list)->arrival;
