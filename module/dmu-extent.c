@@ -40,14 +40,21 @@ static u64 dmu_extent_begins(struct dmu_device *dev, u64 block, u64 last, unsign
 	unsigned long at;
 	u64 count = 0, run;
 
-	*before = block ? dmu_extent_step(dev, block - 1, &run) : 0;
+	rcu_read_lock();
+	*before = block ? dmu_index_lookup(dev, block - 1, 1, &run) : 0;
 	at = *before;
 	for (; block <= last; block += run) {
-		*after = dmu_extent_step(dev, block, &run);
+		*after = dmu_index_lookup(dev, block, 1, &run);
 		if (*after && *after != at)
 			count++;
 		at = *after;
+		if (unlikely(!(block & 1023)) && last - block > 1) {
+			rcu_read_unlock();
+			cond_resched();
+			rcu_read_lock();
+		}
 	}
+	rcu_read_unlock();
 	return count;
 }
 

@@ -389,8 +389,9 @@ static int __init dmu_init(void)
 {
 	int error = -ENOMEM;
 
-	dmu_cell_cache = KMEM_CACHE(dmu_cell, SLAB_ACCOUNT);
-	dmu_event_cache = KMEM_CACHE(dmu_event, SLAB_ACCOUNT);
+	dmu_cell_cache = KMEM_CACHE(dmu_cell, 0);
+	dmu_event_cache = KMEM_CACHE(dmu_event, 0);
+	/* What a worker can make the kernel keep counts as its cgroup's. */
 	dmu_placement_cache = KMEM_CACHE(dmu_placement, SLAB_ACCOUNT);
 	dmu_index_cache = dmu_index_cache_create();
 	if (!dmu_cell_cache || !dmu_event_cache || !dmu_placement_cache || !dmu_index_cache)
