@@ -42,7 +42,12 @@ struct ChurnTests {
       for disk in wanted { try world.detach(disk) }
       try await settled(world, [])
       let log = try SmallFile.read(world.folder.file("daemon.log"))
-      #expect(!log.contains("left processes"), "a worker of another disk was taken for one's child")
+      // One that a daemon started and did not live to write down is killed by the next, which says
+      // so without a disk.
+      let taken = log.split(separator: "\n").filter {
+        $0.contains("left processes") && $0.contains("disk=")
+      }
+      #expect(taken.isEmpty, "a worker of another disk was taken for one's child")
     }
   }
 
