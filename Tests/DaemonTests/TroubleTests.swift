@@ -392,6 +392,31 @@ struct TroubleTests {
     }
   }
 
+  @Test("Daemon and worker have died and the base has gone: status says so, and goes on when it is back")
+  func baseGone() async throws {
+    try await inWorld { world in
+      let disk = try world.attach(5, world.spec("g5.dscow"))
+      try await world.add(disk)
+      let worker = try await world.worker(disk)
+      try await world.stopDaemon(SIGKILL)
+      kill(worker, SIGKILL)
+      let (base, away) = (world.folder.file("base"), world.folder.file("away"))
+      try #require(rename(base, away) == 0)
+      try await world.startDaemon()
+      try await eventually("the reason is told") {
+        let error = try await world.status(5).first?.error ?? ""
+        return error.contains(base) && error.contains("does not exist")
+      }
+      let told = try #require(try await world.status(5).first)
+      print("status: \(told.state) \(told.error ?? "")")
+      #expect(told.state == .failed)
+      #expect(try world.node(disk, "error")?.contains(base) == true)
+      try #require(rename(away, base) == 0)
+      _ = try await world.ask(ControlRequest(.reload))
+      try await eventually("it serves again") { try await world.status(5).first?.state == .ready }
+    }
+  }
+
   @Test("Without descriptors a disk is refused, nothing is left of it, and the daemon answers")
   func descriptors() async throws {
     try await inWorld { world in

@@ -76,6 +76,9 @@ import WorkerLink
     #expect(DiskPhase.serving(trouble).error == "full")
     #expect(DiskPhase.failed(failure, attached: true).error == "no")
     #expect(DiskPhase.restarting(at: .now).publicState == .starting)
+    let failed = DiskPhase.restarting(at: .now, why: "no base", hasFailed: true)
+    #expect(failed.publicState == .failed)
+    #expect(failed.error == "no base (it is tried again)")
     #expect(
       PublicState.allCases.map(\.rawValue)
         == ["starting", "ready", "degraded", "no-space", "failed", "stopping", "pending"])

@@ -49,8 +49,9 @@ public enum DiskPhase: Sendable {
   case starting
   /// Served. `trouble` is what the worker reported, nil when all is well.
   case serving(Trouble?)
-  /// The worker has died, for this reason; its successor starts then.
-  case restarting(at: ContinuousClock.Instant, why: String? = nil)
+  /// The worker has died, for this reason; its successor starts then. `hasFailed`: one could not
+  /// be started since.
+  case restarting(at: ContinuousClock.Instant, why: String? = nil, hasFailed: Bool = false)
   /// Failed. `attached` when the device is still there, its requests waiting.
   case failed(DiskFailure, attached: Bool)
   /// Being taken down; `stuck` when something below the disk keeps it from going.
@@ -87,6 +88,7 @@ public enum DiskPhase: Sendable {
   /// What everybody is told.
   public var publicState: PublicState {
     switch self {
+    case .restarting(_, _, hasFailed: true): .failed
     case .idle, .waiting, .asking, .starting, .restarting: .starting
     case .serving(let trouble): trouble?.state ?? .ready
     case .failed: .failed
@@ -103,7 +105,8 @@ public enum DiskPhase: Sendable {
       "waiting for domain \(holder.domain) (\(holder.vdev)) to let go of the store"
     case .asking(let store):
       "store \(store) does not exist: waiting for the block script to say whether the domain boots"
-    case .restarting(_, let why): why.map { "the worker is replaced, since \($0)" }
+    case .restarting(_, let why, hasFailed: true): why.map { "\($0) (it is tried again)" }
+    case .restarting(_, let why, _): why.map { "the worker is replaced, since \($0)" }
     case .stopping(let stuck): stuck?.failure.sentence
     case .idle, .starting: nil
     }
@@ -143,7 +146,7 @@ extension DiskPhase {
       if wanted == nil { return attached ? .stop : .forget }
       return .none
     case .serving: return wanted == nil ? .stop : .none
-    case .restarting(let instant, _):
+    case .restarting(let instant, _, _):
       if wanted == nil { return .stop }
       return instant <= now ? .restart : .wait(until: instant)
     case .stopping(let stuck?):

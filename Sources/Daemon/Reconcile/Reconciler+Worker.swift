@@ -299,7 +299,7 @@ extension Reconciler {
   // MARK: - Replacing
 
   /// The worker is gone: another one, later and later, or no more.
-  func died(_ disk: Disk, _ why: String) {
+  func died(_ disk: Disk, _ why: String, hasFailed: Bool = false) {
     disk.worker?.channel.close()
     disk.worker = nil
     disk.generation += 1
@@ -308,7 +308,7 @@ extension Reconciler {
     if let delay = disk.backOff.next(at: now) {
       log(for: disk).error(
         "the worker died and is replaced", metadata: ["reason": "\(why)", "in": "\(delay)"])
-      enter(disk, .restarting(at: now + delay, why: why))
+      enter(disk, .restarting(at: now + delay, why: why, hasFailed: hasFailed))
     } else {
       let failure = DiskFailure.worker(
         "the worker died \(disk.backOff.limit + 1) times within"
@@ -338,7 +338,7 @@ extension Reconciler {
           log(for: disk).error("cannot kill the worker", metadata: ["error": "\(error)"])
         }
       }
-      died(disk, error.sentence)
+      died(disk, error.sentence, hasFailed: true)
     }
   }
 
