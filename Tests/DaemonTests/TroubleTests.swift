@@ -392,7 +392,9 @@ struct TroubleTests {
     }
   }
 
-  @Test("Daemon and worker have died and the base has gone: status says so, and goes on when it is back")
+  @Test(
+    "Daemon and worker have died and the base has gone: status says so, and goes on when it is back"
+  )
   func baseGone() async throws {
     try await inWorld { world in
       let disk = try world.attach(5, world.spec("g5.dscow"))
@@ -414,6 +416,42 @@ struct TroubleTests {
       try #require(rename(away, base) == 0)
       _ = try await world.ask(ControlRequest(.reload))
       try await eventually("it serves again") { try await world.status(5).first?.state == .ready }
+    }
+  }
+
+  @Test("The run directory is wiped under the daemon: disks go on, and others can be had")
+  func wiped() async throws {
+    try await inWorld { world in
+      let disk = try world.attach(5, world.spec("g5.dscow"))
+      try await world.add(disk)
+      let worker = try await world.worker(disk)
+      let bytes = [UInt8](repeating: 9, count: 4096)
+      #expect(try world.wire().write(bytes, at: 8192) == 0)
+      try await world.run("/bin/rm", "-rf", world.runDirectory)
+      try await eventually("the daemon answers again") {
+        guard access(world.socket, F_OK) == 0 else { return false }
+        return try await world.status(5).first?.state == .ready
+      }
+      #expect(try await world.worker(disk) == worker)
+      #expect(
+        try SmallFile.read(world.folder.file("daemon.log")).contains("has gone and is made anew"))
+      // Its worker can be replaced, with what it had not committed, and another disk can come.
+      kill(worker, SIGKILL)
+      try await eventually("it is replaced") {
+        let now = try await world.status(5).first
+        return now?.state == .ready && now?.restarts == 1
+      }
+      let other = try world.attach(6, world.spec("g6.dscow"))
+      try await world.add(other)
+      try await world.stopDaemon()
+      try await world.startDaemon()
+      try await eventually("both are ready") {
+        try await world.status().map(\.state) == [.ready, .ready]
+      }
+      try world.detach(disk)
+      try world.detach(other)
+      try await world.isGone(disk)
+      try await world.isGone(other)
     }
   }
 

@@ -25,17 +25,34 @@ struct ControlServer: Service {
 
   let path: String
   let reconciler: Reconciler
+  let keeper: RunDirectoryKeeper
   let log: Logger
 
   func run() async throws {
     let group = MultiThreadedEventLoopGroup(numberOfThreads: 1)
     let result: Result<Void, any Error>
     do {
-      try await serve(group)
+      try await withThrowingDiscardingTaskGroup { tasks in
+        tasks.addTask { try await serve(group) }
+        tasks.addTask { await serveAgain(group) }
+      }
       result = .success(())
     } catch { result = .failure(error) }
     try await group.shutdownGracefully()
     try result.get()
+  }
+
+  /// Listens in a run directory that was made anew; who was connected before stays so.
+  private func serveAgain(_ group: MultiThreadedEventLoopGroup) async {
+    await withDiscardingTaskGroup { tasks in
+      for await _ in keeper.remade.cancelOnGracefulShutdown() {
+        tasks.addTask {
+          do { try await serve(group) } catch {
+            log.error("cannot listen again", metadata: ["error": "\(error)"])
+          }
+        }
+      }
+    }
   }
 
   private func serve(_ group: MultiThreadedEventLoopGroup) async throws {

@@ -126,6 +126,8 @@ extension Reconciler {
       do throws(IOError) {
         try remains.end(log)
         try DescriptorReserve.check()
+        // It is there, unless somebody has wiped the run directory.
+        try directory.make()
         try directory.removeLink()
         let listener = try UnixSocket.listen(at: directory.link, kind: .packets)
         let process = try live.start { () throws(IOError) in

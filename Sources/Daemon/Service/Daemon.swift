@@ -64,7 +64,7 @@ public struct Daemon: Sendable {
     let hostLock = try surroundings.hostLock.map { path throws(IOError) in
       try DaemonLock(path, "on this host (\(path))")
     }
-    let lock = try RunDirectory.prepare(configuration)
+    let keeper = RunDirectoryKeeper(configuration, try RunDirectory.prepare(configuration))
     do throws(IOError) { try RunReserve.establish(in: configuration.runDirectory) } catch {
       log.error("the run directory has no space", metadata: ["reason": "\(error)"])
     }
@@ -93,8 +93,9 @@ public struct Daemon: Sendable {
     let recovery = Task { await reconciler.recoverAll() }
     defer { recovery.cancel() }
     let services: [any Service] = [
-      ReconcileService(reconciler: reconciler, client: client, log: log),
-      ControlServer(path: configuration.controlSocket, reconciler: reconciler, log: log),
+      ReconcileService(reconciler: reconciler, client: client, keeper: keeper, log: log),
+      ControlServer(
+        path: configuration.controlSocket, reconciler: reconciler, keeper: keeper, log: log),
       ReloadService(reconciler: reconciler, log: log),
     ]
     // Its failures are thrown; its steps are nobody's concern.
@@ -104,7 +105,7 @@ public struct Daemon: Sendable {
         services: services, gracefulShutdownSignals: [.sigterm, .sigint], logger: quiet))
     try await group.run()
     log.notice("dmu-xend ends; disks and their workers go on")
-    lock.keepUntilHere()
+    keeper.keepUntilHere()
     hostLock?.keepUntilHere()
   }
 
@@ -144,6 +145,7 @@ enum RunDirectory {
 private struct ReconcileService: Service {
   let reconciler: Reconciler
   let client: XenStoreClient
+  let keeper: RunDirectoryKeeper
   let log: Logger
 
   func run() async throws {
@@ -190,10 +192,15 @@ private struct ReconcileService: Service {
     }
   }
 
-  /// A worker that fills the run directory is not given more than a moment.
+  /// A worker that fills the run directory is not given more than a moment, and a directory that
+  /// has gone is made anew.
   private func watchLogs() async {
     while !Task.isCancelled {
       do { try await Task.sleep(for: .seconds(1)) } catch { return }
+      let (keeper, log) = (keeper, log)
+      do throws(IOError) {
+        try await reconciler.offload.run { () throws(IOError) in try keeper.look(log) }
+      } catch { log.error("the run directory cannot be made", metadata: ["error": "\(error)"]) }
       await reconciler.checkLogs()
     }
   }
