@@ -83,31 +83,47 @@ extension Reconciler {
   /// Ends every worker whose log has grown beyond what a log may have, and makes the log as short
   /// again: it shares the run directory with everybody else's.
   func checkLogs() async {
-    for disk in Array(table.values) + recovering.values {
-      guard let worker = disk.worker, worker.ended == nil, let log = disk.pending, !disk.readOnly
-      else { continue }
-      let limit = PendingSummary.largestSize
-      do throws(DiskFailure) {
-        let size = try await blocking { () throws(IOError) in
-          max(log.size, try log.allocatedBytes())
-        }
-        // The last page may be one of a larger kind.
-        guard size > limit + 2 << 20, disk.worker === worker else { continue }
-        await replace(
-          worker, of: disk,
-          "its pending log has grown to \(ByteCount.short(size)) bytes, and none has more than"
-            + " \(ByteCount.short(limit))")
-        try await blocking { () throws(IOError) in
-          if log.size > limit { try log.resize(to: limit) }
-        }
-      } catch {
+    let disks = (Array(table.values) + recovering.values).filter {
+      $0.worker != nil && $0.worker?.ended == nil && $0.pending != nil && !$0.readOnly
+    }
+    let (workers, logs) = (disks.map(\.worker), disks.compactMap(\.pending))
+    // All at once: it is done every second.
+    let sizes = await offload.run {
+      logs.map { log -> Result<UInt64, IOError> in
+        Result { () throws(IOError) in max(log.size, try log.allocatedBytes()) }
+      }
+    }
+    for (index, disk) in disks.enumerated() {
+      switch sizes[index] {
+      case .failure(let error):
         self.log(for: disk).error("cannot check the log", metadata: ["error": "\(error)"])
+      // The last page may be one of a larger kind.
+      case .success(let size) where size > PendingSummary.largestSize + 2 << 20:
+        guard let worker = workers[index], disk.worker === worker else { continue }
+        await end(worker, of: disk, logs[index], size)
+      case .success: continue
       }
     }
     do throws(DiskFailure) {
       try await blocking { () throws(IOError) in try RunReserve.refill() }
       isRunFull = false
     } catch { noteReserve(error) }
+  }
+
+  /// Ends a worker whose log is too long, and cuts the log.
+  private func end(_ worker: Worker, of disk: Disk, _ log: FileStore, _ size: UInt64) async {
+    let limit = PendingSummary.largestSize
+    await replace(
+      worker, of: disk,
+      "its pending log has grown to \(ByteCount.short(size)) bytes, and none has more than"
+        + " \(ByteCount.short(limit))")
+    do throws(IOError) {
+      try await offload.run { () throws(IOError) in
+        if log.size > limit { try log.resize(to: limit) }
+      }
+    } catch {
+      self.log(for: disk).error("cannot cut the log", metadata: ["error": "\(error)"])
+    }
   }
 
   /// Says once that the run directory is full.
