@@ -90,6 +90,23 @@ import WorkerLink
     #expect(try daemon.worker.process.wait(milliseconds: 20_000) == .exited(0))
   }
 
+  /// Whoever starts it may be the last to be chosen when memory runs out, or the first.
+  @Test func itsMemoryScoreIsItsOwn() throws {
+    let folder = try TemporaryFolder()
+    let listener = try UnixSocket.listen(at: folder.file("link"), kind: .packets)
+    var command = Command(
+      "/usr/bin/choom", ["-n", "700", "--", try program("cowd"), "--supervised"])
+    command.descriptors = [3: listener.raw]
+    let process = try command.start()
+    let link = try LinkConnection(path: folder.file("link"))
+    try link.send(.ping)
+    // It answers when it is in its cage.
+    while case .none = try link.receive(milliseconds: 100) { try #require(!process.hasEnded) }
+    #expect(try text("/proc/\(process.pid)/oom_score_adj") == "0\n")
+    try link.send(.stop)
+    #expect(try process.wait(milliseconds: 20_000) == .exited(0))
+  }
+
   private func text(_ path: String) throws -> String {
     let file = try Descriptor(path: path, flags: O_RDONLY)
     var bytes = [UInt8](repeating: 0, count: 1 << 16)
