@@ -112,10 +112,11 @@ import WorkerLink
     #expect(try daemon.startReady().state == .degraded)
     let last = try daemon.attach()
     #expect(Self.code { try last.run(.flush) } == EIO)
+    // First there is room again: what is written after the order must not fail anew.
+    try scene.medium?.filler.resize(to: 0)
     try daemon.link.send(.clear)
     while case .event = try daemon.report().0 {}
     #expect(Self.code { try last.run(.write, length: 512, data: Stamp.sectors(1, 9)) } == 0)
-    try scene.medium?.filler.resize(to: 0)
     #expect(Self.code { try last.run(.flush) } == 0)
     #expect(try daemon.status().state == .ready)
   }
