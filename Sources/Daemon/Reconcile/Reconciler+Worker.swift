@@ -242,12 +242,14 @@ extension Reconciler {
     if let reason = worker.channel.closed { await replace(worker, of: disk, reason) }
   }
 
-  /// Kills a worker that serves; its end has it replaced.
-  func replace(_ worker: Worker, of disk: Disk, _ reason: String) async {
+  /// Kills a worker that serves; its end has it replaced. False when it has not ended yet.
+  @discardableResult
+  func replace(_ worker: Worker, of disk: Disk, _ reason: String) async -> Bool {
     disk.verdict = reason
     log(for: disk).error("the worker is ended and replaced", metadata: ["reason": "\(reason)"])
-    do throws(IOError) { _ = try await worker.kill() } catch {
+    do throws(IOError) { return try await worker.kill() } catch {
       log(for: disk).error("cannot kill the worker", metadata: ["error": "\(error)"])
+      return false
     }
   }
 
@@ -287,11 +289,7 @@ extension Reconciler {
     defer { disk.isBeingReplaced = false }
     let (id, generation) = (disk.id, disk.generation)
     let why = "it has not answered for \(silence.components.seconds) seconds"
-    log(for: disk).error("a worker is killed", metadata: ["reason": "\(why)"])
-    var isKilled = false
-    do throws(IOError) { isKilled = try await worker.kill() } catch {
-      log(for: disk).error("cannot kill the worker", metadata: ["error": "\(error)"])
-    }
+    let isKilled = await replace(worker, of: disk, why)
     guard !isKilled, let disk = current(id, generation) else { return }
     // It waits in the kernel, and has the store until that answers.
     disk.lingering = worker.process
