@@ -42,9 +42,7 @@ public struct LoopMarks: Sendable {
         continue
       }
       // A sweep may have removed the file before it was locked.
-      var status = stat()
-      guard fstat(file.raw, &status) == 0 else { throw IOError.last("examine", path) }
-      if status.st_nlink > 0 { return LoopMark(path: path, isNew: isNew, file: file) }
+      if try isThere(file) { return LoopMark(path: path, isNew: isNew, file: file) }
     }
     throw IOError(EAGAIN, "mark for udev", path)
   }
@@ -57,6 +55,9 @@ public struct LoopMarks: Sendable {
       do throws(IOError) {
         let file = try FileStore(Descriptor(path: path, flags: O_RDWR | O_NOFOLLOW), name: path)
         try file.lockByte(0)
+        // Another sweep may have removed the file before it was locked, and the name is that of a
+        // new mark.
+        guard try isThere(file) else { continue }
         guard access(devices + "/" + name + "/loop/backing_file", F_OK) != 0 else { continue }
         guard errno == ENOENT else { throw IOError.last("examine", name) }
         guard unlink(path) == 0 else { throw IOError.last("remove", path) }
@@ -65,6 +66,13 @@ public struct LoopMarks: Sendable {
         guard error.code == ENOENT || error.code == EAGAIN else { throw error }
       }
     }
+  }
+
+  /// Whether a locked file still has its name: only who has the lock takes it away.
+  private func isThere(_ file: FileStore) throws(IOError) -> Bool {
+    var status = stat()
+    guard fstat(file.raw, &status) == 0 else { throw IOError.last("examine", file.name) }
+    return status.st_nlink > 0
   }
 
   private func makeFolder() throws(IOError) {

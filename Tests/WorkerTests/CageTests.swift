@@ -200,25 +200,28 @@ import WorkerLink
   @Test func whatItCosts() throws {
     let image = try TestImage(sectors: 2048, blockSize: 65536)
     var times: [Bool: [Double]] = [:]
-    var memory: [Bool: UInt64] = [:]
+    var memory: [Bool: [UInt64]] = [:]
     for _ in 0..<15 {
       for caged in [true, false] {
         let begin = ContinuousClock.now
         let daemon = try TestDaemon(image, caged: caged)
         _ = try daemon.startReady()
         times[caged, default: []].append((ContinuousClock.now - begin) / .milliseconds(1))
-        memory[caged] = try daemon.status().memory
+        memory[caged, default: []].append(try daemon.status().memory)
         try daemon.link.send(.stop)
         #expect(try daemon.worker.process.wait(milliseconds: 20_000) == .exited(0))
       }
     }
     func best(_ caged: Bool) -> Double { times[caged]?.min() ?? .infinity }
-    let (with, without) = (memory[true] ?? 0, memory[false] ?? 0)
-    print(
-      "start of a worker: \(Int(best(true) * 10))/10 ms in its cage, \(Int(best(false) * 10))/10 ms"
-        + " without; memory \(with >> 10) and \(without >> 10) KiB")
-    #expect(best(true) <= 2.5 * best(false))
-    #expect(with <= without + 512 << 10)
+    // What of the program's file is mapped differs from start to start.
+    func least(_ caged: Bool) -> UInt64 { memory[caged]?.min() ?? .max }
+    let cost: Comment = """
+      start of a worker: \(best(true)) ms in its cage, \(best(false)) ms without; memory \
+      \(least(true) >> 10) and \(least(false) >> 10) KiB
+      """
+    print(cost)
+    #expect(best(true) <= 2.5 * best(false), cost)
+    #expect(least(true) <= least(false) + 512 << 10, cost)
   }
 }
 
