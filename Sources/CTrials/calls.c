@@ -11,6 +11,7 @@
 #include <signal.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/mman.h>
 #include <sys/ptrace.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
@@ -76,6 +77,9 @@ int dmu_trial_call(const char *name)
     TRIAL("bpf", syscall(SYS_bpf, 0, NULL, 0));
     TRIAL("keyctl", syscall(SYS_keyctl, 0, 0));
     TRIAL("unlink", syscall(SYS_unlink, "/x"));
+    TRIAL("memory", (long)(mmap(NULL, 5UL << 30, PROT_READ | PROT_WRITE,
+                                MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0) == MAP_FAILED
+                               ? -1 : 0));
     TRIAL("memfd_create", syscall(SYS_memfd_create, "x", 0));
 #undef TRIAL
     errno = EINVAL;

@@ -21,4 +21,13 @@ public enum Folder {
     }
     return found
   }
+
+  /// Where a symbolic link leads, as it is written there. Throws the errno of readlink(2): EINVAL
+  /// for what is no link.
+  public static func target(of path: String) throws(IOError) -> String {
+    var buffer = [CChar](repeating: 0, count: 4096)
+    let count = readlink(path, &buffer, buffer.count)
+    guard count >= 0 else { throw IOError.last("examine", path) }
+    return String(decoding: buffer[..<count].map { UInt8(bitPattern: $0) }, as: UTF8.self)
+  }
 }

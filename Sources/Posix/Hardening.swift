@@ -95,6 +95,8 @@ public enum Hardening {
     case core
     /// Bytes of locked memory.
     case lockedMemory
+    /// Bytes of memory of its own that it may write to, stacks of threads included.
+    case memory
   }
 
   /// Lowers a limit to at most this, for good. Throws: the errno of setrlimit(2).
@@ -105,6 +107,7 @@ public enum Hardening {
       case .processes: (6, "processes")
       case .core: (4, "core dumps")
       case .lockedMemory: (8, "locked memory")
+      case .memory: (2, "memory")
       }
     guard dmu_set_limit(number, value) == 0 else {
       throw IOError.last("limit", name)

@@ -15,30 +15,26 @@ public import Posix
 
 /// The cage of a worker.
 public enum Cage {
-  /// Whom the worker is for.
-  public enum Owner: Sendable, Equatable {
-    /// A daemon started it: where it runs as root it becomes this user and group.
-    case daemon(uid: UInt32, gid: UInt32)
-    /// A person started it: it stays the user that it is.
-    case person
-  }
-
   /// So many threads and no process at all.
   private static let threads: UInt64 = 64
+  /// What the largest images need is some hundred MiB, and each thread has a stack of 8 MiB.
+  private static let memory: UInt64 = 4 << 30
   /// Address space is reserved in larger pieces than are ever used, and counts as locked.
   private static let lockedMemory: UInt64 = 64 << 30
 
-  /// Enters it for good. `files`: the most descriptors that the worker will have. Throws: the
-  /// errno of the step that failed; then the process is in no state to serve anything.
-  public static func enter(_ owner: Owner, files: UInt64) throws(IOError) {
+  /// Enters it for good. Where root starts it, it becomes this user and group, which nobody else
+  /// shall have; any other user it stays. `files`: the most descriptors that the worker will have.
+  /// Throws: the errno of the step that failed; then the process is in no state to serve anything.
+  public static func enter(uid: UInt32, gid: UInt32, files: UInt64) throws(IOError) {
     try Hardening.keepMemoryFile()
     let isRoot = geteuid() == 0
     try Hardening.leaveHost()
     try Hardening.limit(.core, to: 0)
     try Hardening.limit(.files, to: files)
+    try Hardening.limit(.memory, to: memory)
     // In a user namespace of its own the first process may.
     try Hardening.emptyBoundingSet()
-    if case .daemon(let uid, let gid) = owner, isRoot {
+    if isRoot {
       try Hardening.limit(.lockedMemory, to: lockedMemory)
       // Of a user that nobody else has.
       try Hardening.limit(.processes, to: threads)

@@ -3,8 +3,7 @@
 
 import Glibc
 import Posix
-import Synchronization
-import Target
+import WorkerLink
 
 /// A disk as /dev/mapper/NAME.
 final class DeviceService: DiskService {
@@ -13,28 +12,28 @@ final class DeviceService: DiskService {
   private let path: String
   private let identifier: String
   private let log: Log
-  private let readOnly: Bool
+  private let disk: KeptDisk
   private var index: UInt32?
 
-  /// Attaches the disk, turning its loop until the kernel has taken it.
-  init(_ disk: Disk, name: String, _ log: Log) throws(WorkerError) {
+  /// Attaches a disk of which `report` tells, and waits until the kernel has taken it.
+  init(
+    _ disk: KeptDisk, _ report: DiskReport, name: String, _ log: Log
+  ) throws(WorkerError) {
     path = Self.folder + "/" + name
     identifier = "cowd:" + name
     self.log = log
-    readOnly = disk.image.readOnly
-    try Self.check(name)
+    self.disk = disk
     guard try system({ () throws(IOError) in try NBDDevice.isAvailable() }) else {
       throw WorkerError(
         "io",
         "the kernel has no nbd driver: run 'modprobe nbd', or serve a socket with --nbd unix:PATH")
     }
     try Self.checkFree(path, identifier)
-    ByMapper.harden(log)
-    try connect(disk)
+    try connect(report)
     do throws(WorkerError) {
       try link()
     } catch {
-      try withdraw(disk)
+      try withdraw()
       throw error
     }
   }
@@ -42,7 +41,7 @@ final class DeviceService: DiskService {
   var greeting: String { path }
 
   /// A name that is one component of a path, and not one that device-mapper keeps.
-  private static func check(_ name: String) throws(WorkerError) {
+  static func check(_ name: String) throws(WorkerError) {
     guard !name.isEmpty, name.utf8.count < 128, !name.contains("/"), !name.hasPrefix("."),
       name != "control"
     else { throw WorkerError("usage", "'\(name)' cannot be the name of a device") }
@@ -58,13 +57,22 @@ final class DeviceService: DiskService {
     }
     let connected = try system { () throws(IOError) in try NBDDevice.status()[index] ?? false }
     if connected, attribute("backend", of: index) == identifier {
-      let owner = attribute("pid", of: index) ?? ""
-      guard owner.isEmpty || access("/proc/" + owner, F_OK) != 0 else {
+      guard isOrphan(index) else {
         throw WorkerError("in-use", "\(path) is in use: end its worker, or choose another name")
       }
       try system { () throws(IOError) in try NBDDevice.disconnect(index) }
     }
     guard unlink(path) == 0 else { throw WorkerError(IOError.last("replace", path)) }
+  }
+
+  /// Whether the keeper that connected a device has ended. It ends after its worker.
+  private static func isOrphan(_ index: UInt32) -> Bool {
+    for _ in 0..<50 {
+      let owner = attribute("pid", of: index) ?? ""
+      if owner.isEmpty || access("/proc/" + owner, F_OK) != 0 { return true }
+      usleep(10_000)
+    }
+    return false
   }
 
   /// What the driver tells of a device: "backend" its identifier, "pid" who connected it.
@@ -84,83 +92,67 @@ final class DeviceService: DiskService {
 
   /// The number of the nbd device that a link leads to.
   private static func linked(_ path: String) throws(WorkerError) -> UInt32? {
-    var buffer = [CChar](repeating: 0, count: 256)
-    let count = readlink(path, &buffer, buffer.count)
-    if count < 0 {
-      guard errno == EINVAL else { throw WorkerError(IOError.last("examine", path)) }
+    do throws(IOError) {
+      let target = try Folder.target(of: path)
+      guard target.hasPrefix("/dev/nbd") else { return nil }
+      return UInt32(target.dropFirst("/dev/nbd".count))
+    } catch {
+      guard error.code == EINVAL else { throw WorkerError(error) }
       return nil
     }
-    let target = String(decoding: buffer[..<count].map { UInt8(bitPattern: $0) }, as: UTF8.self)
-    guard target.hasPrefix("/dev/nbd") else { return nil }
-    return UInt32(target.dropFirst("/dev/nbd".count))
   }
 
-  private func connect(_ disk: Disk) throws(WorkerError) {
-    let other = try system { () throws(IOError) in try attachPair(disk) }
+  private func connect(_ report: DiskReport) throws(WorkerError) {
+    let socket = try attachPair()
     let configuration = NBDConfiguration(
-      size: disk.size, flags: NBDExport.transmissionFlags(readOnly: readOnly),
-      timeout: 30, deadConnectionTimeout: 10, identifier: identifier)
-    let result = SharedNumber()
-    let failure = try elsewhere(disk) { () throws(IOError) in
-      guard let socket = other.take() else { return }
-      let number = try NBDDevice.connect(configuration, socket: socket.raw)
-      result.value.store(number, ordering: .relaxed)
-    }
-    guard let failure else {
-      index = result.value.load(ordering: .relaxed)
-      return
-    }
-    guard failure.code == EPERM || failure.code == EACCES else { throw WorkerError(failure) }
-    throw WorkerError(
-      "io", "attaching a device needs root: become root, or serve a socket with --nbd unix:PATH")
-  }
-
-  /// Gives the disk one end of a new socket; the other is the kernel's.
-  private func attachPair(_ disk: Disk) throws(IOError) -> PassedDescriptor {
-    let pair = try UnixSocket.pair(.stream)
-    disk.attach(pair.first)
-    return PassedDescriptor(pair.second)
-  }
-
-  /// The kernel gives a socket up when a request takes too long: it gets another. When it
-  /// has said that it is done with the device, that is the end.
-  func socketEnded(_ end: NBDEnd, _ disk: Disk, over: @escaping () -> Void) {
-    guard end != .disconnected, let index else { return over() }
-    log(.warning, "the kernel has given its socket up and gets another", ["how": "\(end)"])
-    let other: PassedDescriptor
+      size: report.size, flags: report.flags, timeout: 30, deadConnectionTimeout: 10,
+      identifier: identifier)
     do throws(IOError) {
-      other = try attachPair(disk)
+      index = try NBDDevice.connect(configuration, socket: socket.raw)
     } catch {
-      log(.error, "cannot go on", ["error": "\(error)"])
-      return over()
+      guard error.code == EPERM || error.code == EACCES else { throw WorkerError(error) }
+      throw WorkerError(
+        "io", "attaching a device needs root: become root, or serve a socket with --nbd unix:PATH")
     }
-    let identifier = identifier
-    disk.pool.run(
-      {
-        guard let socket = other.take() else { return nil }
-        return Self.reconnect(index, socket.raw, identifier)
-      },
-      then: { [log] failure in
-        guard let failure else { return }
-        log(.error, "the device is lost", ["error": "\(failure)"])
-        over()
-      })
   }
 
-  private static func reconnect(
-    _ index: UInt32, _ socket: Int32, _ identifier: String
-  ) -> IOError? {
-    // The kernel may take a moment to notice that the old socket is dead.
+  /// Gives the worker one end of a new socket; the other is the kernel's.
+  private func attachPair() throws(WorkerError) -> Descriptor {
+    let pair = try system { () throws(IOError) in try UnixSocket.pair(.stream) }
+    try disk.attach(.nbd, pair.first.raw)
+    return pair.second
+  }
+
+  private func isConnected(_ index: UInt32) throws(WorkerError) -> Bool {
+    try system { () throws(IOError) in try NBDDevice.status()[index] ?? false }
+  }
+
+  /// The kernel gives a socket up when a request takes too long: it gets another. When it is done
+  /// with the device, that is the end.
+  func socketEnded() throws(WorkerError) {
+    guard let index, try isConnected(index) else { return try end() }
+    log(.warning, "the kernel has given its socket up and gets another")
+    let socket = try attachPair()
+    // It may take a moment to notice that the old socket is dead.
     for attempt in 0... {
       do throws(IOError) {
-        try NBDDevice.reconfigure(index, socket: socket, identifier: identifier)
-        return nil
+        return try NBDDevice.reconfigure(index, socket: socket.raw, identifier: identifier)
       } catch {
-        guard error.code == ENOSPC, attempt < 200 else { return error }
+        guard try isConnected(index) else { return try end() }
+        guard error.code == ENOSPC, attempt < 200 else {
+          log(.error, "the device is lost", ["error": "\(error)"])
+          return try end()
+        }
         usleep(10_000)
       }
     }
-    return nil
+  }
+
+  /// The device is no more.
+  private func end() throws(WorkerError) {
+    unlinkPath()
+    index = nil
+    try disk.stop()
   }
 
   private func link() throws(WorkerError) {
@@ -173,43 +165,26 @@ final class DeviceService: DiskService {
     }
   }
 
+  private func unlinkPath() {
+    do throws(WorkerError) {
+      guard let index, try Self.linked(path) == index, unlink(path) != 0 else { return }
+      throw WorkerError(IOError.last("remove", path))
+    } catch { log(.warning, "the link is left behind", ["error": "\(error)"]) }
+  }
+
+  /// The driver keeps its device for a moment, and the next worker takes both over.
+  func workerEnded() {}
+
   /// Writes out what the kernel holds for the device, disconnects it, removes the link.
-  func withdraw(_ disk: Disk) throws(WorkerError) {
-    guard let index else { return }
-    if (try Self.linked(path)) == index, unlink(path) != 0 {
-      log(.warning, "the link is left behind", ["error": "\(IOError.last("remove", path))"])
-    }
-    guard disk.isAttached else { return }
-    let readOnly = readOnly
-    let failure = try elsewhere(disk) { () throws(IOError) in
+  func withdraw() throws(WorkerError) {
+    guard let index, try isConnected(index) else { return }
+    unlinkPath()
+    try system { () throws(IOError) in
       let node = NBDDevice.path(index)
       let device = try Descriptor(path: node, flags: O_RDONLY)
-      if !readOnly, fsync(device.raw) != 0 { throw IOError.last("write out", node) }
+      if !disk.options.readOnly, fsync(device.raw) != 0 { throw IOError.last("write out", node) }
       try NBDDevice.disconnect(index)
     }
-    if let failure { throw WorkerError(failure) }
-    while disk.isAttached { try system { () throws(IOError) in try disk.turn(timeout: 100) } }
+    try disk.wait(for: .detached)
   }
-
-  /// Does something that may wait for this very disk on another thread, serving meanwhile.
-  private func elsewhere(
-    _ disk: Disk, _ work: @escaping @Sendable () throws(IOError) -> Void
-  ) throws(WorkerError) -> IOError? {
-    var result: IOError??
-    disk.pool.run(
-      {
-        do throws(IOError) {
-          try work()
-          return nil
-        } catch { return error }
-      },
-      then: { result = .some($0) })
-    while result == nil { try system { () throws(IOError) in try disk.turn() } }
-    return result ?? nil
-  }
-}
-
-/// A number that one thread leaves for another.
-private final class SharedNumber: Sendable {
-  let value = Atomic<UInt32>(0)
 }

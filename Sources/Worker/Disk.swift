@@ -13,24 +13,6 @@ public import Posix
 public import Target
 public import WorkerLink
 
-/// What whoever debugs wants of a disk.
-public struct DiskDebugging: Sendable {
-  var trace: String?
-  var hold: String?
-
-  /// Nothing, or a file for a trace and a named pipe for orders.
-  public init(trace: String? = nil, hold: String? = nil) {
-    self.trace = trace
-    self.hold = hold
-  }
-
-  /// Held writes are told in the trace, so that goes to standard error unless it is elsewhere.
-  func open(_ log: Log) throws(WorkerError) -> Trace? {
-    guard trace != nil || hold != nil else { return nil }
-    return try Trace(path: trace ?? "-", log)
-  }
-}
-
 /// A disk, from its opening to its end. Used from the loop's thread.
 public final class Disk {
   /// How it is now.
@@ -62,9 +44,9 @@ public final class Disk {
   /// Builds the engine over an image and takes up what the pending file holds; without one,
   /// nothing outlives this process but what was flushed. The file's descriptor is lent for
   /// as long as the disk lives.
-  public init(
+  init(
     _ image: OpenImage, pending: Int32?, policy: DiskPolicy = DiskPolicy(), loop: EventLoop,
-    log: Log, debugging: DiskDebugging = DiskDebugging()
+    log: Log, debugging: DiskDebugging? = nil
   ) throws(WorkerError) {
     self.image = image
     self.loop = loop
@@ -78,10 +60,8 @@ public final class Disk {
     do throws(IOError) {
       pool = try ThreadPool(loop: loop)
     } catch { throw WorkerError(error) }
-    let trace = try debugging.open(log)
     var executor: any IOExecutor = PoolExecutor(pool: pool, devices: image.devices)
-    if let trace, let pipe = debugging.hold {
-      let holder = try HoldingExecutor(executor, pipe: pipe, trace, loop: loop, log)
+    if let holder = try debugging?.holder(executor, loop: loop) {
       self.holder = holder
       executor = holder
     }
@@ -104,7 +84,7 @@ public final class Disk {
     let target = target
     worker = Worker(
       target: target, format: format, store: image.store, log: log,
-      offload: { target.run($0, then: $1) }, trace: trace)
+      offload: { target.run($0, then: $1) }, trace: debugging?.trace)
     worker.space = policy.space
     do throws(ImageError) {
       try worker.restore(verify: policy.verifies)

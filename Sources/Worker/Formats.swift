@@ -21,8 +21,6 @@ public struct ImageRequest: Sendable, Equatable {
   public var readOnly = false
   /// Whether a base that has changed is accepted and noted anew.
   public var force = false
-  /// Whether the kernel holds the locks of the files already, for a device that lives.
-  public var isLocked = false
 
   /// A request to open an image that exists.
   public init() {}

@@ -1,5 +1,6 @@
 // The worker's end of the link: a listening socket that the daemon made, and at most one
-// connection, of which the newest holds. Its messages are not trusted to be well formed.
+// connection, of which the newest holds; or one connection for good, where a keeper started with
+// the worker. Its messages are not trusted to be well formed.
 
 import Glibc
 import Posix
@@ -11,12 +12,14 @@ final class LinkServer {
   var received: (WorkerOrder, LinkDescriptors) -> Void = { _, _ in }
   /// A daemon has connected.
   var connected: () -> Void = {}
+  /// The connection has ended.
+  var lost: () -> Void = {}
 
   /// So many messages are read in a turn at most, so that a talkative peer starves nobody.
   private static let batch = 32
 
   private let loop: EventLoop
-  private let listener: Descriptor
+  private let listener: Descriptor?
   private let owner: UInt32
   private let log: Log
   private var link: LinkConnection?
@@ -33,11 +36,22 @@ final class LinkServer {
       listens != 0
     else { throw IOError(EINVAL, "listen on", "the worker link") }
     try UnixSocket.setNonBlocking(listener.raw)
-    self.listener = listener
+    let raw = listener.raw
+    self.listener = consume listener
     self.owner = owner
     self.loop = loop
     self.log = log
-    _ = try loop.add(self.listener.raw, for: .readable) { [unowned self] _ in accept() }
+    _ = try loop.add(raw, for: .readable) { [unowned self] _ in accept(raw) }
+  }
+
+  /// Serves one connection of packets and no other.
+  init(connected socket: consuming Descriptor, loop: EventLoop, log: Log) throws(IOError) {
+    listener = nil
+    owner = geteuid()
+    self.loop = loop
+    self.log = log
+    try UnixSocket.setNonBlocking(socket.raw)
+    try use(socket)
   }
 
   /// Sends a report, if there is a daemon. One that does not read is let go.
@@ -51,18 +65,22 @@ final class LinkServer {
     }
   }
 
-  private func accept() {
+  private func use(_ socket: consuming Descriptor) throws(IOError) {
+    let connection = LinkConnection(socket)
+    registration = try loop.add(connection.raw, for: .readable) { [unowned self] _ in read() }
+    link = connection
+  }
+
+  private func accept(_ listener: Int32) {
     do throws(IOError) {
-      while let socket = try UnixSocket.accept(from: listener.raw) {
+      while let socket = try UnixSocket.accept(from: listener) {
         let peer = try UnixSocket.peer(of: socket.raw)
         guard peer.uid == 0 || peer.uid == owner else {
           log(.warning, "a stranger was turned away from the link", ["uid": "\(peer.uid)"])
           continue
         }
         drop()
-        let connection = LinkConnection(socket)
-        registration = try loop.add(connection.raw, for: .readable) { [unowned self] _ in read() }
-        link = connection
+        try use(socket)
         log(.info, "a daemon has connected", ["pid": "\(peer.pid)"])
         connected()
       }
@@ -76,7 +94,7 @@ final class LinkServer {
         switch try link.receive() {
         case .none: return
         case .end:
-          log(.info, "the daemon has gone")
+          if listener != nil { log(.info, "the daemon has gone") }
           return drop()
         case .message(let message, let descriptors): take(message, descriptors)
         }
@@ -105,6 +123,8 @@ final class LinkServer {
   private func drop() {
     if let registration { loop.remove(registration) }
     registration = nil
+    guard link != nil else { return }
     link = nil
+    lost()
   }
 }

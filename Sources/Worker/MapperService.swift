@@ -1,20 +1,17 @@
 // A disk by hand through the device-mapper: /dev/mapper/NAME with the target `userspace`, as
 // in 2006. The device outlives a worker that is killed; the same command takes it over.
 
-internal import DMU
 import DeviceMapper
 import Glibc
 import ImageFormats
 import Posix
 import WorkerLink
 
-/// A worker by hand whose device is the device-mapper's.
+/// Brings a disk by hand to the device-mapper.
 struct ByMapper {
   let options: ByHandOptions
-  let request: ImageRequest
-  let format: FormatName
   let name: String
-  let loop: EventLoop
+  let link: LinkConnection
   let log: Log
 
   private var device: ServedDevice { ServedDevice(name: name, owner: "cowd") }
@@ -39,116 +36,72 @@ struct ByMapper {
         + "install its module, dm-userspace, or say --transport nbd")
   }
 
-  /// Serves until a signal, or until somebody removes the device. Returns when all that was
-  /// written is durable and the device is gone. False, and nothing has happened, when the
-  /// image is none that the kernel can serve and another way may be taken.
-  func run(isStopping: () -> Bool) throws(WorkerError) -> Bool {
+  /// Has the disk appear, by the nbd driver where the image is none that the kernel can serve and
+  /// another way may be taken.
+  func serve() throws(WorkerError) -> (KeptDisk, any DiskService) {
     guard Userspace.isName(name), name != "control" else {
       throw WorkerError("usage", "'\(name)' cannot be the name of a device")
     }
-    guard let (image, plan, state) = try open() else { return false }
-    Self.harden(log)
-    if state == .absent {
-      try mapping { () throws(DeviceMapperError) in
-        _ = try device.make(
-          size: image.format.size, blockSize: image.format.blockSize, plan.backings,
-          readOnly: options.readOnly)
-      }
+    // The files of a device that lives are held by the kernel.
+    var isLocked = try has()
+    if isLocked, try isUnfinished() {
+      // Its maker died before anybody could use it.
+      try remove()
+      isLocked = false
     }
-    let disk: NodeDisk
-    do throws(WorkerError) {
-      disk = try NodeDisk(
-        try Self.node(name), image, plan, name: name, policy: options.policy, loop: loop, log: log)
-    } catch {
-      if state == .absent { giveUp() }
-      throw error
-    }
-    defer { disk.shutdown() }
-    let started = device
-    if state == .absent {
-      // Whoever opens the new device at once waits for answers.
-      try disk.elsewhere { () throws(WorkerError) in
-        try mapping { () throws(DeviceMapperError) in try started.start() }
-      }
-    }
-    ByHand.say("\(options.store) (\(image.format.size) bytes) is served: \(device.device.path)")
-    while !isStopping(), try !disk.isGone() { try disk.turn() }
-    if try !disk.isGone() { try withdraw(disk) }
-    return true
-  }
-
-  /// Opens the image. One that a former worker's device holds is taken over with the locks
-  /// that the kernel keeps for it. nil, and nothing has happened, when it is none that the
-  /// kernel can serve and another way may be taken.
-  private func open() throws(WorkerError) -> (OpenImage, KernelPlan, ServedDevice.State)? {
-    var request = request
-    request.isLocked = try mapping { () throws(DeviceMapperError) in
-      try device.device.information() != nil
-    }
-    let image = try Opening.image(format, store: options.store, request)
-    let plan: KernelPlan
-    switch KernelPlan.make(image) {
-    case .plan(let it): plan = it
-    case .hindrance(let why):
+    let disk = KeptDisk(options, try KeptFiles(options, isLocked: isLocked), link)
+    let report = try disk.start(byNode: true)
+    guard report.byNode, let files = disk.files else {
+      let why = report.hindrance ?? "cannot be served by the kernel"
       guard options.transport != .dm else {
         throw WorkerError("unsupported", "\(options.store) \(why): say --transport nbd")
       }
       log(.info, "serving by nbd", ["reason": why])
-      return nil
+      try disk.lock()
+      return (disk, try DeviceService(disk, report, name: name, log))
     }
-    let state = try mapping { () throws(DeviceMapperError) in
-      try device.state(over: plan.backings)
-    }
-    switch state {
-    case .absent, .ours: return (image, plan, state)
+    let backings = try files.backings(report.parts)
+    switch try mapping({ () throws(DeviceMapperError) in try device.state(over: backings) }) {
+    case .absent, .unfinished:
+      try mapping { () throws(DeviceMapperError) in
+        _ = try device.make(
+          size: report.size, blockSize: report.blockSize, backings, readOnly: options.readOnly)
+      }
+      do throws(WorkerError) {
+        try attach(disk)
+        try mapping { () throws(DeviceMapperError) in try device.start() }
+      } catch {
+        giveUp()
+        throw error
+      }
+    case .ours: try attach(disk)
     case .foreign(let why): throw WorkerError("in-use", "\(why): choose another name")
-    case .unfinished:
-      // Its maker died before anybody could use it.
-      try remove()
-      return try open()
     }
+    return (disk, MapperService(device: device, readOnly: options.readOnly, log))
   }
 
-  private static func node(_ name: String) throws(WorkerError) -> Node {
+  private func has() throws(WorkerError) -> Bool {
+    try mapping { () throws(DeviceMapperError) in try device.device.information() != nil }
+  }
+
+  private func isUnfinished() throws(WorkerError) -> Bool {
+    try mapping { () throws(DeviceMapperError) in try device.state(over: []) == .unfinished }
+  }
+
+  private func attach(_ disk: KeptDisk) throws(WorkerError) {
+    let node = try Self.node(name)
+    try disk.attach(.node, node.raw)
+    try disk.wait(for: .attached)
+  }
+
+  private static func node(_ name: String) throws(WorkerError) -> Descriptor {
     do throws(IOError) {
-      return try Node(name: name)
+      return try Descriptor(path: "/dev/dmu/" + name, flags: O_RDWR | O_NONBLOCK)
     } catch {
       guard error.code == EBUSY else { throw WorkerError(error) }
       throw WorkerError(
         "in-use", "/dev/mapper/\(name) is in use: end its worker, or choose another name")
     }
-  }
-
-  /// The kernel may write its memory out through this process: it must not wait for memory.
-  static func harden(_ log: Log) {
-    do throws(IOError) {
-      try Hardening.lockMemory()
-      try Hardening.becomeFlusher()
-    } catch { log(.warning, "going on without locked memory", ["error": "\(error)"]) }
-  }
-
-  /// Writes out what the kernel holds for the device, which commits it, and removes it. One
-  /// that is in use stays, and waits for its next worker.
-  private func withdraw(_ disk: NodeDisk) throws(WorkerError) {
-    let (device, readOnly) = (device.device, options.readOnly)
-    try disk.elsewhere { () throws(WorkerError) in
-      if !readOnly {
-        try system { () throws(IOError) in
-          let node = try Descriptor(path: device.path, flags: O_RDONLY)
-          guard fsync(node.raw) == 0 else { throw IOError.last("write out", device.path) }
-        }
-      }
-      do throws(DeviceMapperError) {
-        try device.remove(patient: true)
-      } catch {
-        guard error.code == EBUSY else { throw WorkerError(error) }
-        throw WorkerError(
-          "in-use",
-          "\(device.path) is in use and stays, all that was written is durable: "
-            + "unmount it and remove it (dmsetup remove), or start cowd again to go on")
-      }
-    }
-    sweep()
   }
 
   /// Removes what could not be brought into use; why it could not is the error, not this.
@@ -160,12 +113,56 @@ struct ByMapper {
 
   private func remove() throws(WorkerError) {
     try mapping { () throws(DeviceMapperError) in try device.device.remove(patient: true) }
-    sweep()
+    LoopMarks.sweep(log)
+  }
+}
+
+/// A disk as a device of the device-mapper. It outlives a worker that is killed.
+final class MapperService: DiskService {
+  private let device: ServedDevice
+  private let readOnly: Bool
+  private let log: Log
+
+  init(device: ServedDevice, readOnly: Bool, _ log: Log) {
+    self.device = device
+    self.readOnly = readOnly
+    self.log = log
   }
 
-  /// Removes the marks of the device's loop devices, which have gone with it.
-  private func sweep() {
-    do throws(IOError) { try LoopMarks.host.sweep() } catch {
+  var greeting: String { device.device.path }
+
+  func socketEnded() {}
+
+  /// It waits for the next, unless somebody has removed it.
+  func workerEnded() { LoopMarks.sweep(log) }
+
+  /// Writes out what the kernel holds for the device, which commits it, and removes it. One
+  /// that is in use stays, and waits for its next worker.
+  func withdraw() throws(WorkerError) {
+    let device = device.device
+    if !readOnly {
+      try system { () throws(IOError) in
+        let node = try Descriptor(path: device.path, flags: O_RDONLY)
+        guard fsync(node.raw) == 0 else { throw IOError.last("write out", device.path) }
+      }
+    }
+    do throws(DeviceMapperError) {
+      try device.remove(patient: true)
+    } catch {
+      guard error.code == EBUSY else { throw WorkerError(error) }
+      throw WorkerError(
+        "in-use",
+        "\(device.path) is in use and stays, all that was written is durable: "
+          + "unmount it and remove it (dmsetup remove), or start cowd again to go on")
+    }
+    LoopMarks.sweep(log)
+  }
+}
+
+extension LoopMarks {
+  /// Removes the marks of loop devices that have gone with their device.
+  fileprivate static func sweep(_ log: Log) {
+    do throws(IOError) { try host.sweep() } catch {
       log(.warning, "a mark of a loop device is left behind", ["error": "\(error)"])
     }
   }

@@ -192,22 +192,6 @@ final class NodeDisk {
     return report
   }
 
-  /// Does something that may wait for this very disk on another thread, serving meanwhile.
-  func elsewhere(
-    _ work: @escaping @Sendable () throws(WorkerError) -> Void
-  ) throws(WorkerError) {
-    let outcome = Outcome()
-    var ended = false
-    pool.run(
-      {
-        do throws(WorkerError) { try work() } catch { outcome.keep(error) }
-        return nil
-      },
-      then: { _ in ended = true })
-    while !ended { try turn() }
-    if let error = outcome.error { throw error }
-  }
-
   /// Ends the threads. Nothing may be asked after it.
   func shutdown() {
     if let ticks { loop.cancel(ticks) }
@@ -238,12 +222,4 @@ final class NodeDisk {
       block = extent.blocks.end
     }
   }
-}
-
-/// What went wrong on another thread: written there before the pool hands its job back, read
-/// by the loop's thread after that.
-private final class Outcome: @unchecked Sendable {
-  private(set) var error: WorkerError?
-
-  func keep(_ error: WorkerError) { self.error = error }
 }

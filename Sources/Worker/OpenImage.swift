@@ -66,16 +66,30 @@ public struct OpenImage {
     readOnly = request.readOnly
   }
 
-  /// An image that was opened otherwise.
+  /// Opens a store by a plugin: its name and the address of its `dmu_plugin`. `base` is what was
+  /// given as such; its own images name no others.
   init(
-    _ formatName: String, _ format: any ImageFormat, store: any ByteStore,
-    devices: [any ByteStore], readOnly: Bool
-  ) {
-    self.formatName = formatName
+    plugin name: String, _ entry: UnsafeMutableRawPointer, store: FileStore, base: FileStore?,
+    _ request: ImageRequest
+  ) throws(ImageError) {
+    var devices: [any ByteStore] = [store]
+    if let base {
+      devices.append(
+        try ImageChain.base(
+          base, kind: request.baseFormat?.kind ?? .raw, of: store
+        ) { asked throws(ImageError) in
+          throw ImageError(
+            .unsupported, "base \(asked.from) names \(asked.path): a plugin's base has no base")
+        })
+    }
+    let format = try PluginFormat(
+      entry: entry, name: name, store: store, base: devices.count > 1 ? devices[1] : nil,
+      writable: !request.readOnly)
+    formatName = name
     self.format = format
     self.store = store
-    self.devices = devices
-    self.readOnly = readOnly
+    self.devices = format.devices ?? devices
+    readOnly = request.readOnly
     basePath = nil
   }
 

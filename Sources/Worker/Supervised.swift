@@ -1,5 +1,6 @@
-// A worker that the daemon started: it opens nothing, is handed what it needs over the link,
-// and goes on serving while no daemon is there.
+// The life of a worker: it opens nothing, is handed what it needs over the link, and parses and
+// serves in its cage. One that the daemon started goes on serving while no daemon is there; one
+// that a person started has a keeper, and ends with it.
 //
 //   waiting --start--> opening [needs a file --file-->] serving --stop--> stopping
 //
@@ -17,7 +18,7 @@ import WorkerLink
 
 /// How a supervised worker shall be.
 public struct SupervisedOptions: Sendable {
-  /// The user and group that it becomes, when it is root.
+  /// The user that it becomes, when it is root.
   public var uid: UInt32 = 65534
   /// The group.
   public var gid: UInt32 = 65534
@@ -27,8 +28,12 @@ public struct SupervisedOptions: Sendable {
   public var isCaged = true
   /// What it logs.
   public var level = Log.Level.info
-  /// The listening socket of the link, handed over.
+  /// The listening socket of the link, handed over by a daemon.
   public var listener: Int32 = 3
+  /// Whether the kernel may write its memory out through this process.
+  var servesKernel = true
+  /// Whether a person started it.
+  var isByHand = false
 
   /// The defaults.
   public init() {}
@@ -56,9 +61,18 @@ public final class Supervised {
     var need: FileNeed?
   }
 
+  /// What a person has asked for that no image decides.
+  struct Person {
+    /// What whoever debugs wants, if anything.
+    var debugging: DiskDebugging?
+    /// The format, if it is a plugin's: its name and the address of its `dmu_plugin`.
+    var plugin: (name: String, entry: UnsafeMutableRawPointer)?
+  }
+
   private let loop: EventLoop
   private let server: LinkServer
   private let version: String
+  private let person: Person?
   private var log: Log
   private var phase = Phase.waiting
   private var order: StartOrder?
@@ -69,6 +83,8 @@ public final class Supervised {
   /// Why a disk that was to be served by its node is not.
   private var hindrance: String?
   private var stopping = false
+  /// Whether the keeper has ended first.
+  private var isOrphan = false
   private var witnesses: [FileStore] = []
   /// Whether the pending log said of no flush that it was under way before this image was opened.
   private var isFlushed = false
@@ -84,12 +100,32 @@ public final class Supervised {
       let loop = try EventLoop()
       let listener = Descriptor(owning: options.listener)
       let server = try LinkServer(listener, owner: owner, loop: loop, log: log)
-      let worker = Supervised(loop, server, version, log)
+      let worker = Supervised(loop, server, nil, version, log)
       return try worker.live(signals)
     } catch {
       log(.error, "the worker has failed", ["error": "\(error)"])
       return 1
     }
+  }
+
+  /// Runs a worker that a person started, whose keeper is at the other end of `link`. Answers as
+  /// `run`, and has said what went wrong then. Throws when nothing can be served at all.
+  static func run(
+    _ options: SupervisedOptions, _ person: Person, _ signals: SignalSource,
+    link: consuming Descriptor, _ log: Log
+  ) throws(WorkerError) -> Int32 {
+    do throws(IOError) { try harden(options, log) } catch {
+      throw WorkerError(
+        "cage",
+        "there is no cage for the worker: \(error): let it make namespaces, or do without a cage "
+          + "(--no-sandbox)")
+    }
+    do throws(IOError) {
+      let loop = try EventLoop()
+      let server = try LinkServer(connected: link, loop: loop, log: log)
+      let worker = Supervised(loop, server, person, Version.text, log)
+      return try worker.live(signals)
+    } catch { throw WorkerError(error) }
   }
 
   /// Throws when the privileges cannot be given up: nothing is opened or served with them.
@@ -99,24 +135,31 @@ public final class Supervised {
         try step()
       } catch { log(.warning, "cannot \(what), going on without", ["error": "\(error)"]) }
     }
-    attempt("lock memory") { () throws(IOError) in try Hardening.lockMemory() }
-    attempt("become an I/O flusher") { () throws(IOError) in try Hardening.becomeFlusher() }
-    attempt("be as good as others when memory runs out") { () throws(IOError) in
-      try Hardening.resetMemoryScore()
+    if options.servesKernel {
+      attempt("lock memory") { () throws(IOError) in try Hardening.lockMemory() }
+      attempt("become an I/O flusher") { () throws(IOError) in try Hardening.becomeFlusher() }
+    }
+    if !options.isByHand {
+      attempt("be as good as others when memory runs out") { () throws(IOError) in
+        try Hardening.resetMemoryScore()
+      }
     }
     guard options.isCaged else {
-      log(.warning, "not caged: worker.sandbox is off")
+      // A person has said so in the same command.
+      log(options.isByHand ? .info : .warning, "not caged: worker.sandbox is off")
       guard geteuid() == 0 else { return }
       return try Hardening.become(uid: options.uid, gid: options.gid)
     }
-    let owner = Cage.Owner.daemon(uid: options.uid, gid: options.gid)
-    try Cage.enter(owner, files: options.files + spareFiles)
+    try Cage.enter(uid: options.uid, gid: options.gid, files: options.files + spareFiles)
   }
 
   /// Descriptors beside those of the disk's files: the link, the loop, the pool, sockets.
   private static let spareFiles: UInt64 = 64
 
-  private init(_ loop: EventLoop, _ server: LinkServer, _ version: String, _ log: Log) {
+  private init(
+    _ loop: EventLoop, _ server: LinkServer, _ person: Person?, _ version: String, _ log: Log
+  ) {
+    self.person = person
     self.loop = loop
     self.server = server
     self.version = version
@@ -128,10 +171,16 @@ public final class Supervised {
         server.send(.needFile(need))
       }
     }
+    guard person != nil else { return }
+    // What the keeper could not do it has said.
+    server.lost = { [unowned self] in
+      isOrphan = !stopping
+      stopping = true
+    }
   }
 
   private func live(_ signals: SignalSource) throws(IOError) -> Int32 {
-    try loop.addStop(signals, log) { [unowned self] in stopping = true }
+    try loop.addStop(signals, log) { [unowned self] in signalled() }
     while !stopping {
       if case .ended(let status) = phase { return status }
       switch phase {
@@ -144,7 +193,7 @@ public final class Supervised {
       // The kernel keeps what is not durable.
       disk.shutdown()
     }
-    guard case .serving(let disk) = phase else { return 0 }
+    guard case .serving(let disk) = phase else { return isOrphan ? 1 : 0 }
     log(.info, "stopping")
     let code = try disk.finish()
     guard code == 0 else {
@@ -152,7 +201,18 @@ public final class Supervised {
       return 1
     }
     log(.info, "everything is durable, ending")
-    return 0
+    return isOrphan ? 1 : 0
+  }
+
+  /// A disk that a keeper has made to appear is taken away first: the kernel may have to write out
+  /// what it holds, through this worker.
+  private func signalled() {
+    switch phase {
+    case .serving, .prepared, .byNode:
+      guard person != nil else { fallthrough }
+      server.send(.stopping)
+    default: stopping = true
+    }
   }
 
   private func follow(_ order: WorkerOrder, _ descriptors: LinkDescriptors) {
@@ -169,10 +229,11 @@ public final class Supervised {
       take(file, descriptors.take(.witness), opening)
     case (.refuseFile(let reason), .opening): fail(WorkerError("base-refused", reason))
     case (.attach, .serving(let disk)):
-      guard let socket = descriptors.take(.nbd) else {
+      if let socket = descriptors.take(.nbd) { return disk.attach(socket) }
+      guard let listener = descriptors.take(.listener) else {
         return server.refuse("attach", "'attach' came without a descriptor")
       }
-      disk.attach(socket)
+      listen(listener, disk)
     case (.attach, .prepared(let image, let plan)):
       guard let node = descriptors.take(.node) else {
         return server.refuse("attach", "'attach' came without a node")
@@ -194,11 +255,15 @@ public final class Supervised {
     }
   }
 
+  private func listen(_ listener: consuming Descriptor, _ disk: Disk) {
+    do throws(IOError) { try disk.listen(listener) } catch { fail(WorkerError(error)) }
+  }
+
   private func begin(_ start: StartOrder, _ descriptors: LinkDescriptors) {
-    log.disk = start.disk
+    if person == nil { log.disk = start.disk }
     order = start
     do throws(WorkerError) {
-      _ = try FormatName(named: start.format)
+      if person?.plugin == nil { _ = try FormatName(named: start.format) }
       guard let given = descriptors.take(.store) else {
         throw WorkerError("protocol", "'start' came without a store")
       }
@@ -255,11 +320,9 @@ public final class Supervised {
   private func open(_ opening: Opening) {
     var missing: FileNeed?
     do throws(WorkerError) {
-      let name = try FormatName(named: opening.order.format)
-      let request = try Self.request(opening)
       let image: OpenImage
-      do throws(ImageError) {
-        image = try OpenImage(name, store: opening.store, request) { file throws(ImageError) in
+      do throws(WorkerError) {
+        image = try self.image(opening) { file throws(ImageError) in
           if file.role == .base, let base = opening.base, file.path == base.name { return base }
           let need = FileNeed(
             role: file.role.rawValue, path: file.path, writable: file.writable)
@@ -268,7 +331,7 @@ public final class Supervised {
           throw ImageError(.baseMissing, "\(need.path) is not here yet")
         }
       } catch {
-        guard let missing else { throw WorkerError(error) }
+        guard let missing else { throw error }
         var waiting = opening
         waiting.need = missing
         phase = .opening(waiting)
@@ -284,10 +347,28 @@ public final class Supervised {
         }
       }
       let disk = try Disk(
-        image, pending: pending?.raw, policy: policy(opening.order), loop: loop, log: log)
+        image, pending: pending?.raw, policy: policy(opening.order), loop: loop, log: log,
+        debugging: person?.debugging)
       disk.judgeFlush(isFlushed: isFlushed)
       serve(disk, opening.descriptors)
     } catch { fail(error) }
+  }
+
+  /// `opener` is asked for what the image names.
+  private func image(
+    _ opening: Opening, _ opener: OpenImage.Opener
+  ) throws(WorkerError) -> OpenImage {
+    let request = try Self.request(opening)
+    if let plugin = person?.plugin {
+      return try imaging { () throws(ImageError) in
+        try OpenImage(
+          plugin: plugin.name, plugin.entry, store: opening.store, base: opening.base, request)
+      }
+    }
+    let name = try FormatName(named: opening.order.format)
+    return try imaging { () throws(ImageError) in
+      try OpenImage(name, store: opening.store, request, opener: opener)
+    }
   }
 
   /// How the kernel may serve an image. What a former worker has left in the pending log, it
@@ -420,7 +501,11 @@ public final class Supervised {
   }
 
   private func fail(_ error: WorkerError) {
-    log(.error, "cannot serve the disk", ["code": error.code, "error": error.message])
+    if person == nil {
+      log(.error, "cannot serve the disk", ["code": error.code, "error": error.message])
+    } else {
+      log(.error, error.message)
+    }
     server.send(.failed(code: error.code, message: error.message))
     phase = .ended(1)
   }

@@ -5,6 +5,40 @@ import Glibc
 import Posix
 import Target
 
+/// What whoever debugs wants of a disk. What is named is opened at once, while this process can.
+final class DiskDebugging {
+  let trace: Trace
+  private var pipe: Descriptor?
+  private let log: Log
+
+  /// A file for a trace, and a named pipe for orders, which is made if it is not there. Held writes
+  /// are told in the trace, so that goes to standard error unless it is elsewhere. nil: neither.
+  init?(trace: String?, hold: String?, _ log: Log) throws(WorkerError) {
+    guard trace != nil || hold != nil else { return nil }
+    self.trace = try Trace(path: trace ?? "-", log)
+    self.log = log
+    guard let hold else { return }
+    pipe = try system { () throws(IOError) in
+      guard mkfifo(hold, 0o600) == 0 || errno == EEXIST else { throw IOError.last("make", hold) }
+      // Open at both ends, so that it does not end with each who has written to it.
+      let pipe = try Descriptor(path: hold, flags: O_RDWR | O_NONBLOCK)
+      var status = stat()
+      guard fstat(pipe.raw, &status) == 0, status.st_mode & S_IFMT == S_IFIFO else {
+        throw IOError(EINVAL, "take orders from (it is no named pipe)", hold)
+      }
+      return pipe
+    }
+  }
+
+  /// What holds the writes of an executor, if that was wished. Once.
+  func holder(
+    _ inner: any IOExecutor, loop: EventLoop
+  ) throws(WorkerError) -> HoldingExecutor? {
+    guard let pipe = pipe.take() else { return nil }
+    return try HoldingExecutor(inner, pipe: pipe, trace, loop: loop, log)
+  }
+}
+
 /// Writes a line for each fault and each answer.
 final class Trace {
   private let file: Descriptor
@@ -104,25 +138,17 @@ final class HoldingExecutor: IOExecutor {
   private var last = 0
   private var text: [UInt8] = []
 
-  /// Reads orders from a named pipe, which is made if it is not there.
+  /// Reads orders from a named pipe that is open at both ends.
   init(
-    _ inner: any IOExecutor, pipe path: String, _ trace: Trace, loop: EventLoop, _ log: Log
+    _ inner: any IOExecutor, pipe: consuming Descriptor, _ trace: Trace, loop: EventLoop, _ log: Log
   ) throws(WorkerError) {
     self.inner = inner
     self.trace = trace
     self.log = log
-    pipe = try system { () throws(IOError) in
-      guard mkfifo(path, 0o600) == 0 || errno == EEXIST else { throw IOError.last("make", path) }
-      // Open at both ends, so that it does not end with each who has written to it.
-      let pipe = try Descriptor(path: path, flags: O_RDWR | O_NONBLOCK)
-      var status = stat()
-      guard fstat(pipe.raw, &status) == 0, status.st_mode & S_IFMT == S_IFIFO else {
-        throw IOError(EINVAL, "take orders from (it is no named pipe)", path)
-      }
-      return pipe
-    }
+    let raw = pipe.raw
+    self.pipe = pipe
     _ = try system { () throws(IOError) in
-      try loop.add(pipe.raw, for: .readable) { [unowned self] _ in hear() }
+      try loop.add(raw, for: .readable) { [unowned self] _ in hear() }
     }
   }
 

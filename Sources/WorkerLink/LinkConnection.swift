@@ -15,6 +15,8 @@ public enum LinkRole: String, Sendable, CaseIterable {
   case pending
   /// The worker's end of the socket that the kernel's nbd driver reads and writes.
   case nbd
+  /// A socket that listens for NBD clients.
+  case listener
   /// The opened node of the disk's device: /dev/dmu/NAME.
   case node
   /// A file that is also handed over as store or file, opened a second time.

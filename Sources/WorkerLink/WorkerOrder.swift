@@ -55,7 +55,8 @@ public enum WorkerOrder: Sendable, Equatable {
   /// The other answer to `needFile`; the worker fails with it as its message.
   case refuseFile(reason: String)
   /// Serve this nbd socket from now on, in place of any former. Role: nbd. Or serve this node,
-  /// once, and say `attached`. Role: node.
+  /// once, and say `attached`. Role: node. Or serve, with NBD's handshake, whoever connects to
+  /// this socket. Role: listener.
   case attach
   /// Tell your state and counters.
   case status

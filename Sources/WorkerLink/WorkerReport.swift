@@ -167,6 +167,9 @@ public enum WorkerReport: Sendable, Equatable {
   case alive
   /// The nbd socket has ended; the disk is kept and waits for another.
   case detached
+  /// Unasked, from a worker that a person started: it was told to end, and does when its disk has
+  /// been taken away: order `stop` then.
+  case stopping
   /// Unasked: the state has changed.
   case event(DiskState, error: String)
   /// An order that was not understood or came at a wrong time; the worker goes on.
@@ -191,6 +194,7 @@ public enum WorkerReport: Sendable, Equatable {
     case .attached: LinkMessage("attached")
     case .alive: LinkMessage("alive")
     case .detached: LinkMessage("detached")
+    case .stopping: LinkMessage("stopping")
     case .event(let state, let error):
       LinkMessage("event", ["state": state.rawValue, "error": error])
     case .refused(let order, let text):
@@ -214,6 +218,7 @@ public enum WorkerReport: Sendable, Equatable {
     case "attached": self = .attached
     case "alive": self = .alive
     case "detached": self = .detached
+    case "stopping": self = .stopping
     case "event":
       self = .event(try message.state(), error: message.fields["error"] ?? "")
     case "refused":

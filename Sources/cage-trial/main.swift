@@ -20,6 +20,6 @@ guard words.count > 1 else { fail("usage: cage-trial CALL [USER]") }
 private let user = words.count > 2 ? UInt32(words[2]) ?? 2_000_000 : 2_000_000
 
 do throws(IOError) {
-  try Cage.enter(.daemon(uid: user, gid: user), files: 64)
+  try Cage.enter(uid: user, gid: user, files: 64)
 } catch { fail("cannot enter the cage: \(error)") }
 exit(dmu_trial_call(words[1]) < 0 ? 2 : 0)

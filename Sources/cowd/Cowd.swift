@@ -100,10 +100,21 @@ struct Cowd: ParsableCommand {
   @Option(name: .long, help: ArgumentHelp("The most files.", visibility: .private))
   var files: UInt64 = 256
 
-  @Flag(
+  @Flag(name: .long, help: "Open no file that the image names; --base may name one.")
+  var untrusted = false
+
+  @Option(
     name: .long,
-    help: ArgumentHelp("Not caged: for debugging.", visibility: .private))
+    help: ArgumentHelp(
+      "A file or folder outside the store's folder that the image may have written. Again for more.",
+      valueName: "path"))
+  var allow: [String] = []
+
+  @Flag(name: .long, help: "Do not cage the process that reads the image: for debugging.")
   var noSandbox = false
+
+  @Flag(name: .long, help: ArgumentHelp("The keeper of a worker.", visibility: .private))
+  var keeper = false
 
   @Argument(help: "NAME (not with --nbd), and the path of the STORE.")
   var operands: [String] = []
@@ -149,14 +160,20 @@ struct Cowd: ParsableCommand {
     options.trace = trace
     options.hold = hold
     options.readOnly = readOnly
+    options.untrusted = untrusted
+    options.allowed = allow
+    options.isCaged = !noSandbox
     options.failsWhenFull = onFull == .fail
     options.transport = Transport(rawValue: transport) ?? .auto
     options.level = verbose > 1 ? .debug : verbose > 0 ? .info : .warning
+    guard !keeper else { throw ExitCode(Keeper.run(options, link: 3)) }
+    let status: Int32
     do {
-      try ByHand.run(options)
+      status = try ByHand.run(options, arguments: Array(CommandLine.arguments.dropFirst()))
     } catch {
       Log(level: .error, journal: Log.underJournal)(.error, "\(error)")
       throw ExitCode.failure
     }
+    throw ExitCode(status)
   }
 }

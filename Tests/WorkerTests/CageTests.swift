@@ -57,6 +57,11 @@ import WorkerLink
     #expect(try trial("openat-read") == .exited(2))
   }
 
+  /// One that is taken over cannot have the host's memory.
+  @Test func itsMemoryIsBounded() throws {
+    #expect(try trial("memory") == .exited(2))
+  }
+
   @Test func aWorkerHasNoRightsAndSeesNothing() throws {
     let image = try TestImage(sectors: 64, blockSize: 4096)
     let daemon = try TestDaemon(image)
@@ -107,13 +112,7 @@ import WorkerLink
     #expect(try process.wait(milliseconds: 20_000) == .exited(0))
   }
 
-  private func text(_ path: String) throws -> String {
-    let file = try Descriptor(path: path, flags: O_RDONLY)
-    var bytes = [UInt8](repeating: 0, count: 1 << 16)
-    let count = read(file.raw, &bytes, bytes.count)
-    guard count >= 0 else { throw IOError.last("read", path) }
-    return String(decoding: bytes[..<count], as: UTF8.self)
-  }
+  private func text(_ path: String) throws -> String { try kernelText(path) }
 
   private func link(_ path: String) throws -> String {
     var bytes = [CChar](repeating: 0, count: 256)

@@ -17,6 +17,15 @@ func program(_ name: String) throws -> String {
   return me[..<(me.lastIndex(of: "/") ?? me.startIndex)] + "/" + name
 }
 
+/// A file of the kernel's, whose length nobody knows before it is read.
+func kernelText(_ path: String) throws -> String {
+  let file = try Descriptor(path: path, flags: O_RDONLY)
+  var bytes = [UInt8](repeating: 0, count: 1 << 16)
+  let count = read(file.raw, &bytes, bytes.count)
+  guard count >= 0 else { throw IOError.last("read", path) }
+  return String(decoding: bytes[..<count], as: UTF8.self)
+}
+
 /// A base with a stamp of its own in every sector, and a store over it.
 final class TestImage {
   static let baseStamp: UInt64 = 0xb000_0000_0000

@@ -11,8 +11,18 @@ import Testing
 @testable import Worker
 
 @Suite("Plans for the kernel", .enabled(if: hasQemu), .serialized) struct KernelPlanTests {
+  private func open(_ format: String, _ path: String) throws -> OpenImage {
+    let store = try FileStore(path: path, writable: true)
+    return try OpenImage(try FormatName(named: format), store: store, ImageRequest()) {
+      file throws(ImageError) in
+      do throws(IOError) { return try FileStore(path: file.path, writable: file.writable) } catch {
+        throw ImageError(error)
+      }
+    }
+  }
+
   private func plan(_ format: String, _ path: String) throws -> (OpenImage, KernelPlan) {
-    let image = try Opening.image(try FormatName(named: format), store: path, ImageRequest())
+    let image = try open(format, path)
     guard case .plan(let plan) = KernelPlan.make(image) else {
       Issue.record("the kernel cannot serve \(path)")
       throw WorkerError("unsupported", path)
@@ -82,7 +92,7 @@ import Testing
     let file = try FileStore(path: path, writable: true)
     try file.resize(to: 0)
     try file.write(Array(kept.utf8), at: 0)
-    let opened = try Opening.image(try FormatName(named: "vmdk"), store: path, ImageRequest())
+    let opened = try open("vmdk", path)
     guard case .hindrance(let why) = KernelPlan.make(opened) else {
       Issue.record("16 files are written, and there are 15 numbers")
       return

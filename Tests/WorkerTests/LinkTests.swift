@@ -27,7 +27,7 @@ import WorkerLink
   }
 
   @Test(arguments: [
-    WorkerReport.ready(report), .status(report), .detached, .alive,
+    WorkerReport.ready(report), .status(report), .detached, .alive, .stopping,
     .needFile(FileNeed(role: "data-file", path: "/x y", writable: true)),
     .descriptors(files: 0, file: nil),
     .descriptors(files: 3, file: FileNeed(role: "base", path: "b", writable: false)),

@@ -30,10 +30,7 @@ enum FileUsers {
 
   /// What a link names; nil when it cannot be read.
   static func link(_ path: String) -> String? {
-    var buffer = [CChar](repeating: 0, count: 4096)
-    let count = readlink(path, &buffer, buffer.count)
-    guard count > 0 else { return nil }
-    return String(decoding: buffer[..<count].map { UInt8(bitPattern: $0) }, as: UTF8.self)
+    do throws(IOError) { return try Folder.target(of: path) } catch { return nil }
   }
 
   /// Whether a path leads to a file or device, as far as that can be told without waiting.

@@ -219,20 +219,13 @@ public struct ProcessLauncher: WorkerLauncher {
       return configuration.workerProgram
     }
     var places: [String] = []
-    if let own = ownPath, let slash = own.lastIndex(of: "/") {
+    if let own = FileUsers.link("/proc/self/exe"), let slash = own.lastIndex(of: "/") {
       places.append(String(own[..<slash]))
     }
     places +=
       getenv("PATH").map { String(cString: $0).split(separator: ":").map(String.init) } ?? []
     for place in places where access(place + "/cowd", X_OK) == 0 { return place + "/cowd" }
     throw IOError(ENOENT, "find", "cowd (beside dmu-xend or along PATH)")
-  }
-
-  private static var ownPath: String? {
-    var buffer = [CChar](repeating: 0, count: 4096)
-    let count = readlink("/proc/self/exe", &buffer, buffer.count)
-    guard count > 0 else { return nil }
-    return String(decoding: buffer[..<count].map { UInt8(bitPattern: $0) }, as: UTF8.self)
   }
 }
 

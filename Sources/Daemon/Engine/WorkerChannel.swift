@@ -210,6 +210,7 @@ final class WorkerChannel: Sendable {
     case .detached: tell.yield(.detached)
     // A worker of before there were pings says at least this.
     case .alive, .refused("ping", _): break
+    case .stopping: tell.yield(.complaint("it says that it is told to end"))
     case .refused(let order, let message): tell.yield(.complaint("\(order): \(message)"))
     case .failed(let code, let message): tell.yield(.complaint("\(code): \(message)"))
     case .ready, .needFile, .status, .descriptors, .attached:

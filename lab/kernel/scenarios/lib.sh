@@ -15,13 +15,14 @@ die() { echo "${0##*/}: $*"; exit 1; }
 # A word for the log; on the host it is seen at once.
 note() { echo "# $*" | tee -a "$DMU_WORK/progress"; }
 
+# This kernel has no namespaces, so no worker here is caged.
 # serve NAME STORE [OPTION...]: starts cowd and waits until the device is there. The store is of
 # the format that the variable says, dscow unless it is set.
 serve() {
     local name=$1 store=$2 line
     shift 2
     : >"/mnt/$name.said"
-    "$programs/cowd" -p "${format:-dscow}" --transport dm "$@" "$name" "$store" \
+    "$programs/cowd" --no-sandbox -p "${format:-dscow}" --transport dm "$@" "$name" "$store" \
         >"/mnt/$name.said" 2>"/mnt/$name.errors" &
     cowd=$!
     for _ in {1..1500}; do
