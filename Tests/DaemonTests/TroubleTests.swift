@@ -455,6 +455,22 @@ struct TroubleTests {
     }
   }
 
+  @Test("A log that nobody reads keeps neither the daemon nor a disk waiting")
+  func fullLog() async throws {
+    try await inWorld { world in
+      try await world.stopDaemon()
+      let pipe = try FullPipe()
+      try await world.startDaemon(log: pipe.raw)
+      let disk = try world.attach(5, world.spec("g5.dscow"))
+      try await world.add(disk)
+      let bytes = [UInt8](repeating: 9, count: 4096)
+      #expect(try world.wire().write(bytes, at: 8192) == 0)
+      try world.detach(disk)
+      try await world.isGone(disk)
+      try await world.stopDaemon()
+    }
+  }
+
   @Test("Without descriptors a disk is refused, nothing is left of it, and the daemon answers")
   func descriptors() async throws {
     try await inWorld { world in

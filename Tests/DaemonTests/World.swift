@@ -155,7 +155,8 @@ final class World: Sendable {
 
   // MARK: - The daemon, a process
 
-  func startDaemon(_ options: [String] = []) async throws {
+  /// `log`: where it logs to, instead of a file in the folder.
+  func startDaemon(_ options: [String] = [], log other: Int32? = nil) async throws {
     var command = Command(
       Programs.directory + "/dmu-xend",
       ["--config", configurationPath, "--stand-in-devices"] + options
@@ -165,7 +166,7 @@ final class World: Sendable {
       path: folder.file("daemon.log"), flags: O_WRONLY | O_CREAT | O_APPEND, mode: 0o600)
     // Not ours: what a daemon holds open, whoever waits for the end of a test run waits for.
     let null = try Descriptor(path: "/dev/null", flags: O_RDWR)
-    command.descriptors = [0: null.raw, 1: null.raw, 2: log.raw]
+    command.descriptors = [0: null.raw, 1: null.raw, 2: other ?? log.raw]
     let process = try command.start()
     running.withLock { $0 = process }
     try await eventually("the daemon answers") { try await version() != nil }

@@ -87,7 +87,7 @@ final class CowdProcess {
     }
     command.descriptors = descriptors
     command.descriptors[1] = pair.second.raw
-    command.descriptors[2] = log.raw
+    if descriptors[2] == nil { command.descriptors[2] = log.raw }
     process = try command.start()
     output = pair.first
   }

@@ -10,6 +10,36 @@ import WorkerLink
 @Suite("Supervised", .serialized) struct SupervisedTests {
   private static let kills = getenv("DMU_KILLS").flatMap { Int(String(cString: $0)) } ?? 30
 
+  /// Neither what it tells of itself nor a guest's requests wait for the reader of its log.
+  @Test func aLogThatNobodyReadsStopsNothing() throws {
+    let image = try TestImage(sectors: 256, blockSize: 4096)
+    let pipe = try FullPipe()
+    let listener = try UnixSocket.listen(at: image.folder.file("link"), kind: .packets)
+    let worker = try CowdProcess(
+      ["--supervised", "--uid", "2000000", "--gid", "2000000"],
+      descriptors: [2: pipe.raw, 3: listener.raw], folder: image.folder)
+    let link = try LinkConnection(path: image.folder.file("link"))
+    let store = try Descriptor(path: image.store, flags: O_RDWR)
+    let base = try Descriptor(path: image.base, flags: O_RDONLY)
+    var order = StartOrder(disk: "1-51712", format: "dscow")
+    order.storePath = image.store
+    order.basePath = image.base
+    try link.send(.start(order), lending: [.store: store.raw, .base: base.raw])
+    guard case .message(let message, _) = try link.receive(milliseconds: 10_000) else {
+      Issue.record("it does not say that it is ready")
+      return
+    }
+    #expect(message.verb == "ready")
+    let socket = image.folder.file("s")
+    let clients = try UnixSocket.listen(at: socket, kind: .stream)
+    try link.send(.attach, lending: [.listener: clients.raw])
+    let client = try TestNBDClient(path: socket)
+    try client.run(.write, offset: 1024, length: 512, data: Stamp.sectors(1, 5))
+    try client.run(.flush)
+    try link.send(.stop)
+    #expect(try worker.process.wait(milliseconds: 20_000) == .exited(0))
+  }
+
   /// The guest lives on: whatever it was told of is there, flushed or not, and what it was
   /// not told of is asked again. No error reaches it.
   @Test(arguments: [4096, 65536] as [UInt32])
