@@ -129,7 +129,7 @@ final class DeviceService: DiskService {
 
   /// The kernel gives a socket up when a request takes too long: it gets another. When it is done
   /// with the device, that is the end.
-  func socketEnded() throws(WorkerError) {
+  func detached() throws(WorkerError) {
     guard let index, try isConnected(index) else { return try end() }
     log(.warning, "the kernel has given its socket up and gets another")
     let socket = try attachPair()

@@ -63,7 +63,7 @@ public enum Keeper {
     ByHand.say("\(options.store) (\(disk.size) bytes) is served: \(service.greeting)")
     while true {
       switch try disk.next() {
-      case .detached: try service.socketEnded()
+      case .detached: try service.detached()
       case .stopping:
         try service.withdraw()
         return try disk.stop()
@@ -83,8 +83,8 @@ extension WorkerError {
 protocol DiskService: AnyObject {
   /// One line that says where the disk is.
   var greeting: String { get }
-  /// The nbd socket has ended.
-  func socketEnded() throws(WorkerError)
+  /// The nbd socket has ended, or the device of a node is gone.
+  func detached() throws(WorkerError)
   /// Takes the disk away, which the worker still serves.
   func withdraw() throws(WorkerError)
   /// The worker has gone by itself.

@@ -77,7 +77,7 @@ struct ByMapper {
     case .ours: try attach(disk)
     case .foreign(let why): throw WorkerError("in-use", "\(why): choose another name")
     }
-    return (disk, MapperService(device: device, readOnly: options.readOnly, log))
+    return (disk, MapperService(disk, device: device, log))
   }
 
   private func has() throws(WorkerError) -> Bool {
@@ -120,27 +120,31 @@ struct ByMapper {
 /// A disk as a device of the device-mapper. It outlives a worker that is killed.
 final class MapperService: DiskService {
   private let device: ServedDevice
-  private let readOnly: Bool
+  private let disk: KeptDisk
   private let log: Log
 
-  init(device: ServedDevice, readOnly: Bool, _ log: Log) {
+  init(_ disk: KeptDisk, device: ServedDevice, _ log: Log) {
+    self.disk = disk
     self.device = device
-    self.readOnly = readOnly
     self.log = log
   }
 
   var greeting: String { device.device.path }
 
-  func socketEnded() {}
+  /// Somebody has removed it.
+  func detached() throws(WorkerError) {
+    LoopMarks.sweep(log)
+    try disk.stop()
+  }
 
-  /// It waits for the next, unless somebody has removed it.
-  func workerEnded() { LoopMarks.sweep(log) }
+  /// It waits for the next.
+  func workerEnded() {}
 
   /// Writes out what the kernel holds for the device, which commits it, and removes it. One
   /// that is in use stays, and waits for its next worker.
   func withdraw() throws(WorkerError) {
     let device = device.device
-    if !readOnly {
+    if !disk.options.readOnly {
       try system { () throws(IOError) in
         let node = try Descriptor(path: device.path, flags: O_RDONLY)
         guard fsync(node.raw) == 0 else { throw IOError.last("write out", device.path) }

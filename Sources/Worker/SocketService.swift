@@ -58,7 +58,7 @@ final class SocketService: DiskService {
   }
 
   /// Clients come and go, and this is not told of them.
-  func socketEnded() {}
+  func detached() {}
 
   /// The next to listen there replaces the socket file, and may have done so already.
   func workerEnded() {}

@@ -47,6 +47,8 @@ public final class Supervised {
     case serving(Disk)
     case prepared(OpenImage, KernelPlan)
     case byNode(NodeDisk)
+    /// The device is gone, and the keeper knows.
+    case withdrawn
     case ended(Int32)
   }
 
@@ -208,7 +210,7 @@ public final class Supervised {
   /// what it holds, through this worker.
   private func signalled() {
     switch phase {
-    case .serving, .prepared, .byNode:
+    case .serving, .prepared, .byNode, .withdrawn:
       guard person != nil else { fallthrough }
       server.send(.stopping)
     default: stopping = true
@@ -460,7 +462,11 @@ public final class Supervised {
       try disk.turn()
       guard try disk.isGone() else { return }
       log(.info, "the device is gone, ending")
-      stopping = true
+      guard person != nil else { return stopping = true }
+      // The keeper has something to take away yet, and then orders the end.
+      disk.shutdown()
+      phase = .withdrawn
+      server.send(.detached)
     } catch {
       disk.shutdown()
       fail(error)

@@ -165,7 +165,8 @@ public enum WorkerReport: Sendable, Equatable {
   case attached
   /// The answer to `ping`.
   case alive
-  /// The nbd socket has ended; the disk is kept and waits for another.
+  /// The nbd socket has ended; the disk is kept and waits for another. From a worker that a person
+  /// started also: the device of its node is gone.
   case detached
   /// Unasked, from a worker that a person started: it was told to end, and does when its disk has
   /// been taken away: order `stop` then.

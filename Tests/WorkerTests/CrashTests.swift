@@ -394,7 +394,7 @@ private final class LogFile {
 }
 
 @Suite("Crashes of the whole path") struct CrashTests {
-  static let runs = 10_000
+  static let runs = 6000
   static let parts = 20
 
   /// Errors that the worker logs while the power goes are of no interest.

@@ -162,7 +162,7 @@ struct Qcow2CrashRun {
 
 @Suite struct Qcow2CrashTests {
   /// Lives per kind of image, of three cuts each: with DMU_DEPTH=30 more than 10,000 in all.
-  static let seeds = Depth.seeds(14)
+  static let seeds = Depth.seeds(9)
 
   @Test(arguments: CrashSeedImage.allCases) func powerCuts(kind: CrashSeedImage) throws {
     let image = try kind.make()
