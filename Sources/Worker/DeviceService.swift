@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A disk as a device of the kernel's nbd driver, with a link to it in /dev/mapper, where the
 // admins of 2006 look for it.
 

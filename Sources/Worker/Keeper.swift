@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The keeper of a disk that a person serves: the other process of `cowd`. It has the person's
 // rights, opens the files, and makes the disk appear; it parses nothing and serves nothing. The
 // worker in its cage does, at the other end of a link.

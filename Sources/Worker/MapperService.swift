@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A disk by hand through the device-mapper: /dev/mapper/NAME with the target `userspace`, as
 // in 2006. The device outlives a worker that is killed; the same command takes it over.
 
@@ -42,14 +43,10 @@ struct ByMapper {
     guard Userspace.isName(name), name != "control" else {
       throw WorkerError("usage", "'\(name)' cannot be the name of a device")
     }
-    // The files of a device that lives are held by the kernel.
-    var isLocked = try has()
-    if isLocked, try isUnfinished() {
-      // Its maker died before anybody could use it.
-      try remove()
-      isLocked = false
-    }
-    let disk = KeptDisk(options, try KeptFiles(options, isLocked: isLocked), link)
+    // Whoever has the node of a device that lives, has its files, which the kernel holds locked.
+    let isLive = try isLive()
+    let node = isLive ? try Self.node(name) : nil
+    let disk = KeptDisk(options, try KeptFiles(options, isLocked: isLive), link)
     let report = try disk.start(byNode: true)
     guard report.byNode, let files = disk.files else {
       let why = report.hindrance ?? "cannot be served by the kernel"
@@ -68,28 +65,38 @@ struct ByMapper {
           size: report.size, blockSize: report.blockSize, backings, readOnly: options.readOnly)
       }
       do throws(WorkerError) {
-        try attach(disk)
+        try attach(disk, try Self.node(name))
         try mapping { () throws(DeviceMapperError) in try device.start() }
       } catch {
         giveUp()
         throw error
       }
-    case .ours: try attach(disk)
+    case .ours:
+      // Else another cowd has made it since.
+      guard let node else { throw Self.inUse(name) }
+      try attach(disk, node)
     case .foreign(let why): throw WorkerError("in-use", "\(why): choose another name")
     }
     return (disk, MapperService(disk, device: device, log))
   }
 
-  private func has() throws(WorkerError) -> Bool {
-    try mapping { () throws(DeviceMapperError) in try device.device.information() != nil }
+  /// Whether a former worker's device is there. One whose maker died before anybody could use it is
+  /// removed. Throws when the name is another's.
+  private func isLive() throws(WorkerError) -> Bool {
+    let found = try mapping { () throws(DeviceMapperError) in try device.device.information() }
+    guard let found else { return false }
+    let owner = try mapping { () throws(DeviceMapperError) in try device.device.uuid() }
+    guard owner == device.identifier else {
+      throw WorkerError(
+        "in-use", "\(device.device.path) exists and is none of ours: choose another name")
+    }
+    if !found.hasLiveTable { try remove() }
+    return found.hasLiveTable
   }
 
-  private func isUnfinished() throws(WorkerError) -> Bool {
-    try mapping { () throws(DeviceMapperError) in try device.state(over: []) == .unfinished }
-  }
-
-  private func attach(_ disk: KeptDisk) throws(WorkerError) {
-    let node = try Self.node(name)
+  private func attach(
+    _ disk: KeptDisk, _ node: borrowing Descriptor
+  ) throws(WorkerError) {
     try disk.attach(.node, node.raw)
     try disk.wait(for: .attached)
   }
@@ -98,10 +105,12 @@ struct ByMapper {
     do throws(IOError) {
       return try Descriptor(path: "/dev/dmu/" + name, flags: O_RDWR | O_NONBLOCK)
     } catch {
-      guard error.code == EBUSY else { throw WorkerError(error) }
-      throw WorkerError(
-        "in-use", "/dev/mapper/\(name) is in use: end its worker, or choose another name")
+      throw error.code == EBUSY ? inUse(name) : WorkerError(error)
     }
+  }
+
+  private static func inUse(_ name: String) -> WorkerError {
+    WorkerError("in-use", "/dev/mapper/\(name) is in use: end its worker, or choose another name")
   }
 
   /// Removes what could not be brought into use; why it could not is the error, not this.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A disk at a Unix socket, for whoever speaks NBD.
 
 import Glibc

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The life of a worker: it opens nothing, is handed what it needs over the link, and parses and
 // serves in its cage. One that the daemon started goes on serving while no daemon is there; one
 // that a person started has a keeper, and ends with it.
@@ -47,8 +48,8 @@ public final class Supervised {
     case serving(Disk)
     case prepared(OpenImage, KernelPlan)
     case byNode(NodeDisk)
-    /// The device is gone, and the keeper knows.
-    case withdrawn
+    /// The device is gone, and the keeper knows; the loop still has the disk's stage.
+    case withdrawn(NodeDisk)
     case ended(Int32)
   }
 
@@ -465,7 +466,7 @@ public final class Supervised {
       guard person != nil else { return stopping = true }
       // The keeper has something to take away yet, and then orders the end.
       disk.shutdown()
-      phase = .withdrawn
+      phase = .withdrawn(disk)
       server.send(.detached)
     } catch {
       disk.shutdown()

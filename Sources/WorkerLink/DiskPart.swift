@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What a disk's device stands on, in the worker's words: "store:wd:0", "file-2:w:1073741824".
 
 /// One of the files and devices that a disk's device stands on.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A connected end of the worker link: typed messages out, messages and descriptors in.
 
 import Glibc

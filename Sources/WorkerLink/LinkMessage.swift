@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // One message between the daemon and a worker: a packet of at most 16 KiB of text.
 //
 //   VERB\n

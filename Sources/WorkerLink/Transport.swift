@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // How a disk's requests come to its worker.
 
 /// The way by which the kernel reaches a disk, as it is asked for.

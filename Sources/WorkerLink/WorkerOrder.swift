@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the daemon says to a worker.
 
 /// The disk that a worker shall serve.
