@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # dmu-xen: see README.md. `make help` lists the targets.
 
 SWIFT   ?= swift
@@ -47,10 +48,11 @@ kernel-lab: ## the module's scenarios in a checked kernel (the kernel is built o
 	@$(MAKE) --no-print-directory build
 	lab/kernel/all --programs $(BIN)
 
-check: ## format, lint, warnings as errors, shellcheck
+check: ## format, lint, warnings as errors, shellcheck, house rules
 	@lab/prerequisites build check
 	$(SWIFT) format lint --strict --recursive Package.swift Sources Tests fuzz
 	shellcheck -x $(SHELL_FILES)
+	Tests/house
 	$(SWIFT) build --build-tests
 
 format: ## let swift format put the sources in order

@@ -1,4 +1,5 @@
 // swift-tools-version: 6.2
+// SPDX-License-Identifier: Apache-2.0
 // The rooms of docs/architecture.md, one target each. A target states here whom it may
 // call; nothing else may be imported. Warnings are errors.
 import PackageDescription
@@ -73,7 +74,7 @@ let package = Package(
         "XenStore", "WorkerLink", "DeviceMapper", "Posix", logging, lifecycle, signals, toml, nio,
         nioPosix,
       ]),
-    program("cowd", ["Worker", "WorkerLink", argumentParser]),
+    program("cowd", ["Worker", "WorkerLink", "Posix", argumentParser]),
     .target(name: "CTrials"),
     room("TargetTrials", ["CTrials", "DMU", "DeviceMapper", "Target", "Posix", "TestSupport"]),
     program(
@@ -81,10 +82,10 @@ let package = Package(
     .executableTarget(
       name: "linear", dependencies: ["DMU", "Posix"], path: "examples/linear",
       swiftSettings: swiftSettings),
-    program("dmu-xend", ["Daemon", argumentParser]),
-    program("dmu-xen", ["Daemon", argumentParser]),
+    program("dmu-xend", ["Daemon", "Posix", argumentParser]),
+    program("dmu-xen", ["Daemon", "Posix", argumentParser]),
     program("dscow_tool", ["ImageFormats", "Posix", argumentParser]),
-    program("dmu-img", ["ImageTool", "ImageFormats", argumentParser]),
+    program("dmu-img", ["ImageTool", "ImageFormats", "Posix", argumentParser]),
     room("TestSupport", ["Posix"]),
     tests("PosixTests", ["Posix", "TestSupport"]),
     tests("DeviceMapperTests", ["DeviceMapper", "TestSupport"]),

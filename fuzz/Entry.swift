@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The entries that libFuzzer calls. The environment says what is fuzzed: DMU_FUZZ=use-qcow2,
 // link-report and the like; see fuzz/run.
 

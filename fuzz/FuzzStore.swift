@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the fuzzer's images live in: bytes in memory, of a length that may be any, of which
 // only so many may ever be written.
 

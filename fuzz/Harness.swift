@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What is done to every image: opened, described, read, written, committed, checked, mended.
 // Errors are what hostile bytes deserve; a trap, a hang or much memory is a find.
 

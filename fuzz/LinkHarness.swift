@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The door of the daemon: what a worker may send over its link, bytes and descriptors, is received,
 // decoded and offered to the door, over a real socket.
 //

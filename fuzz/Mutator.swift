@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Mutations that know what an image is made of: numbers of 2, 4 and 8 bytes on their own
 // alignment, near the front or where an entry of a table points, set to what breaks parsers;
 // and checksums that are put right again, so that the damage behind them is looked at.

@@ -1,4 +1,5 @@
 # shellcheck shell=bash
+# SPDX-License-Identifier: Apache-2.0
 # debs.sh: Debian's packages by name, unpacked where they are wanted, never installed.
 #
 # A caller may set apt_options (an array) first, to ask another archive than the computer's own.

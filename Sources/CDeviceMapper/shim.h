@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 // libdevmapper as Swift can call it.
 #ifndef DMU_CDEVICEMAPPER_H
 #define DMU_CDEVICEMAPPER_H

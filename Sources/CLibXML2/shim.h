@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 // libxml2 when it is wanted. Loading it, with ICU behind it, is a quarter of the start of a
 // program; of all that dmu-img does two commands want it. So nothing is linked: the functions
 // are found by name, with the types that libxml2's own headers give them.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /* The header is all there is: this file shows that it stands alone in C. */
 #include "dmu_plugin.h"
 

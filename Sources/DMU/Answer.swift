@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What a worker says to /dev/dmu/NAME, as values.
 
 internal import DMUProtocol

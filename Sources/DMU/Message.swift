@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the kernel says on /dev/dmu/NAME, as values. The layout is in dmu.h and nowhere else.
 
 internal import DMUProtocol

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The worker's end of a dmu device: reads messages in batches, gives answers in batches.
 
 internal import DMUProtocol

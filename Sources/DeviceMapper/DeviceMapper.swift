@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the device-mapper of this kernel is and has.
 
 internal import CDeviceMapper

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The one error of everything asked of the device-mapper.
 
 import Glibc

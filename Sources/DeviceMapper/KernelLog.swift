@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the kernel says in its log while something is tried. Constructors of targets tell there,
 // and nowhere else, what they do not like.
 //

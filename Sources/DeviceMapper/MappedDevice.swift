@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A device of the device-mapper, by its name: everything that dmsetup does with one.
 //
 // Every call needs root. Errors carry the kernel's words where it has any.

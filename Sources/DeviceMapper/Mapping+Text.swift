@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A mapping as the words of a table line.
 
 extension Mapping {

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What can be wrong with a line whose words were understood. Limits are those of the
 // kernel's constructors (6.1: dm-stripe.c, dm-log.c, dm-raid1.c, dm-exception-store.c) and of
 // dm-userspace.

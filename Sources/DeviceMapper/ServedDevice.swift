@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A device of the target `userspace` from the files and devices that it stands on: what has to
 // be done before a worker can open its node, and afterwards.
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Reading the text that dmsetup takes and prints.
 
 extension Table {

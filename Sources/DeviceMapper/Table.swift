@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Tables of the device-mapper as typed values. What a value can say wrongly (a chunk that is
 // no power of two, a gap between lines) is found by `validate`, before the kernel sees it.
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What is wrong with a table, said so that it can be found.
 
 /// A table that is not valid.

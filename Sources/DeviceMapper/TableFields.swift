@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The words of one table line, taken one after the other, each by its name.
 
 /// What is left of a line.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What lies under an image, seen in the image's own blocks: nothing, a raw file or device, or
 // another image, of which runs that lie in a row in one of its devices are handed on as that
 // device's, and only the rest is read through user space.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Big-endian numbers in an array of bytes, as qcow, qcow2 and vhd have them. The caller has
 // checked the array's length; an index outside it is our own mistake and traps.
 

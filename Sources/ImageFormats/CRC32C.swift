@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The checksum of this room. No format depends on a library for it.
 
 /// CRC-32C (Castagnoli), reflected, with the usual inversions, eight bytes at a time.

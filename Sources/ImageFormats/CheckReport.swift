@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What a check of an image found. The words of `problems` are for people.
 
 /// The outcome of a check, and of a repair.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A commit plan in the making: sectors of tables, changed in stages. A sector that a later
 // stage changes again keeps what the earlier ones did to it.
 

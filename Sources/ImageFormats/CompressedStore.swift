@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Compressed units of an image as a byte store. The unit that is known by number n is found at
 // n strides: the address says all, so that reads need no table and may come from any thread.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Which format an image has, and whether it may name other files: the one place that decides
 // whom to believe. The table is in docs/spec.md, and a test goes through its cells.
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the mappings of formats have in common: the bounds of a disk, runs that continue each
 // other, first writes and discards, and what a change of a disk's length has to hide.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A set of clusters of a store, kept as runs.
 
 /// Clusters by number. Cheap while they lie in few runs.

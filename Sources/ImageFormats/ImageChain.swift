@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Opening an image with everything under it: its data file, its base, the base of that, and so
 // on, of whatever formats. Paths that stand in images are not opened here: whoever calls is
 // asked for each, and may refuse.

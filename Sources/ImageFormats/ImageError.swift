@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The one error of this room: what is wrong with which image, and what to do about it.
 
 public import Posix

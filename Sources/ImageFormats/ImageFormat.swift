@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What a worker asks of an image format, and what a format asks to have written.
 //
 // Invariants, for every format:

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // One image of a chain by itself: what it says of every byte of its disk, and what it leaves to
 // the image below. Whoever copies, compares or draws a chain asks its layers one by one.
 //

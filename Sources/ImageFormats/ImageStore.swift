@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // An image that is open for reading, as a flat byte store: what the base of another image is
 // when it is itself an image. Reads go through user space; whoever can ask `resolve` first
 // gets the place in one of the image's own devices, and then they do not.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Writing to the disk of an image that nobody serves: what tools do. One request at a time;
 // placements are made durable by `commit`, in the order that every format asks for.
 

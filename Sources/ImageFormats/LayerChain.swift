@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A chain of images, each open by itself: which of them has a byte of the disk, and where.
 
 public import Posix

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Tables of an image as they stand on the store, in pages of 4096 bytes read when needed.
 //
 // Invariants:

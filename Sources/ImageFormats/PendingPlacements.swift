@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Placements that are not yet durable, for formats that put a block wherever there is room.
 //
 // Invariants: runs do not overlap; none crosses a group (the blocks of one table); those of a

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What of a file is in use, for checks of formats that keep no counts of use: nothing may be
 // used twice, or lie past the end of the file; what lies behind all of it is a leak.
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // dmu-img bench: so many requests to an image, so many at a time.
 
 import Glibc

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What one thread does with a chunk of the disk: read it, tell data from zeroes, compress.
 
 import Glibc

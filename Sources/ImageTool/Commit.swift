@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // dmu-img commit and rebase.
 //
 // Commit: the base is written, and durable, before the image gives anything up; until then the

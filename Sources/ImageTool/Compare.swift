@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // dmu-img compare: whether two disks hold the same.
 
 import Glibc

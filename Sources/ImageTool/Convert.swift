@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // dmu-img convert: an image, or several one after the other, into another format.
 //
 // Threads take chunks of the disk in turn. Each reads its chunk, finds what is zeroes, and

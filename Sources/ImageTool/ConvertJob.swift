@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The threads of a conversion, and what each does with a chunk.
 
 import Glibc

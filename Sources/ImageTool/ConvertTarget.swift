@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Where a conversion writes: one kind of target for plain files, one for new qcow2 images, one
 // for everything else, which is written as a running disk would be.
 

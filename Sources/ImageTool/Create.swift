@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // dmu-img create, resize, snapshot.
 
 public import ImageFormats

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A disk that is read from beginning to end: where its data lies, holes of files left out.
 
 import Glibc

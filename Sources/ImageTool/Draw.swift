@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // dmu-img map --svg: the disk as a field of cells, and under it the image's file as another.
 //
 // In the upper field a cell is a stretch of the disk, coloured by what has most of it: which

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // dmu-img dump and restore: the mapping of an image as XML, in the schema of thin_dump: a
 // superblock, a device, runs of blocks as range_mapping and single blocks as single_mapping.
 // What the schema has no word for, the disk's length and the image's base, stands in a comment.

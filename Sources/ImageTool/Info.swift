@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // dmu-img info and check: an image in words or as JSON, by the names that qemu-img has.
 
 public import ImageFormats

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What differs from format to format, in one place: making, describing, checking and resizing
 // an image, and the words for what a format cannot do.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // dmu-img map: what of the disk is where, as lines, as JSON in qemu-img's words, or drawn.
 
 public import ImageFormats

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Opening images by path, with what stands under them: for a tool that a person runs, paths
 // that stand in images are followed as that person could follow them.
 

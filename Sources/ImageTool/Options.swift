@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What stands after -o: names and values, by the words that qemu-img has for them.
 
 public import ImageFormats

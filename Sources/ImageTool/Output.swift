@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What a command prints: collected in a large buffer, so that a million lines cost little.
 
 import Glibc

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // How far a command is: a bar on a terminal, and with -p the words that qemu-img has for it.
 
 import Glibc

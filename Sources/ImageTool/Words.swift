@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Numbers and tables as people read them, without Foundation.
 
 import Glibc

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The door to libxml2: as much of writing and of reading as a mapping needs. What is read is
 // not trusted: no entities, no network, no more depth than the mapping has.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Memory for I/O, used again and again. Sizes are powers of two and a page for the headers
 // that go with them. What lies idle is bounded and can be given back.
 

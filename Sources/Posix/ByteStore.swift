@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The byte-store protocol: all that an image format ever sees of the world. It has real
 // (FileStore), in-memory, failing and simulated implementations.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the kernel knows of a file without asking anybody: for files that somebody else has chosen,
 // whose server may not answer.
 

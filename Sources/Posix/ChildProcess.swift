@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Starting programs and following processes by descriptor, so that a process id that has
 // been given to somebody else is never mistaken for ours.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Closing descriptors that somebody else has chosen. close(2) may wait: a socket with SO_LINGER for
 // its unsent data, a file of a network or user file system for its server. So may the end of a
 // socket whose queue holds such descriptors.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Threads that work through something together and then are done: for tools, which have no
 // loop to come back to.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Owned file descriptors. A descriptor has one owner; lending is by `raw`, giving away by
 // `release`.
 

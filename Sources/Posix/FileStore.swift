@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A byte store that is a file or a block device, over an owned descriptor.
 
 internal import CLinux

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Text that came from elsewhere (a guest, an image, a file name), made fit to be shown: what could
 // end a line, speak to a terminal or turn the order of what follows it is written as percent codes.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What a process gives up and asks for itself before it serves a guest's disk.
 
 internal import CLinux

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The one error of everything that asks the kernel for something: what was asked, of
 // what, and the errno that came back.
 

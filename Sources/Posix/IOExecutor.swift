@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // How a target moves bytes of its backing devices: at once where nothing has to be waited
 // for, else elsewhere with news of the end. The real one is PoolExecutor; tests bring one
 // that completes in any order, fails and loses power.

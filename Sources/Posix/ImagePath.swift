@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Opening what a path names only when it is a file or a block device. Opening anything else may do
 // something (a device), or wait (a pipe).
 

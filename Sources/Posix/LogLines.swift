@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Lines of a log, which must never cost more than they tell: nobody waits for a reader that has
 // stopped, and one message that comes again and again is counted instead of written.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Files as block devices, for what takes nothing else.
 //
 // Invariants:

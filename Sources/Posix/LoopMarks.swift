@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Marks of loop devices, for udev: nothing in sysfs says whose a loop device is, so a file named
 // like the device does. The rules in etc/09-dmu-xen.rules do not probe a device that has one.
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The words in which formats and targets speak of where blocks live.
 
 /// A run of blocks: `count` of them from block `first` on. The unit is the disk's block.

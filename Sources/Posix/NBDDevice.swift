@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The kernel's nbd driver by generic netlink: a disk that is served from a socket. Needs
 // CAP_SYS_ADMIN and the driver (modprobe nbd).
 

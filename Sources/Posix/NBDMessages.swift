@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the kernel's nbd driver is told, as netlink messages. Source: linux/nbd-netlink.h,
 // drivers/block/nbd.c.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The bytes of generic netlink, encoded and decoded by hand.
 //
 //   message    u32 length of all; u16 type (family); u16 flags; u32 sequence; u32 port

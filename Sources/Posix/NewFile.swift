@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A file that gets its name when it is whole: until then it has none, and goes with the last
 // process that has it open. Unlike PendingFile it never takes the place of another.
 

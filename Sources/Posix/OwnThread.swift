@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // One thing done on a thread that is made for it: for what a thread cannot undo.
 
 import Glibc

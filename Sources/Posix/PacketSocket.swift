@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Packets with descriptors over a connected SOCK_SEQPACKET socket. Nothing here waits.
 
 internal import CLinux

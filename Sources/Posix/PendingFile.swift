@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A file that is seen under its name only when it is whole: it has none while it is written,
 // and goes with the process that writes it. Where the file system has no files without a name
 // it has a temporary one beside.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The registry of pending logs: one file for each store that a disk writes to through a
 // worker, and beside it a text that says whose it is. dmu-xend keeps it; tools look into it
 // before they write to a store.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the daemon may know of a pending log: whether it holds something that is not in the
 // store. The log's layout stands at the head of Target/PendingLog.swift.
 //

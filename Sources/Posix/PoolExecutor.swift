@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The executor of production. The page cache is tried first, on the loop's own thread, as
 // most reads are at hand and most writes only copy; whatever has to wait goes to the pool.
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Signals as something to read, instead of something that interrupts. Source: signalfd(2).
 
 internal import CLinux

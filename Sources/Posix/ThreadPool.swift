@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A few threads for what may wait: cold reads, slow writes, fdatasync, commit plans. Their
 // completions come back to the loop through an eventfd.
 //

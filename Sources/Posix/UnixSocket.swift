@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Unix sockets: streams for NBD, sequenced packets for the worker link. Source: unix(7).
 
 internal import CLinux

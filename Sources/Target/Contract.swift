@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The contract between whoever serves a disk (the target) and whoever knows where its
 // blocks live (the worker), as Swift types: docs/target.md in words, this in values.
 //

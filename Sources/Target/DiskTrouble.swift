@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What has gone wrong on a disk, kept as facts. How the disk is follows from them, so that one
 // of them can end without hiding another.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the target remembers: runs of blocks that are mapped alike, sorted, merged where
 // they continue each other.
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Which of a format's devices the kernel knows, and by which numbers. The kernel has up to 15,
 // each a file or a device; a format may have more, and some that are neither (compressed
 // clusters, a base that is itself an image), which are read through user space.

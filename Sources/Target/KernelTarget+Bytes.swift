@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the kernel cannot move by itself, because it lies where the kernel knows no device:
 // reads get their bytes in the answer, and a block that is to move is written to its new place
 // before the kernel is told of that. Both happen off the target's thread.

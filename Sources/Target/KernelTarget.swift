@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The engine of the contract in the kernel: the same words, said to /dev/dmu/NAME.
 //
 // Invariants:

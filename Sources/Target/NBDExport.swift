@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A target as an NBD export: the listening sockets, the connections, and what they share.
 //
 // Several connections may be open at once, and any flush covers the writes completed on

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The words of NBD. All numbers on the wire are big endian.
 // Source: the NBD protocol specification (doc/proto.md of the nbd project).
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The transmission phase: one function checks every request, then it is handed to the
 // target, and its reply is built.
 

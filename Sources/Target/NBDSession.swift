@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // One NBD connection: what is received, what is under way, what is to be sent.
 //
 // Receiving: many requests come with one recv into a slab and are served from there, a

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The buffers of one NBD connection. A slab is a buffer that several things may lie in at
 // once, what was received or what is to be sent; it counts what is still needed of it.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The memory file: every uncommitted placement whose data is written, so that a worker may
 // be killed at any instant and the next one goes on from here. It is a mapped file on tmpfs
 // that the daemon holds, or anonymous memory.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What is asked of a target from the guest's side, and how the answer comes back.
 
 /// One request of a guest. Offsets and lengths are in bytes, of any alignment.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Faults and answers. Nothing that a worker says is believed before it is checked: a
 // refused answer has changed nothing.
 

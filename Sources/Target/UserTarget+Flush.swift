@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Flushes: commit on flush, in rounds.
 //
 // A round notes the highest mark recorded, waits until every placement up to it has its

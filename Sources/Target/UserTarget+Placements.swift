@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A write's placement from the worker's answer to its entry in the map: read what the write
 // does not cover, put the block together at its new place piece by piece, record it. Until it
 // is recorded the block is where it was, so that a copy that ends half-way has changed nothing.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Slots: taking and freeing them, the order of requests, waiting and going on.
 
 import Glibc

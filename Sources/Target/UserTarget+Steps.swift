@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The steps of a request: look up, move a piece, ask, wait.
 
 import Glibc

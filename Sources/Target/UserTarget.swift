@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The engine of the contract in user space: what the device-mapper target does in the
 // kernel, done for the requests of an NBD client.
 //

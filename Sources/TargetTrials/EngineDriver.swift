@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the suites of the contract ask of an engine's surroundings, so that one suite drives
 // both: `UserTargetDriver` the engine in user space over simulated devices,
 // `KernelTargetDriver` the module in the kernel that runs.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Rules 5, 7 and 8: commit on flush, the worker's death, suspending.
 
 import Glibc

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Grants: first writes that an engine places by itself. One that takes none refuses them all.
 
 import Glibc

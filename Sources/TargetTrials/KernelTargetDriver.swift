@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The engine in the kernel: a device of the module over two memory disks, its node, and
 // requests that reach it in the order in which they are made.
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Rules 1 to 4, 6 and 10: one mapping, one request, one invalidation.
 
 import Glibc

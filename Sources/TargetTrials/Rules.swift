@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The rules of docs/target.md, one by one, as functions over any engine: `swift test` runs
 // them against UserTarget, the kernel lab against the module.
 //

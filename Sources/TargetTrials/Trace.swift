@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Random traces: what a guest asks follows from a seed alone, and so does what the disk holds
 // after it. When and in which order a worker answers, dies, takes mappings back and moves
 // blocks is by another seed. Every read is compared with a naive model, and so is the whole

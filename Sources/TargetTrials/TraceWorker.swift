@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A worker for traces, over any engine: the smallest format there can be, answering late, in
 // any order, and taking its mappings back.
 //

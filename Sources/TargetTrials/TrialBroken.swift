@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// What a trial found that ought not to be.
 public struct TrialBroken: Error, CustomStringConvertible {
   /// In words, with the place in the suite where there is one.

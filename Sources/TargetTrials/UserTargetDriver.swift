@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The engine in user space over simulated devices, moved by hand.
 
 import Glibc

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What a disk may hold: a naive model of a copy-on-write disk, sector by sector, with what
 // was written as numbers ("stamps"). It knows nothing of blocks or of formats.
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A byte store of which the Nth input or output fails.
 
 public import Glibc

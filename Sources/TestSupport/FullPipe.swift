@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A pipe that nobody reads and that takes nothing more.
 
 import Glibc

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A byte store in memory: sparse, so that a disk of 64 TiB costs what is written to it.
 
 import Glibc

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A disk with a volatile write cache, for tests of what a power cut leaves behind.
 //
 // A sector of 512 bytes is written whole or not at all; everything larger may tear. Until a

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Backing I/O that ends when and as a seed says: at once, later, in any order, with an
 // error, or never because the worker was killed.
 

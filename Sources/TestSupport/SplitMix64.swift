@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The random numbers of every test: small, fast, and the same from the same seed anywhere.
 
 /// A generator that a seed of 64 bits determines. Source: Steele, Lea and Flood, "Fast

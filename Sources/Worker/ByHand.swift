@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A worker that a person started: it serves a store on a Unix socket, for which it needs no rights
 // and no help of the kernel, or as a device of the kernel: of the device-mapper, or of the nbd
 // driver. It stays in the foreground until SIGTERM or SIGINT. See Keeper for who does what.

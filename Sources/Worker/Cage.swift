@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What a worker may touch is what it was handed: it leaves the host's namespaces for empty ones,
 // gives up every right, and is ended by the kernel when it asks for anything that no worker needs.
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A disk that is served in user space: an open image, the engine, its NBD export and the
 // worker between them, on one loop.
 //

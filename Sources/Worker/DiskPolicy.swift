@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // How a disk treats trouble: what its daemon, or whoever started the worker, has decided.
 
 import Glibc

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The image formats that a worker knows by name, and what is wanted of an image.
 
 public import ImageFormats

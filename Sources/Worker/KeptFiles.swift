@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The files that a person's disk lives in: opened by their paths and locked, for a worker that
 // opens nothing. What an image names is known by what its worker says, and is not believed.
 //

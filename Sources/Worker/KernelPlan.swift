@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the kernel is given of an image: on which files a device of the target `userspace`
 // stands, in which order, and how it may read and write them.
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The worker's end of the link: a listening socket that the daemon made, and at most one
 // connection, of which the newest holds; or one connection for good, where a keeper started with
 // the worker. Its messages are not trusted to be well formed.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Lines to standard error: a message and key=value pairs. Under systemd each line begins
 // with its priority, which the journal takes out. Source: sd-daemon(3).
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Extents that continue each other, made one before they reach the target.
 
 import ImageFormats

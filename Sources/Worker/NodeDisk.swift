@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A disk that the kernel serves: an open image, the node of a device of the target
 // `userspace`, and the worker between them, on one loop.
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // An image that is open, and the way to it: whatever files it names are asked for one by
 // one, so that whoever opens them may be this process or the daemon.
 

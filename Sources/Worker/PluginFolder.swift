@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Where formats of others come from: shared libraries in a folder that only root can have put
 // them into. A plugin is code in a process that may be root's.
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Whether a store is still the one on which uncommitted placements were made.
 //
 // Nobody can change a store whose lock is held. When daemon and worker are both gone, nobody holds

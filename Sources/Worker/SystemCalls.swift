@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The system calls that a worker needs once it is in its cage, and the filter that ends it at any
 // other. Whoever takes a worker over has these and no more: it can open, connect, start and lock
 // nothing. The list is what every format and every order of the link was seen to use, with what

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // For whoever debugs a file system or a format: every question of the target and every answer
 // to it as a line, and writes held at the door of the store until somebody lets them go.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The loop between a target and an image format: takes the target's faults, asks the
 // format, gives its answers, and has commit plans run.
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Enters a worker's cage and asks the kernel for one thing: for the tests that no worker gets it.
 //
 //   cage-trial CALL [USER]     CALL: see dmu_trial_call; "none" asks for nothing

@@ -1,7 +1,9 @@
+// SPDX-License-Identifier: Apache-2.0
 // cowd: one disk, served from its image. Arguments only; the work is in Worker.
 
 import ArgumentParser
 import Glibc
+import Posix
 import Worker
 import WorkerLink
 

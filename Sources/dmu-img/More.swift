@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The arguments of the commands that change images, and how every command ends.
 
 import ArgumentParser

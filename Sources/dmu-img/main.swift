@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // dmu-img: the arguments of the commands in ImageTool.
 
 import ArgumentParser
@@ -11,7 +12,7 @@ struct Tool: ParsableCommand {
     commandName: "dmu-img",
     abstract: "Make, describe, check, convert and compare disk images.",
     discussion: "Options mean what they mean to qemu-img, where that has them.",
-    version: "1",
+    version: Version.text,
     subcommands: wanted)
 
   private static let all: [any ParsableCommand.Type] = [

@@ -1,8 +1,10 @@
+// SPDX-License-Identifier: Apache-2.0
 // dmu-xen: the admin's command, and what block-dmu calls. Arguments only; see
 // Daemon/Command.
 
 import ArgumentParser
 import Daemon
+import Posix
 
 @main
 struct DMUXenCommand: AsyncParsableCommand {
@@ -13,7 +15,7 @@ struct DMUXenCommand: AsyncParsableCommand {
       Exit status: 0 done, 1 failed, 2 dmu-xend is not running, 3 there is no such disk or store, \
       64 wrong usage.
       """,
-    version: DMUXen.version,
+    version: Version.text,
     subcommands: [
       Status.self, Specs.self, Doctors.self, Reload.self, Recover.self, Discard.self, Clear.self,
       Forget.self, Hotplug.self,

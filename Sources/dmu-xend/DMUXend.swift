@@ -1,7 +1,9 @@
+// SPDX-License-Identifier: Apache-2.0
 // dmu-xend: takes up the dmu disks of this host's guests. Arguments only; see Daemon.
 
 import ArgumentParser
 import Daemon
+import Posix
 import Glibc
 
 @main
@@ -17,7 +19,7 @@ struct DMUXend: AsyncParsableCommand {
       Exit status: 0 ended by a signal, 1 an error while it ran, 64 wrong usage, 78 an error in \
       the configuration.
       """,
-    version: DMUXen.version)
+    version: Version.text)
 
   @Option(name: .shortAndLong, help: "The configuration file.")
   var config = Configuration.defaultPath

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // dscow_tool: the arguments of the commands in DscowTool.
 
 import ArgumentParser
@@ -10,7 +11,7 @@ struct Tool: ParsableCommand {
     commandName: "dscow_tool",
     abstract: "Make, describe and check dscow stores.",
     discussion: "'dscow_tool -c STORE BASE' is 'dscow_tool create STORE BASE'.",
-    version: "1",
+    version: Version.text,
     subcommands: [Create.self, Info.self, Check.self, Map.self, Accept.self])
 }
 

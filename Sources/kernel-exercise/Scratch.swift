@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Files and loop devices to try things on.
 
 import Glibc

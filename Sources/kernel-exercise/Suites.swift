@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The suites of the contract against the module, and side by side with UserTarget.
 
 import Glibc

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The daemon's part in a disk that the kernel serves: a worker that is started with
 // descriptors, waits for a node, is killed and replaced.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // kernel-exercise TRIAL [SEED COUNT]: the kernel lab's trials of DeviceMapper, of LoopDevice and
 // of the contract's suites against a real kernel. Says nothing but notes when all holds; else
 // one line, and ends with 1.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What a worker may try that an image or a guest has taken over. PLAYED=ACT[:ARGUMENT] names it:
 //
 //   linger        sends, unasked, a TCP socket whose close(2) waits for its unsent data

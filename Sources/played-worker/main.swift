@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A worker that is played, for tests of the daemon: it reports of every image that the kernel can
 // serve it (of raw ones that it cannot), takes the node, and does nothing with it.
 //

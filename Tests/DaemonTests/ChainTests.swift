@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Disks of other formats, whose images name further files: what the configuration allows, and
 // that it is remembered by the next worker and the next daemon.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Many disks coming and going in random order, the daemon killed and started in the midst:
 // in the end exactly the right workers run, and nothing else is left.
 

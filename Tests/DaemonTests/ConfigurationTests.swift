@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The configuration file: every key, its default, and errors that name line and key.
 
 import Glibc

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The control socket against clients that are wrong, slow, many or not root; the commands;
 // and reloading.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the doctor says of udev, nbd and LVM, on a host that is a folder.
 
 import Foundation

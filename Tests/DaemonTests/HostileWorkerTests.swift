@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Workers that an image or a guest has taken over, played: what they may do to their own disk, and
 // that it goes no further.
 

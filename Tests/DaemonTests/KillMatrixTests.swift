@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Worker, daemon and both killed at every moment of a disk's life, on a medium that works, one
 // whose flushes are slow, and one whose flushes fail. After each kill every write that was
 // acknowledged reads back, by the same disk and by the next one on the store: as long as the

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The life of disks, with real workers: coming, being served, trouble, going.
 
 import Daemon

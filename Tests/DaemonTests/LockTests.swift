@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The lock that lets one daemon run: against a daemon that lives, one that is gone, and one that
 // can do nothing any more but keeps its descriptors.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Disks that are served by their nodes: the daemon's part, with a device-mapper and workers
 // that are played.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // NBD's transmission phase by hand: what the kernel's driver would say on its end.
 // Source: the NBD protocol, "Transmission phase".
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What a guest was told is written outlives every end of a disk: a worker that dies, hangs or
 // never comes up, a daemon that is killed, a domain that is destroyed. Until it is in the store
 // it is in the store's pending log, which everybody respects.

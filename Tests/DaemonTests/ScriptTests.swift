@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The block script itself, run as libxl runs it, under the helpers of Xen's own scripts and
 // with xenstore's own tools.
 

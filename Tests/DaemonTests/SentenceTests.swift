@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Every failure that an admin can meet, in the words in which xl will print it: one line
 // that names the thing, the reason and the remedy.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The grammar of specs: every good shape, and every malformed one with its own reason.
 
 import TestSupport

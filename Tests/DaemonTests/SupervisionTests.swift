@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Workers die, daemons are stopped and started: the disks go on.
 
 import Daemon

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What an admin meets: stores that are missing, disks that cannot be had or cannot go, and what
 // status says of them.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The parts of the daemon that touch nothing: names, decisions, waiting times, texts.
 
 import Glibc

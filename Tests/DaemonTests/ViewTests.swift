@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the daemon tells xenstored of itself: that mark makes the next look believe that a disk that
 // is not there was taken away.
 

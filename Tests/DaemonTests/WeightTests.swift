@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the daemon costs with 200 disks: memory, and time when nothing happens. Only the
 // release build says something about that: DMU_BIN_DIR names it.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A host in small: the real xenstored, a toolstack that is played, the daemon as a
 // process of its own, real workers, and devices that are only the kernel's ends of their
 // sockets (StandInAttacher).

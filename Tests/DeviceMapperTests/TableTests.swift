@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Tables as text: what is taken, what is refused and how, and that text and value agree.
 
 import TestSupport

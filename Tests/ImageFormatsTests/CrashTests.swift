@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What a power cut leaves of a dscow disk: every sector holds what the last flush confirmed
 // or something written since; what nobody wrote reads as the base.
 

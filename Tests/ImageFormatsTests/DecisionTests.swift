@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Whom to believe of an image's format: every cell of the table in docs/spec.md, on every way
 // that opens images; and formats that are known and not read.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The Nth input or output fails, or the power goes at it, for every N: what is left is valid.
 
 import Posix

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Images that other programs made, which lie beside the project: they are read where they lie.
 
 import Foundation

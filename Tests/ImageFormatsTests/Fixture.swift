@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Where the fixtures and the built programs are.
 
 import Foundation

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The header as bytes: what it looks like, and that nothing that stands there can trap or
 // mislead.
 

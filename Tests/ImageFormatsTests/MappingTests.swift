@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The answers of an open dscow disk, one rule at a time.
 
 import Posix

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A small synchronous engine, for driving a format without a target: one request at a time,
 // save that writes may be placed and left without their data, and that a commit plan may be
 // held back while others write.

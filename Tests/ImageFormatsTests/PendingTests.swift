@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // dscow's uncommitted placements against a plain list of them: enough of one page to fill and
 // empty many shelves.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What power cuts leave of images whose format has no counts of use: they open, a check finds
 // nothing worse than leaks, every sector holds what the last flush confirmed or something
 // written since, and what nobody wrote reads as before.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Random requests to a disk of several bitmap pages against the naive model, the store
 // opened anew now and then.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What lies past a disk's end in its last block is zeroes from the first write on: a program that
 // makes the disk longer shows it.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // dscow_tool as it is run: the words it prints, the way it ends.
 
 import Foundation

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Commit, rebase and resize under power cuts and failing calls: what the image showed before it
 // shows afterwards, and what was begun can be done again.
 

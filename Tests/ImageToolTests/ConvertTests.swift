@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // dmu-img convert, with qemu-img as the judge of what came out.
 
 import Foundation

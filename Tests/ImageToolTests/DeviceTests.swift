@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // dmu-img onto block devices that hold something else, with sectors of 512 and 4096 bytes: what is
 // made there reads as its source, or as zeroes, in every byte, here and by QEMU.
 

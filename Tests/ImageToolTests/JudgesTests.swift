@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Second judges beside QEMU: libyal's libraries and dissect read what is written here, and
 // python3-vmdkstream writes what is read here. `lab/prerequisites test` installs them.
 

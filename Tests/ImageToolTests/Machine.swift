@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Several files on one simulated medium: a process that works on them may be killed, or the power
 // of all of them may go, at any step.
 

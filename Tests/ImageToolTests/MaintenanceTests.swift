@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Commit, rebase, resize and repair of every format, killed and cut off at every step: the image
 // shows what it did, or what it shall, and the same command done again comes to a good end.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Files that are no images: FIFOs, sockets, devices, files of 8 EiB; and files that an image of
 // unknown origin names. A tool refuses or ends; it never waits.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the tools do not do: write guesses down, follow what only looks like an image, replace what
 // is in use, or leave a name with nothing behind it.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The built dmu-img, qemu-img as its judge, and a folder for both.
 
 import Foundation

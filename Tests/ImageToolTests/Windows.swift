@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Several stores on one simulated disk, so that the power goes for all of them at once.
 
 import Posix

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What dmu-img prints: golden maps, JSON that qemu-img prints as well, and the way it ends.
 
 import Foundation

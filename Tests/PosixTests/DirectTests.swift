@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A file that is read and written past the page cache: any range of bytes, as with it.
 
 import Glibc

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Marks of loop devices, without loop devices: what sysfs would say is a folder of the test's.
 
 import Foundation

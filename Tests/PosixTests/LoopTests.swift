@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The event loop, the thread pool, and the executor over them.
 
 import Glibc

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Offsets and lengths that no file has: an image may name any, and a file may be as long as there
 // are any. They are refused by the kernel, and trap nobody.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Real NBD clients as judges: qemu's, libnbd's, fio's.
 
 import Foundation

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The rules of docs/target.md, one by one, and the lab's random traces, against UserTarget. The
 // kernel lab runs the same functions against the module.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The map of extents against a table with an entry for every block.
 
 import Posix

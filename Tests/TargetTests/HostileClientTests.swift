@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Clients that mean ill, or do badly: the server stays up, stays small, and serves others.
 
 import Glibc

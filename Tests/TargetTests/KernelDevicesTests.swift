@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Which of a format's devices the kernel knows. That the kernel takes what comes of it is the
 // kernel lab's to show (its scenario `formats`): there is no kernel here.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The memory file is right after any store, and is never trusted.
 
 import Glibc

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Blocks that are put together in several pieces: nothing of it is seen before all is there, and
 // the memory does not grow with the block.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Rule 10: an answer that is wrong is refused and changes nothing.
 
 import Glibc

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The smallest format there can be: block b of the store lies at b + 1, and a set of
 // committed blocks is all its metadata. With it, a worker that answers late, in any order,
 // and sometimes takes its mappings back.

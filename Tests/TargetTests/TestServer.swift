@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // An NBD server on a thread of the test's process: a target over real files, the shift
 // format as its worker, and a Unix socket.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Random traces against a naive model: requests of every kind, completions and answers in
 // any order, errors, invalidations, and workers that are killed at any step. A read must
 // bring exactly what the requests before it have left; what was acknowledged survives every

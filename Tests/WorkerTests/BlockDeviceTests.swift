@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A store on a block device with sectors of 512 or 4096 bytes: zeroes at any alignment. Needs
 // root, for a loop device.
 

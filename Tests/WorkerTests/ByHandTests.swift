@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // cowd by hand on a Unix socket: what it says, what it refuses, what it leaves.
 
 import Glibc

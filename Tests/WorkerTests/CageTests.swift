@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The worker's cage: what it may not call ends it; every format and every order of the link works
 // in it; what it costs.
 

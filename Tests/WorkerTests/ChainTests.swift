@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Images of other formats, and chains of them, served by cowd: QEMU's tools make them and
 // judge what is left of them.
 

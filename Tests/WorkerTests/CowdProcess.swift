@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // cowd as a real process, by hand and supervised; the test plays the daemon.
 
 import Glibc

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The whole user-space path under power cuts and deaths of the worker: requests to a
 // UserTarget, its faults answered by a Worker from a dscow disk, on a simulated disk that
 // keeps any subset of what was not flushed. After a power cut every sector holds what the

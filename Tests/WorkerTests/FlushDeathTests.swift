@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A worker that is killed within a flush takes along what the kernel told of it: an error is told
 // once to an open file description, and the next worker uses the same one. Nothing that such a
 // flush has lost may be confirmed by the next. Needs root: for loop devices and a small tmpfs

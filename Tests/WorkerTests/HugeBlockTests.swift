@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // VHD images with the largest blocks that there are, served by cowd: a first write copies or
 // zeroes a block of 256 MiB, and the worker's memory does not notice.
 

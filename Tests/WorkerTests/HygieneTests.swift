@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What cowd must not be made of.
 
 import Glibc

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The two processes of cowd by hand: the worker in its cage, and the keeper that opens files for
 // it and believes nothing of what it says. The played worker here is a hostile image's.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the kernel would be given of an image of each kind. That it takes it is the kernel lab's
 // to show (its scenario `formats`).
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The kernel's own nbd driver as client. Runs where there is one: as root, with `modprobe
 // nbd`; elsewhere these tests are skipped and the Xen lab does their work.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A worker by hand is killed at random instants: what a flush had confirmed is there, what
 // nobody wrote reads as the base, and the image is sound.
 

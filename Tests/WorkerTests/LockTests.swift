@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Who may open what while somebody else has it: between this project's programs, and between
 // them and QEMU's, either way.
 

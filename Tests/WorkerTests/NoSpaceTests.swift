@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A store that fills up: the writes wait, the daemon is told, and when there is room again they go
 // on by themselves; or they fail, where that is wanted. Needs root, to mount a small file system.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Formats in shared libraries: the example and the manual's own are built and served.
 
 import Glibc

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Random requests against a model: what a guest may see, checked on every reply.
 
 import Glibc

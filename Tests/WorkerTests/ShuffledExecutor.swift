@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Backing I/O of a target under test: operations that were started are done in any order and
 // their ends told in any order, by the choice of a seed.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Daemon and worker are dead, nobody holds the store's lock, and another program writes to it
 // before the next worker comes with the pending log.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A supervised worker over its link, with the test as daemon and as kernel.
 
 import Glibc

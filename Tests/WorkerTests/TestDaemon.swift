@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The daemon's part, played by a test: it opens the files, keeps the pending file, starts
 // workers, and plays the kernel's nbd driver at the other end of the socket.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The client's side of NBD, as small as tests need it: many requests under way, none of
 // which waits. Source: the NBD protocol, doc/proto.md.
 

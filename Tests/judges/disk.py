@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
 """Prints length and SHA-256 of the disk in an image, as a library that is not QEMU reads it.
 
     disk.py READER IMAGE [BASE]     READER: vhdi vmdk qcow (libyal), vhd vmdk-d qcow2 (dissect)

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The smallest worker in Swift: every block lives where it is, on device 0; each fault is
 // logged. It is linear.c over the library DMU.
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /*
  * overlay.c: a small complete image format as a plugin: the blocks that a guest has written,
  * one after the other in the order of their first writes, over a base.

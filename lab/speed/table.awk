@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # table.awk: lines PART|what|device|figure into one table, each row against its yardstick.
 #
 # mapped: against dm-linear, at least 0.95. first: against dm-snapshot, at least 1. copy: against

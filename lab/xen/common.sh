@@ -1,4 +1,5 @@
 # shellcheck shell=bash
+# SPDX-License-Identifier: Apache-2.0
 # common.sh: what the host side of the Xen lab shares: the cache, and booting dom0.
 #
 # LAB_KERNEL is the series of dom0's kernel, 6.1 unless it is set; LAB_TRANSPORT the way that

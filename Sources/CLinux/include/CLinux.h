@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 // What Swift cannot call or spell by itself of Linux's C interface: variadic functions,
 // ancillary data, and constants that are macros. Each function is a bare door, returns
 // -1 with errno set on failure, and holds no state.

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 // Loop devices. Same rules as in CLinux.h. Source: loop(4), linux/loop.h.
 #ifndef DMU_CLINUX_LOOP_H
 #define DMU_CLINUX_LOOP_H

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 // Doors to sockets that carry descriptors, to processes by descriptor, and to what a
 // process asks of the kernel for itself. As in CLinux.h: bare, -1 and errno on failure.
 #ifndef DMU_CLINUX_PROCESS_H

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 // I/O that must not wait, and what goes with it. Same rules as in CLinux.h.
 #ifndef DMU_CLINUX_IO_H
 #define DMU_CLINUX_IO_H

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /*
  * dmu_plugin.h: an image format of your own for cowd, as a shared library.
  *

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 // Requests of a block device that do not wait, in the order in which they are made. As in
 // CLinux.h: bare doors, -1 and errno on failure. For the trials of the target only.
 #ifndef DMU_CTRIALS_H

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What every command has in common: where text goes and how it ends.
 
 internal import Posix

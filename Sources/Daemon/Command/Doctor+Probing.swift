@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What keeps dom0 from interpreting what guests write on their disks: udev's rules, the nbd
 // driver's parameter, LVM's filter.
 

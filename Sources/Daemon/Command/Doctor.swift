@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // `dmu-xen doctor`: everything that a dmu disk needs of its host, one check after the
 // other, each with what to do when it fails, and disks in trouble and what is left of former ones.
 // Changes nothing but what `clean` was told to.
@@ -234,7 +235,7 @@ public struct Doctor: Sendable {
 
   private func target(isNeeded: Bool) -> Finding {
     let what = "the target userspace (devices by the device-mapper)"
-    let remedy = "dkms install dm-userspace/1.0, then: modprobe dm-userspace"
+    let remedy = "dkms install dm-userspace/\(Version.text), then: modprobe dm-userspace"
     do throws(DeviceMapperError) {
       if try KernelMapper().isAvailable() { return Finding(what, nil, remedy: remedy) }
       guard isNeeded else {
@@ -292,13 +293,13 @@ public struct Doctor: Sendable {
     do throws(DiskFailure) {
       let client = try ControlClient(path: socket ?? configuration.controlSocket)
       let reply = try client.ask(ControlRequest(.version), within: .seconds(5))
-      let same = reply.version == DMUXen.version
+      let same = reply.version == Version.text
       return Finding(
         "the daemon",
         same
           ? nil
           : "it is version \(reply.version ?? "unknown"), this is"
-            + " \(DMUXen.version)",
+            + " \(Version.text)",
         remedy: "systemctl restart dmu-xend (disks go on meanwhile)")
     } catch {
       return Finding(

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // `dmu-xen spec check`: a spec in plain words, and what is there of it now.
 
 internal import Posix

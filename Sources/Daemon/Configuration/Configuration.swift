@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What an admin may set, with every default. etc/dmu-xen.toml says the same in words, and
 // a test holds the two together.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The keys of the configuration file: what each may hold and where it goes.
 
 internal import Logging

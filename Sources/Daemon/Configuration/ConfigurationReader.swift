@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // From the text of the configuration file to a Configuration, all or nothing.
 
 internal import Posix

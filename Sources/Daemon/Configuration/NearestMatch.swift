@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // "Did you mean ...?" for names that nobody knows.
 
 /// Finds the known name that a mistyped one was probably meant to be.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The control socket's words: one JSON object a line, a request and its reply in turn.
 //
 //   {"command":"status","domain":5}    -> {"ok":true,"disks":[...]}

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The control socket: a Unix socket for root, one JSON object a line each way.
 //
 // Invariants:
@@ -150,7 +151,7 @@ struct ControlServer: Service {
     switch request.command {
     case .version:
       var reply = ControlReply.done
-      reply.version = DMUXen.version
+      reply.version = Version.text
       reply.pid = getpid()
       return reply
     case .status, .recover, .pending, .discard, .clear, .forget, .leftovers, .clean:

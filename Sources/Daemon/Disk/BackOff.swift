@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // How soon a worker that died is replaced, and when to stop trying.
 
 /// The waiting times of a disk's restarts, and their limit.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Why a disk cannot be served, as one sentence for the admin: the thing, the reason, the
 // remedy. The words stand here and nowhere else; hotplug-error, status and log all show
 // the same sentence.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Which disk: the domain that sees it and its number there, as in backend/vbd/D/V.
 
 /// Names one virtual disk of one domain.

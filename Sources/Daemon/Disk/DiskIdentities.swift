@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Whether the files that have the names of a disk's files are still those that it was started with.
 
 internal import Posix

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The state file of a disk: what a restarted daemon has to know in order to take the disk
 // over. It is text, one KEY=VALUE a line, values percent-encoded, replaced whole.
 //

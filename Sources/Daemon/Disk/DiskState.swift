@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The states of a disk, as a value that cannot hold what does not belong together, and the
 // decision that follows from a state and from what is wanted. Both are pure: everything
 // that touches the world is in Reconcile/.

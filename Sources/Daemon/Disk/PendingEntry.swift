@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The pending log of one store, as the daemon keeps it: the file that its workers record
 // uncommitted placements in, and the text beside it that says whose it is. Both outlive the
 // disk for as long as the log holds something that is not in the store.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Descriptors that no disk may use up: with none left, nobody could be answered on the control
 // socket, and the disks there are could not be seen to.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Which file something is, whatever path or descriptor leads to it.
 
 internal import Posix

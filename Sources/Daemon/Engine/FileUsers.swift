@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Which processes have a file or device open: for sentences, and before anything is taken away.
 
 internal import Posix

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Workers that run although no record names them: the run directory was lost or changed. A
 // worker is known by its program, by the path that its link was bound to, which the kernel
 // remembers whatever became of the file, and by the store that it has open.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Opening a disk's store and base: existence, creation, locks, and whether an image may
 // name a base. Nothing here reads a byte of an image.
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The workers that this daemon has, from the instant in which they are made: whoever looks among
 // the processes for what a worker has left must not take a worker of today for it. Numbers of
 // files come again, and looking takes time.

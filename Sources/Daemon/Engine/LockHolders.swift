@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Who has a lock on a file that only reads are wanted of. Whoever may read a file can place shared
 // locks anywhere on it; a lock says that somebody writes only when its holder could.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Where the daemon touches the device-mapper: a seam with a real implementation and a
 // stand-in for tests, as the nbd driver's.
 

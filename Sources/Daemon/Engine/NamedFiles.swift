@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Files that an image names: whether the configuration lets them be opened, and opening and
 // locking them. A worker asks for them; nothing here believes what it says of them.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Calls that may block (open on a file system that hangs, netlink, spawn) run on threads
 // of their own, so that no disk waits for another's sake.
 

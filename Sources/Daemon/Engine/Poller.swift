@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // One thread that waits for many descriptors: the workers' links and their process
 // descriptors. Idle disks cost nothing; a busy one costs a poll(2) over all of them.
 //

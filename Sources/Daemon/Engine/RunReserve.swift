@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Space in the run directory for what the daemon has to write there, whoever has filled the file
 // system: a file that is there for its blocks only, some of which are given back when there are no
 // others.

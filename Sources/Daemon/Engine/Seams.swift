@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Where the daemon touches the machine: starting workers and attaching devices. Both have
 // a real implementation and stand-ins in the tests, so that the whole daemon runs on a
 // machine without Xen and without the nbd driver.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Devices that are none: for tests, and for trying the daemon on a machine without the
 // nbd driver. The end of the socket that the kernel would have is kept open here, and
 // whoever wants to can speak NBD on it. It says what it is in the path of its devices.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A door to the stand-in devices of a daemon in another process: whoever connects may have
 // the kernel's end of a device's socket, and speak NBD on it. For tests.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Devices of the device-mapper that are none: for tests, with workers that are played. A
 // device is a file in a folder, so that it outlives the daemon as the kernel's do; the node
 // that a worker is given is one end of a pair of sockets, whose other end is kept here.

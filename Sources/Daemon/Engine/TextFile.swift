@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Small text files: the configuration, state files, files of /proc and /sys.
 
 internal import Posix

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A worker as the daemon has it: a process that is followed, and the link to it.
 
 internal import Posix

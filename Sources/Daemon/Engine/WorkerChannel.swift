@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The daemon's end of a worker's link, for tasks: questions with answers and a time
 // limit, and news that nobody asked for.
 //

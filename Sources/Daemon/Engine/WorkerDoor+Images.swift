@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What a daemon that was started again takes back from a worker: images, with their locks, and the
 // pending log.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The door for descriptors that come from a worker. A worker that was taken over may send anything:
 // sockets whose close waits, files of file systems of its own, files of others. A descriptor is
 // taken only for the file that the daemon remembers, and only with the rights that it gave.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What is left of a worker that has ended: processes that it made and that keep what it had. No
 // worker of ours makes any; one that was taken over might, to keep its link's listener or its
 // store.

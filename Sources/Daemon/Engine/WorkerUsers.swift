@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The users that workers run as: with one for all, a worker that was taken over could stop, kill
 // or starve those of other disks.
 

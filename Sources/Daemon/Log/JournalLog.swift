@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The log, to stderr: under systemd with the journal's priorities, on a terminal with the
 // time. Facts follow the message as KEY=VALUE, in the order of their keys.
 

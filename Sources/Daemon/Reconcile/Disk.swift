@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // One row of the reconciler's table: everything that is held for a disk. Not Sendable on
 // purpose: only the reconciler, an actor, touches it.
 

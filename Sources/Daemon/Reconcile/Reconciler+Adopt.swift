@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Taking over what an earlier daemon left running: workers, devices, state files.
 //
 // A worker is taken over when its process is the very one that was started (id and start

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Attaches that failed: they stay in status, with the sentence and the time, until the same
 // disk is tried again or an admin has them forgotten. The next daemon finds them in a file.
 

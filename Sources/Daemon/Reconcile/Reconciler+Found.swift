@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the kernel has of ours although no record says so: the run directory was lost or
 // changed, or an earlier daemon died between making a device and writing it down.
 //

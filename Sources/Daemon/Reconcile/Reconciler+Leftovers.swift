@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What is left of disks that are no more: devices, loop devices, workers (and the locks they
 // have), pending logs, nodes in xenstore. Nothing of it goes by itself; `dmu-xen doctor --clean`
 // removes it piece by piece.

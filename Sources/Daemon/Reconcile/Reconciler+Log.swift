@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Pending logs: from the start of a disk to the moment when nothing in them is needed any more,
 // which may be long after the disk.
 //

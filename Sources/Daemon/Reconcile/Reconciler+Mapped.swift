@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Disks whose device is the device-mapper's: making the device, giving its node to a worker,
 // and taking it down.
 //
@@ -369,7 +370,7 @@ extension DiskFailure {
   static let noTarget = DiskFailure(
     .device,
     "the kernel has no device-mapper target 'userspace', version 1: install its module,"
-      + " dm-userspace (dkms install dm-userspace/1.0; modprobe dm-userspace), or use transport"
+      + " dm-userspace (dkms install dm-userspace/\(Version.text); modprobe dm-userspace), or use transport"
       + " auto or nbd")
 
   static func notMappable(_ store: String, _ why: String) -> DiskFailure {

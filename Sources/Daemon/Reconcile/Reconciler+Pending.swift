@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What an admin asks of pending logs: committing them, and giving them up.
 
 internal import Logging

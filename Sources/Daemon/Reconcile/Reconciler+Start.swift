@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The way of a disk from nothing to being served, and back to nothing when a step fails.
 
 internal import Logging

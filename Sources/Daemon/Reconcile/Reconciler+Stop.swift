@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The way of a disk from being served to nothing.
 
 internal import Logging

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Workers: starting one, hearing its news, replacing it when it dies.
 
 internal import Logging

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The table of disks and the loop over it: an event marks a disk, and for a marked disk
 // one task reads what is wanted, looks at what is, and takes the next step, until the
 // disk is where it should be. Events may be lost, repeated or late.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the daemon reads of xenstore and writes into it.
 //
 // Invariants:
@@ -9,6 +10,7 @@
 //   one, and what is missing in it was not taken away. Every look asks for that first, and we
 //   tell a new store of ourselves only when the disks that it does not know are marked.
 
+internal import Posix
 internal import XenStore
 
 /// What one look found out about a disk.
@@ -139,7 +141,7 @@ struct XenStoreView: Sendable {
     try await client.transaction { session throws(XenStoreError) in
       let remembersUs = try XenStoreView.remembersUs(session)
       guard anew || remembersUs else { return false }
-      try session.write(XenStoreView.own + "/version", DMUXen.version)
+      try session.write(XenStoreView.own + "/version", Version.text)
       try session.write(XenStoreView.own + "/state", state)
       try session.write(XenStoreView.own + "/disks", String(disks))
       try session.write(XenStoreView.own + "/pending", String(pending))

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The whole daemon as a group of services: xenstore's events, the reconciler's looks, the
 // control socket, signals. They start in this order and end in the reverse one.
 
@@ -58,7 +59,7 @@ public struct Daemon: Sendable {
     signal(SIGPIPE, SIG_IGN)
     LogLevel.current = configuration.logLevel
     var log = Logger(label: "dmu-xend") { _ in JournalLog() }
-    log.notice("dmu-xend starts", metadata: ["version": "\(DMUXen.version)"])
+    log.notice("dmu-xend starts", metadata: ["version": "\(Version.text)"])
     log.logLevel = configuration.logLevel
     try raiseLimits(log)
     let hostLock = try surroundings.hostLock.map { path throws(IOError) in

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The lock that lets one daemon run at a time.
 //
 // A daemon that is killed while a thread of it waits in the kernel, for a device that hangs, keeps

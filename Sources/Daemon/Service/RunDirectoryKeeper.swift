@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The run directory of a daemon that runs: when somebody has wiped it, it is made anew. Disks go on
 // meanwhile, since what they need is open; nobody could ask for them, though.
 

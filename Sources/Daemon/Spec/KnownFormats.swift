@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The formats that this daemon's workers know, and their options. The daemon never reads
 // an image: it knows a format by name only.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Percent codes: how the characters that divide a spec stand inside a path.
 
 /// Writing and reading of percent-encoded text.

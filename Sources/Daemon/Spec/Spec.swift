@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The string after `dmu:` that says which image a disk is made of.
 //
 //     dmu:FORMAT[?OPTION=VALUE&...]:STORE[:BASE]

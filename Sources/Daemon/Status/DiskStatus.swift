@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What status says of a disk: the values of one line of the table, and of the JSON.
 
 /// A disk as status shows it. Fields that are not known are absent from the JSON.

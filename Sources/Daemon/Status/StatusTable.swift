@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Status as a table for a terminal: one line a disk, columns as wide as they need to be,
 // and below it a line for every disk that has something to tell.
 

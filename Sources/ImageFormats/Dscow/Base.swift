@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // How a store knows its base again: length, modification time where there is one, and a
 // checksum of samples. The samples catch what keeps length and time: a device, or a file
 // that was restored with its times.

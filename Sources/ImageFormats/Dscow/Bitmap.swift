@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The bitmap as it stands on the store: one bit a block, set when the block has a place in
 // the store, bit b % 8 of byte b / 8 for block b (which makes little-endian words of any
 // width). Pages of 4096 bytes are read when needed and kept in a direct-mapped cache.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What a dscow store looks like from outside: how much of it is used, where everything is,
 // and whether it is sound.
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Making a dscow store, opening one, and rewriting its header. These write to the store
 // directly; once a disk is open only commit plans do.
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The header as bytes, and which of the two copies holds.
 //
 // Outcomes of the two copies:

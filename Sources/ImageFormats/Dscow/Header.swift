@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The header of a dscow store and the geometry that follows from it. The byte table and
 // the commit order are in docs/formats/dscow.md; Header+Codec.swift reads and writes it.
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Where the blocks of a dscow disk live, and what a commit writes.
 //
 // Block b has one place it can ever have: sector (firstBlock + b * blockSize) / 512 of the

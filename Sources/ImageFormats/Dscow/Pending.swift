@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Placements that are not yet durable, kept apart from the durable bits so that a commit
 // can take exactly those up to a mark, even where later ones share their page.
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Putting a dscow store over another base, and what a commit into the base leaves of it.
 // Nobody may serve the disk.
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Giving a dscow disk another length, and moving its bitmap. Nobody may serve the disk.
 //
 // Order: what of the last block lies past the old end is zeroed, with a commit of its own where

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A format in a shared library, behind the protocol that the built-in ones follow.
 //
 // What the library answers is not believed: extents are checked here for being of the disk and

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What a plugin is given: its devices, through functions of C.
 
 internal import CPlugin

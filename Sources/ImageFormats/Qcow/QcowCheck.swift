@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Checking a qcow image of version 1, giving back what it does not use, and saying what it is.
 
 public import Posix

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The header of a qcow image, version 1. The byte table and the commit order are in
 // docs/formats/qcow.md.
 //

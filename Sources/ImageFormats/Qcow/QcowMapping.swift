@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Where the blocks of a qcow disk (version 1) live, and what a commit writes.
 //
 // There are no refcounts: what no table names is free, and new clusters go to the end of the

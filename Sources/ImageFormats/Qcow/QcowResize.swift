@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Changing the length of a qcow disk. Nothing may be pending; no target may serve the disk.
 //
 // Growing: a longer L1 table is written at the end of the file and flushed; then the header names

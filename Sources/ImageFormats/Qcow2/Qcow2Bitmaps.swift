@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Persistent bitmaps of a qcow2 image: kept, and marked as in use before the first write,
 // because this program does not keep them up. Whoever does then knows that they may miss
 // changes.

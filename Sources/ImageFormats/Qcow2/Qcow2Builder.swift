@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A whole qcow2 image written from its first cluster to its last: what a conversion makes.
 // Nobody sees the image before it is finished, so nothing has to be right before then: clusters
 // are given out in a row, a table of them is written when the next one begins, refcounts, L1

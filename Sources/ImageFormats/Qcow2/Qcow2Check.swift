@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Checking a qcow2 image: every use of every cluster is counted by walking all tables, and
 // compared with the refcounts. Repair of leaks lowers refcounts in place; repair of all
 // writes a whole new set of refcounts into free space and then points the header to it, so

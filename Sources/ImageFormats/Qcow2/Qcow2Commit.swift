@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What a commit of a qcow2 image writes, and in which order.
 //
 // 0. zeroes for what of the last block lies past the disk's end, when that is placed;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Compressing clusters, a compressor a thread: what it needs is made once and used for every
 // cluster.
 // Source: the qcow2 specification, section "Compressed Clusters Descriptor".

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Making a qcow2 image, and opening one.
 //
 // Order of creation: the first cluster is made unreadable and that is flushed; then the

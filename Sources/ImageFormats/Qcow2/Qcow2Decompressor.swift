@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Compressed clusters of qcow and qcow2 images, and the doors to zlib and zstd. A cluster whose
 // compressed bytes begin at byte o of the image is found at o << clusterBits.
 

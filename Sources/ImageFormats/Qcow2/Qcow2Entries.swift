@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the entries of a qcow2 image's L1 and L2 tables say.
 // Source: the qcow2 specification, section "Cluster mapping".
 

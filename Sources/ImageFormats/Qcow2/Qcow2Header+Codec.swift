@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Reading and writing the header of a qcow2 image, field by field.
 // Source: the qcow2 specification, sections "Header" and "Header extensions".
 

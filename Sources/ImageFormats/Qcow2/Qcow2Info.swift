@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A qcow2 image in words.
 
 public import Posix

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Where the blocks of a qcow2 disk live. What a commit writes is in Qcow2Commit.swift.
 //
 // A block is a cluster, or a subcluster where the image has them. Devices: 0 the data (the

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Naming another base in a qcow2 image, and emptying one whose contents went into its base.
 // Nobody may serve the disk.
 //

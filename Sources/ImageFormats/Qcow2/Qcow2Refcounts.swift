@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Refcounts of a qcow2 image, and where there is room for new clusters.
 //
 // Invariants:

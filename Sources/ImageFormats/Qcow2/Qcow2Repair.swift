@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Repairing a qcow2 image: lowering single refcounts, and counting everything anew into free
 // space, to which the header is then pointed.
 

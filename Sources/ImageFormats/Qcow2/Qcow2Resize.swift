@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Changing the length of a qcow2 disk. Nothing may be pending; no target may serve the disk.
 //
 // Growing: the rest of the last cluster is zeroed and what an earlier change left past the end

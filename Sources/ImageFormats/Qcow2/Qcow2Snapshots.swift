@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Internal snapshots: read, never changed. Their clusters are shared with the disk, which
 // therefore copies them before it writes.
 // Source: the qcow2 specification, section "Snapshots".

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A raw image: a file or a device whose bytes are the disk's. Block b lives at b block sizes;
 // everything is there and may be written, so nothing is ever placed or committed. The page is
 // docs/formats/raw.md.

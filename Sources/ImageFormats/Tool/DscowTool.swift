@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What dscow_tool does, as functions of paths that return what to print.
 
 import Posix

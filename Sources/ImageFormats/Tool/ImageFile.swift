@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Opening stores and bases by path, for the tools: with the locks that keep a tool and a
 // running disk from each other's feet.
 

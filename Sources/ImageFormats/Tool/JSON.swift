@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // JSON as text, as much of it as the tools print.
 
 internal import Posix

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // XenServer's batmap, which stands behind the table of its images: reading it, and making it anew.
 // Source: the layout that vhd-util and tapdisk of XenServer read; docs/formats/vhd.md.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Checking a VHD image, mending its footer and giving back what it does not use, and saying
 // what it is.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Reading and writing footers and dynamic headers, field by field.
 // Source: Microsoft, "Virtual Hard Disk Image Format Specification", 2006; sizes as QEMU and
 // blktap understand them (creators that count in bytes, and those that count in cylinders).

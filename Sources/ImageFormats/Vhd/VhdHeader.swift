@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The footer and the dynamic header of a VHD image, and the geometry that follows from them.
 // The byte tables and the commit order are in docs/formats/vhd.md; VhdHeader+Codec.swift reads
 // and writes them.

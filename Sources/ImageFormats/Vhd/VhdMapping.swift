@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Where the blocks of a VHD disk live, and what a commit writes.
 //
 // A block that has a place is preceded there by a bitmap of its sectors, the first sector in

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Changing the length of a VHD disk. Nothing may be pending; no target may serve the disk. The
 // creator stays, and so do locators and batmap.
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Checking a VMDK image, making both copies of its tables alike and giving back what it does
 // not use, and saying what it is.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Making a VMDK image.
 //
 // Order of creation: what was there is made unreadable and that is flushed; extents are laid

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The descriptor of a VMDK image: text that says what the image is, what its base is, and
 // which extents make up the disk. Its lines are in docs/formats/vmdk.md.
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The header of a sparse extent of a VMDK image: of hosted products (`KDMV`) and of ESX
 // (`COWD`). The byte tables and the commit order are in docs/formats/vmdk.md.
 //

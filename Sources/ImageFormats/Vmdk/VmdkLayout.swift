@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What a VMDK image is made of: its descriptor, wherever that stands, and the files of its
 // extents. The image's store is either text alone, or a sparse extent with the text in it.
 

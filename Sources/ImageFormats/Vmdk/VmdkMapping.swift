@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Where the blocks of a VMDK disk live, and what a commit writes.
 //
 // The disk is its extents in a row. A flat extent is its own bytes. A sparse one has

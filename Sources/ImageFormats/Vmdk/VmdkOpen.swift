@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Opening a VMDK image: its extents become devices and tables of grains.
 
 public import Posix

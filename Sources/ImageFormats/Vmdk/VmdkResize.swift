@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Changing the length of a VMDK disk: of its last extent. Nothing may be pending; no target may
 // serve the disk.
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Two stores behind a VMDK disk: several sparse extents as one range of bytes, so that first
 // writes have one device to go to; and the compressed grains of one.
 

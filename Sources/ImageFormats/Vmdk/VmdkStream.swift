@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Writing a stream-optimized VMDK image: grains in the order of the disk, each compressed and
 // behind a marker; after the grains of a table the table; at the end the directory, and a copy
 // of the header that says where it is. Nothing is written twice, so it may be a pipe's end.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Lines of the matrix for the formats other than qcow2.
 
 import Foundation

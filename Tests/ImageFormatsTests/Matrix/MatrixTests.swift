@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The matrix against QEMU: every kind of image that qemu-img makes, read here as there, then
 // written here at random, found clean (where QEMU has a check) and equal there. One table.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // qcow images of version 1: power cuts and hostile bytes. What QEMU makes is in the matrix.
 
 import Foundation

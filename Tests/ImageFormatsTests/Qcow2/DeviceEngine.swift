@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A small synchronous engine over every device of a format, for formats whose blocks live in
 // more places than a store and a base. Writes may be placed and left without their data, and
 // a commit plan may be held back while others write.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // QEMU's tools as the judge of what this program reads and writes.
 
 import Foundation

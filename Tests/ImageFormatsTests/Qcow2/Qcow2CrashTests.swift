@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What a power cut leaves of a qcow2 disk: it opens, a check finds nothing worse than leaks,
 // every sector holds what the last flush confirmed or something written since, and what
 // nobody wrote reads as before.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Images that were made to do harm: whatever their bytes, opening, reading, writing,
 // committing and checking end in an answer or an error, never in a trap.
 

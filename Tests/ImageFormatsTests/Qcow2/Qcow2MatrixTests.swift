@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Every kind of qcow2 image that QEMU makes: read here as there; then written here at random,
 // found clean and equal there.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A disk of 2 TiB in which every table is visited: memory stays within its bound.
 
 import Foundation

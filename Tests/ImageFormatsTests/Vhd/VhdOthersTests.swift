@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // VHD images as others make them: XenServer's batmap and locators, Windows' locators with room,
 // devices, sizes by creator, raw bases, dead paths, hostile tables.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // VHD images: differencing ones, which QEMU does not know, against a model; power cuts; hostile
 // bytes. What QEMU makes is in the matrix.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What XenServer asks of a VHD image before it takes it, written down as rules: the judge that
 // `vhd-util check` is, for machines that have none. Source: Microsoft's specification, and what
 // vhd-util refuses.

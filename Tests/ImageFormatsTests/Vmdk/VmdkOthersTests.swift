@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // VMDK images as others make them: descriptors in every spelling, streams whose last grain is
 // short, files that are cut short, devices.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // VMDK images: made here and judged by QEMU; streams; content IDs; ESX's kind; power cuts;
 // hostile bytes. What QEMU makes is in the matrix.
 

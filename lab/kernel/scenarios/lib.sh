@@ -1,4 +1,5 @@
 # shellcheck shell=bash
+# SPDX-License-Identifier: Apache-2.0
 # What the scenarios of the kernel lab are written with. Sourced; runs inside the machine.
 #
 # Given: DMU_PROGRAMS (cowd, dscow_tool, ...), DMU_WORK (tools), DMU_SEED, DMU_ROUNDS.

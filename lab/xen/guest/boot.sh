@@ -1,4 +1,5 @@
 # shellcheck shell=bash
+# SPDX-License-Identifier: Apache-2.0
 # boot.sh: what a guest's own root does when the guest is told `boot:DEV`: something like the
 # start of a small Debian. It reads programs and files, writes a cache, logs and small files,
 # and waits for the disk now and then. bash reads it, with the disk as its root.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /*
  * disk.c: reads and writes the pattern. An operation writes a run of sectors inside one chunk;
  * two operations on one chunk are never in flight together, so what a sector must hold is

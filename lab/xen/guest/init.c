@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /*
  * init.c: process 1 of a guest. Mounts what there is to mount, loads xen-blkfront, and obeys
  * the kernel's command line first and then, line by line, the console. Told `boot:DEV` it runs

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /*
  * labio: writes patterns that can be told apart and reads them back.
  *

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /*
  * labio.h: what labio's files share. pattern.c says what is written, disk.c moves it,
  * labio.c takes orders, init.c is process 1 of a guest.

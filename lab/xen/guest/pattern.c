@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /*
  * pattern.c: what every sector holds, and what each operation writes. Every sector carries
  * the seed, the number of the operation that wrote it (0: base), its own address, and noise

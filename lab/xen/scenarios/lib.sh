@@ -1,4 +1,5 @@
 # shellcheck shell=bash
+# SPDX-License-Identifier: Apache-2.0
 # lib.sh: what a scenario may use. It runs in dom0; `. /share/scenarios/lib.sh` first,
 # `finish` last. Every `ok` and `not_ok` is a result; `check TEXT COMMAND...` makes one of a
 # command. Everything else that is printed goes into the scenario's log.
