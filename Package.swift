@@ -12,11 +12,17 @@ let swiftSettings: [SwiftSetting] = [
   .treatAllWarnings(as: .error),
 ]
 
-func room(_ name: String, _ dependencies: [Target.Dependency] = []) -> Target {
-  .target(name: name, dependencies: dependencies, swiftSettings: swiftSettings)
+/// `path`: where it lies, if not in Sources/NAME.
+func room(
+  _ name: String, _ dependencies: [Target.Dependency] = [], path: String? = nil
+) -> Target {
+  .target(name: name, dependencies: dependencies, path: path, swiftSettings: swiftSettings)
 }
-func program(_ name: String, _ dependencies: [Target.Dependency]) -> Target {
-  .executableTarget(name: name, dependencies: dependencies, swiftSettings: swiftSettings)
+func program(
+  _ name: String, _ dependencies: [Target.Dependency], path: String? = nil
+) -> Target {
+  .executableTarget(
+    name: name, dependencies: dependencies, path: path, swiftSettings: swiftSettings)
 }
 func tests(_ name: String, _ dependencies: [Target.Dependency]) -> Target {
   .testTarget(name: name, dependencies: dependencies, swiftSettings: swiftSettings)
@@ -75,18 +81,22 @@ let package = Package(
         nioPosix,
       ]),
     program("cowd", ["Worker", "WorkerLink", "Posix", argumentParser]),
-    .target(name: "CTrials"),
-    room("TargetTrials", ["CTrials", "DMU", "DeviceMapper", "Target", "Posix", "TestSupport"]),
-    program(
-      "kernel-exercise", ["DeviceMapper", "WorkerLink", "Posix", "Target", "TargetTrials"]),
-    .executableTarget(
-      name: "linear", dependencies: ["DMU", "Posix"], path: "examples/linear",
-      swiftSettings: swiftSettings),
+    program("linear", ["DMU", "Posix"], path: "examples/linear"),
     program("dmu-xend", ["Daemon", "Posix", argumentParser]),
     program("dmu-xen", ["Daemon", "Posix", argumentParser]),
     program("dscow_tool", ["ImageFormats", "Posix", argumentParser]),
     program("dmu-img", ["ImageTool", "ImageFormats", "Posix", argumentParser]),
-    room("TestSupport", ["Posix"]),
+    // What is only for tests: nothing of it is installed.
+    room("TestSupport", ["Posix"], path: "Tests/Support"),
+    .target(name: "CTrials", path: "Tests/CTrials"),
+    room(
+      "TargetTrials", ["CTrials", "DMU", "DeviceMapper", "Target", "Posix", "TestSupport"],
+      path: "Tests/Trials"),
+    program(
+      "kernel-exercise", ["DeviceMapper", "WorkerLink", "Posix", "Target", "TargetTrials"],
+      path: "Tests/KernelExercise"),
+    program("played-worker", ["WorkerLink", "Posix"], path: "Tests/PlayedWorker"),
+    program("cage-trial", ["CTrials", "Worker", "Posix"], path: "Tests/CageTrial"),
     tests("PosixTests", ["Posix", "TestSupport"]),
     tests("DeviceMapperTests", ["DeviceMapper", "TestSupport"]),
     tests("XenStoreTests", ["XenStore", "TestSupport"]),
@@ -95,8 +105,6 @@ let package = Package(
     tests("TargetTests", ["Target", "TargetTrials", "DMU", "Posix", "TestSupport"]),
     tests(
       "WorkerTests", ["Worker", "Target", "ImageFormats", "WorkerLink", "Posix", "TestSupport"]),
-    program("played-worker", ["WorkerLink", "Posix"]),
-    program("cage-trial", ["CTrials", "Worker", "Posix"]),
     tests("DaemonTests", ["Daemon", "WorkerLink", "Posix", "TestSupport", logging]),
   ],
   cLanguageStandard: .gnu11,
