@@ -114,7 +114,9 @@ extension ImageTool {
   ) throws(ImageError) {
     let sign = words.first.flatMap { $0 == "+" || $0 == "-" ? $0 : nil }
     guard let amount = ImageFile.bytes(sign == nil ? words : String(words.dropFirst())) else {
-      throw ImageError(.badRequest, "'\(words)' is no size: write SIZE, +SIZE or -SIZE")
+      throw ImageError(
+        .badRequest,
+        "'\(words)' is no size: write SIZE, +SIZE or -SIZE, where SIZE is \(ImageFile.sizeHelp)")
     }
     let store = try source.open(writable: true)
     let decision = try source.decision(of: store)

@@ -60,7 +60,7 @@ struct Resize: ParsableCommand {
   static let configuration = CommandConfiguration(
     commandName: "resize",
     abstract: "Give a disk another length.",
-    discussion: "The length is SIZE, +SIZE or -SIZE (write '-- -SIZE').")
+    discussion: "The length is SIZE, +SIZE or -SIZE, with K, M, G or T.")
   @OptionGroup var format: Format
   @Flag(help: "Needed for a length that is less than now.") var shrink = false
   @OptionGroup var quiet: Quiet

@@ -287,4 +287,17 @@ struct Compare: ParsableCommand {
   }
 }
 
-Tool.main()
+/// A length that is given as less by so much is no option: it goes behind the end of those.
+private func withoutNegatives(_ arguments: [String]) -> [String] {
+  func isNegative(_ word: String) -> Bool {
+    word.hasPrefix("-") && word.dropFirst().first.map { $0.isASCII && $0.isNumber } == true
+  }
+  guard arguments.first == Resize.configuration.commandName, !arguments.contains("--") else {
+    return arguments
+  }
+  let negatives = arguments.filter(isNegative)
+  guard !negatives.isEmpty else { return arguments }
+  return arguments.filter { !isNegative($0) } + ["--"] + negatives
+}
+
+Tool.main(withoutNegatives(Array(CommandLine.arguments.dropFirst())))

@@ -126,16 +126,40 @@ public enum ImageFile {
 }
 
 extension ImageFile {
-  /// Reads a size: a number of bytes, or one followed by K, M, G or T (powers of 1024, "KiB"
-  /// and the like too). nil for anything else.
+  /// Reads a size: a number of bytes, decimal or hexadecimal ("0x"), or a decimal number, which may
+  /// have a fraction, followed by K, M, G, T, P or E (powers of 1024; "KiB" and the like too). A
+  /// fraction of a byte is dropped. nil for anything else.
   public static func bytes(_ text: String) -> UInt64? {
+    if text.lowercased().hasPrefix("0x") {
+      let digits = text.dropFirst(2)
+      return digits.allSatisfy(\.isHexDigit) ? UInt64(digits, radix: 16) : nil
+    }
     let digits = text.prefix { $0.isASCII && $0.isNumber }
     guard let number = UInt64(digits) else { return nil }
+    var rest = text.dropFirst(digits.count)
+    var fraction = Substring()
+    if rest.first == "." {
+      fraction = rest.dropFirst().prefix { $0.isASCII && $0.isNumber }
+      guard (1...18).contains(fraction.count) else { return nil }
+      rest = rest.dropFirst(fraction.count + 1)
+    }
     let units = ["": 0, "B": 0, "K": 10, "M": 20, "G": 30, "T": 40, "P": 50, "E": 60]
-    var unit = text.dropFirst(digits.count).uppercased()
+    var unit = rest.uppercased()
     if unit.hasSuffix("IB"), unit.count == 3 { unit = String(unit.prefix(1)) }
-    guard let shift = units[unit] else { return nil }
-    let (bytes, overflow) = number.multipliedReportingOverflow(by: 1 << UInt64(shift))
-    return overflow ? nil : bytes
+    guard let shift = units[unit], fraction.isEmpty || shift > 0 else { return nil }
+    let scale = UInt64(1) << UInt64(shift)
+    let (bytes, overflow) = number.multipliedReportingOverflow(by: scale)
+    guard !overflow, !fraction.isEmpty, let parts = UInt64(fraction) else {
+      return overflow ? nil : bytes
+    }
+    var whole: UInt64 = 1
+    for _ in fraction { whole *= 10 }
+    let more = whole.dividingFullWidth(parts.multipliedFullWidth(by: scale)).quotient
+    let (sum, isTooLarge) = bytes.addingReportingOverflow(more)
+    return isTooLarge ? nil : sum
   }
+
+  /// How sizes are written, for what is said to people about one that is none.
+  public static let sizeHelp =
+    "a number of bytes, or one like 512K, 1.5G or 2TiB (powers of 1024)"
 }
