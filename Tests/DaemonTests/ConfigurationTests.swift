@@ -124,6 +124,11 @@ import Testing
     let broken = try #require(failure("[daemon]\nlook-interval = 1x\n"))
     #expect(broken.line == 2)
     #expect(broken.key == nil)
+    let word = try #require(failure("[daemon]\nlog-level = debug  # more\n"))
+    #expect(word.line == 2)
+    #expect(word.reason == "the value debug has no quotes: write log-level = \"debug\"")
+    let path = try #require(failure("[daemon]\r\nrun-directory =/run/x\r\n"))
+    #expect(path.reason == "the value /run/x has no quotes: write run-directory = \"/run/x\"")
     let twice = try #require(failure("[daemon]\nlook-interval = 1\nlook-interval = 2\n"))
     #expect(twice.line == 3)
   }

@@ -25,8 +25,7 @@ struct SentenceTests {
       let disk = try world.attach(5, world.spec("g5.dscow"))
       #expect(
         try await world.addFailure(disk)
-          == "dmu-xend is not running: start it (systemctl start dmu-xend) and attach the disk"
-          + " again")
+          == "dmu-xend is not running: start it (systemctl start dmu-xend)")
     }
   }
 

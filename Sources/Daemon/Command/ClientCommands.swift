@@ -60,7 +60,7 @@ public struct ClientCommands: Sendable {
   /// `boots`: the domain is known to boot.
   public func add(_ path: String, boots: Bool) -> CommandStatus {
     let end = ContinuousClock.now + ClientCommands.scriptLimit
-    return run { () throws(DiskFailure) in
+    return run(withoutDaemon: " and attach the disk again") { () throws(DiskFailure) in
       while true {
         do throws(DiskFailure) {
           let client = try ControlClient.connect(
@@ -174,9 +174,12 @@ public struct ClientCommands: Sendable {
     json ? try pretty(disks) : StatusTable.render(disks)
   }
 
-  private func run(_ body: () throws(DiskFailure) -> CommandStatus) -> CommandStatus {
+  /// `withoutDaemon`: what is to be done beside starting the daemon, when that is missing.
+  private func run(
+    withoutDaemon more: String = "", _ body: () throws(DiskFailure) -> CommandStatus
+  ) -> CommandStatus {
     do throws(DiskFailure) { return try body() } catch {
-      CommandOutput.complain(error.sentence)
+      CommandOutput.complain(error.sentence + (error == .daemonNotRunning ? more : ""))
       if error.code == .gone { return .noDisk }
       return error == .daemonNotRunning ? .noDaemon : .failed
     }

@@ -27,19 +27,40 @@ extension Configuration {
     if let line = lines.strange {
       throw ConfigurationError(
         file: file, line: line, key: nil,
-        reason:
-          "this is neither a [table] nor KEY = VALUE nor a # comment, as far as is needed here")
+        reason: unquoted(text, line: line)
+          ?? "this is neither a [table] nor KEY = VALUE nor a # comment, as far as is needed here")
     }
     let document: TOMLTable
     do {
       document = try TOMLTable(string: text)
     } catch let error as TOMLParseError {
+      let line = error.source.begin.line
       throw ConfigurationError(
-        file: file, line: error.source.begin.line, key: nil, reason: error.description)
+        file: file, line: line, key: nil,
+        reason: unquoted(text, line: line) ?? error.description)
     } catch {
       throw ConfigurationError(file: file, line: nil, key: nil, reason: "\(error)")
     }
     return try take(document, lines, file: file)
+  }
+
+  /// What to say of a line whose value is a word without quotes, the mistake that is made most; nil
+  /// for any other line.
+  private static func unquoted(_ text: String, line: Int) -> String? {
+    let rows = text.split(omittingEmptySubsequences: false, whereSeparator: \.isNewline)
+    guard rows.indices.contains(line - 1), let cut = rows[line - 1].firstIndex(of: "=") else {
+      return nil
+    }
+    func trimmed(_ part: Substring) -> String {
+      part.split(whereSeparator: \.isWhitespace).joined(separator: " ")
+    }
+    let row = rows[line - 1]
+    let key = trimmed(row[..<cut])
+    let value = trimmed(row[row.index(after: cut)...].prefix { $0 != "#" })
+    guard let first = value.first, first.isASCII, first.isLetter || first == "/" || first == "~",
+      !value.contains("\"")
+    else { return nil }
+    return "the value \(value) has no quotes: write \(key) = \"\(value)\""
   }
 
   private static func take(

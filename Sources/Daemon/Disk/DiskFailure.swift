@@ -295,7 +295,7 @@ extension DiskFailure {
 
   static let daemonNotRunning = DiskFailure(
     .daemon,
-    "dmu-xend is not running: start it (systemctl start dmu-xend) and attach the disk again")
+    "dmu-xend is not running: start it (systemctl start dmu-xend)")
 
   static let gone = DiskFailure(
     .gone, "the disk was detached while it was being started: attach it again if it is wanted")
