@@ -48,11 +48,12 @@ kernel-lab: ## the module's scenarios in a checked kernel (the kernel is built o
 	@$(MAKE) --no-print-directory build
 	lab/kernel/all --programs $(BIN)
 
-check: ## format, lint, warnings as errors, shellcheck, house rules
+check: ## format, lint, warnings as errors, shellcheck, house rules, the models of the module
 	@lab/prerequisites build check
 	$(SWIFT) format lint --strict --recursive Package.swift Sources Tests fuzz
 	shellcheck -x $(SHELL_FILES)
 	Tests/house
+	module/model/check
 	$(SWIFT) build --build-tests
 
 format: ## let swift format put the sources in order
@@ -69,7 +70,7 @@ fuzz: build ## hostile images for every format, a minute for each target (20 min
 	fuzz/run --seconds 60
 
 soak: build ## the seeded suites for longer, with other seeds: DMU_DEPTH=10 times `make test`
-	@lab/prerequisites test kernel
+	@lab/prerequisites check test kernel
 	@lab/kernel/prepare >/dev/null
 	Tests/soak $(BIN)
 

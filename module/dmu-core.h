@@ -34,6 +34,7 @@
  *   and no cell has found one that is ready. Whoever finds the old place and no cell may have
  *   missed a cell that came, was answered, written and went in between: dev->removals, which
  *   is raised before a cell goes and read before the index and after the cells, tells.
+ *   These orders, and those of the rest, are checked as models: module/model.
  *
  * Locks, outermost first
  *
