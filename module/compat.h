@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
  * What differs between the kernels that the module is built for, and nothing else.
- * Built and tried: 6.1, 6.12. The branches for older kernels follow their headers.
+ * Tried: 6.1, 6.12. Built (lab/module-builds): these, 5.10, 7.3. The branches for older kernels follow
+ * their headers.
  */
 #ifndef DMU_COMPAT_H
 #define DMU_COMPAT_H
@@ -43,11 +44,15 @@ static inline struct class *dmu_class_create(const char *name)
 #endif
 }
 
-/* What a function that list_sort() is given gets. */
+/* Stable kernels took over at some time that what is compared is const; the calls are alike. */
 #if DMU_KERNEL(5, 13)
-#define DMU_SORT_CONST const
+#define dmu_list_sort(list, compare) list_sort(NULL, list, compare)
 #else
-#define DMU_SORT_CONST
+#define dmu_list_sort(list, compare) list_sort(NULL, list, (void *)(compare))
+#endif
+
+#ifndef BIO_MAX_VECS
+#define BIO_MAX_VECS BIO_MAX_PAGES
 #endif
 
 #if DMU_KERNEL(6, 2)
@@ -77,6 +82,17 @@ static inline struct bio *dmu_bio_alloc(struct block_device *bdev, unsigned shor
 	bio_set_dev(bio, bdev);
 	bio->bi_opf = op;
 	return bio;
+#endif
+}
+
+/* Whether the bio was sent to bdev; of partitions of one disk older kernels do not tell which. */
+static inline bool dmu_bio_is_on(struct bio *bio, struct block_device *bdev)
+{
+#if DMU_KERNEL(5, 12)
+	return bio->bi_bdev == bdev;
+#else
+	return bio->bi_disk == bdev->bd_disk &&
+	       (!bio->bi_partno || bio->bi_partno == bdev->bd_partno);
 #endif
 }
 

@@ -500,7 +500,7 @@ void dmu_event_free(struct dmu_device *dev, struct dmu_event *event);
 void dmu_event_post(struct dmu_device *dev, struct dmu_event *event);
 void dmu_map_error(struct dmu_device *dev, struct dmu_event *event, u64 block, u64 mark,
 		   int error);
-void dmu_device_error(struct dmu_device *dev, struct block_device *bdev, bool write, int error);
+void dmu_device_error(struct dmu_device *dev, struct bio *bio, bool write, int error);
 
 /* dmu-device.c: tables of one NAME. */
 int dmu_attach(struct dmu_table *table, const char *name, unsigned int block_sectors);

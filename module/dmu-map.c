@@ -219,7 +219,7 @@ static bool dmu_io_failed(struct dmu_device *dev, struct bio *bio, blk_status_t 
 
 	if (status == BLK_STS_DM_REQUEUE || status == BLK_STS_AGAIN)
 		return false;
-	dmu_device_error(dev, bio->bi_bdev, op_is_write(bio_op(bio)), error);
+	dmu_device_error(dev, bio, op_is_write(bio_op(bio)), error);
 	return dmu_failed_hold(dev, bio, error);
 }
 

@@ -97,7 +97,7 @@ void dmu_map_error(struct dmu_device *dev, struct dmu_event *event, u64 block, u
 }
 
 /* Reports that a backing device has failed under a request; as far as there is memory. */
-void dmu_device_error(struct dmu_device *dev, struct block_device *bdev, bool write, int error)
+void dmu_device_error(struct dmu_device *dev, struct bio *bio, bool write, int error)
 {
 	struct dmu_event *event = dmu_event_alloc(dev, GFP_ATOMIC | __GFP_NOWARN);
 	struct dmu_table *table = READ_ONCE(dev->table);
@@ -106,7 +106,7 @@ void dmu_device_error(struct dmu_device *dev, struct block_device *bdev, bool wr
 	if (!event)
 		return;
 	for (i = 0; i < table->count; i++)
-		if (table->devs[i].dm_dev->bdev == bdev)
+		if (dmu_bio_is_on(bio, table->devs[i].dm_dev->bdev))
 			break;
 	event->message.type = DMU_DEVICE_ERROR;
 	event->message.flags = write ? DMU_WRITE : DMU_READ;

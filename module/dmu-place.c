@@ -165,7 +165,7 @@ static void dmu_place_end_io(struct bio *bio)
 	bio->bi_end_io = io->saved_end_io;
 	if (bio->bi_status) {
 		cell->error = blk_status_to_errno(bio->bi_status);
-		dmu_device_error(cell->dev, bio->bi_bdev, true, -cell->error);
+		dmu_device_error(cell->dev, bio, true, -cell->error);
 	}
 	dmu_place_done(cell);
 }

@@ -252,8 +252,7 @@ void dmu_returned_collect(struct dmu_device *dev, struct bio_list *bios)
 	}
 }
 
-static int dmu_note_compare(void *context, DMU_SORT_CONST struct list_head *a,
-			    DMU_SORT_CONST struct list_head *b)
+static int dmu_note_compare(void *context, const struct list_head *a, const struct list_head *b)
 {
 	u64 one = list_entry(a, struct dmu_note, list)->arrival;
 	u64 other = list_entry(b, struct dmu_note, list)->arrival;
@@ -267,7 +266,7 @@ void dmu_returned_expect(struct dmu_device *dev)
 	lockdep_assert_held(&dev->lock);
 	if (list_empty(&dev->returned.notes))
 		return;
-	list_sort(NULL, &dev->returned.notes, dmu_note_compare);
+	dmu_list_sort(&dev->returned.notes, dmu_note_compare);
 	dev->returned.came = false;
 	mod_delayed_work(dev->wq, &dev->returned.work, DMU_PATIENCE);
 }
