@@ -184,12 +184,30 @@ struct dmu_cell *dmu_cell_by_id(struct dmu_device *dev, u64 id)
 	return NULL;
 }
 
+/*
+ * Whether a request for the blocks may have to wait: without the lock, and true for some that need
+ * not. The caller has read the index before, and looks at dev->removals afterwards.
+ */
+bool dmu_may_wait(struct dmu_device *dev, u64 block, unsigned int count)
+{
+	unsigned int i;
+
+	if (atomic_read(&dev->broad))
+		return true;
+	smp_rmb();	/* see dmu-core.h: what is deferred before the cells */
+	for (i = 0; i < count; i++)
+		if (!hlist_empty(dmu_bucket(dev->by_block, block + i)))
+			return true;
+	return false;
+}
+
 /* How many of the blocks, from the first on, are in nobody's hands. */
 unsigned int dmu_free_run(struct dmu_device *dev, u64 block, unsigned int count)
 {
 	unsigned long flags;
 	unsigned int i;
 
+	dmu_stop(DMU_STOP_SEARCHING);
 	spin_lock_irqsave(&dev->lock, flags);
 	for (i = 0; i < count; i++)
 		if (dmu_cell_find(dev, block + i, 1))
@@ -231,14 +249,16 @@ void dmu_cell_remove(struct dmu_cell *cell)
 
 	lockdep_assert_held(&dev->lock);
 	dmu_cell_name(cell, 0);
-	if (cell->type == DMU_FAULT)
-		hlist_del(&cell->by_block);
-	else
-		list_del(&cell->range);
 	list_del(&cell->all);
 	list_del_init(&cell->unsent);
 	smp_store_release(&dev->removals, dev->removals + 1);	/* see dmu-core.h */
-	smp_mb__before_atomic();	/* the count before the cell is gone */
+	smp_wmb();	/* the count before the cell is gone */
+	if (cell->type == DMU_FAULT) {
+		hlist_del(&cell->by_block);
+	} else {
+		list_del(&cell->range);
+		atomic_dec(&dev->broad);
+	}
 	atomic_dec(&dev->busy);
 	mempool_free(cell, &dev->cell_pool);
 	if (!bio_list_empty(&dev->deferred))
@@ -288,6 +308,7 @@ static struct dmu_cell *dmu_cell_make(struct dmu_device *dev, struct bio *bio)
 		cell->type = DMU_DISCARD;
 		cell->count = dmu_bio_blocks(dev, bio);
 		list_add(&cell->range, &dev->ranges);
+		atomic_inc(&dev->broad);
 	} else {
 		cell->type = DMU_FAULT;
 		cell->count = 1;
@@ -326,7 +347,7 @@ static bool dmu_queue(struct dmu_device *dev, struct bio *bio)
 static void dmu_defer(struct dmu_device *dev, struct bio *bio)
 {
 	bio_list_add(&dev->deferred, bio);
-	atomic_inc(&dev->busy);
+	dmu_count_deferred(dev, 1);
 	if (unlikely(READ_ONCE(dev->failing)))
 		queue_work(dev->wq, &dev->fail_work);
 	/* Not put off by every request that comes. */
@@ -385,14 +406,14 @@ void dmu_deferred(struct work_struct *work)
 			}
 		}
 		if (bio && !issue)
-			atomic_dec(&dev->busy);
+			dmu_count_deferred(dev, -1);
 		spin_unlock_irq(&dev->lock);
 		if (!bio)
 			return;
 		if (!issue)
 			continue;
 		dmu_issue(dev, bio, dmu_io(bio)->word, dmu_io(bio)->epoch);
-		atomic_dec(&dev->busy);
+		dmu_count_deferred(dev, -1);
 	}
 }
 

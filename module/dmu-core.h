@@ -25,15 +25,20 @@
  * Hot paths
  *
  *   dmu_map(): see that no suspend has given anything back, enter the epoch, read the index, see
- *   that no cell stands (one atomic) and that none has gone meanwhile, send the bio on. No lock,
- *   no memory, no shared cache line written.
+ *   that no cell stands (one atomic; while there are some, the heads of the blocks' buckets) and
+ *   that none has gone meanwhile, send the bio on. No lock, no memory, no shared cache line
+ *   written. The lock is taken for a block in whose bucket a cell stands, and by everybody while
+ *   dev->broad says that there is what any block may have to wait for.
  *   dmu_end_io(): leave the epoch.
  *
  *   The reading comes before the look for cells, and a place enters the index after its
  *   cell stands and its cell goes after its data is there. So whoever finds a new place there
  *   and no cell has found one that is ready. Whoever finds the old place and no cell may have
  *   missed a cell that came, was answered, written and went in between: dev->removals, which
- *   is raised before a cell goes and read before the index and after the cells, tells.
+ *   is raised before a cell goes and read before the index and after the cells, tells. Each part
+ *   of the look for cells is enough for that by itself: busy, or broad and the bucket, are raised
+ *   when the cell comes, and lowered after dev->removals. What was deferred is a cell before it
+ *   is deferred no more, so broad is read before the buckets.
  *   These orders, and those of the rest, are checked as models: module/model.
  *
  * Locks, outermost first
@@ -267,9 +272,11 @@ struct dmu_device {
 
 	/* Every request reads these; the lock is not on their line. */
 	atomic_t busy ____cacheline_aligned_in_smp;	/* cells and deferred bios */
+	atomic_t broad;			/* of them those of no one block: runs, deferred bios */
 	unsigned int removals;		/* of cells, so far */
 	spinlock_t lock ____cacheline_aligned_in_smp;
-	struct hlist_head by_block[1 << DMU_HASH_BITS];
+	/* Changed under the lock, looked at without it. */
+	struct hlist_head by_block[1 << DMU_HASH_BITS] ____cacheline_aligned_in_smp;
 	struct hlist_head by_id[1 << DMU_HASH_BITS];
 	struct list_head cells;
 	struct list_head ranges;
@@ -326,6 +333,13 @@ extern struct kmem_cache *dmu_index_cache;
 static inline void dmu_count(struct dmu_device *dev, enum dmu_stat which)
 {
 	atomic64_inc(&dev->stats[which]);
+}
+
+/* So many bios more, or less, are deferred. */
+static inline void dmu_count_deferred(struct dmu_device *dev, int count)
+{
+	atomic_add(count, &dev->broad);
+	atomic_add(count, &dev->busy);
 }
 
 static inline struct dmu_io *dmu_io(struct bio *bio)
@@ -416,6 +430,7 @@ void dmu_issue(struct dmu_device *dev, struct bio *bio, unsigned long word,
 	       struct dmu_epoch *epoch);
 bool dmu_try_issue(struct dmu_device *dev, struct bio *bio);
 bool dmu_hold(struct dmu_device *dev, struct bio *bio, bool *requeue);
+bool dmu_may_wait(struct dmu_device *dev, u64 block, unsigned int count);
 unsigned int dmu_free_run(struct dmu_device *dev, u64 block, unsigned int count);
 struct dmu_cell *dmu_cell_by_id(struct dmu_device *dev, u64 id);
 bool dmu_preparing_overlap(struct dmu_device *dev, u64 block, u64 count,

@@ -102,7 +102,9 @@ again:
 	smp_rmb();	/* see dmu-core.h: the index before the cells */
 	if (unlikely(atomic_read(&dev->busy))) {
 		blocks = dmu_block_of(dev, bio->bi_iter.bi_sector + count - 1) - block + 1;
-		free = dmu_free_run(dev, block, blocks);
+		free = blocks;
+		if (dmu_may_wait(dev, block, blocks))
+			free = dmu_free_run(dev, block, blocks);
 		if (!free)
 			return 0;
 		if (free < blocks)

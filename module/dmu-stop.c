@@ -31,6 +31,7 @@
 
 static const char * const dmu_stop_names[DMU_STOPS] = {
 	[DMU_STOP_LOOKED] = "looked",
+	[DMU_STOP_SEARCHING] = "searching",
 	[DMU_STOP_HOLDING] = "holding",
 	[DMU_STOP_RETURNING] = "returning",
 	[DMU_STOP_CLAIMED] = "claimed",

@@ -8,6 +8,7 @@
 
 enum dmu_stop {
 	DMU_STOP_LOOKED,	/* a request has read the index, not looked for cells yet */
+	DMU_STOP_SEARCHING,	/* a request is about to look for cells, under the lock */
 	DMU_STOP_HOLDING,	/* the index serves it not: it is about to be queued */
 	DMU_STOP_RETURNING,	/* a suspend wants it back: it is about to go */
 	DMU_STOP_CLAIMED,	/* an answer has its cell, not yet the cell's request */

@@ -47,7 +47,7 @@ static void dmu_collect(struct dmu_device *dev, struct bio_list *bios)
 		else if (cell->state <= DMU_CLAIMED)
 			cell->orphan = true;
 	}
-	atomic_sub(bio_list_size(&dev->deferred), &dev->busy);
+	dmu_count_deferred(dev, -(int)bio_list_size(&dev->deferred));
 	bio_list_merge(bios, &dev->deferred);
 	bio_list_init(&dev->deferred);
 	dmu_failed_collect(dev, bios);

@@ -410,7 +410,35 @@ static void mark_of_another(void)
 	rig_down(&rig);
 }
 
+/* A request is not kept by the lock because another block waits; one of that block waits behind. */
+static void beside_one_that_waits(void)
+{
+	struct rig rig = plain();
+	struct dmu_message m;
+	struct guest *w, *r;
+
+	rig_up(&rig);
+	CHECK(answer(rig.node, map(0, 0, 64, 1, 0, 0)) == 0);
+	w = begin(&rig, WRITE_IT, 5 * BLOCK + 2, 2, 0x77);
+	m = expect(rig.node, DMU_FAULT);
+	stop_hold("searching", 1);
+	r = begin(&rig, READ_IT, 6 * BLOCK + 1, 10 * BLOCK, 0);
+	end(r, 0);
+	check_bytes(r, 0, 10 * BLOCK * SECTOR, 0, (6 * BLOCK + 1) * SECTOR);
+	r = begin(&rig, READ_IT, 5 * BLOCK, BLOCK, 0);
+	stop_reached("searching", 1);
+	stop_release("searching");
+	still_waits(r);
+	CHECK(answer(rig.node, place(m)) == 0);
+	end(w, 0);
+	serve(&rig, r, 0);
+	check_fill(r, 2 * SECTOR, 2 * SECTOR, 0x77);
+	check_bytes(r, 0, 2 * SECTOR, 0, 5 * BLOCK * SECTOR);
+	rig_down(&rig);
+}
+
 const struct scenario stop_scenarios[] = {
+	{ "beside-one-that-waits", beside_one_that_waits },
 	{ "read-passes-write", read_passes_write },
 	{ "read-passes-granted", read_passes_granted },
 	{ "failed-while-answered", failed_while_answered },
