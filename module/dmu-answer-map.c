@@ -63,7 +63,8 @@ static int dmu_check_map(struct dmu_device *dev, struct dmu_answer *a)
 		if (error)
 			return error;
 	}
-	if ((a->flags & DMU_HOLD_FLUSH) && a->mark <= dev->last_mark)
+	if ((a->flags & DMU_HOLD_FLUSH) &&
+	    (a->mark <= READ_ONCE(dev->last_mark) || a->mark > DMU_MAX_MARK))
 		return -ERANGE;
 	if (!(a->flags & DMU_HOLD_FLUSH) && a->mark)
 		return -EINVAL;

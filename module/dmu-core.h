@@ -290,7 +290,7 @@ struct dmu_device {
 	struct list_head writing;	/* those whose data is still being written, by mark */
 	struct rb_root placed;
 	atomic_t uncommitted;
-	u64 last_mark;
+	u64 last_mark;			/* never lowered: no mark means two placements */
 	struct dmu_flush flush;
 	struct list_head forced;	/* notes of writes that a suspend has given back */
 	struct dmu_failed failed;

@@ -27,7 +27,8 @@ static bool dmu_grant_holds(struct dmu_device *dev, u64 block)
 
 	lockdep_assert_held(&dev->lock);
 	return block - grant->block < grant->count && dev->untold_count < grant->budget &&
-	       !dev->requeue && atomic_read(&dev->uncommitted) < DMU_MAX_UNCOMMITTED;
+	       !dev->requeue && atomic_read(&dev->uncommitted) < DMU_MAX_UNCOMMITTED &&
+	       dev->last_mark < DMU_MAX_MARK;
 }
 
 static unsigned long dmu_grant_lookup(struct dmu_device *dev, u64 block)

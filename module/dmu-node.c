@@ -80,7 +80,7 @@ void dmu_event_post(struct dmu_device *dev, struct dmu_event *event)
 /*
  * Reports that a placement came to nothing. Unlike other events this one concerns whoever is
  * the worker by now: it may have been told of the placement in a dump. The caller holds dev->lock
- * since it has dropped the placement: who opens after that may give its mark to another one.
+ * since it has dropped the placement: a dump has it, or the event follows.
  */
 void dmu_map_error(struct dmu_device *dev, struct dmu_event *event, u64 block, u64 mark,
 		   int error)
@@ -127,7 +127,6 @@ void dmu_device_put(struct dmu_device *dev)
 
 static int dmu_open(struct inode *inode, struct file *file)
 {
-	struct dmu_placement *last;
 	struct dmu_device *dev;
 	int error = 0;
 
@@ -148,13 +147,6 @@ static int dmu_open(struct inode *inode, struct file *file)
 		dev->opened = true;
 		dev->failing = false;
 		dev->session++;
-		dev->last_mark = 0;
-		if (!list_empty(&dev->placements)) {
-			last = list_last_entry(&dev->placements, struct dmu_placement, list);
-			dev->last_mark = last->mark;
-		}
-		if (dev->flush.state != DMU_FLUSH_IDLE)
-			dev->last_mark = max(dev->last_mark, dev->flush.upto);
 	}
 	spin_unlock_irq(&dev->lock);
 	if (error) {

@@ -382,7 +382,7 @@ void dmu_placed_add(struct dmu_device *dev, struct dmu_placement *placement)
 	list_add_tail(&placement->list, &dev->placements);
 	if (placement->in_flight)
 		list_add_tail(&placement->writing, &dev->writing);
-	dev->last_mark = placement->mark;
+	WRITE_ONCE(dev->last_mark, placement->mark);
 	if (!(atomic_inc_return(&dev->uncommitted) % DMU_ASK_COMMIT)) {
 		dev->flush.wanted = true;
 		queue_work(dev->wq, &dev->flush.work);

@@ -33,6 +33,9 @@
 /* The most placements that a grant may have that the worker has not read of. */
 #define DMU_MAX_BUDGET		65536
 
+/* The greatest mark. */
+#define DMU_MAX_MARK		(1ULL << 62)
+
 /* The most bytes that one DMU_DATA may carry. */
 #define DMU_MAX_DATA		(1 << 20)
 
@@ -59,7 +62,7 @@ enum dmu_message_type {
 	DMU_STATS_ARE = 8,
 	/* One reply to DMU_DUMP: an uncommitted placement, in the order of marks. */
 	DMU_UNCOMMITTED_IS = 9,
-	/* The end of a dump; mark is the highest so far: new marks must be greater. */
+	/* The end of a dump; mark is the highest ever given: new marks must be greater. */
 	DMU_DUMP_DONE = 10,
 	/*
 	 * A placement made by what was granted, uncommitted. Told before every question that is

@@ -466,7 +466,42 @@ static void backing_errors(void)
 	rig_down(&rig);
 }
 
+/* A mark that was given is not given again, whoever has heard of what became of it. */
+static void marks_go_on(void)
+{
+	struct rig rig = plain();
+	struct dmu_message m;
+	struct dmu_answer a;
+	struct guest *g;
+
+	rig.store_table = "error";
+	rig_up(&rig);
+	g = begin(&rig, WRITE_IT, 0, BLOCK, 1);
+	m = expect(rig.node, DMU_FAULT);
+	a = map(m.id, 0, 1, 0, PLACE(0), DMU_WRITABLE | DMU_HOLD_FLUSH);
+	a.mark = 7;
+	CHECK(answer(rig.node, a) == 0);
+	end(g, EIO);
+	CHECK(stat_of("uncommitted") == 0);
+	/* Nobody has read of it. */
+	close(rig.node);
+	rig.node = open(NODE, O_RDWR | O_CLOEXEC);
+	CHECK(rig.node >= 0, "errno %d", errno);
+	CHECK(answer(rig.node, (struct dmu_answer){ .type = DMU_DUMP }) == 0);
+	CHECK(expect(rig.node, DMU_DUMP_DONE).mark == 7);
+	a = map(0, 9, 1, 0, PLACE(9), DMU_WRITABLE | DMU_HOLD_FLUSH);
+	a.mark = 7;
+	CHECK(answer(rig.node, a) == -ERANGE);
+	/* There is always one after it. */
+	a.mark = DMU_MAX_MARK + 1;
+	CHECK(answer(rig.node, a) == -ERANGE);
+	a.mark = 8;
+	CHECK(answer(rig.node, a) == 0);
+	rig_down(&rig);
+}
+
 const struct scenario life_scenarios[] = {
+	{ "marks-go-on", marks_go_on },
 	{ "ctr-errors", ctr_errors },
 	{ "node-life", node_life },
 	{ "takeover", takeover },
