@@ -2,11 +2,15 @@
 /*
  * How a block gets to a new place, and which placements are not committed yet.
  *
- * A prepared cell goes through three steps: what the write does not cover is copied or
- * zeroed (kcopyd, in pieces, cell->pending counts them); then the write itself goes there;
- * then the placement counts as written, the request ends and, in process context, the queue
- * behind it is served. Any failure ends in the third step too, which then takes the place
- * out of the index again and reports MAP_ERROR. The cell is in its epoch throughout.
+ * A prepared cell goes through two steps: what the write does not cover is copied or zeroed
+ * (kcopyd, in pieces) and, beside that, the write itself goes there, sent by whoever placed it
+ * (cell->pending counts all of them); then the placement counts as written, the request ends and,
+ * in process context, the queue behind it is served. Any failure ends in the second step too,
+ * which then takes the place out of the index again and reports MAP_ERROR. Nobody reads at the
+ * place before that. The cell is in its epoch throughout.
+ *
+ * kcopyd's own thread sends nothing of ours: a write that has to wait there would keep all copies
+ * waiting, and one that needs kcopyd itself would wait for ever.
  */
 #include <linux/delay.h>
 #include <linux/sched/mm.h>
@@ -17,37 +21,60 @@ static struct block_device *dmu_bdev(struct dmu_device *dev, unsigned int device
 	return dev->table->devs[device].dm_dev->bdev;
 }
 
-static void dmu_place_write(struct dmu_cell *cell);
-
-static void dmu_place_write_work(struct work_struct *work)
+/*
+ * The second step of what went well, in any context: no work item for a request that nobody
+ * queues behind. What it cannot do is left to dmu_place_work().
+ */
+static void dmu_place_done(struct dmu_cell *cell)
 {
-	struct dmu_cell *cell = container_of(work, struct dmu_cell, work);
+	struct dmu_device *dev = cell->dev;
+	struct dmu_epoch *epoch = cell->epoch;
+	struct dmu_event *event = cell->event;
+	struct bio *bio = cell->active;
+	unsigned long flags;
+	bool more;
 
-	INIT_WORK(&cell->work, dmu_place_work);
-	dmu_place_write(cell);
+	dmu_stop(DMU_STOP_WRITTEN);
+	if (cell->error || cell->linked || cell->type == DMU_DISCARD ||
+	    cell->answer.flags & DMU_SYNC) {
+		queue_work(dev->wq, &cell->work);
+		return;
+	}
+	spin_lock_irqsave(&dev->lock, flags);
+	if (cell->placement)
+		dmu_placed_written(cell->placement);
+	cell->placement = NULL;
+	cell->epoch = NULL;
+	cell->event = NULL;
+	cell->active = NULL;
+	cell->state = DMU_CLAIMED;
+	dev->event_count--;
+	more = !bio_list_empty(&cell->bios);
+	if (!more)
+		dmu_cell_remove(cell);
+	spin_unlock_irqrestore(&dev->lock, flags);
+	kmem_cache_free(dmu_event_cache, event);
+	dmu_epoch_leave(epoch);
+	dmu_flush_kick(dev);
+	if (more)
+		queue_work(dev->wq, &cell->work);
+	dmu_end_bio(bio, BLK_STS_OK);
 }
 
+/* A copy, or the write, has ended. */
 static void dmu_place_put(struct dmu_cell *cell)
 {
-	if (!atomic_dec_and_test(&cell->pending))
-		return;
-	if (cell->type == DMU_FAULT && !cell->error) {
-		if (bio_op(cell->active) != REQ_OP_WRITE_ZEROES) {
-			dmu_place_write(cell);
-			return;
-		}
-		/* kcopyd's thread must not wait for a job of kcopyd's. */
-		INIT_WORK(&cell->work, dmu_place_write_work);
-	}
-	queue_work(cell->dev->wq, &cell->work);
+	if (atomic_dec_and_test(&cell->pending))
+		dmu_place_done(cell);
 }
 
 static void dmu_place_copied(int read_error, unsigned long write_error, void *context)
 {
 	struct dmu_cell *cell = context;
 
+	/* How the write failed says more. */
 	if (read_error || write_error)
-		WRITE_ONCE(cell->error, -EIO);
+		cmpxchg(&cell->error, 0, -EIO);
 	dmu_place_put(cell);
 }
 
@@ -91,95 +118,22 @@ static void dmu_place_carry(struct dmu_cell *cell, u64 offset, u64 count)
 		dmu_place_zero(cell, sector, count);
 }
 
-/* Starts the preparation that the cell's answer asks for. Process context. */
-void dmu_prepare(struct dmu_cell *cell)
-{
-	struct dmu_device *dev = cell->dev;
-	struct dmu_answer *a = &cell->answer;
-	u64 size = dmu_run_sectors(dev, cell->block, 1);
-	u64 offset, end;
-
-	atomic_set(&cell->pending, 1);
-	dmu_failed_note(cell->active);
-	if (cell->type == DMU_DISCARD) {
-		if (a->device != DMU_DEVICE_ZERO)
-			dmu_place_zero(cell, a->sector,
-				       dmu_run_sectors(dev, a->block, a->count));
-	} else if (a->flags & (DMU_COPY_FIRST | DMU_ZERO_FIRST)) {
-		offset = cell->active->bi_iter.bi_sector & (dev->block_sectors - 1);
-		end = offset + bio_sectors(cell->active);
-		if (offset || end < size)
-			dmu_count(dev, DMU_STAT_COPIES);
-		if (offset)
-			dmu_place_carry(cell, 0, offset);
-		if (end < size)
-			dmu_place_carry(cell, end, size - end);
-	}
-	dmu_place_put(cell);
-}
-
-/*
- * The third step of what went well, in any context: no work item for a request that nobody
- * queues behind. What it cannot do is left to dmu_place_work().
- */
-static void dmu_place_done(struct dmu_cell *cell)
-{
-	struct dmu_device *dev = cell->dev;
-	struct dmu_epoch *epoch = cell->epoch;
-	struct dmu_event *event = cell->event;
-	struct bio *bio = cell->active;
-	unsigned long flags;
-	bool more;
-
-	dmu_stop(DMU_STOP_WRITTEN);
-	if (cell->error || cell->linked || cell->answer.flags & DMU_SYNC) {
-		queue_work(dev->wq, &cell->work);
-		return;
-	}
-	spin_lock_irqsave(&dev->lock, flags);
-	if (cell->placement)
-		dmu_placed_written(cell->placement);
-	cell->placement = NULL;
-	cell->epoch = NULL;
-	cell->event = NULL;
-	cell->active = NULL;
-	cell->state = DMU_CLAIMED;
-	dev->event_count--;
-	more = !bio_list_empty(&cell->bios);
-	if (!more)
-		dmu_cell_remove(cell);
-	spin_unlock_irqrestore(&dev->lock, flags);
-	kmem_cache_free(dmu_event_cache, event);
-	dmu_epoch_leave(epoch);
-	dmu_flush_kick(dev);
-	if (more)
-		queue_work(dev->wq, &cell->work);
-	dmu_end_bio(bio, BLK_STS_OK);
-}
-
 static void dmu_place_end_io(struct bio *bio)
 {
 	struct dmu_io *io = dmu_io(bio);
 	struct dmu_cell *cell = io->cell;
+	int error;
 
 	bio->bi_end_io = io->saved_end_io;
 	if (bio->bi_status) {
-		cell->error = blk_status_to_errno(bio->bi_status);
-		dmu_device_error(cell->dev, bio, true, -cell->error);
+		error = blk_status_to_errno(bio->bi_status);
+		WRITE_ONCE(cell->error, error);
+		dmu_device_error(cell->dev, bio, true, -error);
 	}
-	dmu_place_done(cell);
+	dmu_place_put(cell);
 }
 
-static void dmu_place_zeroed(int read_error, unsigned long write_error, void *context)
-{
-	struct dmu_cell *cell = context;
-
-	if (read_error || write_error)
-		cell->error = -EIO;
-	dmu_place_done(cell);
-}
-
-/* The request itself goes to the new place. */
+/* The request itself goes to the new place. The caller is done with the cell. */
 static void dmu_place_write(struct dmu_cell *cell)
 {
 	struct dmu_device *dev = cell->dev;
@@ -198,7 +152,7 @@ static void dmu_place_write(struct dmu_cell *cell)
 			.count = bio_sectors(bio),
 		};
 
-		dm_kcopyd_zero(dev->kcopyd, 1, &to, 0, dmu_place_zeroed, cell);
+		dm_kcopyd_zero(dev->kcopyd, 1, &to, 0, dmu_place_copied, cell);
 		return;
 	}
 	io->cell = cell;
@@ -207,6 +161,36 @@ static void dmu_place_write(struct dmu_cell *cell)
 	bio_set_dev(bio, dmu_bdev(dev, cell->answer.device));
 	bio->bi_iter.bi_sector = sector;
 	dmu_submit_bio(bio);
+}
+
+/* Starts the preparation that the cell's answer asks for. Process context. */
+void dmu_prepare(struct dmu_cell *cell)
+{
+	struct dmu_device *dev = cell->dev;
+	struct dmu_answer *a = &cell->answer;
+	u64 size = dmu_run_sectors(dev, cell->block, 1);
+	u64 offset, end;
+
+	atomic_set(&cell->pending, 1);	/* the write, or that of a discard all is begun */
+	dmu_failed_note(cell->active);
+	if (cell->type == DMU_DISCARD) {
+		if (a->device != DMU_DEVICE_ZERO)
+			dmu_place_zero(cell, a->sector,
+				       dmu_run_sectors(dev, a->block, a->count));
+	} else if (a->flags & (DMU_COPY_FIRST | DMU_ZERO_FIRST)) {
+		offset = cell->active->bi_iter.bi_sector & (dev->block_sectors - 1);
+		end = offset + bio_sectors(cell->active);
+		if (offset || end < size)
+			dmu_count(dev, DMU_STAT_COPIES);
+		if (offset)
+			dmu_place_carry(cell, 0, offset);
+		if (end < size)
+			dmu_place_carry(cell, end, size - end);
+	}
+	if (cell->type == DMU_FAULT)
+		dmu_place_write(cell);
+	else
+		dmu_place_put(cell);
 }
 
 /* Takes a place that came to nothing out of the index; memory is there sooner or later. */
@@ -247,7 +231,7 @@ static void dmu_place_tell(struct dmu_cell *cell)
 	}
 }
 
-/* The third step. */
+/* The second step, in process context. */
 void dmu_place_work(struct work_struct *work)
 {
 	struct dmu_cell *cell = container_of(work, struct dmu_cell, work);

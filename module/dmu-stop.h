@@ -19,7 +19,7 @@ enum dmu_stop {
 	DMU_STOP_SUSPENDING,	/* what waited was given back, the core takes requests still */
 	DMU_STOP_UNDOING,	/* a suspend is interrupted, requests may come again */
 	DMU_STOP_LISTED,	/* a placement is listed, its place not in the index yet */
-	DMU_STOP_WRITING,	/* a place is prepared, the write is about to be sent */
+	DMU_STOP_WRITING,	/* copies to a place are begun, the write is about to be sent */
 	DMU_STOP_WRITTEN,	/* it is done, the cell stands */
 	DMU_STOP_FORGOTTEN,	/* a failed place is out of the index, its placement listed still */
 	DMU_STOP_DROPPED,	/* the placement is dropped, the request has not ended yet */

@@ -143,6 +143,8 @@ static void held_placement(void)
 	a.from_sector = 33 * BLOCK;
 	a.mark = 1;
 	CHECK(answer(rig.node, a) == 0);
+	m = expect(rig.node, DMU_DEVICE_ERROR);
+	CHECK(m.device == 0 && m.flags == DMU_WRITE);
 	m = expect(rig.node, DMU_MAP_ERROR);
 	CHECK(m.block == 33 && m.mark == 1);
 	m = expect(rig.node, DMU_WRITES_FAILED);

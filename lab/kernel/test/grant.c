@@ -337,6 +337,8 @@ static void grant_failure(void)
 	while (next_message(rig.node, &m, 200)) {
 		if (m.type == DMU_PLACED)
 			CHECK(m.block == 3 || (m.block == 4 && m.mark == 2));
+		else if (m.type == DMU_DEVICE_ERROR)
+			CHECK(m.device == 0 && m.flags == DMU_WRITE && !told);
 		else
 			CHECK(m.type == DMU_MAP_ERROR && m.block == 4 && m.mark == 2 &&
 			      m.code == EIO && !told);

@@ -421,6 +421,9 @@ static void backing_errors(void)
 		a.mark = step + 1;
 		CHECK(answer(rig.node, a) == 0);
 		end(g, EIO);
+		/* The write is sent beside the copy, whose failure is no device's. */
+		if (step)
+			CHECK(expect(rig.node, DMU_DEVICE_ERROR).device == 0);
 		m = expect(rig.node, DMU_MAP_ERROR);
 		CHECK(m.block == 3 && m.mark == a.mark && m.code == EIO);
 		CHECK(stat_of("uncommitted") == 0);

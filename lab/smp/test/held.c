@@ -437,7 +437,38 @@ static void beside_one_that_waits(void)
 	rig_down(&rig);
 }
 
+/* A first write that stays where it is sent keeps no other block from being carried along. */
+static void copy_while_writing(void)
+{
+	struct rig rig = plain();
+	struct dmu_message m;
+	struct guest *stuck, *w, *r;
+
+	rig_up(&rig);
+	CHECK(answer(rig.node, map(0, 0, 64, 1, 0, 0)) == 0);
+	CHECK(answer(rig.node, (struct dmu_answer){ .type = DMU_GRANT, .count = 32,
+		     .sector = PLACE(0), .length = 32 }) == 0);
+	stop_hold("writing", 1);
+	stuck = begin(&rig, WRITE_IT, 5 * BLOCK + 2, 2, 0x77);
+	stop_reached("writing", 1);
+	w = begin(&rig, WRITE_IT, 40 * BLOCK + 2, 2, 0x78);
+	do {
+		CHECK(next_message(rig.node, &m, 20000), "no question");
+	} while (m.type == DMU_PLACED);
+	CHECK(m.type == DMU_FAULT && m.block == 40);
+	CHECK(answer(rig.node, place(m)) == 0);
+	end(w, 0);
+	r = begin(&rig, READ_IT, 40 * BLOCK, BLOCK, 0);
+	end(r, 0);
+	check_fill(r, 2 * SECTOR, 2 * SECTOR, 0x78);
+	check_bytes(r, 4 * SECTOR, (BLOCK - 4) * SECTOR, 0, (40 * BLOCK + 4) * SECTOR);
+	stop_release("writing");
+	end(stuck, 0);
+	rig_down(&rig);
+}
+
 const struct scenario stop_scenarios[] = {
+	{ "copy-while-writing", copy_while_writing },
 	{ "beside-one-that-waits", beside_one_that_waits },
 	{ "read-passes-write", read_passes_write },
 	{ "read-passes-granted", read_passes_granted },
