@@ -81,6 +81,7 @@
 #define DMU_MAX_EVENTS	65536
 #define DMU_MAX_UNCOMMITTED	262144	/* placements of a device */
 #define DMU_ASK_COMMIT	65536	/* so many of them are worth a flush of our own */
+#define DMU_ASK_AFTER	(5 * HZ)	/* and so is one that has waited for so long */
 
 struct dmu_device;
 struct dmu_index;
@@ -205,12 +206,15 @@ struct dmu_flush {
 	u64 upto;
 	unsigned long since;
 	bool wanted;			/* a commit that no request waits for */
+	bool suspended;			/* and that has to wait for a resume */
+	unsigned long uncommitted;	/* since when something is, in jiffies */
 	bool told;
 	bool failed;			/* for good, until clear_error */
 	bool failure_told;		/* what the opener knows of that */
 	int error;
 	atomic_t pending;
 	struct work_struct work;
+	struct delayed_work late;	/* while something is uncommitted */
 };
 
 enum dmu_failed_state {
@@ -476,6 +480,8 @@ void dmu_flush_failed(struct dmu_device *dev, int error);
 void dmu_flush_join(struct dmu_device *dev, struct bio *bio);
 void dmu_flush_work(struct work_struct *work);
 void dmu_flush_kick(struct dmu_device *dev);
+void dmu_flush_late(struct work_struct *work);
+void dmu_flush_suspend(struct dmu_device *dev);
 int dmu_flush_answer(struct dmu_device *dev, u64 id, int error);
 void dmu_epoch_work(struct work_struct *work);
 int dmu_epochs_init(struct dmu_device *dev);

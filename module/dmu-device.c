@@ -38,6 +38,7 @@ static void dmu_device_destroy(struct dmu_device *dev)
 	cancel_delayed_work_sync(&dev->failed.work);
 	cancel_delayed_work_sync(&dev->returned.work);
 	dmu_returned_drop(dev);
+	cancel_delayed_work_sync(&dev->flush.late);
 	cancel_work_sync(&dev->flush.work);
 	dmu_epochs_exit(dev);
 	/* The request of a cell may have ended while its work goes on. */
@@ -88,6 +89,8 @@ static void dmu_device_init(struct dmu_device *dev)
 	INIT_LIST_HEAD(&dev->writing);
 	dev->placed = RB_ROOT;
 	INIT_WORK(&dev->flush.work, dmu_flush_work);
+	INIT_DELAYED_WORK(&dev->flush.late, dmu_flush_late);
+	dev->flush.suspended = true;	/* not resumed yet */
 	INIT_LIST_HEAD(&dev->forced);
 	INIT_WORK(&dev->fail_work, dmu_fail_work);
 	INIT_DELAYED_WORK(&dev->failed.work, dmu_failed_work);

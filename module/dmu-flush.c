@@ -6,7 +6,9 @@
  * mark, waits until the data of every placement up to there is written, flushes the devices,
  * asks the worker to commit, and ends its requests. With nothing uncommitted it ends after the
  * devices. All steps but the answer are taken by flush.work, which never runs twice at once.
- * Where much is uncommitted and nobody sends a flush, one runs that no request waits for.
+ * Where much is uncommitted, or something for long, and nobody sends a flush, one runs that no
+ * request waits for. No suspend waits for its end, so it is not at the devices while the device is
+ * suspended, when they may go: dmu_flush_suspend().
  *
  * A device that failed a flush may have dropped what it was to write: every flush fails from
  * then on, until the administrator says clear_error. EIO of the worker says the same of what it
@@ -50,12 +52,16 @@ void dmu_flush_failed(struct dmu_device *dev, int error)
 static void dmu_flush_end_io(struct bio *bio)
 {
 	struct dmu_device *dev = bio->bi_private;
+	unsigned long flags;
 
 	if (bio->bi_status)
 		WRITE_ONCE(dev->flush.error, blk_status_to_errno(bio->bi_status));
 	bio_put(bio);
+	/* Who sees that none is pending, which the lock is for, may free the device. */
+	spin_lock_irqsave(&dev->lock, flags);
 	if (atomic_dec_and_test(&dev->flush.pending))
 		queue_work(dev->wq, &dev->flush.work);
+	spin_unlock_irqrestore(&dev->lock, flags);
 }
 
 static void dmu_flush_devices(struct dmu_device *dev)
@@ -105,6 +111,7 @@ static void dmu_flush_end(struct dmu_device *dev, blk_status_t status)
 
 	bio_list_init(&dev->flush.active);
 	WRITE_ONCE(dev->flush.state, DMU_FLUSH_IDLE);
+	wake_up(&dev->wait);
 	spin_unlock_irq(&dev->lock);
 	while ((bio = bio_list_pop(&bios)))
 		dmu_end_bio(bio, status);
@@ -135,6 +142,18 @@ static void dmu_flush_devices_done(struct dmu_device *dev)
 	}
 }
 
+/* Whether there is anything to begin a flush for. */
+static bool dmu_flush_due(struct dmu_device *dev)
+{
+	struct dmu_flush *flush = &dev->flush;
+
+	if (!bio_list_empty(&flush->waiting))
+		return true;
+	if (!atomic_read(&dev->uncommitted))
+		flush->wanted = false;
+	return flush->wanted && !flush->suspended;
+}
+
 void dmu_flush_work(struct work_struct *work)
 {
 	struct dmu_device *dev = container_of(work, struct dmu_device, flush.work);
@@ -144,7 +163,7 @@ void dmu_flush_work(struct work_struct *work)
 	spin_lock_irq(&dev->lock);
 	for (;;) {
 		if (flush->state == DMU_FLUSH_IDLE) {
-			if (bio_list_empty(&flush->waiting) && !flush->wanted)
+			if (!dmu_flush_due(dev))
 				break;
 			flush->wanted = false;
 			flush->active = flush->waiting;
@@ -158,6 +177,11 @@ void dmu_flush_work(struct work_struct *work)
 		} else if (flush->state == DMU_FLUSH_DATA) {
 			if (!dmu_flush_data_done(dev))
 				break;
+			if (flush->suspended && bio_list_empty(&flush->active)) {
+				flush->wanted = true;
+				WRITE_ONCE(flush->state, DMU_FLUSH_IDLE);
+				continue;
+			}
 			flush->error = 0;
 			atomic_set(&flush->pending, 1);
 			WRITE_ONCE(flush->state, DMU_FLUSH_DEVICES);
@@ -174,6 +198,38 @@ void dmu_flush_work(struct work_struct *work)
 		}
 	}
 	spin_unlock_irq(&dev->lock);
+}
+
+/* Asks for a commit when something has been uncommitted for long, and goes on to do so. */
+void dmu_flush_late(struct work_struct *work)
+{
+	struct dmu_flush *flush = container_of(to_delayed_work(work), struct dmu_flush, late);
+	struct dmu_device *dev = container_of(flush, struct dmu_device, flush);
+	unsigned long until, delay = DMU_ASK_AFTER;
+
+	spin_lock_irq(&dev->lock);
+	until = flush->uncommitted + DMU_ASK_AFTER;
+	if (!atomic_read(&dev->uncommitted)) {
+		delay = 0;
+	} else if (time_before(jiffies, until)) {
+		delay = until - jiffies;
+	} else if (flush->state == DMU_FLUSH_IDLE && dev->opened && !READ_ONCE(flush->failed)) {
+		flush->wanted = true;
+		queue_work(dev->wq, &flush->work);
+	}
+	if (delay)
+		queue_delayed_work(dev->wq, &flush->late, delay);
+	spin_unlock_irq(&dev->lock);
+}
+
+/* No request is left. Waits until the devices have done with a flush that none waits for. */
+void dmu_flush_suspend(struct dmu_device *dev)
+{
+	spin_lock_irq(&dev->lock);
+	dev->flush.suspended = true;
+	spin_unlock_irq(&dev->lock);
+	flush_work(&dev->flush.work);
+	wait_event(dev->wait, READ_ONCE(dev->flush.state) != DMU_FLUSH_DEVICES);
 }
 
 /* FLUSH_DONE (error 0) or FAIL: -ENOENT when no such flush was asked about. */
@@ -194,6 +250,7 @@ int dmu_flush_answer(struct dmu_device *dev, u64 id, int error)
 		placement = list_first_entry(&dev->placements, struct dmu_placement, list);
 		dmu_placed_drop(dev, placement);
 	}
+	flush->uncommitted = jiffies;
 	dmu_flush_end(dev, errno_to_blk_status(error));
 	spin_unlock_irq(&dev->lock);
 	queue_work(dev->wq, &flush->work);

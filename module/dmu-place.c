@@ -352,6 +352,7 @@ bool dmu_placed_overlap(struct dmu_device *dev, u64 block, u64 count, unsigned l
 void dmu_placed_add(struct dmu_device *dev, struct dmu_placement *placement)
 {
 	struct rb_node **link = &dev->placed.rb_node, *parent = NULL;
+	unsigned int count;
 
 	lockdep_assert_held(&dev->lock);
 	while (*link) {
@@ -367,7 +368,11 @@ void dmu_placed_add(struct dmu_device *dev, struct dmu_placement *placement)
 	if (placement->in_flight)
 		list_add_tail(&placement->writing, &dev->writing);
 	WRITE_ONCE(dev->last_mark, placement->mark);
-	if (!(atomic_inc_return(&dev->uncommitted) % DMU_ASK_COMMIT)) {
+	count = atomic_inc_return(&dev->uncommitted);
+	if (count == 1) {
+		dev->flush.uncommitted = jiffies;
+		queue_delayed_work(dev->wq, &dev->flush.late, DMU_ASK_AFTER);
+	} else if (!(count % DMU_ASK_COMMIT)) {
 		dev->flush.wanted = true;
 		queue_work(dev->wq, &dev->flush.work);
 	}

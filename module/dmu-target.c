@@ -213,6 +213,7 @@ static void dmu_go_on(struct dmu_device *dev, bool whole)
 {
 	spin_lock_irq(&dev->lock);
 	dev->requeue = false;
+	dev->flush.suspended = false;
 	if (whole)
 		dmu_returned_expect(dev);
 	else
@@ -230,9 +231,13 @@ static void dmu_presuspend_undo(struct dm_target *ti)
 	dmu_signals_restore(ti->private);
 }
 
+/* No request is left. */
 static void dmu_postsuspend(struct dm_target *ti)
 {
-	dmu_signals_restore(ti->private);
+	struct dmu_table *table = ti->private;
+
+	dmu_flush_suspend(table->dev);
+	dmu_signals_restore(table);
 }
 
 static void dmu_resume(struct dm_target *ti)

@@ -395,7 +395,36 @@ static void short_ends(void)
 	rig_down(&rig);
 }
 
+/* What nobody flushes is committed after a while, and again when that has not succeeded. */
+static void commit_in_time(void)
+{
+	struct rig rig = plain();
+	struct dmu_message m;
+	struct dmu_answer a;
+	uint64_t start;
+
+	rig_up(&rig);
+	a = map(0, 3, 1, 0, PLACE(3), DMU_WRITABLE | DMU_HOLD_FLUSH);
+	a.mark = 3;
+	start = now_ms();
+	CHECK(answer(rig.node, a) == 0);
+	expect_silence(rig.node);
+	m = expect(rig.node, DMU_FLUSH);
+	CHECK(m.mark == 3 && now_ms() - start >= 4000, "after %llu ms",
+	      (unsigned long long)(now_ms() - start));
+	CHECK(answer(rig.node, (struct dmu_answer){
+		.type = DMU_FAIL, .id = m.id, .code = ENOSPC }) == 0);
+	expect_silence(rig.node);
+	m = expect(rig.node, DMU_FLUSH);
+	CHECK(m.mark == 3);
+	CHECK(answer(rig.node, (struct dmu_answer){ .type = DMU_FLUSH_DONE, .id = m.id }) == 0);
+	CHECK(stat_of("uncommitted") == 0);
+	CHECK(!next_message(rig.node, &m, 8000), "a message of type %u", m.type);
+	rig_down(&rig);
+}
+
 const struct scenario more_rule_scenarios[] = {
+	{ "commit-in-time", commit_in_time },
 	{ "flush-commit", flush_commit },
 	{ "flush-waits-for-data", flush_waits_for_data },
 	{ "forced-once", forced_once },

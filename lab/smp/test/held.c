@@ -467,6 +467,43 @@ static void copy_while_writing(void)
 	rig_down(&rig);
 }
 
+/* Removed while a commit that no request has asked for flushes the devices. */
+static void removed_while_committing(void)
+{
+	enum { MANY = 65536, BATCH = 4096 };
+	static struct dmu_answer list[BATCH];
+	struct dmu_message m;
+	uint64_t start;
+	char loop[32];
+	int node, i, from;
+
+	CHECK(run("truncate -s 80M /mnt/many.img && losetup --show -f /mnt/many.img") == 0, "%s",
+	      said());
+	snprintf(loop, sizeof(loop), "%.*s", (int)strcspn(said(), "\n"), said());
+	CHECK(run("dmsetup create store --table '0 160000 delay %s 0 0 %s 0 0 %s 0 4000'", loop,
+		  loop, loop) == 0, "%s", said());
+	CHECK(run("dmsetup create lab --table '0 %d userspace lab 1 1 /dev/mapper/store'",
+		  MANY) == 0, "%s", said());
+	node = open(NODE, O_RDWR | O_CLOEXEC);
+	CHECK(node >= 0, "errno %d", errno);
+	for (from = 0; from < MANY; from += BATCH) {
+		for (i = 0; i < BATCH; i++) {
+			list[i] = map(0, from + i, 1, 0, 2 * (from + i),
+				      DMU_WRITABLE | DMU_HOLD_FLUSH);
+			list[i].mark = from + i + 1;
+		}
+		CHECK(answers(node, list, BATCH) == 0);
+	}
+	stop_passed("flushing", 1);
+	CHECK(!next_message(node, &m, 200), "type %u", m.type);
+	close(node);
+	start = now_ms();
+	CHECK(run("dmsetup remove lab") == 0, "%s", said());
+	printf("# removed in %llu ms\n", (unsigned long long)(now_ms() - start));
+	sleep_ms(5000);
+	CHECK(run("dmsetup remove store && losetup -D && rm /mnt/many.img") == 0, "%s", said());
+}
+
 const struct scenario stop_scenarios[] = {
 	{ "copy-while-writing", copy_while_writing },
 	{ "beside-one-that-waits", beside_one_that_waits },
@@ -482,5 +519,6 @@ const struct scenario stop_scenarios[] = {
 	{ "put-back-in-suspend", put_back_in_suspend },
 	{ "mark-of-another", mark_of_another },
 	{ "removed-while-ending", removed_while_ending },
+	{ "removed-while-committing", removed_while_committing },
 	{ 0 },
 };
