@@ -34,6 +34,21 @@ int dmu_check_place(struct dmu_device *dev, unsigned int device, u64 sector, u64
 	return 0;
 }
 
+/*
+ * What a request waits for may be what makes memory free: it must not wait for memory, and may take
+ * of the reserve the few bytes that it needs. So between these two; what is sent to a device is not.
+ */
+static unsigned int dmu_reserve_save(struct dmu_cell *cell)
+{
+	return cell ? memalloc_noreclaim_save() : 0;
+}
+
+static void dmu_reserve_restore(struct dmu_cell *cell, unsigned int flags)
+{
+	if (cell)
+		memalloc_noreclaim_restore(flags);
+}
+
 static unsigned long dmu_answer_word(struct dmu_device *dev, struct dmu_answer *a)
 {
 	if (a->device == DMU_DEVICE_ZERO)
@@ -76,6 +91,7 @@ static int dmu_remember(struct dmu_device *dev, struct dmu_answer *a, struct dmu
 			struct dmu_placement *placement)
 {
 	unsigned long word = dmu_answer_word(dev, a);
+	unsigned int flags;
 	int error = 0;
 
 	mutex_lock(&dev->map_mutex);
@@ -90,8 +106,11 @@ static int dmu_remember(struct dmu_device *dev, struct dmu_answer *a, struct dmu
 	spin_unlock_irq(&dev->lock);
 	if (!error && dmu_extent_conflict(dev, a->block, a->count, word))
 		error = -EEXIST;
-	if (!error && !(a->flags & DMU_TEMPORARY))
+	if (!error && !(a->flags & DMU_TEMPORARY)) {
+		flags = dmu_reserve_save(cell);
 		error = dmu_index_ready(dev, a->block, a->count, word, GFP_NOIO);
+		dmu_reserve_restore(cell, flags);
+	}
 	if (!error && placement) {
 		spin_lock_irq(&dev->lock);
 		dmu_placed_add(dev, placement);
@@ -105,11 +124,14 @@ static int dmu_remember(struct dmu_device *dev, struct dmu_answer *a, struct dmu
 	return error;
 }
 
-static struct dmu_placement *dmu_placement_make(struct dmu_answer *a, bool in_flight)
+static struct dmu_placement *dmu_placement_make(struct dmu_answer *a, struct dmu_cell *cell,
+						bool in_flight)
 {
+	unsigned int flags = dmu_reserve_save(cell);
 	struct dmu_placement *placement;
 
 	placement = kmem_cache_alloc(dmu_placement_cache, GFP_NOIO | __GFP_NOWARN);
+	dmu_reserve_restore(cell, flags);
 	if (!placement)
 		return NULL;
 	placement->block = a->block;
@@ -132,7 +154,7 @@ static int dmu_map_plain(struct dmu_device *dev, struct dmu_answer *a, struct dm
 	if (a->flags & (DMU_COPY_FIRST | DMU_ZERO_FIRST | DMU_SYNC))
 		return -EINVAL;
 	if (a->flags & DMU_HOLD_FLUSH) {
-		placement = dmu_placement_make(a, false);
+		placement = dmu_placement_make(a, cell, false);
 		if (!placement)
 			return -ENOMEM;
 	}
@@ -194,16 +216,19 @@ static int dmu_map_write(struct dmu_device *dev, struct dmu_answer *a, struct dm
 {
 	struct dmu_placement *placement = NULL;
 	int error = dmu_check_write(a, cell);
+	unsigned int flags;
 
 	if (error)
 		goto refuse;
 	error = -ENOBUFS;
+	flags = dmu_reserve_save(cell);
 	cell->event = dmu_event_alloc(dev, GFP_NOIO | __GFP_NOWARN);
+	dmu_reserve_restore(cell, flags);
 	if (!cell->event)
 		goto refuse;
 	error = -ENOMEM;
 	if (a->flags & DMU_HOLD_FLUSH) {
-		placement = dmu_placement_make(a, true);
+		placement = dmu_placement_make(a, cell, true);
 		if (!placement)
 			goto refuse_event;
 	}
@@ -268,18 +293,10 @@ static int dmu_map_fault(struct dmu_device *dev, struct dmu_answer *a, struct dm
 int dmu_take_map(struct dmu_device *dev, struct dmu_answer *a, struct dmu_chain *chain)
 {
 	int error = dmu_check_map(dev, a);
-	unsigned int flags;
 
 	if (error)
 		return error;
 	if (!a->id)
 		return a->flags & DMU_TEMPORARY ? -EINVAL : dmu_map_plain(dev, a, NULL);
-	/*
-	 * A request waits for it, which may be what makes memory free: it must not wait for
-	 * memory, and may take of the reserve the few bytes that it needs.
-	 */
-	flags = memalloc_noreclaim_save();
-	error = dmu_map_fault(dev, a, chain);
-	memalloc_noreclaim_restore(flags);
-	return error;
+	return dmu_map_fault(dev, a, chain);
 }

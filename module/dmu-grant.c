@@ -111,12 +111,18 @@ static bool dmu_grant_place(struct dmu_cell *cell)
 	struct dmu_device *dev = cell->dev;
 	unsigned long from, word;
 	bool placed = false;
+	unsigned int flags;
+	int error;
 
 	mutex_lock(&dev->map_mutex);
 	from = dmu_grant_lookup(dev, cell->block);
 	word = READ_ONCE(dev->grant.word);
-	if (!from || dmu_word_writable(from) ||
-	    dmu_index_ready(dev, cell->block, 1, word, GFP_NOWAIT))
+	if (!from || dmu_word_writable(from))
+		goto out;
+	flags = memalloc_noreclaim_save();
+	error = dmu_index_ready(dev, cell->block, 1, word, GFP_NOWAIT);
+	memalloc_noreclaim_restore(flags);
+	if (error)
 		goto out;
 	spin_lock_irq(&dev->lock);
 	if (dmu_grant_holds(dev, cell->block) && dev->grant.word == word &&
@@ -143,11 +149,15 @@ out:
 static void dmu_grant_cell(struct dmu_cell *cell)
 {
 	struct dmu_device *dev = cell->dev;
+	unsigned int flags;
 
 	dmu_stop(DMU_STOP_GRANTING);
 	cell->epoch = dmu_epoch_enter(dev);
+	/* As an answer to it: see dmu_reserve_save(). */
+	flags = memalloc_noreclaim_save();
 	cell->event = dmu_event_alloc(dev, GFP_NOWAIT | __GFP_NOWARN);
 	cell->placement = kmem_cache_alloc(dmu_placement_cache, GFP_NOWAIT | __GFP_NOWARN);
+	memalloc_noreclaim_restore(flags);
 	if (cell->event && cell->placement && dmu_grant_place(cell)) {
 		dmu_count(dev, DMU_STAT_GRANTED);
 		trace_dmu_answer(dev->minor, DMU_GRANT, cell->answer.flags, 0, cell->block, 0);
@@ -168,8 +178,7 @@ static void dmu_grant_cell(struct dmu_cell *cell)
 void dmu_grant_work(struct work_struct *work)
 {
 	struct dmu_device *dev = container_of(work, struct dmu_device, grant_work);
-	/* As an answer to it: see dmu_take_map(). */
-	unsigned int flags = memalloc_noreclaim_save();
+	unsigned int flags = memalloc_noio_save();	/* for what is sent to a device */
 	struct dmu_cell *cell;
 
 	for (;;) {
@@ -182,7 +191,7 @@ void dmu_grant_work(struct work_struct *work)
 			break;
 		dmu_grant_cell(cell);
 	}
-	memalloc_noreclaim_restore(flags);
+	memalloc_noio_restore(flags);
 }
 
 /* The worker knows of the placement, or need not any more. */

@@ -4,6 +4,7 @@
  * there it is held, every time.
  */
 #define _GNU_SOURCE
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
@@ -504,7 +505,63 @@ static void removed_while_committing(void)
 	CHECK(run("dmsetup remove store && losetup -D && rm /mnt/many.img") == 0, "%s", said());
 }
 
+#define FLAG_MEMALLOC 0x800		/* PF_MEMALLOC, and the next: linux/sched.h */
+#define FLAG_NOIO 0x80000
+
+/* The flags of this program's threads, other than the first; proc(5), stat, the ninth field. */
+static unsigned int thread_flags(void)
+{
+	unsigned int all = 0, flags;
+	struct dirent *entry;
+	char path[300], line[512], *after;
+	DIR *tasks = opendir("/proc/self/task");
+	FILE *file;
+
+	CHECK(tasks);
+	while ((entry = readdir(tasks))) {
+		if (entry->d_name[0] == '.' || atoi(entry->d_name) == getpid())
+			continue;
+		snprintf(path, sizeof(path), "/proc/self/task/%s/stat", entry->d_name);
+		file = fopen(path, "re");
+		if (!file)
+			continue;
+		CHECK(fgets(line, sizeof(line), file));
+		fclose(file);
+		after = strrchr(line, ')');
+		CHECK(after && sscanf(after + 1, " %*c %*d %*d %*d %*d %*d %u", &flags) == 1,
+		      "%s", line);
+		all |= flags;
+	}
+	closedir(tasks);
+	return all;
+}
+
+/* What an answer sends to a device has the reserve of memory for nothing, and starts no writeback. */
+static void sent_without_reserve(void)
+{
+	struct rig rig = plain();
+	struct answering *answering;
+	struct dmu_message m;
+	struct guest *w;
+	unsigned int flags;
+
+	rig_up(&rig);
+	w = begin(&rig, WRITE_IT, 3 * BLOCK, BLOCK, 0x77);
+	m = expect(rig.node, DMU_FAULT);
+	stop_hold("writing", 1);
+	answering = begin_answer(rig.node, map(m.id, 3, 1, 0, PLACE(3), DMU_WRITABLE));
+	stop_reached("writing", 1);
+	flags = thread_flags();
+	CHECK(flags & FLAG_NOIO, "flags %x", flags);
+	CHECK(!(flags & FLAG_MEMALLOC), "flags %x", flags);
+	stop_release("writing");
+	end_answer(answering, 0);
+	end(w, 0);
+	rig_down(&rig);
+}
+
 const struct scenario stop_scenarios[] = {
+	{ "sent-without-reserve", sent_without_reserve },
 	{ "copy-while-writing", copy_while_writing },
 	{ "beside-one-that-waits", beside_one_that_waits },
 	{ "read-passes-write", read_passes_write },
