@@ -416,7 +416,7 @@ static inline s64 dmu_word_shift(unsigned long word)
 
 #define DMU_WORD_ZERO 15
 
-int dmu_extent_store(struct dmu_device *dev, u64 block, u64 count, unsigned long word);
+void dmu_extent_store(struct dmu_device *dev, u64 block, u64 count, unsigned long word);
 int dmu_extent_erase(struct dmu_device *dev, u64 block, u64 count);
 bool dmu_extent_conflict(struct dmu_device *dev, u64 block, u64 count, unsigned long word);
 
@@ -424,7 +424,7 @@ bool dmu_extent_conflict(struct dmu_device *dev, u64 block, u64 count, unsigned 
 unsigned long dmu_index_lookup(struct dmu_device *dev, u64 block, u64 want, u64 *run);
 int dmu_index_ready(struct dmu_device *dev, u64 block, u64 count, unsigned long word,
 		    gfp_t gfp);
-int dmu_index_set(struct dmu_device *dev, u64 block, u64 count, unsigned long word);
+void dmu_index_set(struct dmu_device *dev, u64 block, u64 count, unsigned long word);
 int dmu_index_reach(struct dmu_device *dev, u64 blocks);
 void dmu_index_free(struct dmu_device *dev);
 struct kmem_cache *dmu_index_cache_create(void);

@@ -32,23 +32,25 @@ static unsigned long dmu_extent_step(struct dmu_device *dev, u64 block, u64 *run
 
 /*
  * How many extents begin from the block on, up to and with the last one. Sets before to the word of
- * the block in front of it, after to that of the last.
+ * the block in front of it, after to that of the last. What they share is looked up once.
  */
 static u64 dmu_extent_begins(struct dmu_device *dev, u64 block, u64 last, unsigned long *before,
 			     unsigned long *after)
 {
-	unsigned long at;
-	u64 count = 0, run;
+	u64 at = block ? block - 1 : 0, count = 0, run;
+	unsigned int steps = 0;
+	unsigned long word = 0;
 
 	rcu_read_lock();
-	*before = block ? dmu_index_lookup(dev, block - 1, 1, &run) : 0;
-	at = *before;
-	for (; block <= last; block += run) {
-		*after = dmu_index_lookup(dev, block, 1, &run);
-		if (*after && *after != at)
+	*before = 0;
+	for (; at <= last; at += run) {
+		*after = dmu_index_lookup(dev, at, min_t(u64, last - at + 1, 1 << 20), &run);
+		if (at < block)
+			*before = *after;
+		else if (*after && *after != word)
 			count++;
-		at = *after;
-		if (unlikely(!(block & 1023)) && last - block > 1) {
+		word = *after;
+		if (unlikely(!(++steps % 1024))) {
 			rcu_read_unlock();
 			cond_resched();
 			rcu_read_lock();
@@ -58,29 +60,30 @@ static u64 dmu_extent_begins(struct dmu_device *dev, u64 block, u64 last, unsign
 	return count;
 }
 
-/* Maps a run; -ENOMEM, and nothing has changed. */
-int dmu_extent_store(struct dmu_device *dev, u64 block, u64 count, unsigned long word)
+/* Maps a run, for which dmu_index_ready() has been called. */
+void dmu_extent_store(struct dmu_device *dev, u64 block, u64 count, unsigned long word)
 {
 	u64 end = block + count, last = min(end, dev->blocks - 1), extents;
 	unsigned long before, after = 0;
-	int error;
 
 	extents = dev->extents - dmu_extent_begins(dev, block, last, &before, &after);
-	error = dmu_index_set(dev, block, count, word);
-	if (error)
-		return error;
+	dmu_index_set(dev, block, count, word);
 	/* What begins with the run, which is alike, and what begins behind it. */
 	if (word && word != before)
 		extents++;
 	if (last == end && after && after != word)
 		extents++;
 	WRITE_ONCE(dev->extents, extents);
-	return 0;
 }
 
+/* Forgets a run; -ENOMEM, and nothing has changed. */
 int dmu_extent_erase(struct dmu_device *dev, u64 block, u64 count)
 {
-	return dmu_extent_store(dev, block, count, 0);
+	int error = dmu_index_ready(dev, block, count, 0, GFP_NOIO);
+
+	if (!error)
+		dmu_extent_store(dev, block, count, 0);
+	return error;
 }
 
 /*

@@ -140,7 +140,7 @@ static bool dmu_grant_place(struct dmu_cell *cell)
 	spin_unlock_irq(&dev->lock);
 	dmu_stop(DMU_STOP_LISTED);
 	if (placed)
-		WARN_ON(dmu_extent_store(dev, cell->block, 1, word));
+		dmu_extent_store(dev, cell->block, 1, word);
 out:
 	mutex_unlock(&dev->map_mutex);
 	return placed;

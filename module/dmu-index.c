@@ -184,8 +184,8 @@ static void dmu_index_put(unsigned long *slot, unsigned int shift, u64 first, u6
 }
 
 /*
- * Sees to it that dmu_index_set() with the same will find memory, as long as map_mutex is held;
- * -ENOMEM, and no mapping has changed.
+ * Makes the cuts that dmu_index_set() with the same needs, which stay as long as map_mutex is
+ * held; -ENOMEM, and no mapping has changed.
  */
 int dmu_index_ready(struct dmu_device *dev, u64 block, u64 count, unsigned long word,
 		    gfp_t gfp)
@@ -201,26 +201,20 @@ int dmu_index_ready(struct dmu_device *dev, u64 block, u64 count, unsigned long 
 	return error;
 }
 
-/* Gives count blocks the word; -ENOMEM, and nothing has changed. */
-int dmu_index_set(struct dmu_device *dev, u64 block, u64 count, unsigned long word)
+/* Gives count blocks the word, for which dmu_index_ready() has been called. */
+void dmu_index_set(struct dmu_device *dev, u64 block, u64 count, unsigned long word)
 {
 	u64 last = block + count - 1, at, start;
-	struct dmu_index *index;
-	int error;
+	struct dmu_index *index = dmu_index_root(dev);
 
 	lockdep_assert_held(&dev->map_mutex);
 	might_sleep();
-	error = dmu_index_ready(dev, block, count, word, GFP_NOIO);
-	if (error)
-		return error;
-	index = dmu_index_root(dev);
 	for (at = block >> DMU_INDEX_TOP; at <= last >> DMU_INDEX_TOP; at++) {
 		start = at << DMU_INDEX_TOP;
 		dmu_index_put(&index->slot[at], DMU_INDEX_TOP, max(block, start) - start,
 			      min(last - start, (1ULL << DMU_INDEX_TOP) - 1), word);
 		cond_resched();
 	}
-	return 0;
 }
 
 /* Makes the root reach over so many blocks. The new ones are mapped nowhere. */
