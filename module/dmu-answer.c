@@ -16,6 +16,7 @@
  *   ENOBUFS    too many unread messages
  *   ECANCELED  an answer that this one was linked to came to nothing
  *   ENODEV     the device is gone
+ *   E2BIG      it is longer than answers are here, and says something there
  *
  * A chain of LINKED answers is worked off in order; its one MAP to a write is not completed
  * before the end of the chain is done.
@@ -316,7 +317,9 @@ static void dmu_chain_end(struct dmu_chain *chain)
 	memset(chain, 0, sizeof(*chain));
 }
 
-static int dmu_take(struct dmu_device *dev, struct dmu_answer *a, struct dmu_chain *chain)
+/* Takes an answer, unless refusal says why not. */
+static int dmu_take(struct dmu_device *dev, struct dmu_answer *a, struct dmu_chain *chain,
+		    int refusal)
 {
 	struct dmu_cell *before = chain->held;
 	unsigned int noio = memalloc_noio_save();
@@ -325,7 +328,7 @@ static int dmu_take(struct dmu_device *dev, struct dmu_answer *a, struct dmu_cha
 	if (chain->linked && chain->error) {
 		error = -ECANCELED;
 	} else {
-		error = dmu_take_one(dev, a, chain);
+		error = refusal ?: dmu_take_one(dev, a, chain);
 		if (!error && chain->held && chain->held != before) {
 			wait_for_completion(&chain->prepared);
 			chain->error = chain->held->error;
@@ -342,25 +345,58 @@ static int dmu_take(struct dmu_device *dev, struct dmu_answer *a, struct dmu_cha
 	return error;
 }
 
-/* DMU_IOC_ANSWER: every answer has its own result. */
-long dmu_answer_batch(struct dmu_device *dev, struct dmu_batch __user *argument)
+/* The batch of who says that its structure has size bytes. */
+static int dmu_batch_get(struct dmu_batch *batch, struct dmu_batch __user *argument, size_t size)
 {
+	int error;
+
+	if (size < _IOC_SIZE(DMU_IOC_ANSWER))
+		return -EINVAL;
+	error = copy_struct_from_user(batch, sizeof(*batch), argument, size);
+	if (error)
+		return error;
+	if (!batch->answer_size)
+		batch->answer_size = sizeof(struct dmu_answer);
+	if (batch->count > DMU_MAX_BATCH || batch->reserved ||
+	    batch->answer_size < sizeof(struct dmu_answer) ||
+	    batch->answer_size > DMU_MAX_RECORD || batch->answer_size % 8)
+		return -EINVAL;
+	return 0;
+}
+
+/*
+ * An answer of who says that it has size bytes. *refusal is E2BIG, negative, where it says something
+ * that is not known here, else 0.
+ */
+static int dmu_answer_get(struct dmu_answer *a, struct dmu_answer __user *at, size_t size,
+			  int *refusal)
+{
+	int zeroed = 1;
+
+	if (copy_from_user(a, at, sizeof(*a)))
+		return -EFAULT;
+	if (size > sizeof(*a))
+		zeroed = check_zeroed_user(at + 1, size - sizeof(*a));
+	*refusal = zeroed ? 0 : -E2BIG;
+	return min(zeroed, 0);
+}
+
+/* DMU_IOC_ANSWER, with an argument of so many bytes: every answer has its own result. */
+long dmu_answer_batch(struct dmu_device *dev, struct dmu_batch __user *argument, size_t size)
+{
+	struct dmu_answer __user *at;
 	struct dmu_chain chain = {};
-	struct dmu_answer __user *answers;
 	struct dmu_batch batch;
 	struct dmu_answer a;
-	long error = 0;
-	u32 i;
+	u32 i, refused = 0;
+	long error;
 
-	if (copy_from_user(&batch, argument, sizeof(batch)))
-		return -EFAULT;
-	if (batch.count > DMU_MAX_BATCH)
-		return -EINVAL;
-	answers = u64_to_user_ptr(batch.answers);
-	batch.refused = 0;
+	error = dmu_batch_get(&batch, argument, size);
+	if (error)
+		return error;
 	mutex_lock(&dev->answer_mutex);
 	for (i = 0; i < batch.count && !error; i++) {
-		int result = -ENODEV;
+		int result = -ENODEV, refusal;
 
 		/* The node is free for the next worker when this one has gone. */
 		if (fatal_signal_pending(current)) {
@@ -368,20 +404,19 @@ long dmu_answer_batch(struct dmu_device *dev, struct dmu_batch __user *argument)
 			break;
 		}
 		dmu_stop(DMU_STOP_ANSWERING);
-		if (copy_from_user(&a, &answers[i], sizeof(a))) {
-			error = -EFAULT;
+		at = u64_to_user_ptr(batch.answers + i * batch.answer_size);
+		error = dmu_answer_get(&a, at, batch.answer_size, &refusal);
+		if (error)
 			break;
-		}
 		if (!dev->gone && dev->table)
-			result = dmu_take(dev, &a, &chain);
-		batch.refused += result != 0;
-		if (put_user(result, &answers[i].result))
-			error = -EFAULT;
+			result = dmu_take(dev, &a, &chain, refusal);
+		refused += result != 0;
+		error = put_user(result, &at->result);
 		cond_resched();
 	}
 	dmu_chain_end(&chain);
 	mutex_unlock(&dev->answer_mutex);
-	if (copy_to_user(argument, &batch, sizeof(batch)))
+	if (put_user(refused, &argument->refused))
 		error = -EFAULT;
 	return error;
 }
@@ -410,7 +445,7 @@ ssize_t dmu_answer_write(struct dmu_device *dev, const char __user *buffer, size
 		else if (a.type == DMU_DATA)
 			error = -EPERM;
 		else
-			error = dmu_take(dev, &a, &chain);
+			error = dmu_take(dev, &a, &chain, 0);
 		if (!error)
 			done += sizeof(a);
 		cond_resched();

@@ -314,6 +314,7 @@ struct dmu_device {
 	u64 dump_last;			/* the mark of the last of them */
 
 	bool opened;
+	u32 message_size;		/* what the opener reads as one */
 	bool gone;
 	bool requeue;			/* a suspend wants every waiting bio back */
 	bool failing;			/* nothing is to wait, until an opener comes */
@@ -532,7 +533,7 @@ int dmu_map(struct dm_target *ti, struct bio *bio);
 int dmu_end_io(struct dm_target *ti, struct bio *bio, blk_status_t *error);
 
 /* dmu-answer.c */
-long dmu_answer_batch(struct dmu_device *dev, struct dmu_batch __user *argument);
+long dmu_answer_batch(struct dmu_device *dev, struct dmu_batch __user *argument, size_t size);
 ssize_t dmu_answer_write(struct dmu_device *dev, const char __user *buffer, size_t size);
 
 #endif

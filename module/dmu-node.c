@@ -147,6 +147,7 @@ static int dmu_open(struct inode *inode, struct file *file)
 		dev->opened = true;
 		dev->failing = false;
 		dev->session++;
+		WRITE_ONCE(dev->message_size, DMU_MIN_MESSAGE);
 	}
 	spin_unlock_irq(&dev->lock);
 	if (error) {
@@ -347,17 +348,26 @@ static void dmu_untake(struct dmu_device *dev, struct dmu_message *message,
 	spin_unlock_irq(&dev->lock);
 }
 
+/* Gives out a message to who wants it to have size bytes. */
+static bool dmu_message_put(char __user *to, struct dmu_message *message, size_t size)
+{
+	size_t known = min(size, sizeof(*message));
+
+	return copy_to_user(to, message, known) ||
+	       (size > known && clear_user(to + known, size - known));
+}
+
 static ssize_t dmu_read(struct file *file, char __user *buffer, size_t size, loff_t *offset)
 {
 	struct dmu_device *dev = file->private_data;
+	size_t done = 0, each = READ_ONCE(dev->message_size);
 	struct dmu_message message;
 	struct dmu_event *event;
-	size_t done = 0;
 	bool more;
 
-	if (size < sizeof(message))
+	if (size < each)
 		return -EINVAL;
-	while (size - done >= sizeof(message)) {
+	while (size - done >= each) {
 		spin_lock_irq(&dev->lock);
 		more = dev->gone ? false : dmu_next(dev, &message, &event);
 		spin_unlock_irq(&dev->lock);
@@ -374,13 +384,13 @@ static ssize_t dmu_read(struct file *file, char __user *buffer, size_t size, lof
 			continue;
 		}
 		dmu_stop(DMU_STOP_READING);
-		if (copy_to_user(buffer + done, &message, sizeof(message))) {
+		if (dmu_message_put(buffer + done, &message, each)) {
 			dmu_untake(dev, &message, event);
 			return done ? done : -EFAULT;
 		}
 		if (event)
 			kmem_cache_free(dmu_event_cache, event);
-		done += sizeof(message);
+		done += each;
 	}
 	return done;
 }
@@ -391,11 +401,46 @@ static ssize_t dmu_write(struct file *file, const char __user *buffer, size_t si
 	return dmu_answer_write(file->private_data, buffer, size);
 }
 
+/* DMU_IOC_ABI, with an argument of so many bytes. */
+static long dmu_abi(struct dmu_device *dev, struct dmu_abi __user *argument, size_t size)
+{
+	struct dmu_abi abi;
+	int error;
+
+	error = copy_struct_from_user(&abi, sizeof(abi), argument, size);
+	if (error)
+		return error;
+	if (abi.message_size) {
+		if (abi.message_size < DMU_MIN_MESSAGE || abi.message_size > DMU_MAX_RECORD ||
+		    abi.message_size % 8)
+			return -EINVAL;
+		WRITE_ONCE(dev->message_size, abi.message_size);
+	}
+	abi.version = DMU_VERSION;
+	abi.message_size = READ_ONCE(dev->message_size);
+	abi.message_known = sizeof(struct dmu_message);
+	abi.answer_known = sizeof(struct dmu_answer);
+	abi.features = DMU_FEATURE_GRANTS | DMU_FEATURE_HOLD_FAILED | DMU_FEATURE_MARKS_RISE |
+		       DMU_FEATURE_COMMITS;
+	return copy_to_user(argument, &abi, min(size, sizeof(abi))) ? -EFAULT : 0;
+}
+
+/* An ioctl is known by its number; the size in it is what the caller says of its structure. */
 static long dmu_ioctl(struct file *file, unsigned int command, unsigned long argument)
 {
-	if (command != DMU_IOC_ANSWER)
+	void __user *at = (void __user *)argument;
+
+	if (_IOC_TYPE(command) != _IOC_TYPE(DMU_IOC_ANSWER) ||
+	    _IOC_DIR(command) != (_IOC_READ | _IOC_WRITE))
 		return -ENOTTY;
-	return dmu_answer_batch(file->private_data, (struct dmu_batch __user *)argument);
+	switch (_IOC_NR(command)) {
+	case _IOC_NR(DMU_IOC_ANSWER):
+		return dmu_answer_batch(file->private_data, at, _IOC_SIZE(command));
+	case _IOC_NR(DMU_IOC_ABI):
+		return dmu_abi(file->private_data, at, _IOC_SIZE(command));
+	default:
+		return -ENOTTY;
+	}
 }
 
 static __poll_t dmu_poll(struct file *file, poll_table *table)

@@ -11,6 +11,13 @@
  *
  * Units: a block is the device's block size, a sector is 512 bytes. Byte order and
  * alignment are the machine's own. What is reserved is zero, and checked to be.
+ *
+ * Growth: DMU_VERSION changes when programs have to. Short of that a structure grows at its end,
+ * by fields that mean nothing new when they are 0, and each side says how large those are that it
+ * was compiled with: an ioctl by its number, a batch by answer_size, who reads by DMU_IOC_ABI. Of
+ * two sizes the shorter is taken as if zeros followed; what an older module does not know of a
+ * longer one has to be zero, or it is refused with E2BIG. An unknown type or flag is refused with
+ * EINVAL. A reader passes over messages of a type that it does not know.
  */
 #ifndef DMU_H
 #define DMU_H
@@ -167,14 +174,48 @@ struct dmu_answer {
 	__u32 reserved[3];
 };
 
-/* The argument of DMU_IOC_ANSWER. */
+/*
+ * The argument of DMU_IOC_ANSWER, which takes the first 16 bytes of it, as every module does, and of
+ * DMU_IOC_ANSWER_SIZED, which takes all.
+ */
 struct dmu_batch {
 	__u64 answers;		/* address of an array of struct dmu_answer */
 	__u32 count;		/* how many, at most DMU_MAX_BATCH */
 	__u32 refused;		/* set: how many have a result other than 0 */
+	__u32 answer_size;	/* bytes of each, a multiple of 8; 0: 96 */
+	__u32 reserved;
 };
 
-#define DMU_IOC_ANSWER		_IOWR('u', 0xd0, struct dmu_batch)
+#define DMU_IOC_ANSWER_OF(size)	_IOC(_IOC_READ | _IOC_WRITE, 'u', 0xd0, size)
+#define DMU_IOC_ANSWER		DMU_IOC_ANSWER_OF(16)
+#define DMU_IOC_ANSWER_SIZED	DMU_IOC_ANSWER_OF(sizeof(struct dmu_batch))
+
+/*
+ * The argument of DMU_IOC_ABI: what the module speaks. One that answers ENOTTY speaks version 1,
+ * with messages of 64 and answers of 96 bytes.
+ */
+struct dmu_abi {
+	__u32 version;		/* set: DMU_VERSION */
+	/*
+	 * Of the records of read(2) from now on until the node is closed: 64 to 4096, a multiple
+	 * of 8; 0: as before. Set: what it is.
+	 */
+	__u32 message_size;
+	__u32 message_known;	/* set: bytes of the module's own struct dmu_message */
+	__u32 answer_known;	/* set: and of its struct dmu_answer */
+	__u64 features;		/* set: DMU_FEATURE_ */
+};
+
+#define DMU_IOC_ABI		_IOWR('u', 0xd1, struct dmu_abi)
+
+#define DMU_FEATURE_GRANTS	0x01	/* DMU_GRANT is known */
+#define DMU_FEATURE_HOLD_FAILED	0x02	/* and DMU_HOLD_FAILED */
+#define DMU_FEATURE_MARKS_RISE	0x04	/* no mark is given twice, whoever has the node open */
+#define DMU_FEATURE_COMMITS	0x08	/* DMU_FLUSH is asked after a time without any flush, too */
+
+/* The largest record of either kind, and the least of read(2), which it has unless it is told. */
+#define DMU_MAX_RECORD		4096
+#define DMU_MIN_MESSAGE		64
 
 /* Which counter a DMU_STATS_ARE carries: its id. */
 enum dmu_stat {
@@ -234,9 +275,18 @@ DMU_AT(dmu_answer, code, 76);
 DMU_AT(dmu_answer, result, 80);
 DMU_AT(dmu_answer, reserved, 84);
 
-DMU_ASSERT(sizeof(struct dmu_batch) == 16);
+DMU_ASSERT(sizeof(struct dmu_batch) == 24);
 DMU_AT(dmu_batch, answers, 0);
 DMU_AT(dmu_batch, count, 8);
 DMU_AT(dmu_batch, refused, 12);
+DMU_AT(dmu_batch, answer_size, 16);
+DMU_AT(dmu_batch, reserved, 20);
+
+DMU_ASSERT(sizeof(struct dmu_abi) == 24);
+DMU_AT(dmu_abi, version, 0);
+DMU_AT(dmu_abi, message_size, 4);
+DMU_AT(dmu_abi, message_known, 8);
+DMU_AT(dmu_abi, answer_known, 12);
+DMU_AT(dmu_abi, features, 16);
 
 #endif

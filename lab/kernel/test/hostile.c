@@ -140,6 +140,85 @@ static void batches(void)
 	rig_down(&rig);
 }
 
+/* Structures of another size than the module's: what is longer has to say nothing it does not know. */
+static void sizes(void)
+{
+	struct rig rig = plain();
+	struct longer { struct dmu_answer a; uint64_t more[2]; } list[3];
+	struct { struct dmu_batch batch; uint64_t more; } large;
+	struct { struct dmu_abi abi; uint64_t more; } abi;
+	struct { struct dmu_message m; uint64_t more[2]; } m;
+	struct dmu_message shorter;
+	unsigned int i;
+
+	rig_up(&rig);
+	memset(&abi, 0, sizeof(abi));
+	CHECK(ioctl(rig.node, DMU_IOC_ABI, &abi) == 0, "errno %d", errno);
+	CHECK(abi.abi.version == DMU_VERSION && abi.abi.message_size == 64 &&
+	      abi.abi.message_known == sizeof(struct dmu_message) &&
+	      abi.abi.answer_known == sizeof(struct dmu_answer));
+	CHECK(abi.abi.features & DMU_FEATURE_GRANTS);
+	/* A caller that knows less, and one that knows more. */
+	memset(&abi, 0, sizeof(abi));
+	CHECK(ioctl(rig.node, _IOC(_IOC_READ | _IOC_WRITE, 'u', 0xd1, 8), &abi) == 0);
+	CHECK(abi.abi.version == DMU_VERSION && !abi.abi.answer_known);
+	CHECK(ioctl(rig.node, _IOC(_IOC_READ | _IOC_WRITE, 'u', 0xd1, sizeof(abi)), &abi) == 0);
+	abi.more = 1;
+	CHECK(ioctl(rig.node, _IOC(_IOC_READ | _IOC_WRITE, 'u', 0xd1, sizeof(abi)), &abi) == -1 &&
+	      errno == E2BIG);
+	/* Answers. */
+	for (i = 0; i < 3; i++) {
+		memset(&list[i], 0, sizeof(list[i]));
+		list[i].a = map(0, i, 1, 1, i * BLOCK, 0);
+	}
+	list[1].more[1] = 1;
+	memset(&large, 0, sizeof(large));
+	large.batch = (struct dmu_batch){ .answers = (uintptr_t)list, .count = 3,
+					  .answer_size = sizeof(*list) };
+	CHECK(ioctl(rig.node, DMU_IOC_ANSWER_OF(sizeof(large)), &large) == 0, "errno %d", errno);
+	CHECK(large.batch.refused == 1 && list[0].a.result == 0 && list[1].a.result == -E2BIG &&
+	      list[2].a.result == 0);
+	/* One that is refused so ends its chain as any other. */
+	list[0].a.flags = list[1].a.flags = DMU_LINKED;
+	CHECK(ioctl(rig.node, DMU_IOC_ANSWER_SIZED, &large) == 0);
+	CHECK(large.batch.refused == 2 && list[2].a.result == -ECANCELED);
+	large.more = 1;
+	CHECK(ioctl(rig.node, DMU_IOC_ANSWER_OF(sizeof(large)), &large) == -1 && errno == E2BIG);
+	for (i = 0; i < 4; i++) {
+		static const uint32_t wrong[] = { 8, 88, 97, DMU_MAX_RECORD + 8 };
+
+		large.batch.answer_size = wrong[i];
+		CHECK(ioctl(rig.node, DMU_IOC_ANSWER_SIZED, &large) == -1 && errno == EINVAL);
+	}
+	large.batch.answer_size = 0;
+	large.batch.count = 1;
+	CHECK(ioctl(rig.node, DMU_IOC_ANSWER_SIZED, &large) == 0);
+	large.batch.reserved = 1;
+	CHECK(ioctl(rig.node, DMU_IOC_ANSWER_SIZED, &large) == -1 && errno == EINVAL);
+	CHECK(ioctl(rig.node, DMU_IOC_ANSWER_OF(8), &large) == -1 && errno == EINVAL);
+	/* Messages. */
+	for (i = 0; i < 3; i++) {
+		static const uint32_t wrong[] = { 56, 68, DMU_MAX_RECORD + 8 };
+
+		abi.abi.message_size = wrong[i];
+		CHECK(ioctl(rig.node, DMU_IOC_ABI, &abi) == -1 && errno == EINVAL);
+	}
+	abi.abi.message_size = sizeof(m);
+	CHECK(ioctl(rig.node, DMU_IOC_ABI, &abi) == 0 && abi.abi.message_size == sizeof(m));
+	CHECK(answer(rig.node, (struct dmu_answer){ .type = DMU_GET_VERSION }) == 0);
+	CHECK(read(rig.node, &m, sizeof(m) - 8) == -1 && errno == EINVAL);
+	memset(&m, 0xff, sizeof(m));
+	CHECK(read(rig.node, &m, sizeof(m)) == sizeof(m));
+	CHECK(m.m.type == DMU_VERSION_IS && !m.more[0] && !m.more[1]);
+	/* The next opener has not asked for that. */
+	close(rig.node);
+	rig.node = open(NODE, O_RDWR | O_CLOEXEC);
+	CHECK(answer(rig.node, (struct dmu_answer){ .type = DMU_GET_VERSION }) == 0);
+	CHECK(read(rig.node, &shorter, sizeof(shorter)) == sizeof(shorter) &&
+	      shorter.type == DMU_VERSION_IS);
+	rig_down(&rig);
+}
+
 /* Random bytes for answers, while guests read and write and an honest worker keeps up. */
 static void nonsense(void)
 {
@@ -398,6 +477,7 @@ static void killed_batch(void)
 const struct scenario hostile_scenarios[] = {
 	{ "lies", lies },
 	{ "batches", batches },
+	{ "sizes", sizes },
 	{ "nonsense", nonsense },
 	{ "two-workers", two_workers },
 	{ "open-race", open_race },
