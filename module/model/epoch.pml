@@ -10,9 +10,9 @@
  *   told          Every INVALIDATE is followed by its INVALIDATE_DONE.
  *
  * Each step names the function of module/ that it stands for. A statement is one memory access of
- * one processor. A percpu_ref is its count, whether it is live, and, once it is killed, the
- * readers for which its RCU grace period still waits: it is zero when it is killed, nobody has it and
- * no reader of then is left. RCU gives no more than that here.
+ * one processor. A percpu_ref is its count, whether it is live, and, once it is killed, the readers
+ * for which its RCU grace period still waits: it is zero when it is killed, nobody has it and no
+ * reader of then is left. RCU gives no more than that here.
  *
  * Abstracted: cells and questions (cell.pml). A request that finds no mapping goes away.
  *

@@ -32,8 +32,8 @@
  *   DROP_ALL       FLUSH_DONE drops more than the placements up to the mark of the flush
  *   JOIN_RUNNING   a flush joins the one that is under way instead of the next
  *   QUESTION_FIRST the worker reads the question of a flush before PLACED
- *   ERROR_LATE     a failed placement is dropped, and MAP_ERROR queued later: a flush commits it, or
- *                  a successor has given its mark to another one meanwhile (with QUIET)
+ *   ERROR_LATE     a failed placement is dropped, and MAP_ERROR queued later: a flush commits it,
+ *                  or a successor has given its mark to another one meanwhile (with QUIET)
  *   REUSE          dmu_open() gives the successor the marks of a flush that is under way
  */
 #define MOST 2			/* placements */
