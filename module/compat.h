@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
  * What differs between the kernels that the module is built for, and nothing else.
- * Tried: 6.1, 6.12. Built (lab/module-builds): these, 5.10, 7.3. The branches for older kernels follow
- * their headers.
+ * Tried: 6.1, 6.12. Built (lab/module-builds): these, 5.10, 7.3. The branches for older kernels
+ * follow their headers.
  */
 #ifndef DMU_COMPAT_H
 #define DMU_COMPAT_H
@@ -104,6 +104,32 @@ static inline void dmu_submit_bio(struct bio *bio)
 	generic_make_request(bio);
 #endif
 }
+
+/*
+ * Sends a bio of the core's that was kept: accounted from now on, and as its sender's. Not for a
+ * bio of our own pool.
+ */
+static inline void dmu_submit_kept(struct bio *bio)
+{
+#if DMU_KERNEL(5, 18)
+	dm_submit_bio_remap(bio, NULL);
+#else
+	dmu_submit_bio(bio);
+#endif
+}
+
+static inline void dmu_accounts_kept(struct dm_target *ti)
+{
+#if DMU_KERNEL(5, 18)
+	ti->accounts_remapped_io = true;
+#endif
+}
+
+#if DMU_KERNEL(5, 5)
+#define DMU_COMPAT_IOCTL(ioctl) compat_ptr_ioctl
+#else
+#define DMU_COMPAT_IOCTL(ioctl) (ioctl)
+#endif
 
 static inline void dmu_set_limits(struct queue_limits *limits, unsigned int discard_sectors,
 				  unsigned int zeroes_sectors, unsigned int granularity)

@@ -3,9 +3,13 @@
  * The device behind the tables of one NAME: made with the first table, gone with the last.
  */
 #include <linux/log2.h>
+#include <linux/moduleparam.h>
 #include <linux/sched/mm.h>
 #include <linux/slab.h>
 #include "dmu-core.h"
+
+DECLARE_DM_KCOPYD_THROTTLE_WITH_MODULE_PARM(copy_throttle,
+	"Of the time in which blocks are carried along, so many percent are used (100: all)");
 
 DEFINE_MUTEX(dmu_devices_mutex);
 static LIST_HEAD(dmu_devices);		/* under dmu_devices_mutex */
@@ -130,7 +134,7 @@ static struct dmu_device *dmu_device_create(struct dm_target *ti, const char *na
 		error = -ENOMEM;
 		goto no_wq;
 	}
-	dev->kcopyd = dm_kcopyd_client_create(NULL);
+	dev->kcopyd = dm_kcopyd_client_create(&dm_kcopyd_throttle);
 	if (IS_ERR(dev->kcopyd)) {
 		error = PTR_ERR(dev->kcopyd);
 		goto no_kcopyd;

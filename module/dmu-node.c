@@ -466,7 +466,7 @@ static const struct file_operations dmu_fops = {
 	.write = dmu_write,
 	.poll = dmu_poll,
 	.unlocked_ioctl = dmu_ioctl,
-	.compat_ioctl = dmu_ioctl,
+	.compat_ioctl = DMU_COMPAT_IOCTL(dmu_ioctl),
 	.llseek = noop_llseek,
 };
 

@@ -164,6 +164,7 @@ static int dmu_ctr(struct dm_target *ti, unsigned int argc, char **argv)
 	ti->discards_supported = true;
 	ti->num_write_zeroes_bios = 1;
 	dmu_limit_swap(ti);
+	dmu_accounts_kept(ti);
 	return 0;
 }
 
@@ -356,8 +357,14 @@ static void dmu_io_hints(struct dm_target *ti, struct queue_limits *limits)
 {
 	struct dmu_device *dev = ((struct dmu_table *)ti->private)->dev;
 	unsigned int most = round_down(UINT_MAX >> SECTOR_SHIFT, dev->block_sectors);
+	unsigned int size = dev->block_sectors << SECTOR_SHIFT, whole = limits->max_sectors;
 
-	dmu_set_limits(limits, most, most, dev->block_sectors << SECTOR_SHIFT);
+	dmu_set_limits(limits, most, most, size);
+	/* Less than a block may have to be copied first; what is larger than a request cannot be. */
+	if (dev->block_sectors <= whole && size > limits->io_min)
+		limits->io_min = size;
+	if (limits->io_opt % size || !limits->io_opt)
+		limits->io_opt = max(limits->io_min, size);
 }
 
 static struct target_type dmu_target = {
