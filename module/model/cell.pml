@@ -13,12 +13,12 @@
  *
  * Each step names the function of module/ that it stands for. A statement is one memory access
  * of one processor, and spin tries every interleaving of them. What is held together by dev->lock
- * is one atomic step, unless the fast path reads it without the lock: word, busy and removals
- * change in steps of their own, in the order of the code. With weaker memory than that, the pairs
- * of barriers keep exactly these orders; a variant for each pair takes it away.
+ * is one atomic step, unless the fast path reads it without the lock: word, busy, bucket and
+ * removals change in steps of their own, in the order of the code. With weaker memory than that,
+ * the pairs of barriers keep exactly these orders; a variant for each pair takes it away.
  *
  * Abstracted: other blocks, so the index is one word; discards; the deferred list (memory for a
- * cell is always there); epochs (epoch.pml), marks and flushes (marks.pml, flush.pml), suspends
+ * cell is always there); epochs (epoch.pml), marks and flushes (flush.pml), suspends
  * (order.pml). A backing device serves requests at once, in the order in which it gets them. Of
  * the block, `part` is what each write covers, as a version, and `rest` what is carried along.
  *
@@ -66,6 +66,7 @@ byte part[3], rest[3];
 
 /* dmu_device */
 byte word, busy, removals;
+bool bucket;			/* the block's of dev->by_block, as seen without the lock */
 bool locked, map_mutex, grant = GRANT;
 
 /* The dmu_cell of the block, if there is one. */
@@ -155,10 +156,12 @@ inline remove()
 {
 	d_step { cell = false; granting = false; id = 0; asked_for = 0; orphan = false };
 #ifdef COUNT_LATE
+	bucket = false;
 	busy--;
 	removals++
 #else
 	removals++;
+	bucket = false;
 	busy--
 #endif
 }
@@ -252,10 +255,15 @@ inline lookup(bio)
 #endif
 	   if
 	   :: cells ->
-		/* dmu_free_run() */
-		atomic { !locked -> serve = !cell };
+		cells = bucket;		/* dmu_may_wait() */
 		if
-		:: !serve -> break
+		:: cells ->
+			/* dmu_free_run() */
+			atomic { !locked -> serve = !cell };
+			if
+			:: !serve -> break
+			:: else
+			fi
 		:: else
 		fi
 	   :: else
@@ -286,6 +294,7 @@ inline hold(bio)
 		held = false
 	:: !cell && !serves(bio, word) ->
 		cell = true;
+		bucket = true;
 		busy++;
 		add(bio);
 		offer_or_ask();
@@ -364,6 +373,14 @@ end:	do
 	od
 }
 
+inline write_part()
+{
+	d_step {
+		assert(part[NEW] < version(bio));
+		part[NEW] = version(bio)
+	}
+}
+
 /* dmu_prepare() to dmu_place_done() or dmu_place_work(): kcopyd and the devices do it. */
 active proctype preparation()
 {
@@ -383,11 +400,17 @@ end:	do
 	   fi;
 	   unlock();
 #endif
-	   rest[NEW] = rest[OLD];	/* dmu_place_carry() */
+	   /* dmu_place_carry() and dmu_place_write(), which end in any order */
 	   if
-	   :: d_step {			/* dmu_place_write() */
-		assert(part[NEW] < version(bio));
-		part[NEW] = version(bio)
+	   :: rest[NEW] = rest[OLD]
+	   :: write_part()
+	   fi;
+	   if
+	   :: atomic {
+		if
+		:: rest[NEW] == 0 -> rest[NEW] = rest[OLD]
+		:: else -> write_part()
+		fi
 	      };
 #ifndef CELL_EARLY
 	      /* dmu_place_done() */

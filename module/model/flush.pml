@@ -33,8 +33,10 @@
  *   JOIN_RUNNING   a flush joins the one that is under way instead of the next
  *   QUESTION_FIRST the worker reads the question of a flush before PLACED
  *   ERROR_LATE     a failed placement is dropped, and MAP_ERROR queued later: a flush commits it,
- *                  or a successor has given its mark to another one meanwhile (with QUIET)
- *   REUSE          dmu_open() gives the successor the marks of a flush that is under way
+ *                  or a successor has given its mark to another one meanwhile (QUIET)
+ *   LOWERED        dmu_open() goes back to the highest mark that is listed or that a flush under
+ *                  way has: right by itself, and not with ERROR_LATE, or with
+ *   REUSE          which leaves out the flush
  */
 #define MOST 2			/* placements */
 #ifndef DEATHS
@@ -340,6 +342,7 @@ dead:	   deaths++;
 	   };
 	   atomic {			/* dmu_open() */
 		opened = true;
+#ifdef LOWERED
 		last_mark = 0;
 		if
 		:: listed[1] -> last_mark = mark[1]
@@ -354,6 +357,7 @@ dead:	   deaths++;
 		:: state != IDLE && upto > last_mark -> last_mark = upto
 		:: else
 		fi;
+#endif
 #endif
 		/* DUMP */
 		known = (listed[1] << 1) | (listed[2] << 2)
