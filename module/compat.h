@@ -105,26 +105,6 @@ static inline void dmu_submit_bio(struct bio *bio)
 #endif
 }
 
-/*
- * Sends a bio of the core's that was kept: accounted from now on, and as its sender's. Not for a
- * bio of our own pool.
- */
-static inline void dmu_submit_kept(struct bio *bio)
-{
-#if DMU_KERNEL(5, 18)
-	dm_submit_bio_remap(bio, NULL);
-#else
-	dmu_submit_bio(bio);
-#endif
-}
-
-static inline void dmu_accounts_kept(struct dm_target *ti)
-{
-#if DMU_KERNEL(5, 18)
-	ti->accounts_remapped_io = true;
-#endif
-}
-
 #if DMU_KERNEL(5, 5)
 #define DMU_COMPAT_IOCTL(ioctl) compat_ptr_ioctl
 #else

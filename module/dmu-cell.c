@@ -93,7 +93,7 @@ void dmu_issue(struct dmu_device *dev, struct bio *bio, unsigned long word,
 	dmu_failed_note(bio);
 	bio_set_dev(bio, bdev);
 	bio->bi_iter.bi_sector = sector;
-	dmu_submit_kept(bio);
+	dmu_submit_bio(bio);
 }
 
 /* Whether the index serves the bio. */

@@ -160,7 +160,7 @@ static void dmu_place_write(struct dmu_cell *cell)
 	bio->bi_end_io = dmu_place_end_io;
 	bio_set_dev(bio, dmu_bdev(dev, cell->answer.device));
 	bio->bi_iter.bi_sector = sector;
-	dmu_submit_kept(bio);
+	dmu_submit_bio(bio);
 }
 
 /* Starts the preparation that the cell's answer asks for. Process context. */

@@ -164,7 +164,6 @@ static int dmu_ctr(struct dm_target *ti, unsigned int argc, char **argv)
 	ti->discards_supported = true;
 	ti->num_write_zeroes_bios = 1;
 	dmu_limit_swap(ti);
-	dmu_accounts_kept(ti);
 	return 0;
 }
 
