@@ -115,6 +115,23 @@ public enum Hardening {
     }
   }
 
+  /// Closes whatever whoever started this process has left open in it, but for `kept` and standard
+  /// error, and has standard input and output lead nowhere. For a process of one thread. Throws the
+  /// errno of opendir(3), open(2) or dup2(2).
+  public static func closeOthers(than kept: Set<Int32>) throws(IOError) {
+    let null = try Descriptor(path: "/dev/null", flags: O_RDWR)
+    for standard in [STDIN_FILENO, STDOUT_FILENO] {
+      guard dup2(null.raw, standard) >= 0 else { throw IOError.last("replace", "a descriptor") }
+    }
+    let open = try Folder.names("/proc/self/fd").compactMap { Int32($0) }
+    for raw in open where raw > STDERR_FILENO && raw != null.raw && !kept.contains(raw) {
+      // The one by which they were listed is closed already.
+      guard close(raw) == 0 || errno == EBADF || errno == EINTR else {
+        throw IOError.last("close", "descriptor \(raw)")
+      }
+    }
+  }
+
   /// Gives up what systemd or an admin has set for whoever started this process: the kernel may
   /// choose it like any other when memory runs out. Source: proc_pid_oom_score_adj(5).
   public static func resetMemoryScore() throws(IOError) {

@@ -92,6 +92,8 @@ public enum ByHand {
     supervised.isByHand = true
     if case .socket = options.service { supervised.servesKernel = false }
     let link = try startKeeper(arguments)
+    let kept = [signals.raw, link.raw] + (person.debugging?.descriptors ?? [])
+    try system { () throws(IOError) in try Hardening.closeOthers(than: Set(kept)) }
     return try Supervised.run(supervised, person, signals, link: link, log)
   }
 

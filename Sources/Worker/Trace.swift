@@ -10,6 +10,7 @@ import Target
 final class DiskDebugging {
   let trace: Trace
   private var pipe: Descriptor?
+  private var pipeNumber: Int32?
   private let log: Log
 
   /// A file for a trace, and a named pipe for orders, which is made if it is not there. Held writes
@@ -27,9 +28,13 @@ final class DiskDebugging {
       guard fstat(pipe.raw, &status) == 0, status.st_mode & S_IFMT == S_IFIFO else {
         throw IOError(EINVAL, "take orders from (it is no named pipe)", hold)
       }
+      pipeNumber = pipe.raw
       return pipe
     }
   }
+
+  /// What it has open, lent.
+  var descriptors: [Int32] { [trace.raw] + (pipeNumber.map { [$0] } ?? []) }
 
   /// What holds the writes of an executor, if that was wished. Once.
   func holder(
@@ -60,6 +65,9 @@ final class Trace {
       return try Descriptor(path: path, flags: O_WRONLY | O_CREAT | O_APPEND, mode: 0o600)
     }
   }
+
+  /// Where it is written, lent.
+  var raw: Int32 { file.raw }
 
   /// One line, with the time since some start in microseconds before it.
   func line(_ text: String) {

@@ -181,7 +181,10 @@ import WorkerLink
     let folder = image.folder
     let socket = folder.file("s")
     var command = Command(try program("cowd"), ["-p", "dscow", "--nbd", "unix:\(socket)"])
-    command.arguments.append(image.store)
+    command.arguments += ["--trace", folder.file("trace"), image.store]
+    // What a shell, or who knows who, has left open.
+    let left = folder.file("left")
+    let open = try Descriptor(path: left, flags: O_RDWR | O_CREAT, mode: 0o600)
     if asNobody {
       for path in [folder.path, image.base, image.store] {
         guard chown(path, 65534, 65534) == 0 else { throw IOError.last("give", path) }
@@ -191,6 +194,7 @@ import WorkerLink
         ["--reuid", "65534", "--regid", "65534", "--clear-groups", "--", command.path]
           + command.arguments)
     }
+    command.descriptors = [0: open.raw, 7: open.raw, 300: open.raw]
     let process = try command.start()
     defer { if !process.hasEnded { kill(process.pid, SIGKILL) } }
     for _ in 0..<500 where access(socket, F_OK) != 0 && !process.hasEnded { usleep(10_000) }
@@ -202,6 +206,11 @@ import WorkerLink
     }
     #expect(!lines.contains("Uid:\t0\t0\t0\t0"))
     #expect(try Folder.names("/proc/\(process.pid)/root").isEmpty)
+    let opened = "/proc/\(process.pid)/fd"
+    let targets = try Folder.names(opened).map { try Folder.target(of: "\(opened)/\($0)") }
+    #expect(!targets.contains(left))
+    #expect(targets.contains(folder.file("trace")), "what is named is opened")
+    #expect(try Folder.target(of: "\(opened)/0") == "/dev/null")
     try process.send(SIGTERM)
     #expect(try process.wait(milliseconds: 20_000) == .exited(0))
     #expect(access(socket, F_OK) != 0)
