@@ -58,6 +58,17 @@ static void serve(struct rig *rig, struct guest *guest, int error)
 	end(guest, error);
 }
 
+/* A part of a block is written, and waits for the answer to its question. */
+static struct guest *waiting_write(struct rig *rig, struct dmu_message *question)
+{
+	struct guest *write;
+
+	CHECK(answer(rig->node, map(0, 0, 64, 1, 0, 0)) == 0);
+	write = begin(rig, WRITE_IT, 5 * BLOCK + 2, 2, 0x77);
+	*question = expect(rig->node, DMU_FAULT);
+	return write;
+}
+
 /* A read that came after a write has its bytes, however long it stands beside the index. */
 static void read_passes_write(void)
 {
@@ -66,9 +77,7 @@ static void read_passes_write(void)
 	struct guest *w, *r;
 
 	rig_up(&rig);
-	CHECK(answer(rig.node, map(0, 0, 64, 1, 0, 0)) == 0);
-	w = begin(&rig, WRITE_IT, 5 * BLOCK + 2, 2, 0x77);
-	m = expect(rig.node, DMU_FAULT);
+	w = waiting_write(&rig, &m);
 	stop_hold("looked", 1);
 	r = begin(&rig, READ_IT, 5 * BLOCK, BLOCK, 0);
 	stop_reached("looked", 1);
@@ -419,9 +428,7 @@ static void beside_one_that_waits(void)
 	struct guest *w, *r;
 
 	rig_up(&rig);
-	CHECK(answer(rig.node, map(0, 0, 64, 1, 0, 0)) == 0);
-	w = begin(&rig, WRITE_IT, 5 * BLOCK + 2, 2, 0x77);
-	m = expect(rig.node, DMU_FAULT);
+	w = waiting_write(&rig, &m);
 	stop_hold("searching", 1);
 	r = begin(&rig, READ_IT, 6 * BLOCK + 1, 10 * BLOCK, 0);
 	end(r, 0);
