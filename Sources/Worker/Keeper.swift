@@ -27,13 +27,16 @@ public enum Keeper {
   /// and the worker ends with the link.
   public static func run(_ options: ByHandOptions, link raw: Int32) -> Int32 {
     let log = Log(level: options.level, journal: Log.underJournal)
+    // The worker, and with it the command, ends with the link: not before what is wrong is told.
+    let link = LinkConnection(Descriptor(owning: raw))
+    defer { withExtendedLifetime(link) {} }
     do throws(WorkerError) {
       // Those are the worker's to hear; they may come to the whole group.
       let signals = try system { () throws(IOError) in
         try SignalSource([SIGTERM, SIGINT, SIGHUP])
       }
       defer { withExtendedLifetime(signals) {} }
-      try serve(options, LinkConnection(Descriptor(owning: raw)), log)
+      try serve(options, link, log)
       return 0
     } catch {
       if error != .workerEnded { log(.error, "\(error)") }

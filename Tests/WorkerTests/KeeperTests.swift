@@ -89,6 +89,28 @@ import WorkerLink
     #expect(words.contains("as its base, which --untrusted refuses"), "\(words)")
   }
 
+  /// The command ends when the link does: whoever reads what it said then, reads all.
+  @Test func whatIsWrongIsToldBeforeTheLinkEnds() throws {
+    let (process, link) = try keeper()
+    #expect(try receive(link) != nil)
+    // A slow log.
+    let pid = process.process.pid
+    let slow = Command(
+      "/usr/bin/strace",
+      ["-f", "-q", "-p", "\(pid)", "-o", "/dev/null", "-e", "trace=write"]
+        + ["-e", "inject=write:delay_enter=300000"])
+    let strace = try slow.start()
+    defer { kill(strace.pid, SIGKILL) }
+    for _ in 0..<500 where try kernelText("/proc/\(pid)/status").contains("TracerPid:\t0\n") {
+      usleep(10_000)
+    }
+    try link.send(
+      .needFile(FileNeed(role: "base", path: folder.file("nothing"), writable: false)))
+    #expect(try receive(link) == nil)
+    let words = try process.messages()
+    #expect(words.contains(folder.file("nothing")), "\(words)")
+  }
+
   @Test func whatNoImageNeedsEndsIt() throws {
     try make(folder.file("extent"))
     // No base is ever written to, and nothing of a disk that is only read.
