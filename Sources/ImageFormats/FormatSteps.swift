@@ -121,10 +121,8 @@ extension ImageFormat {
     guard lastMark > 0 else { return }
     let data = try device(0)
     let plan = try commitPlan(upTo: lastMark)
-    try io { () throws(IOError) in
-      try data.flush()
-      try plan.run(on: store)
-    }
+    try io { () throws(IOError) in try data.flush() }
+    try plan.carryOut(on: store)
     committed(upTo: lastMark)
   }
 

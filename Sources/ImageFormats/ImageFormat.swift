@@ -54,18 +54,26 @@ public struct CommitPlan: Sendable {
 
   /// Runs the plan, on its own target if it has one. Blocks; may run on any thread, one plan
   /// at a time for a store.
-  public func run(on store: any ByteStore) throws(IOError) {
+  public func run(on store: any ByteStore) throws(CommitFailure) {
     let store = target ?? store
     for stage in stages {
-      for write in stage {
-        if write.zeroes > 0 {
-          try store.zero(at: write.offset, count: write.zeroes)
-        } else {
-          try store.write(write.bytes, at: write.offset)
+      do throws(IOError) {
+        for write in stage {
+          if write.zeroes > 0 {
+            try store.zero(at: write.offset, count: write.zeroes)
+          } else {
+            try store.write(write.bytes, at: write.offset)
+          }
         }
-      }
-      try store.flush()
+      } catch { throw .write(error) }
+      try store.flushCommit()
     }
+  }
+
+  /// `run`, where whoever asked ends with the failure whichever it was.
+  /// - Throws: `io`.
+  func carryOut(on store: any ByteStore) throws(ImageError) {
+    do throws(CommitFailure) { try run(on: store) } catch { throw ImageError(error.error) }
   }
 }
 

@@ -144,7 +144,7 @@ public final class ImageWriter {
       if devices[0] !== store { try store.flush() }
     }
     let plan = try format.commitPlan(upTo: lastMark)
-    try io { () throws(IOError) in try plan.run(on: store) }
+    try plan.carryOut(on: store)
     format.committed(upTo: lastMark)
     uncommitted = 0
   }

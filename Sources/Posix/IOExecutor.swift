@@ -72,8 +72,10 @@ public protocol IOExecutor: AnyObject {
   /// Starts an operation that may take its time.
   func start(_ io: BackingIO)
 
-  /// Runs `work` off the loop's thread, then `then` with its result on it.
-  func run(_ work: @escaping @Sendable () -> IOError?, then: @escaping (IOError?) -> Void)
+  /// Runs a commit off the loop's thread, then `then` with its result on it.
+  func run(
+    _ work: @escaping @Sendable () -> CommitFailure?, then: @escaping (CommitFailure?) -> Void
+  )
 
   /// How far the bytes from `offset` on, at most `limit` of them and at least one, are alike
   /// in being known to read as zeroes (a hole) or not.

@@ -141,8 +141,10 @@ public final class PoolExecutor: IOExecutor {
     completion?(token, job.code)
   }
 
-  /// Runs anything on the pool.
-  public func run(_ work: @escaping @Sendable () -> IOError?, then: @escaping (IOError?) -> Void) {
+  /// Runs a commit on the pool.
+  public func run(
+    _ work: @escaping @Sendable () -> CommitFailure?, then: @escaping (CommitFailure?) -> Void
+  ) {
     pool.run(work, then: then)
   }
 

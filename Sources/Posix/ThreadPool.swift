@@ -115,7 +115,9 @@ public final class ThreadPool: @unchecked Sendable {
   }
 
   /// Runs `work` on a thread, then `then` with what it returned on the loop's.
-  public func run(_ work: @escaping @Sendable () -> IOError?, then: @escaping (IOError?) -> Void) {
+  public func run<Result: Sendable>(
+    _ work: @escaping @Sendable () -> Result, then: @escaping (Result) -> Void
+  ) {
     submit(ClosureJob(work, then))
   }
 
@@ -173,16 +175,19 @@ public final class ThreadPool: @unchecked Sendable {
   }
 }
 
-private final class ClosureJob: PoolJob {
-  private let body: @Sendable () -> IOError?
-  private let then: (IOError?) -> Void
-  private var result: IOError?
+private final class ClosureJob<Result: Sendable>: PoolJob {
+  private let body: @Sendable () -> Result
+  private let then: (Result) -> Void
+  private var result: Result?
 
-  init(_ body: @escaping @Sendable () -> IOError?, _ then: @escaping (IOError?) -> Void) {
+  init(_ body: @escaping @Sendable () -> Result, _ then: @escaping (Result) -> Void) {
     self.body = body
     self.then = then
   }
 
   override func perform() { result = body() }
-  override func finished() { then(result) }
+  override func finished() {
+    guard let result else { preconditionFailure("a job has ended before its work") }
+    then(result)
+  }
 }

@@ -214,12 +214,14 @@ public final class UserTarget: TargetEngine {
     owners[Int(owner)] = nil
   }
 
-  /// Runs `work` off the loop's thread, then `then` with its result on it. A flush that
+  /// Runs a commit off the loop's thread, then `then` with its result on it. A flush that
   /// fails in it stands, as any failed flush of the store does.
-  public func run(_ work: @escaping @Sendable () -> IOError?, then: @escaping (IOError?) -> Void) {
+  public func run(
+    _ work: @escaping @Sendable () -> CommitFailure?, then: @escaping (CommitFailure?) -> Void
+  ) {
     log.beginFlush()
     executor.run(work) { [unowned self] error in
-      let failed = error?.operation == "flush" ? error?.code ?? 0 : 0
+      let failed = error?.flushCode ?? 0
       log.endFlush(failed)
       if failed != 0 { flushFailed(failed) }
       then(error)

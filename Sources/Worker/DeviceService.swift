@@ -26,7 +26,7 @@ final class DeviceService: DiskService {
     self.disk = disk
     guard try system({ () throws(IOError) in try NBDDevice.isAvailable() }) else {
       throw WorkerError(
-        "io",
+        .io,
         "the kernel has no nbd driver: run 'modprobe nbd', or serve a socket with --nbd unix:PATH")
     }
     try Self.checkFree(path, identifier)
@@ -45,7 +45,7 @@ final class DeviceService: DiskService {
   static func check(_ name: String) throws(WorkerError) {
     guard !name.isEmpty, name.utf8.count < 128, !name.contains("/"), !name.hasPrefix("."),
       name != "control"
-    else { throw WorkerError("usage", "'\(name)' cannot be the name of a device") }
+    else { throw WorkerError(.usage, "'\(name)' cannot be the name of a device") }
   }
 
   /// A link that a killed worker has left may go, and so may the device behind it if it is
@@ -54,12 +54,12 @@ final class DeviceService: DiskService {
     var status = stat()
     guard lstat(path, &status) == 0 else { return }
     guard let index = try linked(path) else {
-      throw WorkerError("in-use", "\(path) exists and is none of ours: choose another name")
+      throw WorkerError(.inUse, "\(path) exists and is none of ours: choose another name")
     }
     let connected = try system { () throws(IOError) in try NBDDevice.status()[index] ?? false }
     if connected, attribute("backend", of: index) == identifier {
       guard isOrphan(index) else {
-        throw WorkerError("in-use", "\(path) is in use: end its worker, or choose another name")
+        throw WorkerError(.inUse, "\(path) is in use: end its worker, or choose another name")
       }
       try system { () throws(IOError) in try NBDDevice.disconnect(index) }
     }
@@ -113,7 +113,7 @@ final class DeviceService: DiskService {
     } catch {
       guard error.code == EPERM || error.code == EACCES else { throw WorkerError(error) }
       throw WorkerError(
-        "io", "attaching a device needs root: become root, or serve a socket with --nbd unix:PATH")
+        .io, "attaching a device needs root: become root, or serve a socket with --nbd unix:PATH")
     }
   }
 

@@ -116,10 +116,7 @@ public final class Disk {
     // What the witnesses have heard of is history, too.
     let policy = policy
     pool.run(
-      {
-        _ = policy.judgeFlush()
-        return nil
-      }, then: { _ in })
+      { _ = policy.judgeFlush() }, then: { _ in })
     target.clearFailure()
     worker.clear()
   }

@@ -4,6 +4,7 @@
 public import ImageFormats
 public import Posix
 public import Target
+public import WorkerLink
 
 /// What is wanted of an image.
 public struct ImageRequest: Sendable, Equatable {
@@ -55,7 +56,7 @@ public struct FormatName: Sendable, Equatable {
   static func unknown(_ name: String, _ remark: String = "") -> WorkerError {
     let names = Self.all.joined(separator: ", ")
     return WorkerError(
-      "unknown-format", "format '\(name)' is unknown: this dmu-xen has \(names)\(remark)")
+      .unknownFormat, "format '\(name)' is unknown: this dmu-xen has \(names)\(remark)")
   }
 
   /// The name that people give it.
@@ -64,35 +65,50 @@ public struct FormatName: Sendable, Equatable {
 
 /// A disk cannot be served: why, for programs and for people.
 public struct WorkerError: Error, Sendable, Equatable, CustomStringConvertible {
-  /// One of `ImageError.Code`, or "io", "unknown-format", "protocol", "base-refused",
-  /// "in-use", "usage".
-  public let code: String
+  /// The kind.
+  public let fault: WorkerFault
   /// One sentence without a final stop.
   public let message: String
 
   /// An error from its parts.
-  public init(_ code: String, _ message: String) {
-    self.code = code
+  public init(_ fault: WorkerFault, _ message: String) {
+    self.fault = fault
     self.message = message
   }
 
   /// A failed system call.
   public init(_ error: IOError) {
-    self.init("io", error.description)
+    self.init(.io, error.description)
   }
 
   /// Something wrong with an image.
   public init(_ error: ImageError) {
-    self.init(error.code.rawValue, error.message)
+    self.init(WorkerFault(error.code), error.message)
   }
 
   /// A pending log that cannot be taken over.
   public init(_ error: PendingLogError) {
-    self.init(error.isForeign ? "pending-stale" : "pending-damaged", error.description)
+    self.init(error.isForeign ? .pendingStale : .pendingDamaged, error.description)
   }
 
   /// The message.
   public var description: String { message }
+}
+
+extension WorkerFault {
+  /// What is wrong with an image.
+  init(_ code: ImageError.Code) {
+    switch code {
+    case .notThisFormat: self = .notThisFormat
+    case .unsupported: self = .unsupported
+    case .corrupt: self = .corrupt
+    case .baseChanged: self = .baseChanged
+    case .baseMissing: self = .baseMissing
+    case .badRequest: self = .badRequest
+    case .stale: self = .pendingStale
+    case .io: self = .io
+    }
+  }
 }
 
 /// Does something with the system; its failure is the worker's.

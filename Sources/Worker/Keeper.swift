@@ -80,7 +80,7 @@ public enum Keeper {
 
 extension WorkerError {
   /// The worker has gone, and has said why.
-  static let workerEnded = WorkerError("ended", "the worker has ended")
+  static let workerEnded = WorkerError(.ended, "the worker has ended")
 }
 
 /// A place where a disk appears, and from which it is taken again.
@@ -179,7 +179,7 @@ final class KeptDisk {
         }
       } catch {
         if case .io(let error) = error, error.code == ECONNRESET { return nil }
-        throw WorkerError("protocol", "the worker cannot be spoken to: \(error)")
+        throw WorkerError(.offLink, "the worker cannot be spoken to: \(error)")
       }
     }
   }
@@ -205,7 +205,7 @@ final class KeptDisk {
       try link.send(order, lending: descriptors)
     } catch {
       if case .io(let error) = error, error.code == EPIPE { throw .workerEnded }
-      throw WorkerError("protocol", "the worker cannot be spoken to: \(error)")
+      throw WorkerError(.offLink, "the worker cannot be spoken to: \(error)")
     }
   }
 }

@@ -57,14 +57,14 @@ struct KeptFiles {
     let isBase = need.role == ImageChain.Request.Role.base.rawValue
     guard !options.untrusted else {
       throw WorkerError(
-        "base-refused",
+        .baseRefused,
         "image \(options.store) names \(need.path) as its \(need.role), which --untrusted refuses: "
           + "if the image may use that file, leave out --untrusted"
           + (isBase ? ", or say --base" : ""))
     }
     guard named.count < Self.most, !need.writable || !isBase && !options.readOnly else {
       throw WorkerError(
-        "protocol", "the worker of \(options.store) wishes for what no image needs: \(need.path)")
+        .offLink, "the worker of \(options.store) wishes for what no image needs: \(need.path)")
     }
     let role = isBase ? "base" : "\(need.role) of store \(options.store)"
     let file = try imaging { () throws(ImageError) in
@@ -110,7 +110,7 @@ struct KeptFiles {
         mayWrite = mayWrite && named[index].need.writable
       }
       guard let found, mayWrite || !part.isWritable else {
-        throw WorkerError("protocol", "the worker wishes for what it was not given")
+        throw WorkerError(.offLink, "the worker wishes for what it was not given")
       }
       return ServedDevice.Backing(
         descriptor: found.raw, name: found.name, readOnly: !part.isWritable,
@@ -132,7 +132,7 @@ struct KeptFiles {
     let path = try Self.place(of: file)
     for place in places where path == place || path.hasPrefix(place + "/") { return }
     throw WorkerError(
-      "base-refused",
+      .baseRefused,
       "\(role) is \(path), which is no file in the store's folder or below: if the image may have "
         + "it written, say --allow \(path)")
   }

@@ -25,14 +25,14 @@ struct ByMapper {
     guard options.trace == nil, options.hold == nil, FormatName.kind(options.format) != nil else {
       guard transport == .dm else { return false }
       throw WorkerError(
-        "usage",
+        .usage,
         "--transport dm serves no plugin's format, and neither traces nor holds: "
           + "leave it out")
     }
     let there = try mapping { () throws(DeviceMapperError) in try ServedDevice.isAvailable() }
     guard !there, transport == .dm else { return there }
     throw WorkerError(
-      "io",
+      .io,
       "the kernel has no device-mapper target 'userspace', version 1: "
         + "install its module, dm-userspace, or say --transport nbd")
   }
@@ -41,7 +41,7 @@ struct ByMapper {
   /// another way may be taken.
   func serve() throws(WorkerError) -> (KeptDisk, any DiskService) {
     guard Userspace.isName(name), name != "control" else {
-      throw WorkerError("usage", "'\(name)' cannot be the name of a device")
+      throw WorkerError(.usage, "'\(name)' cannot be the name of a device")
     }
     // Whoever has the node of a device that lives, has its files, which the kernel holds locked.
     let isLive = try isLive()
@@ -51,7 +51,7 @@ struct ByMapper {
     guard report.byNode, let files = disk.files else {
       let why = report.hindrance ?? "cannot be served by the kernel"
       guard options.transport != .dm else {
-        throw WorkerError("unsupported", "\(options.store) \(why): say --transport nbd")
+        throw WorkerError(.unsupported, "\(options.store) \(why): say --transport nbd")
       }
       log(.info, "serving by nbd", ["reason": why])
       try disk.lock()
@@ -75,7 +75,7 @@ struct ByMapper {
       // Else another cowd has made it since.
       guard let node else { throw Self.inUse(name) }
       try attach(disk, node)
-    case .foreign(let why): throw WorkerError("in-use", "\(why): choose another name")
+    case .foreign(let why): throw WorkerError(.inUse, "\(why): choose another name")
     }
     return (disk, MapperService(disk, device: device, log))
   }
@@ -88,7 +88,7 @@ struct ByMapper {
     let owner = try mapping { () throws(DeviceMapperError) in try device.device.uuid() }
     guard owner == device.identifier else {
       throw WorkerError(
-        "in-use", "\(device.device.path) exists and is none of ours: choose another name")
+        .inUse, "\(device.device.path) exists and is none of ours: choose another name")
     }
     if !found.hasLiveTable { try remove() }
     return found.hasLiveTable
@@ -110,7 +110,7 @@ struct ByMapper {
   }
 
   private static func inUse(_ name: String) -> WorkerError {
-    WorkerError("in-use", "/dev/mapper/\(name) is in use: end its worker, or choose another name")
+    WorkerError(.inUse, "/dev/mapper/\(name) is in use: end its worker, or choose another name")
   }
 
   /// Removes what could not be brought into use; why it could not is the error, not this.
@@ -164,7 +164,7 @@ final class MapperService: DiskService {
     } catch {
       guard error.code == EBUSY else { throw WorkerError(error) }
       throw WorkerError(
-        "in-use",
+        .inUse,
         "\(device.path) is in use and stays, all that was written is durable: "
           + "unmount it and remove it (dmsetup remove), or start cowd again to go on")
     }
@@ -185,11 +185,11 @@ extension WorkerError {
   /// The device-mapper refused something.
   init(_ error: DeviceMapperError) {
     guard error.code == EPERM || error.code == EACCES else {
-      self.init("io", error.description)
+      self.init(.io, error.description)
       return
     }
     self.init(
-      "io", "\(error): attaching a device needs root: become root, or use --nbd unix:PATH")
+      .io, "\(error): attaching a device needs root: become root, or use --nbd unix:PATH")
   }
 }
 

@@ -56,7 +56,7 @@ final class NodeDisk {
     guard target.sectors * 512 == format.size, target.blockSize == format.blockSize else {
       pool.shutdown()
       throw WorkerError(
-        "size", "device \(name) and its store differ in size or blocks: load another table")
+        .size, "device \(name) and its store differ in size or blocks: load another table")
     }
     self.pool = pool
     self.image = image
@@ -68,7 +68,7 @@ final class NodeDisk {
       offload: { work, then in
         pending?.beginFlush()
         pool.run(work) { error in
-          pending?.endFlush(error?.operation == "flush" ? error?.code ?? 0 : 0)
+          pending?.endFlush(error?.flushCode ?? 0)
           then(error)
         }
       })
@@ -122,10 +122,7 @@ final class NodeDisk {
   func clear() {
     let policy = policy
     pool.run(
-      {
-        _ = policy.judgeFlush()
-        return nil
-      }, then: { _ in })
+      { _ = policy.judgeFlush() }, then: { _ in })
     pending?.clearFlushFailure()
     worker.flushFailed = false
     target.clearFailure()
@@ -218,7 +215,7 @@ final class NodeDisk {
       } catch .overlap {
         log(.debug, "blocks are being placed already", ["block": String(block)])
       } catch {
-        throw WorkerError("protocol", "the device refuses the mapping: \(error)")
+        throw WorkerError(.offLink, "the device refuses the mapping: \(error)")
       }
       block = extent.blocks.end
     }

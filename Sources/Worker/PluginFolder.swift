@@ -8,6 +8,7 @@
 import Glibc
 import ImageFormats
 import Posix
+import WorkerLink
 
 /// Finds and loads plugins.
 enum PluginFolder {
@@ -23,7 +24,7 @@ enum PluginFolder {
   static func load(
     _ name: String, from folder: String
   ) throws(WorkerError) -> UnsafeMutableRawPointer {
-    guard isName(name) else { throw WorkerError("plugin", "'\(name)' cannot be a plugin's name") }
+    guard isName(name) else { throw WorkerError(.plugin, "'\(name)' cannot be a plugin's name") }
     let path = path(name, folder)
     let directory = try system { () throws(IOError) in
       try Descriptor(path: folder, flags: O_RDONLY | O_DIRECTORY)
@@ -35,13 +36,13 @@ enum PluginFolder {
     }
     try check(file.raw, path)
     if let kind = FileStore.unusableKind(of: "/proc/self/fd/\(file.raw)") {
-      throw WorkerError("plugin", "plugin \(path) is \(kind): put the shared library there")
+      throw WorkerError(.plugin, "plugin \(path) is \(kind): put the shared library there")
     }
     guard let library = dlopen("/proc/self/fd/\(file.raw)", RTLD_NOW | RTLD_LOCAL),
       let entry = dlsym(library, "dmu_plugin")
     else {
       let reason = dlerror().map { String(cString: $0) } ?? "no reason given"
-      throw WorkerError("plugin", "plugin \(path) cannot be loaded: \(reason)")
+      throw WorkerError(.plugin, "plugin \(path) cannot be loaded: \(reason)")
     }
     return entry
   }
@@ -67,7 +68,7 @@ enum PluginFolder {
     let others = mode_t(S_IWGRP | S_IWOTH)
     guard status.st_uid == 0 || status.st_uid == geteuid(), status.st_mode & others == 0 else {
       throw WorkerError(
-        "plugin",
+        .plugin,
         "\(path) is not safe to load from: it must belong to root and be writable to root only"
           + " (chown root, chmod go-w)")
     }

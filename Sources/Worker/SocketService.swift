@@ -21,7 +21,7 @@ final class SocketService: DiskService {
     } catch {
       guard error.code == EADDRINUSE else { throw WorkerError(error) }
       throw WorkerError(
-        "in-use", "\(path) is in use: end the program that listens there, or choose another path")
+        .inUse, "\(path) is in use: end the program that listens there, or choose another path")
     }
     var status = stat()
     guard lstat(path, &status) == 0 else { throw WorkerError(IOError.last("examine", path)) }

@@ -119,7 +119,7 @@ public final class Supervised {
   ) throws(WorkerError) -> Int32 {
     do throws(IOError) { try harden(options, log) } catch {
       throw WorkerError(
-        "cage",
+        .cage,
         "there is no cage for the worker: \(error): let it make namespaces, or do without a cage "
           + "(--no-sandbox)")
     }
@@ -200,7 +200,7 @@ public final class Supervised {
     log(.info, "stopping")
     let code = try disk.finish()
     guard code == 0 else {
-      fail(WorkerError("io", "the last flush failed: \(String(cString: strerror(code)))"))
+      fail(WorkerError(.io, "the last flush failed: \(String(cString: strerror(code)))"))
       return 1
     }
     log(.info, "everything is durable, ending")
@@ -230,7 +230,7 @@ public final class Supervised {
         return server.refuse("file", "'file' came without a descriptor")
       }
       take(file, descriptors.take(.witness), opening)
-    case (.refuseFile(let reason), .opening): fail(WorkerError("base-refused", reason))
+    case (.refuseFile(let reason), .opening): fail(WorkerError(.baseRefused, reason))
     case (.attach, .serving(let disk)):
       if let socket = descriptors.take(.nbd) { return disk.attach(socket) }
       guard let listener = descriptors.take(.listener) else {
@@ -268,7 +268,7 @@ public final class Supervised {
     do throws(WorkerError) {
       if person?.plugin == nil { _ = try FormatName(named: start.format) }
       guard let given = descriptors.take(.store) else {
-        throw WorkerError("protocol", "'start' came without a store")
+        throw WorkerError(.offLink, "'start' came without a store")
       }
       let store = try Self.fileStore(given, start.storePath ?? "store")
       if let given = descriptors.take(.witness) {
@@ -418,7 +418,7 @@ public final class Supervised {
     if descriptor == opening.store.raw { return .store }
     if descriptor == opening.base?.raw { return .base }
     guard let index = files.firstIndex(where: { $0.store.raw == descriptor }) else {
-      throw WorkerError("protocol", "the image stands on a file that was not handed over")
+      throw WorkerError(.offLink, "the image stands on a file that was not handed over")
     }
     return .file(index)
   }
@@ -509,11 +509,11 @@ public final class Supervised {
 
   private func fail(_ error: WorkerError) {
     if person == nil {
-      log(.error, "cannot serve the disk", ["code": error.code, "error": error.message])
+      log(.error, "cannot serve the disk", ["code": error.fault.rawValue, "error": error.message])
     } else {
       log(.error, error.message)
     }
-    server.send(.failed(code: error.code, message: error.message))
+    server.send(.failed(error.fault, message: error.message))
     phase = .ended(1)
   }
 }

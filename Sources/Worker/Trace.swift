@@ -189,7 +189,9 @@ final class HoldingExecutor: IOExecutor {
     )
   }
 
-  func run(_ work: @escaping @Sendable () -> IOError?, then: @escaping (IOError?) -> Void) {
+  func run(
+    _ work: @escaping @Sendable () -> CommitFailure?, then: @escaping (CommitFailure?) -> Void
+  ) {
     inner.run(work, then: then)
   }
 

@@ -49,9 +49,9 @@ public struct Condition: Sendable, Equatable {
 
 /// Serves the faults of one target from one image.
 public final class Worker {
-  /// Runs blocking work elsewhere, and `then` on the worker's thread with its failure.
+  /// Runs a commit elsewhere, and `then` on the worker's thread with its failure.
   public typealias Offload = (
-    _ work: @escaping @Sendable () -> IOError?, _ then: @escaping (IOError?) -> Void
+    _ work: @escaping @Sendable () -> CommitFailure?, _ then: @escaping (CommitFailure?) -> Void
   ) -> Void
 
   /// How many blocks a read fault is answered with at most: what lies beside is often read
@@ -336,7 +336,7 @@ public final class Worker {
     let store = store
     offload(
       {
-        do throws(IOError) {
+        do throws(CommitFailure) {
           try plan.run(on: store)
           return nil
         } catch { return error }
@@ -345,7 +345,7 @@ public final class Worker {
         guard let failure else { return committed(flush) }
         log(.error, "a commit failed", ["error": "\(failure)"])
         // What a failed flush was to write may be gone, whatever its errno: EIO stands.
-        let code = failure.operation == "flush" ? EIO : failure.code
+        let code = failure.flushCode == 0 ? failure.error.code : EIO
         let isFull = SpacePolicy.isShortage(code)
         degrade(isFull ? .noSpace : .degraded, "cannot commit: \(failure)")
         if isFull, starve() {

@@ -153,10 +153,8 @@ public enum WorkerReport: Sendable, Equatable {
   case ready(DiskReport)
   /// The image names this file: answer `file` or `refuseFile`.
   case needFile(FileNeed)
-  /// The disk cannot be served; the worker ends with exit status 1. The code is one of
-  /// `ImageError.Code`, or "io", "unknown-format", "protocol", "base-refused", "pending-stale"
-  /// (the store was changed since its pending log was written), "pending-damaged".
-  case failed(code: String, message: String)
+  /// The disk cannot be served; the worker ends with exit status 1.
+  case failed(WorkerFault, message: String)
   /// The answer to `status`.
   case status(DiskReport)
   /// The answer to `descriptors`: how many files were asked for, and which one this is. Roles
@@ -188,7 +186,8 @@ public enum WorkerReport: Sendable, Equatable {
     switch self {
     case .ready(let report): LinkMessage("ready", report.fields)
     case .needFile(let need): LinkMessage("need-file", need.fields)
-    case .failed(let code, let text): LinkMessage("failed", ["code": code, "message": text])
+    case .failed(let fault, let text):
+      LinkMessage("failed", ["code": fault.rawValue, "message": text])
     case .status(let report): LinkMessage("status", report.fields)
     case .descriptors(let files, let file):
       LinkMessage(
@@ -210,7 +209,8 @@ public enum WorkerReport: Sendable, Equatable {
     case "ready": self = .ready(try DiskReport(message))
     case "need-file": self = .needFile(try FileNeed(message))
     case "failed":
-      self = .failed(code: try message.text("code"), message: try message.text("message"))
+      let fault = WorkerFault(word: try message.text("code"))
+      self = .failed(fault, message: try message.text("message"))
     case "status": self = .status(try DiskReport(message))
     case "descriptors":
       let file = message.fields["path"] == nil ? nil : try FileNeed(message)

@@ -27,7 +27,7 @@ import Testing
     }
 
     func commit(_ mark: Mark) throws {
-      try disk.commitPlan(upTo: mark).run(on: store)
+      try disk.commitPlan(upTo: mark).carry(to: store)
       disk.committed(upTo: mark)
     }
 
@@ -110,7 +110,7 @@ import Testing
     #expect(plan.stages[0][0].bytes[1] == 0)
     // Placed between plan and commit: not committed by it.
     _ = try bench.disk.place(BlockRange(4), whole: true)
-    try plan.run(on: bench.store)
+    try plan.carry(to: bench.store)
     bench.disk.committed(upTo: 2)
     #expect(try bench.disk.commitPlan(upTo: .max).stages[0][0].bytes[0] == 0b10111)
     #expect(try bench.disk.commitPlan(upTo: 2).stages.isEmpty)
@@ -191,7 +191,7 @@ import Testing
     #expect(try heir.find(32760, limit: 99).mark == 7)
     #expect(try heir.find(32770, limit: 99).blocks == BlockRange(32770, 6))
     #expect(try heir.place(BlockRange(40000), whole: true).extent.mark == 9)
-    try heir.commitPlan(upTo: 8).run(on: bench.store)
+    try heir.commitPlan(upTo: 8).carry(to: bench.store)
     heir.committed(upTo: 8)
     #expect(heir.allocatedBlocks == 19)
     #expect(try heir.find(32760, limit: 99) == bench.inStore(32760, 16))
@@ -250,7 +250,7 @@ import Testing
     // A whole run is cut at the bitmap page; a search looks at a bounded number of them.
     #expect(try disk.place(BlockRange(32000, 1 << 30), whole: true).extent.blocks.count == 768)
     #expect(try disk.find(40000, limit: .max).blocks.count < 17 * 32768)
-    try disk.commitPlan(upTo: .max).run(on: store)
+    try disk.commitPlan(upTo: .max).carry(to: store)
     disk.committed(upTo: .max)
     // Far more pages than are kept.
     var random = SplitMix64(seed: 64)

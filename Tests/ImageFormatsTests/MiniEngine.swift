@@ -184,8 +184,15 @@ final class MiniEngine {
     if order != .bitmapBeforeData { try store.flush() }
     let plan = try format.commitPlan(upTo: upTo)
     try meanwhile()
-    try plan.run(on: store)
+    try plan.carry(to: store)
     format.committed(upTo: upTo)
     if order == .bitmapBeforeData { try store.flush() }
+  }
+}
+
+extension CommitPlan {
+  /// `run`, whose failure is what the system said.
+  func carry(to store: any ByteStore) throws(IOError) {
+    do throws(CommitFailure) { try run(on: store) } catch { throw error.error }
   }
 }

@@ -22,7 +22,7 @@ public final class SimulatedExecutor: IOExecutor {
 
   private enum Job {
     case io(BackingIO)
-    case work(@Sendable () -> IOError?, (IOError?) -> Void)
+    case work(@Sendable () -> CommitFailure?, (CommitFailure?) -> Void)
   }
 
   /// Told of each operation's end.
@@ -69,7 +69,9 @@ public final class SimulatedExecutor: IOExecutor {
   public func start(_ io: BackingIO) { queue.append(.io(io)) }
 
   /// Queues a commit plan.
-  public func run(_ work: @escaping @Sendable () -> IOError?, then: @escaping (IOError?) -> Void) {
+  public func run(
+    _ work: @escaping @Sendable () -> CommitFailure?, then: @escaping (CommitFailure?) -> Void
+  ) {
     queue.append(.work(work, then))
   }
 
@@ -90,14 +92,14 @@ public final class SimulatedExecutor: IOExecutor {
       let code = random.chance(percent) ? EIO : perform(io)
       completion?(io.token, code)
     case .work(let work, let then):
-      then(random.chance(manners.failingFlush) ? IOError(EIO, "flush", "store") : work())
+      then(random.chance(manners.failingFlush) ? .flush(IOError(EIO, "flush", "store")) : work())
     }
     return true
   }
 
   /// The worker dies: of what waits some is performed, and nobody is told. A commit plan may
   /// be cut short: `interrupt` runs its work up to some point.
-  public func kill(interrupt: (() -> IOError?) -> Void = { _ = $0() }) {
+  public func kill(interrupt: (() -> CommitFailure?) -> Void = { _ = $0() }) {
     completion = nil
     while !queue.isEmpty {
       let job = queue.remove(at: random.below(queue.count))

@@ -135,7 +135,7 @@ final class ShiftWorker {
       then: { [unowned self] error in
         do throws(AnswerRefusal) {
           if let error {
-            try target.answer(.fail(id, code: error.code))
+            try target.answer(.fail(id, code: error.error.code))
             return
           }
           for block in blocks { placed[block] = nil }

@@ -47,7 +47,7 @@ private final class BrokenOrder: ImageFormat {
     let placement = try inner.place(blocks, whole: whole)
     if order == .bitmapBeforeData {
       let plan = try inner.commitPlan(upTo: placement.extent.mark)
-      do throws(IOError) { try plan.run(on: store) } catch { throw ImageError(error) }
+      do throws(CommitFailure) { try plan.run(on: store) } catch { throw ImageError(error.error) }
     }
     return placement
   }

@@ -8,6 +8,7 @@ import Posix
 import Target
 import TestSupport
 import Testing
+import WorkerLink
 
 @testable import Worker
 
@@ -26,7 +27,7 @@ import Testing
     let image = try open(format, path)
     guard case .plan(let plan) = KernelPlan.make(image) else {
       Issue.record("the kernel cannot serve \(path)")
-      throw WorkerError("unsupported", path)
+      throw WorkerError(.unsupported, path)
     }
     return (image, plan)
   }

@@ -32,7 +32,7 @@ import WorkerLink
     .needFile(FileNeed(role: "data-file", path: "/x y", writable: true)),
     .descriptors(files: 0, file: nil),
     .descriptors(files: 3, file: FileNeed(role: "base", path: "b", writable: false)),
-    .failed(code: "base-changed", message: "base X has changed"),
+    .failed(.baseChanged, message: "base X has changed"),
     .event(.noSpace, error: "full"), .refused(order: "dance", message: "unknown"),
   ]) func reportsComeBackAsTheyWent(_ report: WorkerReport) throws {
     #expect(try WorkerReport(LinkMessage(decoding: report.message.encoded())) == report)
@@ -52,6 +52,15 @@ import WorkerLink
     report.state = .noSpace
     return report
   }()
+
+  /// Another version's worker may know kinds that this one does not.
+  @Test func aFailureOfAnUnknownKindIsOne() throws {
+    let message = LinkMessage("failed", ["code": "moonstruck", "message": "m"])
+    #expect(try WorkerReport(message) == .failed(.other, message: "m"))
+    for fault in WorkerFault.allCases {
+      #expect(WorkerFault(word: fault.rawValue) == fault)
+    }
+  }
 
   @Test(arguments: [
     "", "start", "\n", "Start\n", "start\nx\n", "start\nx=1\nx=2\n", "start\nx=%\n",

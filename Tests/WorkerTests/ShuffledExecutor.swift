@@ -10,7 +10,7 @@ import TestSupport
 final class ShuffledExecutor: IOExecutor {
   private enum Job {
     case io(BackingIO)
-    case work(@Sendable () -> IOError?, (IOError?) -> Void)
+    case work(@Sendable () -> CommitFailure?, (CommitFailure?) -> Void)
   }
 
   /// What was done last.
@@ -49,7 +49,9 @@ final class ShuffledExecutor: IOExecutor {
 
   func start(_ io: BackingIO) { started.append(.io(io)) }
 
-  func run(_ work: @escaping @Sendable () -> IOError?, then: @escaping (IOError?) -> Void) {
+  func run(
+    _ work: @escaping @Sendable () -> CommitFailure?, then: @escaping (CommitFailure?) -> Void
+  ) {
     started.append(.work(work, then))
   }
 

@@ -75,7 +75,7 @@ struct StoreChangedTests {
     let report = try scene.restarted()
     if case .failed(let code, let message) = report {
       #expect(change != .nothing)
-      #expect(code == "pending-stale", "\(message)")
+      #expect(code == .pendingStale, "\(message)")
       #expect(message.contains("discard"))
       return
     }

@@ -219,7 +219,7 @@ import WorkerLink
     try daemon.link.send(.refuseFile(reason: "base base is not allowed here"))
     #expect(
       try daemon.report().0
-        == .failed(code: "base-refused", message: "base base is not allowed here"))
+        == .failed(.baseRefused, message: "base base is not allowed here"))
     #expect(try daemon.worker.process.wait(milliseconds: 10_000) == .exited(1))
   }
 
@@ -260,7 +260,7 @@ import WorkerLink
       return report
     }
     guard
-      case .failed("unknown-format", let words) = try failure(
+      case .failed(.unknownFormat, let words) = try failure(
         { $0.format = "foo" }, [.store, .base])
     else {
       Issue.record("an unknown format was taken")
@@ -269,11 +269,11 @@ import WorkerLink
     #expect(words.hasPrefix("format 'foo' is unknown: this dmu-xen has dscow, "))
     #expect(
       try failure({ _ in }, [.base])
-        == .failed(code: "protocol", message: "'start' came without a store"))
+        == .failed(.offLink, message: "'start' came without a store"))
     // The base is grown under the store.
     let file = try Descriptor(path: image.base, flags: O_WRONLY | O_APPEND)
     #expect(write(file.raw, [UInt8](repeating: 0, count: 512), 512) == 512)
-    guard case .failed("base-changed", let message) = try failure({ _ in }, [.store, .base]) else {
+    guard case .failed(.baseChanged, let message) = try failure({ _ in }, [.store, .base]) else {
       Issue.record("a changed base was taken")
       return
     }

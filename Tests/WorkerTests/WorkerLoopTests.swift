@@ -86,7 +86,7 @@ private final class ScriptedFormat: ImageFormat {
 
 /// Work that is to be done elsewhere, kept until the test does it.
 private final class Elsewhere {
-  var waiting: [(work: @Sendable () -> IOError?, then: (IOError?) -> Void)] = []
+  var waiting: [(work: @Sendable () -> CommitFailure?, then: (CommitFailure?) -> Void)] = []
 
   func runNext() {
     let (work, then) = waiting.removeFirst()

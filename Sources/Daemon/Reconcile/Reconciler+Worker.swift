@@ -435,15 +435,15 @@ extension DiskPhase.Trouble {
 
 extension DiskFailure {
   /// What a worker failed with, as a sentence for the admin.
-  init(worker code: String, _ message: String, _ disk: Disk) {
+  init(worker fault: WorkerFault, _ message: String, _ disk: Disk) {
     let store = disk.spec?.store ?? ""
-    switch code {
-    case "base-changed":
+    switch fault {
+    case .baseChanged:
       self = .baseChanged(message, disk.spec.flatMap { KnownFormat.named($0.format) })
-    case "base-missing": self = .baseUnnamed(store: store)
-    case "unknown-format": self = .formatUnknown(disk.spec?.format ?? "")
-    case "pending-stale": self = .pendingStale(store)
-    case "pending-damaged": self = .pendingDamaged(store, message)
+    case .baseMissing: self = .baseUnnamed(store: store)
+    case .unknownFormat: self = .formatUnknown(disk.spec?.format ?? "")
+    case .pendingStale: self = .pendingStale(store)
+    case .pendingDamaged: self = .pendingDamaged(store, message)
     default:
       let named = ["store \(store): ", "\(store): "].first { message.hasPrefix($0) } ?? ""
       self.init(.image, "store \(store) cannot be used: \(message.dropFirst(named.count))")

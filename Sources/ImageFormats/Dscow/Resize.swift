@@ -121,7 +121,7 @@ extension Dscow {
       try store.flush()
     }
     let plan = try disk.commitPlan(upTo: place.extent.mark)
-    try io { () throws(IOError) in try plan.run(on: store) }
+    try plan.carryOut(on: store)
     disk.committed(upTo: place.extent.mark)
   }
 

@@ -49,9 +49,7 @@ extension Qcow2 {
   }
 
   private func run(_ plan: Qcow2InFlight) throws(ImageError) {
-    try io { () throws(IOError) in
-      try CommitPlan(upTo: plan.mark, stages: plan.draft.stages).run(on: store)
-    }
+    try CommitPlan(upTo: plan.mark, stages: plan.draft.stages).carryOut(on: store)
     inFlight = plan
     committed(upTo: plan.mark)
   }

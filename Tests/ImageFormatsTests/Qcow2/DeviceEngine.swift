@@ -202,7 +202,7 @@ final class DeviceEngine {
     let plan = try format.commitPlan(upTo: upTo)
     try meanwhile()
     let stages = keepsOrder ? plan.stages : [plan.stages.flatMap { $0 }]
-    try CommitPlan(upTo: upTo, stages: stages, target: plan.target).run(on: store)
+    try CommitPlan(upTo: upTo, stages: stages, target: plan.target).carry(to: store)
     format.committed(upTo: upTo)
     uncommitted.removeAll { $0.mark <= upTo }
   }
