@@ -111,6 +111,7 @@ extension ImageTool {
   ) throws(ImageError) {
     let buffer = UnsafeMutableRawBufferPointer.allocate(byteCount: piece, alignment: 4096)
     defer { buffer.deallocate() }
+    if progress.isOn { progress.expect(try bytes(of: top) { $0.isData }) }
     var offset: UInt64 = 0
     while offset < top.size {
       let (content, count) = try top.run(
@@ -124,8 +125,22 @@ extension ImageTool {
         try writer.write(UnsafeRawBufferPointer(part), at: offset)
       }
       offset += count
-      progress.show(offset, of: top.size)
+      if content.isData { progress.advance(count) }
     }
+  }
+
+  /// How many bytes of an image are of some kind.
+  private static func bytes(
+    of image: ImageLayer, where isCounted: (ImageLayer.Content) -> Bool
+  ) throws(ImageError) -> UInt64 {
+    var bytes: UInt64 = 0
+    var offset: UInt64 = 0
+    while offset < image.size {
+      let (content, count) = try image.run(at: offset, limit: image.size - offset)
+      if isCounted(content) { bytes += count }
+      offset += count
+    }
+    return bytes
   }
 
   /// Puts an image over another base, or none.
@@ -191,14 +206,15 @@ extension ImageTool {
     let writer = ImageWriter(image.format, store: store, devices: image.devices)
     let unit = max(4096, min(Int(image.format.blockSize), piece))
     let worker = try ChunkWorker(chunk: piece, unit: unit, compression: nil)
+    if progress.isOn { progress.expect(try bytes(of: image) { $0.isAbsent }) }
     var offset: UInt64 = 0
     while offset < image.size {
       let start = offset
       let next = (start / UInt64(piece) + 1) * UInt64(piece)
       let (content, count) = try image.run(at: start, limit: min(image.size, next) - start)
       offset += count
-      progress.show(offset, of: image.size)
-      guard case .absent = content else { continue }
+      guard content.isAbsent else { continue }
+      progress.advance(count)
       func pieces(_ disk: (any ByteStore)?) -> [DiskReader.Piece] {
         guard let disk, disk.size > start else { return [] }
         let count = Int(min(count, disk.size - start))
@@ -220,5 +236,20 @@ extension ImageTool {
       }
     }
     try writer.commit()
+  }
+}
+
+extension ImageLayer.Content {
+  /// Whether the image has bytes of its own here.
+  fileprivate var isData: Bool {
+    switch self {
+    case .data, .made: true
+    case .zero, .absent: false
+    }
+  }
+
+  /// Whether the image says nothing here.
+  fileprivate var isAbsent: Bool {
+    if case .absent = self { true } else { false }
   }
 }

@@ -77,9 +77,25 @@ private final class CompareJob: @unchecked Sendable {
 
   /// The first byte that differs; nil when none does.
   func run() throws(ImageError) -> UInt64? {
+    if progress.isOn { progress.expect(try measure()) }
     Crew.run(Crew.usual) { _ in self.work() }
     if let failure = state.failure { throw failure }
     return state.difference
+  }
+
+  /// How many bytes of the two will be read.
+  private func measure() throws(ImageError) -> UInt64 {
+    var pieces: (one: [DiskReader.Piece], other: [DiskReader.Piece]) = ([], [])
+    var bytes: UInt64 = 0
+    while try take(&pieces) != nil { bytes += Self.data(pieces) }
+    lock.withLock { _ in state = State() }
+    return bytes
+  }
+
+  private static func data(
+    _ pieces: (one: [DiskReader.Piece], other: [DiskReader.Piece])
+  ) -> UInt64 {
+    (pieces.one + pieces.other).reduce(0) { $0 + UInt64($1.count) }
   }
 
   private func work() {
@@ -99,7 +115,7 @@ private final class CompareJob: @unchecked Sendable {
           note(start + UInt64(index))
           return
         }
-        progress.show(start + UInt64(count), of: size)
+        progress.advance(Self.data(pieces))
       }
     } catch {
       lock.withLock { _ in if state.failure == nil { state.failure = error } }

@@ -105,12 +105,21 @@ extension ImageTool {
     var offset: UInt64 = 0
     let piece: UInt64 = 64 << 20
     do throws(IOError) {
+      if progress.isOn {
+        var bytes: UInt64 = 0
+        while let data = try source.nextData(from: offset) {
+          bytes += UInt64(data.count)
+          offset = data.upperBound
+        }
+        progress.expect(bytes)
+        offset = 0
+      }
       while let data = try source.nextData(from: offset) {
         offset = data.lowerBound
         let count = min(piece, data.upperBound - offset)
         try files.store.copy(from: source, at: offset, to: offset, count: count)
         offset += count
-        progress.show(offset, of: chain.size)
+        progress.advance(count)
       }
     } catch {
       // Between these two file systems it does not go.

@@ -27,6 +27,9 @@ final class ConvertJob: @unchecked Sendable {
     var zeroes: UInt64 = 0
     var pieces: [DiskReader.Piece] = []
     var base: [DiskReader.Piece] = []
+
+    /// Bytes of the source that have to be read for it.
+    var data: UInt64 { pieces.reduce(0) { $0 + UInt64($1.count) } }
   }
 
   private let request: ImageTool.ConvertRequest
@@ -72,9 +75,18 @@ final class ConvertJob: @unchecked Sendable {
 
   /// Does all of it. Throws the first error.
   func run() throws(ImageError) {
+    if request.progress.isOn { request.progress.expect(try measure()) }
     let threads = max(1, request.threads ?? Crew.usual)
     Crew.run(threads) { _ in self.work() }
     if let failure = state.failure { throw failure }
+  }
+
+  /// How many bytes of the source will be read.
+  private func measure() throws(ImageError) -> UInt64 {
+    var bytes: UInt64 = 0
+    while let taken = try take() { bytes += taken.data }
+    cursor.withLock { _ in state = State() }
+    return bytes
   }
 
   private func fail(_ error: ImageError) {
@@ -89,7 +101,7 @@ final class ConvertJob: @unchecked Sendable {
       let worker = try ChunkWorker(chunk: chunk, unit: target.unit, compression: compression)
       while let taken = try take() {
         try finish(taken, worker)
-        request.progress.show(taken.start + UInt64(taken.count), of: size)
+        request.progress.advance(taken.data)
       }
     } catch { fail(error) }
   }
