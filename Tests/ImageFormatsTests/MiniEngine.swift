@@ -189,10 +189,3 @@ final class MiniEngine {
     if order == .bitmapBeforeData { try store.flush() }
   }
 }
-
-extension CommitPlan {
-  /// `run`, whose failure is what the system said.
-  func carry(to store: any ByteStore) throws(IOError) {
-    do throws(CommitFailure) { try run(on: store) } catch { throw error.error }
-  }
-}

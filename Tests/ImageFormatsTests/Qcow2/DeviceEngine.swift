@@ -212,3 +212,10 @@ final class DeviceEngine {
     if devices[0] !== store { try store.flush() }
   }
 }
+
+extension CommitPlan {
+  /// `run`, whose failure is what the system said.
+  func carry(to store: any ByteStore) throws(IOError) {
+    do throws(CommitFailure) { try run(on: store) } catch { throw error.error }
+  }
+}
