@@ -66,7 +66,7 @@ public struct CommitPlan: Sendable {
           }
         }
       } catch { throw .write(error) }
-      try store.flushCommit()
+      do throws(IOError) { try store.flush() } catch { throw .flush(error) }
     }
   }
 

@@ -24,10 +24,3 @@ public enum CommitFailure: Error, Sendable, Equatable, CustomStringConvertible {
   /// The error's sentence.
   public var description: String { error.description }
 }
-
-extension ByteStore {
-  /// `flush`, as the end of a commit.
-  public func flushCommit() throws(CommitFailure) {
-    do throws(IOError) { try flush() } catch { throw .flush(error) }
-  }
-}
