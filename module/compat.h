@@ -13,6 +13,8 @@
 #include <linux/device.h>
 #include <linux/highmem.h>
 #include <linux/percpu-refcount.h>
+#include <linux/shrinker.h>
+#include <linux/slab.h>
 #include <linux/version.h>
 
 #define DMU_KERNEL(major, minor) (LINUX_VERSION_CODE >= KERNEL_VERSION(major, minor, 0))
@@ -155,6 +157,48 @@ static inline void dmu_limit_swap(struct dm_target *ti)
 #else
 #define DMU_REF_FLAGS 0
 #endif
+
+/* A shrinker that is asked from now on; NULL without memory. */
+static inline struct shrinker *
+dmu_shrinker_add(unsigned long (*count)(struct shrinker *shrinker, struct shrink_control *control),
+		 unsigned long (*scan)(struct shrinker *shrinker, struct shrink_control *control),
+		 int seeks)
+{
+#if DMU_KERNEL(6, 7)
+	struct shrinker *shrinker = shrinker_alloc(0, "dmu");
+#else
+	struct shrinker *shrinker = kzalloc(sizeof(*shrinker), GFP_KERNEL);
+#endif
+
+	if (!shrinker)
+		return NULL;
+	shrinker->count_objects = count;
+	shrinker->scan_objects = scan;
+	shrinker->seeks = seeks;
+#if DMU_KERNEL(6, 7)
+	shrinker_register(shrinker);
+#else
+#if DMU_KERNEL(6, 0)
+	if (register_shrinker(shrinker, "dmu")) {
+#else
+	if (register_shrinker(shrinker)) {
+#endif
+		kfree(shrinker);
+		return NULL;
+	}
+#endif
+	return shrinker;
+}
+
+static inline void dmu_shrinker_remove(struct shrinker *shrinker)
+{
+#if DMU_KERNEL(6, 7)
+	shrinker_free(shrinker);
+#else
+	unregister_shrinker(shrinker);
+	kfree(shrinker);
+#endif
+}
 
 /* A request that must not wait is mapped, or held, without waiting. */
 #ifdef DM_TARGET_NOWAIT

@@ -118,8 +118,10 @@ static int dmu_remember(struct dmu_device *dev, struct dmu_answer *a, struct dmu
 	}
 	dmu_stop(DMU_STOP_LISTED);
 	/* Who finds the place finds it uncommitted, too: a forced write asks for that. */
-	if (!error && !(a->flags & DMU_TEMPORARY))
+	if (!error && !(a->flags & DMU_TEMPORARY)) {
 		dmu_extent_store(dev, a->block, a->count, word);
+		dmu_index_bound(dev, a->block, a->count);
+	}
 	mutex_unlock(&dev->map_mutex);
 	return error;
 }

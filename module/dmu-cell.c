@@ -87,9 +87,9 @@ void dmu_issue(struct dmu_device *dev, struct bio *bio, unsigned long word,
 		bio_endio(bio);
 		return;
 	}
-	if (bio_op(bio) == REQ_OP_WRITE && (bio->bi_opf & REQ_FUA) &&
-	    (atomic_read(&dev->uncommitted) || READ_ONCE(dev->flush.failed)))
-		dmu_force(bio);
+	/* Even with nothing uncommitted: a device lets others pass a forced write. */
+	if (bio_op(bio) == REQ_OP_WRITE && bio->bi_opf & REQ_FUA)
+		dmu_force(dev, bio);
 	dmu_failed_note(bio);
 	bio_set_dev(bio, bdev);
 	bio->bi_iter.bi_sector = sector;
@@ -265,14 +265,16 @@ void dmu_cell_remove(struct dmu_cell *cell)
 		mod_delayed_work(dev->wq, &dev->deferred_work, 0);
 }
 
-/* Raises the question of the cell's first bio. */
+/* Raises the question of the cell's first bio; without one, where the block is read. */
 void dmu_ask(struct dmu_cell *cell)
 {
 	struct dmu_device *dev = cell->dev;
 	struct bio *bio = bio_list_peek(&cell->bios);
 
 	lockdep_assert_held(&dev->lock);
-	if (cell->type == DMU_FAULT) {
+	if (!bio) {
+		cell->flags = DMU_READ;
+	} else if (cell->type == DMU_FAULT) {
 		cell->flags = op_is_write(bio_op(bio)) ? DMU_WRITE : DMU_READ;
 		if (op_is_write(bio_op(bio)) && dmu_covers_blocks(dev, bio))
 			cell->flags |= DMU_WHOLE;
@@ -291,7 +293,7 @@ void dmu_ask(struct dmu_cell *cell)
 		queue_work(dev->wq, &dev->fail_work);
 }
 
-static struct dmu_cell *dmu_cell_make(struct dmu_device *dev, struct bio *bio)
+static struct dmu_cell *dmu_cell_make(struct dmu_device *dev, u32 type, u64 block, u64 count)
 {
 	struct dmu_cell *cell = mempool_alloc(&dev->cell_pool, GFP_NOWAIT | __GFP_NOWARN);
 
@@ -300,19 +302,17 @@ static struct dmu_cell *dmu_cell_make(struct dmu_device *dev, struct bio *bio)
 		return NULL;
 	memset(cell, 0, sizeof(*cell));
 	cell->dev = dev;
-	cell->block = dmu_block_of(dev, bio->bi_iter.bi_sector);
+	cell->type = type;
+	cell->block = block;
+	cell->count = count;
 	INIT_LIST_HEAD(&cell->unsent);
 	INIT_WORK(&cell->work, dmu_place_work);
 	bio_list_init(&cell->bios);
-	if (dmu_is_run(dev, bio)) {
-		cell->type = DMU_DISCARD;
-		cell->count = dmu_bio_blocks(dev, bio);
+	if (type == DMU_DISCARD) {
 		list_add(&cell->range, &dev->ranges);
 		atomic_inc(&dev->broad);
 	} else {
-		cell->type = DMU_FAULT;
-		cell->count = 1;
-		hlist_add_head(&cell->by_block, dmu_bucket(dev->by_block, cell->block));
+		hlist_add_head(&cell->by_block, dmu_bucket(dev->by_block, block));
 	}
 	list_add_tail(&cell->all, &dev->cells);
 	atomic_inc(&dev->busy);
@@ -335,7 +335,10 @@ static bool dmu_queue(struct dmu_device *dev, struct bio *bio)
 	}
 	if (dmu_serving(dev, bio))
 		return false;
-	cell = dmu_cell_make(dev, bio);
+	if (dmu_is_run(dev, bio))
+		cell = dmu_cell_make(dev, DMU_DISCARD, block, dmu_bio_blocks(dev, bio));
+	else
+		cell = dmu_cell_make(dev, DMU_FAULT, block, 1);
 	if (!cell)
 		return false;
 	bio_list_add(&cell->bios, bio);
@@ -344,14 +347,52 @@ static bool dmu_queue(struct dmu_device *dev, struct bio *bio)
 	return true;
 }
 
+/* Asks where a block is that no request waits for. False: not now. */
+bool dmu_ask_unasked(struct dmu_device *dev, u64 block)
+{
+	struct dmu_cell *cell = NULL;
+
+	spin_lock_irq(&dev->lock);
+	if (!dmu_requeueing(dev) && !dmu_cell_find(dev, block, 1))
+		cell = dmu_cell_make(dev, DMU_FAULT, block, 1);
+	if (cell)
+		dmu_ask(cell);
+	spin_unlock_irq(&dev->lock);
+	return cell;
+}
+
+/* Lets a bio line up where it belongs: those of a cell that is given up may have come before others. */
+static void dmu_line_up(struct bio_list *list, struct bio *bio)
+{
+	struct bio *at = list->head;
+	u64 arrival = dmu_io(bio)->arrival;
+
+	if (!at || dmu_io(list->tail)->arrival <= arrival) {
+		bio_list_add(list, bio);
+	} else if (arrival < dmu_io(at)->arrival) {
+		bio_list_add_head(list, bio);
+	} else {
+		while (dmu_io(at->bi_next)->arrival <= arrival)
+			at = at->bi_next;
+		bio->bi_next = at->bi_next;
+		at->bi_next = bio;
+	}
+}
+
 static void dmu_defer(struct dmu_device *dev, struct bio *bio)
 {
-	bio_list_add(&dev->deferred, bio);
+	dmu_line_up(&dev->deferred, bio);
 	dmu_count_deferred(dev, 1);
 	if (unlikely(READ_ONCE(dev->failing)))
 		queue_work(dev->wq, &dev->fail_work);
 	/* Not put off by every request that comes. */
 	queue_delayed_work(dev->wq, &dev->deferred_work, HZ / 100);
+}
+
+/* Whether the bio may not even be queued: others line up, or it would change what is forced. */
+static bool dmu_has_to_line_up(struct dmu_device *dev, struct bio *bio)
+{
+	return !bio_list_empty(&dev->deferred) || dmu_forced_meets(dev, bio);
 }
 
 /*
@@ -372,7 +413,7 @@ bool dmu_hold(struct dmu_device *dev, struct bio *bio, bool *requeue)
 	if (dmu_requeueing(dev)) {
 		*requeue = true;
 		held = false;
-	} else if (!bio_list_empty(&dev->deferred)) {
+	} else if (dmu_has_to_line_up(dev, bio)) {
 		dmu_defer(dev, bio);
 	} else if (!dmu_queue(dev, bio)) {
 		held = false;
@@ -385,7 +426,7 @@ bool dmu_hold(struct dmu_device *dev, struct bio *bio, bool *requeue)
 	return held;
 }
 
-/* Hands out the bios that found no cell in memory, in order. */
+/* Hands out the bios that found no cell in memory, or came upon a forced write, in order. */
 void dmu_deferred(struct work_struct *work)
 {
 	struct dmu_device *dev = container_of(to_delayed_work(work), struct dmu_device,
@@ -393,12 +434,13 @@ void dmu_deferred(struct work_struct *work)
 	struct bio *bio;
 
 	for (;;) {
-		bool issue = false;
+		bool issue = false, meets;
 
 		spin_lock_irq(&dev->lock);
 		bio = bio_list_pop(&dev->deferred);
-		if (bio && !dmu_queue(dev, bio)) {
-			issue = dmu_serve(dev, bio);
+		meets = bio && dmu_forced_meets(dev, bio);
+		if (bio && (meets || !dmu_queue(dev, bio))) {
+			issue = !meets && dmu_serve(dev, bio);
 			if (!issue) {
 				bio_list_add_head(&dev->deferred, bio);
 				mod_delayed_work(dev->wq, &dev->deferred_work, HZ / 100);
@@ -430,7 +472,7 @@ static void dmu_scatter(struct dmu_cell *cell)
 
 	dmu_cell_remove(cell);
 	while ((bio = bio_list_pop(&bios))) {
-		if (!bio_list_empty(&dev->deferred))
+		if (dmu_has_to_line_up(dev, bio))
 			dmu_defer(dev, bio);
 		else if (dmu_queue(dev, bio))
 			continue;
@@ -477,7 +519,8 @@ void dmu_process(struct dmu_cell *cell)
 			dmu_cell_remove(cell);
 			break;
 		}
-		if (cell->type == DMU_DISCARD || dmu_is_run(dev, bio)) {
+		if (cell->type == DMU_DISCARD || dmu_is_run(dev, bio) ||
+		    dmu_forced_meets(dev, bio)) {
 			dmu_scatter(cell);
 			return;
 		}

@@ -11,7 +11,8 @@
  *   dmu_index      the remembered mapping: tables like a processor's page tables, from a
  *                  block to one word (device, right, distance in sectors), so that looking
  *                  up takes four steps at most, no lock and no reference. Runs that
- *                  continue each other have the same word, and are one extent.
+ *                  continue each other have the same word, and are one extent. What is
+ *                  committed is a cache: it may be forgotten, and is asked for again.
  *   dmu_cell       a block (for a discard: a run) that is in question: the requests that
  *                  wait for it, in order, the fault that was raised, and, once answered,
  *                  the preparation of its new place. While a cell stands every request to
@@ -98,9 +99,11 @@ struct dmu_io {
 	unsigned long since;		/* when it began to wait, in jiffies */
 	bio_end_io_t *saved_end_io;
 	struct dmu_cell *cell;		/* whose preparation it is the write of */
-	u64 arrival;			/* when it came to wait: dmu-returned.c */
+	u64 arrival;			/* when it came to wait, or was forced: dmu-returned.c */
+	u64 asked;			/* dmu-failed.c has asked for the block before this, or 0 */
 	u64 sector;			/* where a forced write begins */
 	unsigned int forced;		/* its sectors, when a commit has to follow; or 0 */
+	struct list_head forcing;	/* dev->forced while forced is not 0 */
 	struct bvec_iter iter;		/* what of a write was sent, for when it fails */
 	bool written;			/* only the commit is left */
 	bool passed;			/* a flush that a backing device got as it is */
@@ -228,6 +231,7 @@ struct dmu_failed {
 	bool hold;			/* the worker has said HOLD_FAILED */
 	enum dmu_failed_state state;
 	bool told;			/* to an earlier opener */
+	bool sending;			/* some of again are in the hands of the work */
 	int error;			/* the last one, a positive errno */
 	u64 id;
 	struct bio_list bios;		/* the question is about */
@@ -265,6 +269,9 @@ struct dmu_device {
 	struct dmu_index __rcu *index;	/* on a line that is read only */
 	u64 extents ____cacheline_aligned_in_smp;	/* changed under map_mutex */
 	struct mutex map_mutex;
+	unsigned long index_tables;	/* this and the hand under map_mutex */
+	unsigned long index_looked;	/* with so many nothing is forgotten: none was to be found */
+	u64 index_hand;			/* the block from which on the next to forget is looked for */
 	struct mutex answer_mutex;
 
 	struct dmu_epoch epochs[2];
@@ -278,6 +285,7 @@ struct dmu_device {
 	atomic_t busy ____cacheline_aligned_in_smp;	/* cells and deferred bios */
 	atomic_t broad;			/* of them those of no one block: runs, deferred bios */
 	unsigned int removals;		/* of cells, so far */
+	atomic_t forcing;		/* forced writes */
 	spinlock_t lock ____cacheline_aligned_in_smp;
 	/* Changed under the lock, looked at without it. */
 	struct hlist_head by_block[1 << DMU_HASH_BITS] ____cacheline_aligned_in_smp;
@@ -296,7 +304,7 @@ struct dmu_device {
 	atomic_t uncommitted;
 	u64 last_mark;			/* never lowered: no mark means two placements */
 	struct dmu_flush flush;
-	struct list_head forced;	/* notes of writes that a suspend has given back */
+	struct list_head forced;	/* forced writes that have not ended */
 	struct dmu_failed failed;
 	struct dmu_returned returned;
 
@@ -427,6 +435,9 @@ int dmu_index_ready(struct dmu_device *dev, u64 block, u64 count, unsigned long 
 		    gfp_t gfp);
 void dmu_index_set(struct dmu_device *dev, u64 block, u64 count, unsigned long word);
 int dmu_index_reach(struct dmu_device *dev, u64 blocks);
+void dmu_index_bound(struct dmu_device *dev, u64 block, u64 count);
+unsigned long dmu_index_shrink(struct dmu_device *dev, unsigned long count);
+unsigned long dmu_index_count(void);
 void dmu_index_free(struct dmu_device *dev);
 struct kmem_cache *dmu_index_cache_create(void);
 
@@ -444,6 +455,7 @@ void dmu_cell_remove(struct dmu_cell *cell);
 void dmu_return_cell(struct dmu_cell *cell) __releases(&cell->dev->lock);
 void dmu_process(struct dmu_cell *cell);
 void dmu_ask(struct dmu_cell *cell);
+bool dmu_ask_unasked(struct dmu_device *dev, u64 block);
 void dmu_advance(struct dmu_cell *cell, u64 count);
 void dmu_deferred(struct work_struct *work);
 void dmu_end_bio(struct bio *bio, blk_status_t status);
@@ -488,11 +500,11 @@ void dmu_epoch_work(struct work_struct *work);
 int dmu_epochs_init(struct dmu_device *dev);
 void dmu_epochs_exit(struct dmu_device *dev);
 
-/* dmu-forced.c: forced writes over a suspend. */
-void dmu_force(struct bio *bio);
-void dmu_forced_note(struct dmu_device *dev, struct bio *bio);
-bool dmu_forced_again(struct dmu_device *dev, struct bio *bio);
-void dmu_forced_drop(struct dmu_device *dev);
+/* dmu-forced.c: forced writes, and what comes upon them. */
+void dmu_force(struct dmu_device *dev, struct bio *bio);
+void dmu_forced_end(struct dmu_device *dev, struct bio *bio);
+bool dmu_forced_meets(struct dmu_device *dev, struct bio *bio);
+bool dmu_forced_may_meet(struct dmu_device *dev, struct bio *bio);
 
 /* dmu-returned.c: order over a suspend. */
 void dmu_returned_stamp(struct dmu_device *dev, struct bio *bio);
@@ -505,6 +517,7 @@ void dmu_returned_drop(struct dmu_device *dev);
 void dmu_returned_work(struct work_struct *work);
 
 /* dmu-failed.c: writes that have failed. */
+bool dmu_failed_waits(struct dmu_device *dev);
 void dmu_failed_note(struct bio *bio);
 bool dmu_failed_hold(struct dmu_device *dev, struct bio *bio, int error);
 void dmu_failed_collect(struct dmu_device *dev, struct bio_list *bios);
@@ -525,6 +538,8 @@ void dmu_map_error(struct dmu_device *dev, struct dmu_event *event, u64 block, u
 void dmu_device_error(struct dmu_device *dev, struct bio *bio, bool write, int error);
 
 /* dmu-device.c: tables of one NAME. */
+int dmu_devices_init(void);
+void dmu_devices_exit(void);
 int dmu_attach(struct dmu_table *table, const char *name, unsigned int block_sectors);
 void dmu_detach(struct dmu_table *table);
 

@@ -14,6 +14,43 @@ DECLARE_DM_KCOPYD_THROTTLE_WITH_MODULE_PARM(copy_throttle,
 DEFINE_MUTEX(dmu_devices_mutex);
 static LIST_HEAD(dmu_devices);		/* under dmu_devices_mutex */
 
+static unsigned long dmu_shrink_count(struct shrinker *shrinker, struct shrink_control *control)
+{
+	return dmu_index_count() ?: SHRINK_EMPTY;
+}
+
+/* Waits for nobody: who needs memory may hold what it would wait for. */
+static unsigned long dmu_shrink_scan(struct shrinker *shrinker, struct shrink_control *control)
+{
+	unsigned long done = 0;
+	struct dmu_device *dev;
+
+	if (!mutex_trylock(&dmu_devices_mutex))
+		return SHRINK_STOP;
+	list_for_each_entry(dev, &dmu_devices, list) {
+		if (done >= control->nr_to_scan)
+			break;
+		done += dmu_index_shrink(dev, control->nr_to_scan - done);
+	}
+	list_rotate_left(&dmu_devices);
+	mutex_unlock(&dmu_devices_mutex);
+	return done ?: SHRINK_STOP;
+}
+
+static struct shrinker *dmu_shrinker;
+
+int dmu_devices_init(void)
+{
+	/* What is forgotten costs a question, which is dearer than a page that is read again. */
+	dmu_shrinker = dmu_shrinker_add(dmu_shrink_count, dmu_shrink_scan, 4 * DEFAULT_SEEKS);
+	return dmu_shrinker ? 0 : -ENOMEM;
+}
+
+void dmu_devices_exit(void)
+{
+	dmu_shrinker_remove(dmu_shrinker);
+}
+
 /* Takes the device from those who look for it; under answer_mutex and dmu_devices_mutex. */
 static void dmu_device_hide(struct dmu_device *dev)
 {
@@ -52,12 +89,11 @@ static void dmu_device_destroy(struct dmu_device *dev)
 	spin_lock_irq(&dev->lock);
 	list_for_each_entry_safe(placement, next, &dev->placements, list)
 		dmu_placed_drop(dev, placement);
-	dmu_forced_drop(dev);
 	list_splice_init(&dev->events, &events);
 	spin_unlock_irq(&dev->lock);
 	list_for_each_entry_safe(event, after, &events, list)
 		dmu_event_free(dev, event);
-	WARN_ON(dev->event_count || atomic_read(&dev->busy));
+	WARN_ON(dev->event_count || atomic_read(&dev->busy) || atomic_read(&dev->forcing));
 	bioset_exit(&dev->bios);
 	mempool_exit(&dev->cell_pool);
 	dmu_index_free(dev);

@@ -21,6 +21,16 @@ static u64 dmu_wide(struct dmu_device *dev, struct bio *bio)
 	       dmu_block_of(dev, bio->bi_iter.bi_sector) + 1;
 }
 
+/* Whether there are such writes, which count on what is mapped. The caller holds dev->lock. */
+bool dmu_failed_waits(struct dmu_device *dev)
+{
+	struct dmu_failed *failed = &dev->failed;
+
+	lockdep_assert_held(&dev->lock);
+	return failed->sending || !bio_list_empty(&failed->bios) ||
+	       !bio_list_empty(&failed->again);
+}
+
 /* Notes what of a write is about to be sent: its end may have moved on. */
 void dmu_failed_note(struct bio *bio)
 {
@@ -44,7 +54,10 @@ bool dmu_failed_hold(struct dmu_device *dev, struct bio *bio, int error)
 	if (held) {
 		bio->bi_status = BLK_STS_OK;
 		bio->bi_iter = dmu_io(bio)->iter;
+		if (dmu_io(bio)->forced)
+			dmu_forced_end(dev, bio);
 		dmu_io(bio)->arrival = 0;
+		dmu_io(bio)->asked = 0;
 		bio_list_add(&failed->bios, bio);
 		failed->error = error;
 		if (failed->state == DMU_FAILED_IDLE) {
@@ -94,31 +107,59 @@ int dmu_failed_answer(struct dmu_device *dev, u64 id, int error)
 }
 
 /*
+ * The place of a write to several blocks, 0 when they are not mapped as one. *missing is the first one
+ * of them that is mapped nowhere, which was forgotten while the write was under way, if that is
+ * all; or U64_MAX.
+ */
+static unsigned long dmu_failed_place(struct dmu_device *dev, u64 block, u64 count, u64 *missing)
+{
+	unsigned long word, next = 0;
+	u64 run, more;
+
+	rcu_read_lock();
+	word = dmu_index_lookup(dev, block, count, &run);
+	if (word && run < count)
+		next = dmu_index_lookup(dev, block + run, 1, &more);
+	rcu_read_unlock();
+	*missing = U64_MAX;
+	if (word && !dmu_word_writable(word))
+		return 0;
+	if (word && run >= count)
+		return word;
+	if (!next)
+		*missing = word ? block + run : block;
+	return 0;
+}
+
+/*
  * Sends a write to several blocks, if they are still mapped as one and nobody waits for any of
- * them. False: not now.
+ * them. Of what is mapped nowhere the worker is asked, once: what it says is not forgotten as long as
+ * the write waits. False: not now.
  */
 static bool dmu_failed_wide(struct dmu_device *dev, struct bio *bio, u64 count)
 {
-	u64 block = dmu_block_of(dev, bio->bi_iter.bi_sector), run;
-	struct dmu_epoch *epoch;
-	unsigned long word;
+	u64 block = dmu_block_of(dev, bio->bi_iter.bi_sector), missing;
+	struct dmu_epoch *epoch = dmu_epoch_enter(dev);
+	unsigned long word = dmu_failed_place(dev, block, count, &missing);
 
-	rcu_read_lock();
-	epoch = dmu_epoch_enter_rcu(dev);
-	word = dmu_index_lookup(dev, block, count, &run);
-	rcu_read_unlock();
-	if (!word || !dmu_word_writable(word) || run < count) {
-		dmu_epoch_leave(epoch);
-		dmu_end_bio(bio, BLK_STS_IOERR);
-		return true;
-	}
 	smp_rmb();	/* see dmu-core.h: the index before the cells */
-	if (atomic_read(&dev->busy) && dmu_free_run(dev, block, count) < count) {
+	if ((atomic_read(&dev->busy) && dmu_free_run(dev, block, count) < count) ||
+	    dmu_forced_may_meet(dev, bio)) {
 		dmu_epoch_leave(epoch);
 		return false;
 	}
-	dmu_issue(dev, bio, word, epoch);
-	return true;
+	if (word) {
+		dmu_issue(dev, bio, word, epoch);
+		return true;
+	}
+	dmu_epoch_leave(epoch);
+	if (missing == U64_MAX || dmu_io(bio)->asked == missing + 1) {
+		dmu_end_bio(bio, BLK_STS_IOERR);
+		return true;
+	}
+	if (dmu_ask_unasked(dev, missing))
+		dmu_io(bio)->asked = missing + 1;
+	return false;
 }
 
 /* Sends a write as if it had just come. False: not now. */
@@ -152,16 +193,16 @@ void dmu_failed_work(struct work_struct *work)
 	spin_lock_irq(&dev->lock);
 	bios = failed->again;
 	bio_list_init(&failed->again);
+	failed->sending = true;
 	spin_unlock_irq(&dev->lock);
 	while ((bio = bio_list_pop(&bios)))
 		if (!dmu_failed_send(dev, bio))
 			bio_list_add(&later, bio);
-	if (bio_list_empty(&later))
-		return;
 	spin_lock_irq(&dev->lock);
+	failed->sending = false;
 	/* A suspend or the administrator may have come for them meanwhile. */
 	requeue = dmu_requeueing(dev);
-	if (!requeue && !dev->failing) {
+	if (!requeue && !dev->failing && !bio_list_empty(&later)) {
 		bio_list_merge_head(&failed->again, &later);
 		bio_list_init(&later);
 		mod_delayed_work(dev->wq, &failed->work, HZ / 100);

@@ -251,6 +251,7 @@ int dmu_flush_answer(struct dmu_device *dev, u64 id, int error)
 		dmu_placed_drop(dev, placement);
 	}
 	flush->uncommitted = jiffies;
+	WRITE_ONCE(dev->index_looked, 0);	/* there is more to forget */
 	dmu_flush_end(dev, errno_to_blk_status(error));
 	spin_unlock_irq(&dev->lock);
 	queue_work(dev->wq, &flush->work);

@@ -139,8 +139,10 @@ static bool dmu_grant_place(struct dmu_cell *cell)
 	}
 	spin_unlock_irq(&dev->lock);
 	dmu_stop(DMU_STOP_LISTED);
-	if (placed)
+	if (placed) {
 		dmu_extent_store(dev, cell->block, 1, word);
+		dmu_index_bound(dev, cell->block, 1);
+	}
 out:
 	mutex_unlock(&dev->map_mutex);
 	return placed;

@@ -7,11 +7,18 @@
  * a table that tells them apart. A disk of few extents has hardly any tables; the most that
  * they can cost is a long for each block. A table whose slots have become alike goes.
  *
+ * What is committed the worker knows, too: a request that finds it no more asks. So a hand goes round
+ * over the blocks and forgets, a table of the second level at a time, where there are more tables than
+ * index_limit allows, or memory is short. Requests under way to a place that is forgotten are as
+ * good as before: an invalidation waits for them as ever. What is not committed stays, and while
+ * writes that have failed are held, all does: dmu-failed.c asks for what such a write has lost.
+ *
  * Readers hold the RCU read lock. Changes are made under map_mutex, in two parts: the cuts at both
  * ends of a run, which change nothing that a reader sees and may find no memory, and then
  * the run itself, which cannot fail.
  */
 #include <linux/mm.h>
+#include <linux/moduleparam.h>
 #include <linux/sched.h>
 #include <linux/sched/mm.h>
 #include <linux/slab.h>
@@ -21,6 +28,15 @@
 #define DMU_INDEX_SLOTS	(1UL << DMU_INDEX_BITS)
 #define DMU_INDEX_TOP	(3 * DMU_INDEX_BITS)	/* blocks under a slot of the root, as a shift */
 #define DMU_INDEX_MOST	(1UL << 20)		/* slots of the root */
+#define DMU_INDEX_PART	(2 * DMU_INDEX_BITS)	/* blocks that are forgotten together, as a shift */
+#define DMU_INDEX_LOOKS	1024			/* parts that a shrinker looks at, at most */
+
+static unsigned int dmu_index_limit = 64 << 10;
+module_param_named(index_limit, dmu_index_limit, uint, 0644);
+MODULE_PARM_DESC(index_limit,
+		 "KiB of memory for the committed mapping of a device, more of which is forgotten");
+
+static atomic_long_t dmu_index_tables;	/* of all devices */
 
 struct dmu_index_table {
 	unsigned long slot[DMU_INDEX_SLOTS];
@@ -89,7 +105,7 @@ unsigned long dmu_index_lookup(struct dmu_device *dev, u64 block, u64 want, u64 
 }
 
 /* Makes a table of a slot that all blocks under it share. */
-static int dmu_index_split(unsigned long *slot, gfp_t gfp)
+static int dmu_index_split(struct dmu_device *dev, unsigned long *slot, gfp_t gfp)
 {
 	struct dmu_index_table *table;
 	unsigned int i;
@@ -99,14 +115,17 @@ static int dmu_index_split(unsigned long *slot, gfp_t gfp)
 		return -ENOMEM;
 	for (i = 0; i < DMU_INDEX_SLOTS; i++)
 		table->slot[i] = *slot;
+	dev->index_tables++;
+	atomic_long_inc(&dmu_index_tables);
 	/* Who sees the table sees its slots. */
 	smp_store_release(slot, (unsigned long)table);
 	return 0;
 }
 
 /* Sees to it that no slot has both block and the one before, unless they may stay together. */
-static int dmu_index_cut(struct dmu_index *index, u64 block, unsigned long word, gfp_t gfp)
+static int dmu_index_cut(struct dmu_device *dev, u64 block, unsigned long word, gfp_t gfp)
 {
+	struct dmu_index *index = dmu_index_root(dev);
 	unsigned int shift = DMU_INDEX_TOP;
 	unsigned long *slot;
 	int error;
@@ -118,7 +137,7 @@ static int dmu_index_cut(struct dmu_index *index, u64 block, unsigned long word,
 		if (!dmu_index_is_table(*slot)) {
 			if (*slot == word)
 				return 0;
-			error = dmu_index_split(slot, gfp);
+			error = dmu_index_split(dev, slot, gfp);
 			if (error)
 				return error;
 		}
@@ -134,7 +153,7 @@ static void dmu_index_free_rcu(struct rcu_head *rcu)
 }
 
 /* Frees what a slot of the root or of a table had, when readers are done with it. */
-static void dmu_index_drop(unsigned long slot)
+static void dmu_index_drop(struct dmu_device *dev, unsigned long slot)
 {
 	struct dmu_index_table *table = dmu_index_table(slot);
 	unsigned int i;
@@ -142,7 +161,9 @@ static void dmu_index_drop(unsigned long slot)
 	if (!dmu_index_is_table(slot))
 		return;
 	for (i = 0; i < DMU_INDEX_SLOTS; i++)
-		dmu_index_drop(table->slot[i]);
+		dmu_index_drop(dev, table->slot[i]);
+	dev->index_tables--;
+	atomic_long_dec(&dmu_index_tables);
 	call_rcu(&table->rcu, dmu_index_free_rcu);
 }
 
@@ -159,8 +180,8 @@ static bool dmu_index_is_uniform(struct dmu_index_table *table, unsigned long wo
 }
 
 /* Sets first to last, counted from the first block under the slot. The cuts are made. */
-static void dmu_index_put(unsigned long *slot, unsigned int shift, u64 first, u64 last,
-			  unsigned long word)
+static void dmu_index_put(struct dmu_device *dev, unsigned long *slot, unsigned int shift,
+			  u64 first, u64 last, unsigned long word)
 {
 	u64 step = 1UL << shift >> DMU_INDEX_BITS, at;
 	unsigned long old = *slot;
@@ -171,7 +192,7 @@ static void dmu_index_put(unsigned long *slot, unsigned int shift, u64 first, u6
 		if (!dmu_index_is_table(old))
 			return;
 		for (at = round_down(first, step); at <= last; at += step)
-			dmu_index_put(&dmu_index_table(old)->slot[at / step],
+			dmu_index_put(dev, &dmu_index_table(old)->slot[at / step],
 				      shift - DMU_INDEX_BITS, max(first, at) - at,
 				      min(last - at, step - 1), word);
 		whole = dmu_index_is_uniform(dmu_index_table(old), word);
@@ -179,7 +200,7 @@ static void dmu_index_put(unsigned long *slot, unsigned int shift, u64 first, u6
 	if (whole) {
 		/* See dmu-core.h: the cell that stands, then the place that enters. */
 		smp_store_release(slot, word);
-		dmu_index_drop(old);
+		dmu_index_drop(dev, old);
 	}
 }
 
@@ -190,14 +211,12 @@ static void dmu_index_put(unsigned long *slot, unsigned int shift, u64 first, u6
 int dmu_index_ready(struct dmu_device *dev, u64 block, u64 count, unsigned long word,
 		    gfp_t gfp)
 {
-	struct dmu_index *index;
 	int error;
 
 	lockdep_assert_held(&dev->map_mutex);
-	index = dmu_index_root(dev);
-	error = dmu_index_cut(index, block, word, gfp);
+	error = dmu_index_cut(dev, block, word, gfp);
 	if (!error)
-		error = dmu_index_cut(index, block + count, word, gfp);
+		error = dmu_index_cut(dev, block + count, word, gfp);
 	return error;
 }
 
@@ -211,7 +230,7 @@ void dmu_index_set(struct dmu_device *dev, u64 block, u64 count, unsigned long w
 	might_sleep();
 	for (at = block >> DMU_INDEX_TOP; at <= last >> DMU_INDEX_TOP; at++) {
 		start = at << DMU_INDEX_TOP;
-		dmu_index_put(&index->slot[at], DMU_INDEX_TOP, max(block, start) - start,
+		dmu_index_put(dev, &index->slot[at], DMU_INDEX_TOP, max(block, start) - start,
 			      min(last - start, (1ULL << DMU_INDEX_TOP) - 1), word);
 		cond_resched();
 	}
@@ -251,6 +270,86 @@ int dmu_index_reach(struct dmu_device *dev, u64 blocks)
 	return 0;
 }
 
+/* Whether all that is mapped in the run is committed, and nobody counts on finding it. */
+static bool dmu_index_may_forget(struct dmu_device *dev, u64 block, u64 count)
+{
+	bool may;
+
+	spin_lock_irq(&dev->lock);
+	may = !dmu_failed_waits(dev) && !dmu_placed_overlap(dev, block, count, 0, false);
+	spin_unlock_irq(&dev->lock);
+	return may;
+}
+
+/* The table of the part that begins with the block, or 0; *parts says how many parts share it. */
+static unsigned long dmu_index_part(struct dmu_index *index, u64 block, u64 *parts)
+{
+	unsigned long slot = index->slot[block >> DMU_INDEX_TOP];
+	u64 at = block >> DMU_INDEX_PART;
+
+	*parts = DMU_INDEX_SLOTS - at % DMU_INDEX_SLOTS;
+	if (!dmu_index_is_table(slot))
+		return 0;
+	*parts = 1;
+	slot = dmu_index_table(slot)->slot[at % DMU_INDEX_SLOTS];
+	return dmu_index_is_table(slot) ? slot : 0;
+}
+
+/*
+ * Forgets parts until no more than so many tables are left, or so many parts have been looked at, or
+ * all have. Those of the run stay.
+ */
+static void dmu_index_forget(struct dmu_device *dev, unsigned long tables, u64 looks, u64 block,
+			     u64 count)
+{
+	struct dmu_index *index = dmu_index_root(dev);
+	u64 size = 1UL << DMU_INDEX_PART, end = (u64)index->slots << DMU_INDEX_TOP;
+	u64 turn = end >> DMU_INDEX_PART, at, parts, seen = 0;
+
+	lockdep_assert_held(&dev->map_mutex);
+	for (; dev->index_tables > tables && looks-- && seen < turn; seen += parts) {
+		at = dev->index_hand < end ? dev->index_hand : 0;
+		if (dmu_index_part(index, at, &parts) &&
+		    (at >= block + count || block >= at + size) &&
+		    dmu_index_may_forget(dev, at, size))
+			dmu_extent_store(dev, at, size, 0);
+		dev->index_hand = at + parts * size;
+		cond_resched();
+	}
+}
+
+/* Something has been mapped, and stays: see that there are not too many tables. */
+void dmu_index_bound(struct dmu_device *dev, u64 block, u64 count)
+{
+	unsigned long most = ((u64)READ_ONCE(dmu_index_limit) << 10) / sizeof(struct dmu_index_table);
+
+	lockdep_assert_held(&dev->map_mutex);
+	/* Where most of them have to stay it is not looked each time. */
+	if (likely(dev->index_tables <= max(most, READ_ONCE(dev->index_looked))))
+		return;
+	dmu_index_forget(dev, most - most / 8, U64_MAX, block, count);
+	WRITE_ONCE(dev->index_looked, dev->index_tables + most / 8);
+}
+
+/* Memory is short: forgets so many tables, if that can be done at once; says how many it has. */
+unsigned long dmu_index_shrink(struct dmu_device *dev, unsigned long count)
+{
+	unsigned long before;
+
+	if (!mutex_trylock(&dev->map_mutex))
+		return 0;
+	before = dev->index_tables;
+	dmu_index_forget(dev, before - min(before, count), DMU_INDEX_LOOKS, 0, 0);
+	count = before - dev->index_tables;
+	mutex_unlock(&dev->map_mutex);
+	return count;
+}
+
+unsigned long dmu_index_count(void)
+{
+	return atomic_long_read(&dmu_index_tables);
+}
+
 /* No reader is left. */
 void dmu_index_free(struct dmu_device *dev)
 {
@@ -258,7 +357,7 @@ void dmu_index_free(struct dmu_device *dev)
 	unsigned long i;
 
 	for (i = 0; index && i < index->slots; i++) {
-		dmu_index_drop(index->slot[i]);
+		dmu_index_drop(dev, index->slot[i]);
 		cond_resched();
 	}
 	kvfree(index);

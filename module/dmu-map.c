@@ -110,6 +110,8 @@ again:
 		if (free < blocks)
 			count = ((block + free) << dev->block_shift) - bio->bi_iter.bi_sector;
 	}
+	if (unlikely(atomic_read(&dev->forcing)) && dmu_forced_may_meet(dev, bio))
+		return 0;
 	smp_rmb();	/* see dmu-core.h: the cells before the removals */
 	if (unlikely(READ_ONCE(dev->removals) != removals))
 		goto again;
@@ -117,7 +119,7 @@ again:
 }
 
 static int dmu_remap(struct dmu_table *table, struct bio *bio, unsigned long word,
-		     struct dmu_epoch *epoch)
+		     struct dmu_epoch *epoch, bool force)
 {
 	struct dmu_io *io = dmu_io(bio);
 
@@ -131,9 +133,10 @@ static int dmu_remap(struct dmu_table *table, struct bio *bio, unsigned long wor
 		bio_endio(bio);
 		return DM_MAPIO_SUBMITTED;
 	}
-	if (unlikely(bio->bi_opf & REQ_FUA) &&
-	    (atomic_read(&table->dev->uncommitted) || READ_ONCE(table->dev->flush.failed)))
-		dmu_force(bio);
+	if (force) {
+		io->arrival = 0;
+		dmu_force(table->dev, bio);
+	}
 	dmu_failed_note(bio);
 	bio_set_dev(bio, table->devs[dmu_word_device(word)].dm_dev->bdev);
 	bio->bi_iter.bi_sector += dmu_word_shift(word);
@@ -161,6 +164,7 @@ int dmu_map(struct dm_target *ti, struct bio *bio)
 	struct dmu_epoch *epoch;
 	unsigned int count, rest;
 	unsigned long word;
+	bool force;
 	int result;
 
 	io->dev = dev;
@@ -178,11 +182,7 @@ int dmu_map(struct dm_target *ti, struct bio *bio)
 	}
 	switch (bio_op(bio)) {
 	case REQ_OP_READ:
-		break;
 	case REQ_OP_WRITE:
-		if (unlikely(bio->bi_opf & REQ_FUA && !list_empty(&dev->forced)) &&
-		    dmu_forced_again(dev, bio))
-			return DM_MAPIO_SUBMITTED;
 		break;
 	case REQ_OP_DISCARD:
 	case REQ_OP_WRITE_ZEROES:
@@ -196,9 +196,13 @@ int dmu_map(struct dm_target *ti, struct bio *bio)
 		count = dmu_lookup(table, bio, &word);
 		rcu_read_unlock();
 		if (likely(count)) {
+			force = unlikely(bio->bi_opf & REQ_FUA) &&
+				(atomic_read(&dev->uncommitted) || READ_ONCE(dev->flush.failed));
+			if (force)
+				count = min(count, dmu_unit_rest(dev, bio));
 			if (count < bio_sectors(bio))
 				dm_accept_partial_bio(bio, count);
-			return dmu_remap(table, bio, word, epoch);
+			return dmu_remap(table, bio, word, epoch, force);
 		}
 		dmu_epoch_leave(epoch);
 		rest = dmu_unit_rest(dev, bio);
@@ -229,6 +233,7 @@ int dmu_end_io(struct dm_target *ti, struct bio *bio, blk_status_t *error)
 {
 	struct dmu_io *io = dmu_io(bio);
 	bool issued = io->epoch;
+	unsigned long flags;
 
 	if (issued) {
 		dmu_epoch_leave(io->epoch);
@@ -240,11 +245,16 @@ int dmu_end_io(struct dm_target *ti, struct bio *bio, blk_status_t *error)
 		else if (issued && dmu_io_failed(io->dev, bio, *error))
 			return DM_ENDIO_INCOMPLETE;
 		else if (io->written && *error == BLK_STS_DM_REQUEUE)
-			dmu_forced_note(io->dev, bio);
+			dmu_returned_note(io->dev, bio);
 	} else if (unlikely(io->forced && !io->written)) {
 		io->written = true;
 		dmu_flush_join(io->dev, bio);
 		return DM_ENDIO_INCOMPLETE;
+	}
+	if (unlikely(io->forced)) {
+		spin_lock_irqsave(&io->dev->lock, flags);
+		dmu_forced_end(io->dev, bio);
+		spin_unlock_irqrestore(&io->dev->lock, flags);
 	}
 	return DM_ENDIO_DONE;
 }

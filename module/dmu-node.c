@@ -227,15 +227,15 @@ static void dmu_next_dump(struct dmu_device *dev, struct dmu_message *message)
 	dev->dumping = false;
 }
 
-/* A fault says what its first request wants. */
+/* A fault says what its first request wants; without one it is content with a sector. */
 static void dmu_tell_request(struct dmu_cell *cell, struct dmu_message *message)
 {
 	struct bio *bio = bio_list_peek(&cell->bios);
 
-	if (cell->type != DMU_FAULT || !bio)
+	if (cell->type != DMU_FAULT)
 		return;
-	message->sector = bio->bi_iter.bi_sector;
-	message->block_sectors = bio_sectors(bio);
+	message->sector = bio ? bio->bi_iter.bi_sector : cell->block << cell->dev->block_shift;
+	message->block_sectors = bio ? bio_sectors(bio) : 1;
 }
 
 /* The placement that has to be told before anything but a dump. */

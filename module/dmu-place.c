@@ -144,7 +144,7 @@ static void dmu_place_write(struct dmu_cell *cell)
 
 	dmu_stop(DMU_STOP_WRITING);
 	if (bio->bi_opf & REQ_FUA)
-		dmu_force(bio);
+		dmu_force(dev, bio);
 	if (bio_op(bio) == REQ_OP_WRITE_ZEROES) {
 		struct dm_io_region to = {
 			.bdev = dmu_bdev(dev, cell->answer.device),
@@ -306,7 +306,7 @@ void dmu_zero_bio(struct dmu_device *dev, struct bio *bio, unsigned long word,
 
 	io->epoch = epoch;
 	if (bio->bi_opf & REQ_FUA)
-		dmu_force(bio);
+		dmu_force(dev, bio);
 	dm_kcopyd_zero(dev->kcopyd, 1, &to, 0, dmu_zero_bio_done, bio);
 }
 

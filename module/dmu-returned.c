@@ -33,9 +33,20 @@ struct dmu_note {
 	struct list_head behind;	/* those that wait for this one */
 };
 
+/* Where a request begins, and what it has: of one that was sent its own iterator says no more. */
+static u64 dmu_note_sector(struct bio *bio)
+{
+	return dmu_io(bio)->forced ? dmu_io(bio)->sector : bio->bi_iter.bi_sector;
+}
+
+static unsigned int dmu_note_sectors(struct bio *bio)
+{
+	return dmu_io(bio)->forced ?: bio_sectors(bio);
+}
+
 static struct hlist_head *dmu_note_bucket(struct dmu_device *dev, struct bio *bio)
 {
-	u64 key = (u64)(unsigned long)bio->bi_io_vec + bio->bi_iter.bi_sector;
+	u64 key = (u64)(unsigned long)bio->bi_io_vec + dmu_note_sector(bio);
 
 	return &dev->returned.found[hash_64(key, DMU_RETURNED_BITS)];
 }
@@ -46,14 +57,14 @@ static struct dmu_note *dmu_note_find(struct dmu_device *dev, struct bio *bio)
 
 	lockdep_assert_held(&dev->lock);
 	hlist_for_each_entry(note, dmu_note_bucket(dev, bio), node)
-		if (note->vecs == bio->bi_io_vec && note->sector == bio->bi_iter.bi_sector &&
+		if (note->vecs == bio->bi_io_vec && note->sector == dmu_note_sector(bio) &&
 		    note->op == (bio->bi_opf & REQ_OP_MASK) && !note->bio &&
-		    (note->vecs || note->count == bio_sectors(bio)))
+		    (note->vecs || note->count == dmu_note_sectors(bio)))
 			return note;
 	return NULL;
 }
 
-/* A request comes to wait, now or in the turn that it had before; under dev->lock. */
+/* A request comes to wait, or is forced, now or in the turn that it had before; under dev->lock. */
 void dmu_returned_stamp(struct dmu_device *dev, struct bio *bio)
 {
 	lockdep_assert_held(&dev->lock);
@@ -64,15 +75,17 @@ void dmu_returned_stamp(struct dmu_device *dev, struct bio *bio)
 /* Whether it has an order: it is within one block, or a discard of whole ones. */
 static bool dmu_note_wanted(struct dmu_device *dev, struct bio *bio)
 {
-	if (!bio_sectors(bio) || dmu_io(bio)->written)
+	u64 sector = dmu_note_sector(bio);
+	unsigned int count = dmu_note_sectors(bio);
+
+	if (!count)
 		return false;
 	if (bio_op(bio) != REQ_OP_READ && bio_op(bio) != REQ_OP_WRITE)
 		return true;
-	return dmu_block_of(dev, bio->bi_iter.bi_sector) ==
-	       dmu_block_of(dev, bio_end_sector(bio) - 1);
+	return dmu_block_of(dev, sector) == dmu_block_of(dev, sector + count - 1);
 }
 
-/* Notes a request that waited and is about to be given back. Any context. */
+/* Notes a request that waited, or was forced, and is about to be given back. Any context. */
 void dmu_returned_note(struct dmu_device *dev, struct bio *bio)
 {
 	struct dmu_note *note;
@@ -84,8 +97,8 @@ void dmu_returned_note(struct dmu_device *dev, struct bio *bio)
 	if (!note)
 		return;
 	note->vecs = bio->bi_io_vec;
-	note->sector = bio->bi_iter.bi_sector;
-	note->count = bio_sectors(bio);
+	note->sector = dmu_note_sector(bio);
+	note->count = dmu_note_sectors(bio);
 	note->op = bio->bi_opf & REQ_OP_MASK;
 	note->arrival = dmu_io(bio)->arrival;
 	note->bio = NULL;
@@ -105,7 +118,9 @@ void dmu_returned_note(struct dmu_device *dev, struct bio *bio)
 /* Gives a request that waited back to the core. */
 void dmu_give_back(struct dmu_device *dev, struct bio *bio)
 {
-	dmu_returned_note(dev, bio);
+	/* Of a forced one dmu_end_io() sees to that. */
+	if (!dmu_io(bio)->forced)
+		dmu_returned_note(dev, bio);
 	dmu_end_bio(bio, BLK_STS_DM_REQUEUE);
 }
 

@@ -172,7 +172,7 @@ unsigned int dmu_retry(struct dmu_device *dev, struct dmu_cell *only)
 		if (cell->state != DMU_PARKED || (only && only != cell))
 			continue;
 		count++;
-		if (bio_list_empty(&cell->bios))
+		if (cell->orphan && bio_list_empty(&cell->bios))
 			dmu_cell_remove(cell);
 		else
 			dmu_ask(cell);

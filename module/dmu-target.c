@@ -216,8 +216,6 @@ static void dmu_go_on(struct dmu_device *dev, bool whole)
 	dev->flush.suspended = false;
 	if (whole)
 		dmu_returned_expect(dev);
-	else
-		dmu_forced_drop(dev);
 	spin_unlock_irq(&dev->lock);
 	if (!whole)
 		dmu_returned_drop(dev);
@@ -259,8 +257,6 @@ static int dmu_preresume(struct dm_target *ti)
 	if (dev->table->ti->begin != ti->begin)
 		dmu_returned_drop(dev);
 	spin_lock_irq(&dev->lock);
-	if (dev->table->ti->begin != ti->begin)
-		dmu_forced_drop(dev);
 	dev->table = table;
 	dev->sectors = ti->len;
 	dev->blocks = ((ti->len - 1) >> dev->block_shift) + 1;
@@ -407,9 +403,12 @@ static int __init dmu_init(void)
 	dmu_index_cache = dmu_index_cache_create();
 	if (!dmu_cell_cache || !dmu_event_cache || !dmu_placement_cache || !dmu_index_cache)
 		goto no_caches;
-	error = dmu_node_init();
+	error = dmu_devices_init();
 	if (error)
 		goto no_caches;
+	error = dmu_node_init();
+	if (error)
+		goto no_node;
 	error = dm_register_target(&dmu_target);
 	if (error)
 		goto no_target;
@@ -417,6 +416,8 @@ static int __init dmu_init(void)
 
 no_target:
 	dmu_node_exit();
+no_node:
+	dmu_devices_exit();
 no_caches:
 	dmu_caches_destroy();
 	return error;
@@ -426,6 +427,7 @@ static void __exit dmu_exit(void)
 {
 	dm_unregister_target(&dmu_target);
 	dmu_node_exit();
+	dmu_devices_exit();
 	dmu_caches_destroy();
 }
 

@@ -232,6 +232,68 @@ static void held_forced(void)
 	rig_down(&rig);
 }
 
+/* A write of several blocks that is under way while its mapping is forgotten, and fails then. */
+static struct guest *forgotten_write(struct rig *rig, uint8_t fill)
+{
+	struct guest *g;
+
+	CHECK(run("dmsetup suspend --noflush store") == 0, "%s", said());
+	g = begin(rig, WRITE_IT, 4 * BLOCK, 4 * BLOCK, fill);
+	still_waits(g);
+	make_forget(0);
+	CHECK(run("dmsetup load store --table '0 %d error' && dmsetup resume store", STORE) == 0,
+	      "%s", said());
+	return g;
+}
+
+/* Such a write asks where its blocks are before it is tried again, even of two workers. */
+static void held_forgotten(void)
+{
+	struct rig rig = held();
+	struct dmu_message m, n;
+	struct guest *g;
+
+	g = forgotten_write(&rig, 8);
+	m = failure(&rig);
+	store_well(&rig);
+	CHECK(retry(&rig, m.id) == 0);
+	m = expect(rig.node, DMU_FAULT);
+	CHECK(m.block == 4 && m.flags == DMU_READ);
+	CHECK(answer(rig.node, (struct dmu_answer){ .type = DMU_WAIT, .id = m.id }) == 0);
+	CHECK(retry(&rig, m.id) == 0);
+	m = expect(rig.node, DMU_FAULT);
+	CHECK(m.block == 4 && m.flags == DMU_READ);
+	close(rig.node);
+	sleep_ms(50);
+	still_waits(g);
+	rig.node = open(NODE, O_RDWR);
+	n = expect(rig.node, DMU_FAULT);
+	CHECK(n.id == m.id && n.flags == (DMU_READ | DMU_AGAIN));
+	/* Half of it is known, and is not forgotten while the write waits. */
+	CHECK(answer(rig.node, map(n.id, 4, 2, 0, PLACE(4), DMU_WRITABLE)) == 0);
+	m = expect(rig.node, DMU_FAULT);
+	CHECK(m.block == 6 && m.flags == DMU_READ);
+	CHECK(run("echo 2 >/proc/sys/vm/drop_caches") == 0, "%s", said());
+	still_waits(g);
+	CHECK(answer(rig.node, map(m.id, 6, 2, 0, PLACE(6), DMU_WRITABLE)) == 0);
+	end(g, 0);
+	check_place(&rig, 4, 4, 8);
+	expect_silence(rig.node);
+	/* A worker that does not say where they are is asked once. */
+	CHECK(answer(rig.node, (struct dmu_answer){ .type = DMU_HOLD_FAILED, .code = 1 }) == 0);
+	g = forgotten_write(&rig, 9);
+	m = failure(&rig);
+	store_well(&rig);
+	CHECK(retry(&rig, m.id) == 0);
+	m = expect(rig.node, DMU_FAULT);
+	CHECK(answer(rig.node, (struct dmu_answer){
+		.type = DMU_FAIL, .id = m.id, .code = EIO }) == 0);
+	end(g, EIO);
+	expect_silence(rig.node);
+	check_place(&rig, 4, 4, 8);
+	rig_down(&rig);
+}
+
 /* fail_faults without a worker: what waits fails, and so does what comes later, until one comes. */
 static void fail_later(void)
 {
@@ -271,6 +333,7 @@ const struct scenario failed_scenarios[] = {
 	{ "held-placement", held_placement },
 	{ "held-over-others", held_over_others },
 	{ "held-forced", held_forced },
+	{ "held-forgotten", held_forgotten },
 	{ "fail-later", fail_later },
 	{ 0 },
 };

@@ -142,16 +142,16 @@ static void check_sector(struct rig *rig, uint64_t sector, uint8_t fill)
 }
 
 /*
- * A suspend gives back a forced write that waits for its commit: what was written over it
- * meanwhile stays, and it ends only with a commit. Of the second one, which is cut in two, only the
- * first half was written.
+ * A suspend gives back a forced write that waits for its commit. It is written once more, but not
+ * over what came upon it meanwhile, which has waited. It ends only with a commit. Of the second one,
+ * which is cut in two, only the first half was written.
  */
-static void forced_once(void)
+static void forced_over_suspend(void)
 {
 	struct rig rig = plain();
 	struct dmu_message m, f;
 	struct dmu_answer a;
-	struct guest *g, *h;
+	struct guest *g, *h, *over_g, *over_h;
 	int i;
 
 	rig_up(&rig);
@@ -163,17 +163,25 @@ static void forced_once(void)
 	m = expect(rig.node, DMU_FAULT);
 	CHECK(m.block == 5);
 	sleep_ms(50);
-	end(begin(&rig, WRITE_IT, 3 * BLOCK + 5, 1, 9), 0);
-	end(begin(&rig, WRITE_IT, 5 * BLOCK - 1, 1, 6), 0);
+	check_sector(&rig, 3 * BLOCK + 5, 7);
+	end(begin(&rig, WRITE_IT, 3 * BLOCK + 8, 1, 10), 0);
+	over_g = begin(&rig, WRITE_IT, 3 * BLOCK + 5, 1, 9);
+	over_h = begin(&rig, WRITE_IT, 5 * BLOCK - 1, 1, 6);
 	still_waits(g);
 	still_waits(h);
+	still_waits(over_g);
+	still_waits(over_h);
 	for (i = 0; i < 2; i++)
 		CHECK(run("dmsetup suspend --noflush --nolockfs lab && dmsetup resume lab") == 0,
 		      "%s", said());
 	still_waits(g);
 	still_waits(h);
+	still_waits(over_g);
+	still_waits(over_h);
 	CHECK(answer(rig.node, (struct dmu_answer){ .type = DMU_FLUSH_DONE, .id = f.id }) == 0);
 	end(g, 0);
+	end(over_g, 0);
+	end(over_h, 0);
 	/* Who wanted the answer to the old question has left, and asks again. */
 	a = map(m.id, 5, 1, 0, PLACE(5), DMU_WRITABLE | DMU_ZERO_FIRST | DMU_HOLD_FLUSH);
 	a.mark = 3;
@@ -193,7 +201,7 @@ static void forced_once(void)
 	check_sector(&rig, 5 * BLOCK - 2, 8);
 	check_sector(&rig, 5 * BLOCK - 1, 6);
 	check_sector(&rig, 5 * BLOCK, 8);
-	/* What was told of them is told no more: the same memory serves another write. */
+	/* With nothing uncommitted it goes as it is. */
 	g = begin(&rig, WRITE_SYNC, 3 * BLOCK + 4, 4, 5);
 	end(g, 0);
 	check_sector(&rig, 3 * BLOCK + 4, 5);
@@ -427,7 +435,7 @@ const struct scenario more_rule_scenarios[] = {
 	{ "commit-in-time", commit_in_time },
 	{ "flush-commit", flush_commit },
 	{ "flush-waits-for-data", flush_waits_for_data },
-	{ "forced-once", forced_once },
+	{ "forced-over-suspend", forced_over_suspend },
 	{ "sync-done", sync_done },
 	{ "linked", linked },
 	{ "invalidate", invalidate },

@@ -221,6 +221,24 @@ uint64_t stat_of(const char *name)
 	return strtoull(at + strlen(key), NULL, 10);
 }
 
+uint64_t extents_of(void)
+{
+	unsigned long long extents;
+
+	CHECK(run("dmsetup status lab") == 0, "%s", said());
+	CHECK(sscanf(said(), "%*u %*u userspace %*s %*s %*s %llu", &extents) == 1, "%s", said());
+	return extents;
+}
+
+void make_forget(uint64_t extents)
+{
+	int i;
+
+	for (i = 0; i < 100 && extents_of() > extents; i++)
+		CHECK(run("echo 2 >/proc/sys/vm/drop_caches") == 0, "%s", said());
+	CHECK(i < 100, "%llu extents stay", (unsigned long long)extents_of());
+}
+
 static void *guest_main(void *argument)
 {
 	struct guest *guest = argument;

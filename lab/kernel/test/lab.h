@@ -61,6 +61,8 @@ void expect_silence(int node);
 int answer(int node, struct dmu_answer a);
 int answers(int node, struct dmu_answer *list, uint32_t count);
 uint64_t stat_of(const char *name);
+uint64_t extents_of(void);		/* of what is mapped and remembered */
+void make_forget(uint64_t extents);		/* lets memory be short until no more than so many are */
 
 /* A map of count blocks from block on to sector of device. */
 struct dmu_answer map(uint64_t id, uint64_t block, uint64_t count, unsigned int device,
