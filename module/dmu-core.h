@@ -23,6 +23,16 @@
  *                  invalidation turns from one to the other and waits for the old one.
  *   dmu_io         what we keep beside each bio.
  *
+ * Files, each with a header that says of its functions in which context they may be called
+ *
+ *   dmu-target.c   tables, devices, suspend and resume, status
+ *   dmu-io.c       the path of a request
+ *   dmu-map.c      from a block to its word; what is committed may be forgotten there
+ *   dmu-cell.c     blocks in question
+ *   dmu-place.c    MAP, grants, the preparation of a place, uncommitted placements
+ *   dmu-commit.c   flushes, invalidations
+ *   dmu-node.c     /dev/dmu: messages, and answers
+ *
  * Hot paths
  *
  *   dmu_map(): see that no suspend has given anything back, enter the epoch, read the index, see
@@ -99,8 +109,8 @@ struct dmu_io {
 	unsigned long since;		/* when it began to wait, in jiffies */
 	bio_end_io_t *saved_end_io;
 	struct dmu_cell *cell;		/* whose preparation it is the write of */
-	u64 arrival;			/* when it came to wait, or was forced: dmu-returned.c */
-	u64 asked;			/* dmu-failed.c has asked for the block before this, or 0 */
+	u64 arrival;			/* when it came to wait, or was forced */
+	u64 asked;			/* for the block before this a failed write has asked; 0: not */
 	u64 sector;			/* where a forced write begins */
 	unsigned int forced;		/* its sectors, when a commit has to follow; or 0 */
 	struct list_head forcing;	/* dev->forced while forced is not 0 */
@@ -226,7 +236,7 @@ enum dmu_failed_state {
 	DMU_FAILED_ASKED,
 };
 
-/* Writes that have failed: see dmu-failed.c. */
+/* Writes that have failed: see dmu-io.c. */
 struct dmu_failed {
 	bool hold;			/* the worker has said HOLD_FAILED */
 	enum dmu_failed_state state;
@@ -241,7 +251,7 @@ struct dmu_failed {
 
 #define DMU_RETURNED_BITS 8
 
-/* Requests that a suspend has given back: see dmu-returned.c. */
+/* Requests that a suspend has given back: see dmu-io.c. */
 struct dmu_returned {
 	struct list_head notes;
 	struct hlist_head found[1 << DMU_RETURNED_BITS];
@@ -337,11 +347,9 @@ struct dmu_device {
 	atomic64_t stats[DMU_STAT_LAST + 1];
 };
 
-extern struct mutex dmu_devices_mutex;
 extern struct kmem_cache *dmu_cell_cache;
 extern struct kmem_cache *dmu_event_cache;
 extern struct kmem_cache *dmu_placement_cache;
-extern struct kmem_cache *dmu_index_cache;
 
 static inline void dmu_count(struct dmu_device *dev, enum dmu_stat which)
 {
@@ -404,151 +412,5 @@ static inline void dmu_epoch_leave(struct dmu_epoch *epoch)
 {
 	percpu_ref_put(&epoch->ref);
 }
-
-/* dmu-extent.c: a word says where blocks are; 0 is nowhere. */
-unsigned long dmu_word(unsigned int device, bool writable, s64 shift);
-
-static inline bool dmu_word_writable(unsigned long word)
-{
-	return word & 2;
-}
-
-static inline unsigned int dmu_word_device(unsigned long word)
-{
-	return (word >> 2) & 15;
-}
-
-static inline s64 dmu_word_shift(unsigned long word)
-{
-	return (s64)word >> 6;
-}
-
-#define DMU_WORD_ZERO 15
-
-void dmu_extent_store(struct dmu_device *dev, u64 block, u64 count, unsigned long word);
-int dmu_extent_erase(struct dmu_device *dev, u64 block, u64 count);
-bool dmu_extent_conflict(struct dmu_device *dev, u64 block, u64 count, unsigned long word);
-
-/* dmu-index.c: blocks to words. */
-unsigned long dmu_index_lookup(struct dmu_device *dev, u64 block, u64 want, u64 *run);
-int dmu_index_ready(struct dmu_device *dev, u64 block, u64 count, unsigned long word,
-		    gfp_t gfp);
-void dmu_index_set(struct dmu_device *dev, u64 block, u64 count, unsigned long word);
-int dmu_index_reach(struct dmu_device *dev, u64 blocks);
-void dmu_index_bound(struct dmu_device *dev, u64 block, u64 count);
-unsigned long dmu_index_shrink(struct dmu_device *dev, unsigned long count);
-unsigned long dmu_index_count(void);
-void dmu_index_free(struct dmu_device *dev);
-struct kmem_cache *dmu_index_cache_create(void);
-
-/* dmu-cell.c: requests that wait, and their questions. */
-void dmu_issue(struct dmu_device *dev, struct bio *bio, unsigned long word,
-	       struct dmu_epoch *epoch);
-bool dmu_try_issue(struct dmu_device *dev, struct bio *bio);
-bool dmu_hold(struct dmu_device *dev, struct bio *bio, bool *requeue);
-bool dmu_may_wait(struct dmu_device *dev, u64 block, unsigned int count);
-unsigned int dmu_free_run(struct dmu_device *dev, u64 block, unsigned int count);
-struct dmu_cell *dmu_cell_by_id(struct dmu_device *dev, u64 id);
-bool dmu_preparing_overlap(struct dmu_device *dev, u64 block, u64 count,
-			   struct dmu_cell *except, unsigned long word);
-void dmu_cell_remove(struct dmu_cell *cell);
-void dmu_return_cell(struct dmu_cell *cell) __releases(&cell->dev->lock);
-void dmu_process(struct dmu_cell *cell);
-void dmu_ask(struct dmu_cell *cell);
-bool dmu_ask_unasked(struct dmu_device *dev, u64 block);
-void dmu_advance(struct dmu_cell *cell, u64 count);
-void dmu_deferred(struct work_struct *work);
-void dmu_end_bio(struct bio *bio, blk_status_t status);
-
-/* dmu-sweep.c: many of them at once. */
-void dmu_fail_cell(struct dmu_cell *cell, int error);
-void dmu_requeue_all(struct dmu_device *dev);
-void dmu_fail_all(struct dmu_device *dev, int error);
-void dmu_fail_work(struct work_struct *work);
-void dmu_free_cells(struct dmu_device *dev);
-void dmu_reask_all(struct dmu_device *dev);
-unsigned int dmu_retry(struct dmu_device *dev, struct dmu_cell *only);
-void dmu_timeout(struct work_struct *work);
-
-/* dmu-place.c: the preparation of a place, and uncommitted placements. */
-void dmu_prepare(struct dmu_cell *cell);
-void dmu_place_work(struct work_struct *work);
-void dmu_zero_bio(struct dmu_device *dev, struct bio *bio, unsigned long word,
-		  struct dmu_epoch *epoch);
-bool dmu_placed_overlap(struct dmu_device *dev, u64 block, u64 count, unsigned long word,
-			bool same_allowed);
-void dmu_placed_add(struct dmu_device *dev, struct dmu_placement *placement);
-void dmu_placed_written(struct dmu_placement *placement);
-void dmu_placed_drop(struct dmu_device *dev, struct dmu_placement *placement);
-
-/* dmu-grant.c: placements without a question. */
-bool dmu_grant_offer(struct dmu_cell *cell);
-void dmu_grant_work(struct work_struct *work);
-void dmu_grant_end(struct dmu_device *dev);
-void dmu_grant_told(struct dmu_device *dev, struct dmu_placement *placement);
-void dmu_grant_renew(struct dmu_device *dev);
-
-/* dmu-flush.c: commit on flush, and invalidations. */
-void dmu_flush_failed(struct dmu_device *dev, int error);
-void dmu_flush_join(struct dmu_device *dev, struct bio *bio);
-void dmu_flush_work(struct work_struct *work);
-void dmu_flush_kick(struct dmu_device *dev);
-void dmu_flush_late(struct work_struct *work);
-void dmu_flush_suspend(struct dmu_device *dev);
-int dmu_flush_answer(struct dmu_device *dev, u64 id, int error);
-void dmu_epoch_work(struct work_struct *work);
-int dmu_epochs_init(struct dmu_device *dev);
-void dmu_epochs_exit(struct dmu_device *dev);
-
-/* dmu-forced.c: forced writes, and what comes upon them. */
-void dmu_force(struct dmu_device *dev, struct bio *bio);
-void dmu_forced_end(struct dmu_device *dev, struct bio *bio);
-bool dmu_forced_meets(struct dmu_device *dev, struct bio *bio);
-bool dmu_forced_may_meet(struct dmu_device *dev, struct bio *bio);
-
-/* dmu-returned.c: order over a suspend. */
-void dmu_returned_stamp(struct dmu_device *dev, struct bio *bio);
-void dmu_returned_note(struct dmu_device *dev, struct bio *bio);
-void dmu_give_back(struct dmu_device *dev, struct bio *bio);
-int dmu_returned_again(struct dmu_device *dev, struct bio *bio);
-void dmu_returned_collect(struct dmu_device *dev, struct bio_list *bios);
-void dmu_returned_expect(struct dmu_device *dev);
-void dmu_returned_drop(struct dmu_device *dev);
-void dmu_returned_work(struct work_struct *work);
-
-/* dmu-failed.c: writes that have failed. */
-bool dmu_failed_waits(struct dmu_device *dev);
-void dmu_failed_note(struct bio *bio);
-bool dmu_failed_hold(struct dmu_device *dev, struct bio *bio, int error);
-void dmu_failed_collect(struct dmu_device *dev, struct bio_list *bios);
-int dmu_failed_answer(struct dmu_device *dev, u64 id, int error);
-void dmu_failed_work(struct work_struct *work);
-
-/* dmu-node.c: /dev/dmu, and messages. */
-int dmu_node_init(void);
-void dmu_node_exit(void);
-int dmu_node_add(struct dmu_device *dev);
-void dmu_node_remove(struct dmu_device *dev);
-void dmu_device_put(struct dmu_device *dev);
-struct dmu_event *dmu_event_alloc(struct dmu_device *dev, gfp_t gfp);
-void dmu_event_free(struct dmu_device *dev, struct dmu_event *event);
-void dmu_event_post(struct dmu_device *dev, struct dmu_event *event);
-void dmu_map_error(struct dmu_device *dev, struct dmu_event *event, u64 block, u64 mark,
-		   int error);
-void dmu_device_error(struct dmu_device *dev, struct bio *bio, bool write, int error);
-
-/* dmu-device.c: tables of one NAME. */
-int dmu_devices_init(void);
-void dmu_devices_exit(void);
-int dmu_attach(struct dmu_table *table, const char *name, unsigned int block_sectors);
-void dmu_detach(struct dmu_table *table);
-
-/* dmu-map.c: the path of a request. */
-int dmu_map(struct dm_target *ti, struct bio *bio);
-int dmu_end_io(struct dm_target *ti, struct bio *bio, blk_status_t *error);
-
-/* dmu-answer.c */
-long dmu_answer_batch(struct dmu_device *dev, struct dmu_batch __user *argument, size_t size);
-ssize_t dmu_answer_write(struct dmu_device *dev, const char __user *buffer, size_t size);
 
 #endif

@@ -1,260 +1,488 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * The path of a request: through the index if it can, into a queue if it must.
+ * The remembered mapping: runs of blocks to words, in an index.
+ *
+ * A word is what a run's blocks have in common: bit 0 set (it marks a word in the index), bit
+ * 1 the right to write, bits 2 to 5 the backing device (15: zeroes), the rest the distance
+ * from a sector of the device to its place, signed. Two runs that continue each other
+ * have the same word, so they are one extent, and splitting costs nothing.
  */
+#include <linux/mm.h>
+#include <linux/moduleparam.h>
+#include <linux/sched.h>
+#include <linux/sched/mm.h>
+#include <linux/slab.h>
 #include "dmu-core.h"
+#include "dmu-io.h"
+#include "dmu-map.h"
+#include "dmu-place.h"
 
-/* A bio that needs more than the index: true when it is held, else as dmu_hold() says. */
-static int dmu_map_held(struct dmu_device *dev, struct bio *bio)
+unsigned long dmu_word(unsigned int device, bool writable, s64 shift)
 {
-	bool requeue;
-
-	dmu_io(bio)->arrival = 0;
-	dmu_stop(DMU_STOP_HOLDING);
-	if (dmu_hold(dev, bio, &requeue))
-		return DM_MAPIO_SUBMITTED;
-	if (!requeue)
-		return -1;
-	dmu_returned_note(dev, bio);
-	dmu_stop(DMU_STOP_RETURNING);
-	return DM_MAPIO_REQUEUE;
+	return ((unsigned long)shift << 6) | (device << 2) | (writable ? 2 : 0) | 1;
 }
 
-static int dmu_map_flush(struct dmu_table *table, struct bio *bio)
+/*
+ * From a block to its word, in four steps at most, whether there is one extent or a million.
+ *
+ * Like a page table: a root, and tables of 64 slots down to leaves with a slot for each block. A
+ * slot is 0 where nothing is mapped, a word (bit 0 set) that all blocks under it share, or
+ * a table that tells them apart. A disk of few extents has hardly any tables; the most that
+ * they can cost is a long for each block. A table whose slots have become alike goes.
+ *
+ * What is committed the worker knows, too: a request that finds it no more asks. So a hand goes
+ * round over the blocks and forgets, a table of the second level at a time, where there are more
+ * tables than index_limit allows, or memory is short. Requests under way to a place that is
+ * forgotten are as good as before: an invalidation waits for them as ever. What is not committed
+ * stays, and while writes that have failed are held, all does: dmu-io.c asks for what such a write
+ * has lost.
+ *
+ * Readers hold the RCU read lock. Changes are made under map_mutex, in two parts: the cuts at both
+ * ends of a run, which change nothing that a reader sees and may find no memory, and then
+ * the run itself, which cannot fail.
+ */
+
+#define DMU_INDEX_BITS	6
+#define DMU_INDEX_SLOTS	(1UL << DMU_INDEX_BITS)
+#define DMU_INDEX_TOP	(3 * DMU_INDEX_BITS)	/* blocks under a slot of the root, as a shift */
+#define DMU_INDEX_MOST	(1UL << 20)		/* slots of the root */
+#define DMU_INDEX_PART	(2 * DMU_INDEX_BITS)	/* blocks that are forgotten together, as a shift */
+#define DMU_INDEX_LOOKS	1024			/* parts that a shrinker looks at, at most */
+
+static unsigned int dmu_index_limit = 64 << 10;
+module_param_named(index_limit, dmu_index_limit, uint, 0644);
+MODULE_PARM_DESC(index_limit,
+		 "KiB of memory for the committed mapping of a device, more of which is forgotten");
+
+static struct kmem_cache *dmu_index_cache;
+static atomic_long_t dmu_index_tables;	/* of all devices */
+
+struct dmu_index_table {
+	unsigned long slot[DMU_INDEX_SLOTS];
+	struct rcu_head rcu;
+};
+
+struct dmu_index {
+	unsigned long slots;
+	unsigned long slot[];
+};
+
+static bool dmu_index_is_table(unsigned long slot)
 {
-	struct dmu_device *dev = table->dev;
+	return slot && !(slot & 1);
+}
+
+static struct dmu_index_table *dmu_index_table(unsigned long slot)
+{
+	return (struct dmu_index_table *)slot;
+}
+
+/* The root, for who changes it. */
+static struct dmu_index *dmu_index_root(struct dmu_device *dev)
+{
+	return rcu_dereference_protected(dev->index, lockdep_is_held(&dev->map_mutex));
+}
+
+/* As dmu_index_lookup(), but sees no further than one slot, or one leaf. */
+static unsigned long dmu_index_find(struct dmu_index *index, u64 block, u64 want, u64 *run)
+{
+	unsigned int shift = DMU_INDEX_TOP;
+	unsigned long *slot = &index->slot[block >> DMU_INDEX_TOP];
+	unsigned long word = READ_ONCE(*slot), limit;
+
+	while (dmu_index_is_table(word)) {
+		shift -= DMU_INDEX_BITS;
+		slot = &dmu_index_table(word)->slot[(block >> shift) & (DMU_INDEX_SLOTS - 1)];
+		word = READ_ONCE(*slot);
+	}
+	*run = (1UL << shift) - (block & ((1UL << shift) - 1));
+	if (shift || want == 1)
+		return word;
+	limit = min_t(u64, want, DMU_INDEX_SLOTS - (block & (DMU_INDEX_SLOTS - 1)));
+	while (*run < limit && READ_ONCE(slot[*run]) == word)
+		++*run;
+	return word;
+}
+
+/*
+ * The word of a block, 0 without one. Sets run to how many blocks from it on share the word,
+ * as far as want asks. The caller holds the RCU read lock.
+ */
+unsigned long dmu_index_lookup(struct dmu_device *dev, u64 block, u64 want, u64 *run)
+{
+	struct dmu_index *index = rcu_dereference(dev->index);
+	u64 end = (u64)index->slots << DMU_INDEX_TOP, more;
+	unsigned long word;
+
+	word = dmu_index_find(index, block, want, run);
+	while (unlikely(*run < want) && block + *run < end) {
+		if (dmu_index_find(index, block + *run, want - *run, &more) != word)
+			break;
+		*run += more;
+	}
+	return word;
+}
+
+/* Makes a table of a slot that all blocks under it share. */
+static int dmu_index_split(struct dmu_device *dev, unsigned long *slot, gfp_t gfp)
+{
+	struct dmu_index_table *table;
 	unsigned int i;
 
-	if (atomic_read(&dev->uncommitted) || table->writable != 1 ||
-	    READ_ONCE(dev->flush.failed)) {
-		if (dmu_requeueing(dev))
-			return DM_MAPIO_REQUEUE;
-		dmu_flush_join(dev, bio);
-		return DM_MAPIO_SUBMITTED;
-	}
-	for (i = 0; !table->devs[i].writable; i++)
-		;
-	dmu_io(bio)->passed = true;
-	bio_set_dev(bio, table->devs[i].dm_dev->bdev);
-	return DM_MAPIO_REMAPPED;
+	table = kmem_cache_alloc(dmu_index_cache, gfp | __GFP_NOWARN);
+	if (!table)
+		return -ENOMEM;
+	for (i = 0; i < DMU_INDEX_SLOTS; i++)
+		table->slot[i] = *slot;
+	dev->index_tables++;
+	atomic_long_inc(&dmu_index_tables);
+	/* Who sees the table sees its slots. */
+	smp_store_release(slot, (unsigned long)table);
+	return 0;
 }
 
-/* Whole blocks are a run for the worker; a rest is ignored, or zeroed as a write is. */
-static int dmu_map_discard(struct dmu_device *dev, struct bio *bio)
+/* Sees to it that no slot has both block and the one before, unless they may stay together. */
+static int dmu_index_cut(struct dmu_device *dev, u64 block, unsigned long word, gfp_t gfp)
 {
-	unsigned int mask = dev->block_sectors - 1, count = bio_sectors(bio);
-	u64 sector = bio->bi_iter.bi_sector, end = sector + count;
-	unsigned int offset = sector & mask;
-	int result;
+	struct dmu_index *index = dmu_index_root(dev);
+	unsigned int shift = DMU_INDEX_TOP;
+	unsigned long *slot;
+	int error;
 
-	if (offset || (count < dev->block_sectors && end != dev->sectors)) {
-		count = min(count, dev->block_sectors - offset);
-		/* The core puts back a bio that was split behind those that were not. */
-		if (count < bio_sectors(bio))
-			dm_accept_partial_bio(bio, count);
-		if (bio_op(bio) == REQ_OP_DISCARD) {
-			bio_endio(bio);
-			return DM_MAPIO_SUBMITTED;
+	if (block >> DMU_INDEX_TOP >= index->slots)
+		return 0;
+	slot = &index->slot[block >> DMU_INDEX_TOP];
+	while (block & ((1UL << shift) - 1)) {
+		if (!dmu_index_is_table(*slot)) {
+			if (*slot == word)
+				return 0;
+			error = dmu_index_split(dev, slot, gfp);
+			if (error)
+				return error;
 		}
-	} else if (end & mask && end != dev->sectors) {
-		dm_accept_partial_bio(bio, count & ~mask);
+		shift -= DMU_INDEX_BITS;
+		slot = &dmu_index_table(*slot)->slot[(block >> shift) & (DMU_INDEX_SLOTS - 1)];
 	}
-	for (;;) {
-		result = dmu_map_held(dev, bio);
-		if (result >= 0)
-			return result;
-		if (dmu_try_issue(dev, bio))
-			return DM_MAPIO_SUBMITTED;
+	return 0;
+}
+
+static void dmu_index_free_rcu(struct rcu_head *rcu)
+{
+	kmem_cache_free(dmu_index_cache, container_of(rcu, struct dmu_index_table, rcu));
+}
+
+/* Frees what a slot of the root or of a table had, when readers are done with it. */
+static void dmu_index_drop(struct dmu_device *dev, unsigned long slot)
+{
+	struct dmu_index_table *table = dmu_index_table(slot);
+	unsigned int i;
+
+	if (!dmu_index_is_table(slot))
+		return;
+	for (i = 0; i < DMU_INDEX_SLOTS; i++)
+		dmu_index_drop(dev, table->slot[i]);
+	dev->index_tables--;
+	atomic_long_dec(&dmu_index_tables);
+	call_rcu(&table->rcu, dmu_index_free_rcu);
+}
+
+static bool dmu_index_is_uniform(struct dmu_index_table *table, unsigned long word)
+{
+	unsigned int i;
+
+	if (table->slot[DMU_INDEX_SLOTS - 1] != word)
+		return false;
+	for (i = 0; i < DMU_INDEX_SLOTS - 1; i++)
+		if (table->slot[i] != word)
+			return false;
+	return true;
+}
+
+/* Sets first to last, counted from the first block under the slot. The cuts are made. */
+static void dmu_index_put(struct dmu_device *dev, unsigned long *slot, unsigned int shift,
+			  u64 first, u64 last, unsigned long word)
+{
+	u64 step = 1UL << shift >> DMU_INDEX_BITS, at;
+	unsigned long old = *slot;
+	bool whole = !first && last == (1UL << shift) - 1;
+
+	if (!whole) {
+		/* Only a run that has the word already was not cut. */
+		if (!dmu_index_is_table(old))
+			return;
+		for (at = round_down(first, step); at <= last; at += step)
+			dmu_index_put(dev, &dmu_index_table(old)->slot[at / step],
+				      shift - DMU_INDEX_BITS, max(first, at) - at,
+				      min(last - at, step - 1), word);
+		whole = dmu_index_is_uniform(dmu_index_table(old), word);
+	}
+	if (whole) {
+		/* See dmu-core.h: the cell that stands, then the place that enters. */
+		smp_store_release(slot, word);
+		dmu_index_drop(dev, old);
 	}
 }
 
 /*
- * The fast path: how many sectors of the bio go where word says, 0 when it has to wait.
- * The caller has entered the epoch and holds the RCU read lock.
+ * Makes the cuts that dmu_index_set() with the same needs, which stay as long as map_mutex is
+ * held; -ENOMEM, and no mapping has changed.
  */
-static unsigned int dmu_lookup(struct dmu_table *table, struct bio *bio, unsigned long *word)
+int dmu_index_ready(struct dmu_device *dev, u64 block, u64 count, unsigned long word,
+		    gfp_t gfp)
 {
-	struct dmu_device *dev = table->dev;
-	unsigned int count, blocks, free, removals;
-	u64 sector, block, run, size;
+	int error;
 
-again:
-	removals = smp_load_acquire(&dev->removals);	/* before the index */
-	sector = bio->bi_iter.bi_sector;
-	block = dmu_block_of(dev, sector);
-	count = bio_sectors(bio);
-	*word = dmu_index_lookup(dev, block, dmu_block_of(dev, sector + count - 1) - block + 1,
-				 &run);
-	if (!*word || (op_is_write(bio_op(bio)) && !dmu_word_writable(*word)))
+	lockdep_assert_held(&dev->map_mutex);
+	error = dmu_index_cut(dev, block, word, gfp);
+	if (!error)
+		error = dmu_index_cut(dev, block + count, word, gfp);
+	return error;
+}
+
+/* Gives count blocks the word, for which dmu_index_ready() has been called. */
+static void dmu_index_set(struct dmu_device *dev, u64 block, u64 count, unsigned long word)
+{
+	u64 last = block + count - 1, at, start;
+	struct dmu_index *index = dmu_index_root(dev);
+
+	lockdep_assert_held(&dev->map_mutex);
+	might_sleep();
+	for (at = block >> DMU_INDEX_TOP; at <= last >> DMU_INDEX_TOP; at++) {
+		start = at << DMU_INDEX_TOP;
+		dmu_index_put(dev, &index->slot[at], DMU_INDEX_TOP, max(block, start) - start,
+			      min(last - start, (1ULL << DMU_INDEX_TOP) - 1), word);
+		cond_resched();
+	}
+}
+
+/* Makes the root reach over so many blocks. The new ones are mapped nowhere. */
+int dmu_index_reach(struct dmu_device *dev, u64 blocks)
+{
+	u64 slots = ((blocks - 1) >> DMU_INDEX_TOP) + 1;
+	struct dmu_index *index, *old;
+	unsigned int noio;
+
+	if (slots > DMU_INDEX_MOST)
+		return -EFBIG;
+	mutex_lock(&dev->map_mutex);
+	old = dmu_index_root(dev);
+	if (old && old->slots >= slots) {
+		mutex_unlock(&dev->map_mutex);
 		return 0;
-	count = min_t(u64, count, ((block + run) << dev->block_shift) - sector);
-	if (dmu_word_device(*word) != DMU_WORD_ZERO) {
-		size = dmu_bdev_sectors(table->devs[dmu_word_device(*word)].dm_dev->bdev);
-		sector += dmu_word_shift(*word);
-		if (unlikely(sector + count > size)) {
-			if (sector < size)
-				count = size - sector;
-			else
-				*word = dmu_word(DMU_WORD_ZERO, false, 0);
+	}
+	noio = memalloc_noio_save();
+	index = kvzalloc(struct_size(index, slot, slots), GFP_KERNEL | __GFP_NOWARN);
+	memalloc_noio_restore(noio);
+	if (index) {
+		index->slots = slots;
+		if (old)
+			memcpy(index->slot, old->slot, old->slots * sizeof(*old->slot));
+		rcu_assign_pointer(dev->index, index);
+	}
+	mutex_unlock(&dev->map_mutex);
+	if (!index)
+		return -ENOMEM;
+	if (old) {
+		synchronize_rcu();
+		kvfree(old);
+	}
+	return 0;
+}
+
+/* Extents, which are runs of blocks that share a word. */
+
+/* The word of a block and how many from it on share a slot: for walking over many. */
+static unsigned long dmu_extent_step(struct dmu_device *dev, u64 block, u64 *run)
+{
+	unsigned long word;
+
+	rcu_read_lock();
+	word = dmu_index_lookup(dev, block, 1, run);
+	rcu_read_unlock();
+	if (!(block & 1023))
+		cond_resched();
+	return word;
+}
+
+/*
+ * How many extents begin from the block on, up to and with the last one. Sets before to the word of
+ * the block in front of it, after to that of the last. What they share is looked up once.
+ */
+static u64 dmu_extent_begins(struct dmu_device *dev, u64 block, u64 last, unsigned long *before,
+			     unsigned long *after)
+{
+	u64 at = block ? block - 1 : 0, count = 0, run;
+	unsigned int steps = 0;
+	unsigned long word = 0;
+
+	rcu_read_lock();
+	*before = 0;
+	for (; at <= last; at += run) {
+		*after = dmu_index_lookup(dev, at, min_t(u64, last - at + 1, 1 << 20), &run);
+		if (at < block)
+			*before = *after;
+		else if (*after && *after != word)
+			count++;
+		word = *after;
+		if (unlikely(!(++steps % 1024))) {
+			rcu_read_unlock();
+			cond_resched();
+			rcu_read_lock();
 		}
 	}
-	dmu_stop(DMU_STOP_LOOKED);
-	smp_rmb();	/* see dmu-core.h: the index before the cells */
-	if (unlikely(atomic_read(&dev->busy))) {
-		blocks = dmu_block_of(dev, bio->bi_iter.bi_sector + count - 1) - block + 1;
-		free = blocks;
-		if (dmu_may_wait(dev, block, blocks))
-			free = dmu_free_run(dev, block, blocks);
-		if (!free)
-			return 0;
-		if (free < blocks)
-			count = ((block + free) << dev->block_shift) - bio->bi_iter.bi_sector;
-	}
-	if (unlikely(atomic_read(&dev->forcing)) && dmu_forced_may_meet(dev, bio))
-		return 0;
-	smp_rmb();	/* see dmu-core.h: the cells before the removals */
-	if (unlikely(READ_ONCE(dev->removals) != removals))
-		goto again;
+	rcu_read_unlock();
 	return count;
 }
 
-static int dmu_remap(struct dmu_table *table, struct bio *bio, unsigned long word,
-		     struct dmu_epoch *epoch, bool force)
+/* Maps a run, for which dmu_index_ready() has been called. */
+void dmu_extent_store(struct dmu_device *dev, u64 block, u64 count, unsigned long word)
 {
-	struct dmu_io *io = dmu_io(bio);
+	u64 end = block + count, last = min(end, dev->blocks - 1), extents;
+	unsigned long before, after = 0;
 
-	io->epoch = epoch;
-	if (dmu_word_device(word) == DMU_WORD_ZERO) {
-		/* A write comes here when its device has become smaller than its place. */
-		if (op_is_write(bio_op(bio)))
-			bio->bi_status = BLK_STS_IOERR;
-		else
-			zero_fill_bio(bio);
-		bio_endio(bio);
-		return DM_MAPIO_SUBMITTED;
-	}
-	if (force) {
-		io->arrival = 0;
-		dmu_force(table->dev, bio);
-	}
-	dmu_failed_note(bio);
-	bio_set_dev(bio, table->devs[dmu_word_device(word)].dm_dev->bdev);
-	bio->bi_iter.bi_sector += dmu_word_shift(word);
-	return DM_MAPIO_REMAPPED;
+	extents = dev->extents - dmu_extent_begins(dev, block, last, &before, &after);
+	dmu_index_set(dev, block, count, word);
+	/* What begins with the run, which is alike, and what begins behind it. */
+	if (word && word != before)
+		extents++;
+	if (last == end && after && after != word)
+		extents++;
+	WRITE_ONCE(dev->extents, extents);
+}
+
+/* Forgets a run; -ENOMEM, and nothing has changed. */
+int dmu_extent_erase(struct dmu_device *dev, u64 block, u64 count)
+{
+	int error = dmu_index_ready(dev, block, count, 0, GFP_NOIO);
+
+	if (!error)
+		dmu_extent_store(dev, block, count, 0);
+	return error;
 }
 
 /*
- * The sectors from the bio's first to the end of what may wait as one: a block, or of a larger
- * one as much as the bytes of one answer serve.
+ * Whether mapping the run to word would move blocks under requests that may be writing
+ * there: what is mapped writable keeps its place and its right until it is invalidated.
  */
-static unsigned int dmu_unit_rest(struct dmu_device *dev, struct bio *bio)
+bool dmu_extent_conflict(struct dmu_device *dev, u64 block, u64 count, unsigned long word)
 {
-	unsigned int unit = dev->block_sectors;
+	u64 end = block + count, run;
+	unsigned long is;
 
-	if (bio_op(bio) == REQ_OP_READ)
-		unit = min_t(unsigned int, unit, DMU_MAX_DATA >> SECTOR_SHIFT);
-	return unit - (bio->bi_iter.bi_sector & (unit - 1));
+	lockdep_assert_held(&dev->map_mutex);
+	for (; block < end; block += run) {
+		is = dmu_extent_step(dev, block, &run);
+		if (dmu_word_writable(is) && is != word)
+			return true;
+	}
+	return false;
 }
 
-int dmu_map(struct dm_target *ti, struct bio *bio)
-{
-	struct dmu_table *table = ti->private;
-	struct dmu_device *dev = table->dev;
-	struct dmu_io *io = dmu_io(bio);
-	struct dmu_epoch *epoch;
-	unsigned int count, rest;
-	unsigned long word;
-	bool force;
-	int result;
+/* Forgetting. */
 
-	io->dev = dev;
-	io->epoch = NULL;
-	io->forced = 0;
-	io->written = false;
-	io->passed = false;
-	if (bio->bi_opf & REQ_PREFLUSH)
-		return dmu_map_flush(table, bio);
-	bio->bi_iter.bi_sector = dm_target_offset(ti, bio->bi_iter.bi_sector);
-	if (unlikely(!list_empty(&dev->returned.notes))) {
-		result = dmu_returned_again(dev, bio);
-		if (result >= 0)
-			return result;
-	}
-	switch (bio_op(bio)) {
-	case REQ_OP_READ:
-	case REQ_OP_WRITE:
-		break;
-	case REQ_OP_DISCARD:
-	case REQ_OP_WRITE_ZEROES:
-		return dmu_map_discard(dev, bio);
-	default:
-		return DM_MAPIO_KILL;
-	}
-	for (;;) {
-		rcu_read_lock();
-		epoch = dmu_epoch_enter_rcu(dev);
-		count = dmu_lookup(table, bio, &word);
-		rcu_read_unlock();
-		if (likely(count)) {
-			force = unlikely(bio->bi_opf & REQ_FUA) &&
-				(atomic_read(&dev->uncommitted) || READ_ONCE(dev->flush.failed));
-			if (force)
-				count = min(count, dmu_unit_rest(dev, bio));
-			if (count < bio_sectors(bio))
-				dm_accept_partial_bio(bio, count);
-			return dmu_remap(table, bio, word, epoch, force);
-		}
-		dmu_epoch_leave(epoch);
-		rest = dmu_unit_rest(dev, bio);
-		if (rest < bio_sectors(bio))
-			dm_accept_partial_bio(bio, rest);
-		result = dmu_map_held(dev, bio);
-		if (result >= 0)
-			return result;
-	}
+/* Whether all that is mapped in the run is committed, and nobody counts on finding it. */
+static bool dmu_index_may_forget(struct dmu_device *dev, u64 block, u64 count)
+{
+	bool may;
+
+	spin_lock_irq(&dev->lock);
+	may = !dmu_failed_waits(dev) && !dmu_placed_overlap(dev, block, count, 0, false);
+	spin_unlock_irq(&dev->lock);
+	return may;
+}
+
+/* The table of the part that begins with the block, or 0; *parts says how many parts share it. */
+static unsigned long dmu_index_part(struct dmu_index *index, u64 block, u64 *parts)
+{
+	unsigned long slot = index->slot[block >> DMU_INDEX_TOP];
+	u64 at = block >> DMU_INDEX_PART;
+
+	*parts = DMU_INDEX_SLOTS - at % DMU_INDEX_SLOTS;
+	if (!dmu_index_is_table(slot))
+		return 0;
+	*parts = 1;
+	slot = dmu_index_table(slot)->slot[at % DMU_INDEX_SLOTS];
+	return dmu_index_is_table(slot) ? slot : 0;
 }
 
 /*
- * A backing device has failed under a request that was sent to it: whoever counts is told, and a
- * write may wait. True when it does. That a device had no place for a request that must not wait
- * is no failure of it.
+ * Forgets parts until no more than so many tables are left, or so many parts have been looked at,
+ * or all have. Those of the run stay.
  */
-static bool dmu_io_failed(struct dmu_device *dev, struct bio *bio, blk_status_t status)
+static void dmu_index_forget(struct dmu_device *dev, unsigned long tables, u64 looks, u64 block,
+			     u64 count)
 {
-	int error = -blk_status_to_errno(status);
+	struct dmu_index *index = dmu_index_root(dev);
+	u64 size = 1UL << DMU_INDEX_PART, end = (u64)index->slots << DMU_INDEX_TOP;
+	u64 turn = end >> DMU_INDEX_PART, at, parts, seen = 0;
 
-	if (status == BLK_STS_DM_REQUEUE || status == BLK_STS_AGAIN)
-		return false;
-	dmu_device_error(dev, bio, op_is_write(bio_op(bio)), error);
-	return dmu_failed_hold(dev, bio, error);
+	lockdep_assert_held(&dev->map_mutex);
+	for (; dev->index_tables > tables && looks-- && seen < turn; seen += parts) {
+		at = dev->index_hand < end ? dev->index_hand : 0;
+		if (dmu_index_part(index, at, &parts) &&
+		    (at >= block + count || block >= at + size) &&
+		    dmu_index_may_forget(dev, at, size))
+			dmu_extent_store(dev, at, size, 0);
+		dev->index_hand = at + parts * size;
+		cond_resched();
+	}
 }
 
-int dmu_end_io(struct dm_target *ti, struct bio *bio, blk_status_t *error)
+/* Something has been mapped, and stays: see that there are not too many tables. */
+void dmu_index_bound(struct dmu_device *dev, u64 block, u64 count)
 {
-	struct dmu_io *io = dmu_io(bio);
-	bool issued = io->epoch;
-	unsigned long flags;
+	unsigned long most = ((u64)READ_ONCE(dmu_index_limit) << 10) / sizeof(struct dmu_index_table);
 
-	if (issued) {
-		dmu_epoch_leave(io->epoch);
-		io->epoch = NULL;
+	lockdep_assert_held(&dev->map_mutex);
+	/* Where most of them have to stay it is not looked each time. */
+	if (likely(dev->index_tables <= max(most, READ_ONCE(dev->index_looked))))
+		return;
+	dmu_index_forget(dev, most - most / 8, U64_MAX, block, count);
+	WRITE_ONCE(dev->index_looked, dev->index_tables + most / 8);
+}
+
+/* Memory is short: forgets so many tables, if that can be done at once; says how many it has. */
+unsigned long dmu_index_shrink(struct dmu_device *dev, unsigned long count)
+{
+	unsigned long before;
+
+	if (!mutex_trylock(&dev->map_mutex))
+		return 0;
+	before = dev->index_tables;
+	dmu_index_forget(dev, before - min(before, count), DMU_INDEX_LOOKS, 0, 0);
+	count = before - dev->index_tables;
+	mutex_unlock(&dev->map_mutex);
+	return count;
+}
+
+unsigned long dmu_index_count(void)
+{
+	return atomic_long_read(&dmu_index_tables);
+}
+
+/* No reader is left. */
+void dmu_index_free(struct dmu_device *dev)
+{
+	struct dmu_index *index = rcu_dereference_protected(dev->index, true);
+	unsigned long i;
+
+	for (i = 0; index && i < index->slots; i++) {
+		dmu_index_drop(dev, index->slot[i]);
+		cond_resched();
 	}
-	if (unlikely(*error)) {
-		if (io->passed && *error != BLK_STS_DM_REQUEUE)
-			dmu_flush_failed(io->dev, blk_status_to_errno(*error));
-		else if (issued && dmu_io_failed(io->dev, bio, *error))
-			return DM_ENDIO_INCOMPLETE;
-		else if (io->written && *error == BLK_STS_DM_REQUEUE)
-			dmu_returned_note(io->dev, bio);
-	} else if (unlikely(io->forced && !io->written)) {
-		io->written = true;
-		dmu_flush_join(io->dev, bio);
-		return DM_ENDIO_INCOMPLETE;
-	}
-	if (unlikely(io->forced)) {
-		spin_lock_irqsave(&io->dev->lock, flags);
-		dmu_forced_end(io->dev, bio);
-		spin_unlock_irqrestore(&io->dev->lock, flags);
-	}
-	return DM_ENDIO_DONE;
+	kvfree(index);
+}
+
+/* What a worker can make the kernel keep counts as its cgroup's. */
+int dmu_index_init(void)
+{
+	dmu_index_cache = KMEM_CACHE(dmu_index_table, SLAB_ACCOUNT);
+	return dmu_index_cache ? 0 : -ENOMEM;
+}
+
+void dmu_index_exit(void)
+{
+	/* What was given up may still be on its way. */
+	rcu_barrier();
+	kmem_cache_destroy(dmu_index_cache);
 }

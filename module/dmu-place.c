@@ -14,7 +14,108 @@
  */
 #include <linux/delay.h>
 #include <linux/sched/mm.h>
+#include <linux/slab.h>
+#include "dmu-cell.h"
+#include "dmu-commit.h"
 #include "dmu-core.h"
+#include "dmu-io.h"
+#include "dmu-map.h"
+#include "dmu-node.h"
+#include "dmu-place.h"
+#include "dmu-trace.h"
+
+/* What is not committed. */
+
+static unsigned long dmu_placed_word(struct dmu_device *dev, struct dmu_placement *placement)
+{
+	if (placement->device == DMU_DEVICE_ZERO)
+		return dmu_word(DMU_WORD_ZERO, false, 0);
+	return dmu_word(placement->device, placement->writable,
+			placement->sector - (placement->block << dev->block_shift));
+}
+
+/*
+ * Whether an uncommitted placement lies in the run, other than, where that is allowed, one
+ * that says the same.
+ */
+bool dmu_placed_overlap(struct dmu_device *dev, u64 block, u64 count, unsigned long word,
+			bool same_allowed)
+{
+	struct rb_node *node = dev->placed.rb_node, *first = NULL;
+	struct dmu_placement *placement;
+
+	lockdep_assert_held(&dev->lock);
+	while (node) {
+		placement = rb_entry(node, struct dmu_placement, node);
+		if (placement->block + placement->count <= block) {
+			node = node->rb_right;
+		} else {
+			first = node;
+			node = node->rb_left;
+		}
+	}
+	for (node = first; node; node = rb_next(node)) {
+		placement = rb_entry(node, struct dmu_placement, node);
+		if (placement->block >= block + count)
+			break;
+		if (!same_allowed || dmu_placed_word(dev, placement) != word)
+			return true;
+	}
+	return false;
+}
+
+/* Lists a placement; it overlaps no other, and its mark is the highest. */
+static void dmu_placed_add(struct dmu_device *dev, struct dmu_placement *placement)
+{
+	struct rb_node **link = &dev->placed.rb_node, *parent = NULL;
+	unsigned int count;
+
+	lockdep_assert_held(&dev->lock);
+	while (*link) {
+		parent = *link;
+		if (placement->block < rb_entry(parent, struct dmu_placement, node)->block)
+			link = &parent->rb_left;
+		else
+			link = &parent->rb_right;
+	}
+	rb_link_node(&placement->node, parent, link);
+	rb_insert_color(&placement->node, &dev->placed);
+	list_add_tail(&placement->list, &dev->placements);
+	if (placement->in_flight)
+		list_add_tail(&placement->writing, &dev->writing);
+	WRITE_ONCE(dev->last_mark, placement->mark);
+	count = atomic_inc_return(&dev->uncommitted);
+	if (count == 1) {
+		dev->flush.uncommitted = jiffies;
+		queue_delayed_work(dev->wq, &dev->flush.late, DMU_ASK_AFTER);
+	} else if (!(count % DMU_ASK_COMMIT)) {
+		dev->flush.wanted = true;
+		queue_work(dev->wq, &dev->flush.work);
+	}
+}
+
+/* Its data is in its place. The caller holds dev->lock. */
+static void dmu_placed_written(struct dmu_placement *placement)
+{
+	placement->in_flight = false;
+	list_del(&placement->writing);
+}
+
+void dmu_placed_drop(struct dmu_device *dev, struct dmu_placement *placement)
+{
+	lockdep_assert_held(&dev->lock);
+	if (dev->dumping && dev->dump_next == &placement->list)
+		dev->dump_next = placement->list.next;
+	if (placement->in_flight)
+		list_del(&placement->writing);
+	rb_erase(&placement->node, &dev->placed);
+	dmu_grant_told(dev, placement);
+	list_del(&placement->list);
+	atomic_dec(&dev->uncommitted);
+	kmem_cache_free(dmu_placement_cache, placement);
+}
+
+/* The preparation. */
 
 static struct block_device *dmu_bdev(struct dmu_device *dev, unsigned int device)
 {
@@ -164,7 +265,7 @@ static void dmu_place_write(struct dmu_cell *cell)
 }
 
 /* Starts the preparation that the cell's answer asks for. Process context. */
-void dmu_prepare(struct dmu_cell *cell)
+static void dmu_prepare(struct dmu_cell *cell)
 {
 	struct dmu_device *dev = cell->dev;
 	struct dmu_answer *a = &cell->answer;
@@ -310,91 +411,560 @@ void dmu_zero_bio(struct dmu_device *dev, struct bio *bio, unsigned long word,
 	dm_kcopyd_zero(dev->kcopyd, 1, &to, 0, dmu_zero_bio_done, bio);
 }
 
-static unsigned long dmu_placed_word(struct dmu_device *dev, struct dmu_placement *placement)
+/*
+ * MAP: checked, remembered, and, for a write or a discard, prepared.
+ */
+
+bool dmu_bad_run(struct dmu_device *dev, u64 block, u64 count)
 {
-	if (placement->device == DMU_DEVICE_ZERO)
-		return dmu_word(DMU_WORD_ZERO, false, 0);
-	return dmu_word(placement->device, placement->writable,
-			placement->sector - (placement->block << dev->block_shift));
+	return !count || block >= dev->blocks || count > dev->blocks - block;
+}
+
+/* Checks a place for so many sectors; where nothing is written it may end early. */
+int dmu_check_place(struct dmu_device *dev, unsigned int device, u64 sector, u64 count,
+			   bool written)
+{
+	struct dmu_table *table = dev->table;
+	struct block_device *bdev;
+	u64 size;
+
+	if (device == DMU_DEVICE_ZERO)
+		return written ? -EROFS : 0;
+	if (device >= table->count)
+		return -ENXIO;
+	if (written && !table->devs[device].writable)
+		return -EROFS;
+	bdev = table->devs[device].dm_dev->bdev;
+	if (sector & ((bdev_logical_block_size(bdev) >> SECTOR_SHIFT) - 1))
+		return -EINVAL;
+	size = dmu_bdev_sectors(bdev);
+	if (sector > S64_MAX >> 7 || (written && (sector > size || count > size - sector)))
+		return -ERANGE;
+	return 0;
 }
 
 /*
- * Whether an uncommitted placement lies in the run, other than, where that is allowed, one
- * that says the same.
+ * What a request waits for may be what makes memory free: it must not wait for memory, and may take
+ * of the reserve the few bytes that it needs. So between these two; what is sent to a device is
+ * not.
  */
-bool dmu_placed_overlap(struct dmu_device *dev, u64 block, u64 count, unsigned long word,
-			bool same_allowed)
+static unsigned int dmu_reserve_save(struct dmu_cell *cell)
 {
-	struct rb_node *node = dev->placed.rb_node, *first = NULL;
+	return cell ? memalloc_noreclaim_save() : 0;
+}
+
+static void dmu_reserve_restore(struct dmu_cell *cell, unsigned int flags)
+{
+	if (cell)
+		memalloc_noreclaim_restore(flags);
+}
+
+static unsigned long dmu_answer_word(struct dmu_device *dev, struct dmu_answer *a)
+{
+	if (a->device == DMU_DEVICE_ZERO)
+		return dmu_word(DMU_WORD_ZERO, false, 0);
+	return dmu_word(a->device, a->flags & DMU_WRITABLE,
+			a->sector - (a->block << dev->block_shift));
+}
+
+static int dmu_check_map(struct dmu_device *dev, struct dmu_answer *a)
+{
+	u32 first = a->flags & (DMU_COPY_FIRST | DMU_ZERO_FIRST);
+	int error;
+
+	if (dmu_bad_run(dev, a->block, a->count))
+		return -ERANGE;
+	if ((a->flags & DMU_TEMPORARY) && (a->flags & DMU_HOLD_FLUSH))
+		return -EINVAL;
+	if (first && (first & (first - 1) || a->count != 1 || !(a->flags & DMU_WRITABLE)))
+		return -EINVAL;
+	error = dmu_check_place(dev, a->device, a->sector,
+				dmu_run_sectors(dev, a->block, a->count),
+				a->flags & DMU_WRITABLE);
+	if (error)
+		return error;
+	if (a->flags & DMU_COPY_FIRST) {
+		error = dmu_check_place(dev, a->from_device, a->from_sector, 0, false);
+		if (error)
+			return error;
+	}
+	if ((a->flags & DMU_HOLD_FLUSH) &&
+	    (a->mark <= READ_ONCE(dev->last_mark) || a->mark > DMU_MAX_MARK))
+		return -ERANGE;
+	if (!(a->flags & DMU_HOLD_FLUSH) && a->mark)
+		return -EINVAL;
+	return 0;
+}
+
+/* Stores the run, unless it would move what may be in use, and lists its placement. */
+static int dmu_remember(struct dmu_device *dev, struct dmu_answer *a, struct dmu_cell *cell,
+			struct dmu_placement *placement)
+{
+	unsigned long word = dmu_answer_word(dev, a);
+	unsigned int flags;
+	int error = 0;
+
+	mutex_lock(&dev->map_mutex);
+	spin_lock_irq(&dev->lock);
+	if (dmu_preparing_overlap(dev, a->block, a->count, cell, word) ||
+	    dmu_placed_overlap(dev, a->block, a->count, word, !(a->flags & DMU_HOLD_FLUSH)))
+		error = -EEXIST;
+	else if (placement && a->mark <= dev->last_mark)
+		error = -ERANGE;	/* grants have used it up meanwhile */
+	else if (placement && atomic_read(&dev->uncommitted) >= DMU_MAX_UNCOMMITTED)
+		error = -ENOBUFS;
+	spin_unlock_irq(&dev->lock);
+	if (!error && dmu_extent_conflict(dev, a->block, a->count, word))
+		error = -EEXIST;
+	if (!error && !(a->flags & DMU_TEMPORARY)) {
+		flags = dmu_reserve_save(cell);
+		error = dmu_index_ready(dev, a->block, a->count, word, GFP_NOIO);
+		dmu_reserve_restore(cell, flags);
+	}
+	if (!error && placement) {
+		spin_lock_irq(&dev->lock);
+		dmu_placed_add(dev, placement);
+		spin_unlock_irq(&dev->lock);
+	}
+	dmu_stop(DMU_STOP_LISTED);
+	/* Who finds the place finds it uncommitted, too: a forced write asks for that. */
+	if (!error && !(a->flags & DMU_TEMPORARY)) {
+		dmu_extent_store(dev, a->block, a->count, word);
+		dmu_index_bound(dev, a->block, a->count);
+	}
+	mutex_unlock(&dev->map_mutex);
+	return error;
+}
+
+static struct dmu_placement *dmu_placement_make(struct dmu_answer *a, struct dmu_cell *cell,
+						bool in_flight)
+{
+	unsigned int flags = dmu_reserve_save(cell);
 	struct dmu_placement *placement;
 
+	placement = kmem_cache_alloc(dmu_placement_cache, GFP_NOIO | __GFP_NOWARN);
+	dmu_reserve_restore(cell, flags);
+	if (!placement)
+		return NULL;
+	placement->block = a->block;
+	placement->count = a->count;
+	placement->mark = a->mark;
+	placement->sector = a->sector;
+	placement->device = a->device;
+	placement->writable = a->flags & DMU_WRITABLE;
+	placement->in_flight = in_flight;
+	INIT_LIST_HEAD(&placement->untold);
+	return placement;
+}
+
+/* A mapping that is only remembered: unasked, or for a read. */
+static int dmu_map_plain(struct dmu_device *dev, struct dmu_answer *a, struct dmu_cell *cell)
+{
+	struct dmu_placement *placement = NULL;
+	int error;
+
+	if (a->flags & (DMU_COPY_FIRST | DMU_ZERO_FIRST | DMU_SYNC))
+		return -EINVAL;
+	if (a->flags & DMU_HOLD_FLUSH) {
+		placement = dmu_placement_make(a, cell, false);
+		if (!placement)
+			return -ENOMEM;
+	}
+	error = dmu_remember(dev, a, cell, placement);
+	if (error && placement)
+		kmem_cache_free(dmu_placement_cache, placement);
+	return error;
+}
+
+static int dmu_map_read(struct dmu_device *dev, struct dmu_answer *a, struct dmu_cell *cell)
+{
+	struct bio *bio;
+	int error;
+
+	if (a->block != cell->block)
+		error = -ERANGE;
+	else
+		error = dmu_map_plain(dev, a, cell);
+	if (error) {
+		dmu_unclaim(cell);
+		return error;
+	}
+	if (a->flags & DMU_TEMPORARY)
+		while ((bio = dmu_pop_read(cell)))
+			dmu_issue(dev, bio, dmu_answer_word(dev, a), dmu_epoch_enter(dev));
+	dmu_process(cell);
+	return 0;
+}
+
+/* The requests that the worker was asked about have left: its placement comes to nothing. */
+static void dmu_map_orphan(struct dmu_device *dev, struct dmu_answer *a, struct dmu_cell *cell)
+{
+	spin_lock_irq(&dev->lock);
+	dmu_map_error(dev, cell->event, a->block, a->mark, ECANCELED);
+	spin_unlock_irq(&dev->lock);
+	cell->event = NULL;
+	dmu_process(cell);
+}
+
+static int dmu_check_write(struct dmu_answer *a, struct dmu_cell *cell)
+{
+	if (a->block != cell->block)
+		return -ERANGE;
+	/* A write that fails takes its placement along: that must be its own block only. */
+	if (cell->type == DMU_FAULT && a->count != 1)
+		return -ERANGE;
+	if (cell->type == DMU_FAULT)
+		return a->flags & DMU_WRITABLE ? 0 : -EINVAL;
+	if (a->flags & (DMU_COPY_FIRST | DMU_ZERO_FIRST | DMU_TEMPORARY | DMU_LINKED))
+		return -EINVAL;
+	if (!(a->flags & DMU_WRITABLE) && a->device != DMU_DEVICE_ZERO)
+		return -EINVAL;
+	return a->count > cell->count ? -ERANGE : 0;
+}
+
+/* A place for a write or a discard. */
+static int dmu_map_write(struct dmu_device *dev, struct dmu_answer *a, struct dmu_cell *cell,
+			 struct dmu_chain *chain)
+{
+	struct dmu_placement *placement = NULL;
+	int error = dmu_check_write(a, cell);
+	unsigned int flags;
+
+	if (error)
+		goto refuse;
+	error = -ENOBUFS;
+	flags = dmu_reserve_save(cell);
+	cell->event = dmu_event_alloc(dev, GFP_NOIO | __GFP_NOWARN);
+	dmu_reserve_restore(cell, flags);
+	if (!cell->event)
+		goto refuse;
+	error = -ENOMEM;
+	if (a->flags & DMU_HOLD_FLUSH) {
+		placement = dmu_placement_make(a, cell, true);
+		if (!placement)
+			goto refuse_event;
+	}
+	spin_lock_irq(&dev->lock);
+	if (!cell->orphan)
+		cell->active = bio_list_pop(&cell->bios);
+	spin_unlock_irq(&dev->lock);
+	if (!cell->active) {
+		if (placement)
+			kmem_cache_free(dmu_placement_cache, placement);
+		dmu_map_orphan(dev, a, cell);
+		return 0;
+	}
+	cell->epoch = dmu_epoch_enter(dev);
+	error = dmu_remember(dev, a, cell, placement);
+	if (error)
+		goto refuse_epoch;
+	cell->answer = *a;
+	cell->word = dmu_answer_word(dev, a);
+	cell->placement = placement;
+	cell->error = 0;
+	if (a->flags & DMU_LINKED) {
+		init_completion(&chain->prepared);
+		cell->linked = &chain->prepared;
+		chain->held = cell;
+	}
+	spin_lock_irq(&dev->lock);
+	cell->state = DMU_PREPARING;
+	spin_unlock_irq(&dev->lock);
+	dmu_prepare(cell);
+	return 0;
+
+refuse_epoch:
+	dmu_epoch_leave(cell->epoch);
+	cell->epoch = NULL;
+	if (placement)
+		kmem_cache_free(dmu_placement_cache, placement);
+refuse_event:
+	dmu_event_free(dev, cell->event);
+	cell->event = NULL;
+refuse:
+	dmu_unclaim(cell);
+	return error;
+}
+
+static int dmu_map_fault(struct dmu_device *dev, struct dmu_answer *a, struct dmu_chain *chain)
+{
+	struct dmu_cell *cell;
+	int error = dmu_claim(dev, a, &cell);
+
+	if (error)
+		return error;
+	if (cell->type == DMU_FAULT && (cell->flags & DMU_READ))
+		return dmu_map_read(dev, a, cell);
+	if (chain->held) {
+		dmu_unclaim(cell);
+		return -EINVAL;
+	}
+	return dmu_map_write(dev, a, cell, chain);
+}
+
+int dmu_take_map(struct dmu_device *dev, struct dmu_answer *a, struct dmu_chain *chain)
+{
+	int error = dmu_check_map(dev, a);
+
+	if (error)
+		return error;
+	if (!a->id)
+		return a->flags & DMU_TEMPORARY ? -EINVAL : dmu_map_plain(dev, a, NULL);
+	return dmu_map_fault(dev, a, chain);
+}
+
+/*
+ * Grants: first writes that are placed without a question.
+ *
+ * The worker says beforehand where the blocks of a run go (GRANT). A write to one of them that
+ * is mapped to be read only is then treated as if the worker had answered at once: the block is
+ * carried along from where it is read, and its placement is uncommitted, under the mark after
+ * the last. The worker reads of it (PLACED) before it reads any question.
+ *
+ * A cell that finds a grant goes to dev->granting, and grant_work decides: not every context in
+ * which a request arrives may sleep, and many cells share one run of the work. Whatever
+ * stands in the way there, memory included, only means that the worker is asked.
+ *
+ * A grant ends with its opener: what decides looks at it again under dev->lock, in the moment
+ * in which the placement is listed. So after the end, or an answer that takes it back, every
+ * placement of it is in the list, for PLACED and for a dump.
+ */
+
+/* Whether a write to the block may be placed now. */
+static bool dmu_grant_holds(struct dmu_device *dev, u64 block)
+{
+	struct dmu_grant *grant = &dev->grant;
+
 	lockdep_assert_held(&dev->lock);
-	while (node) {
-		placement = rb_entry(node, struct dmu_placement, node);
-		if (placement->block + placement->count <= block) {
-			node = node->rb_right;
-		} else {
-			first = node;
-			node = node->rb_left;
+	return block - grant->block < grant->count && dev->untold_count < grant->budget &&
+	       !dev->requeue && atomic_read(&dev->uncommitted) < DMU_MAX_UNCOMMITTED &&
+	       dev->last_mark < DMU_MAX_MARK;
+}
+
+static unsigned long dmu_grant_lookup(struct dmu_device *dev, u64 block)
+{
+	unsigned long word;
+	u64 run;
+
+	rcu_read_lock();
+	word = dmu_index_lookup(dev, block, 1, &run);
+	rcu_read_unlock();
+	return word;
+}
+
+/* Takes the first bio of a cell that is to ask, if it need not. The caller holds dev->lock. */
+bool dmu_grant_offer(struct dmu_cell *cell)
+{
+	struct dmu_device *dev = cell->dev;
+	struct bio *bio = bio_list_peek(&cell->bios);
+
+	if (cell->type != DMU_FAULT || !op_is_write(bio_op(bio)) ||
+	    !dmu_grant_holds(dev, cell->block) || !dmu_grant_lookup(dev, cell->block))
+		return false;
+	cell->active = bio_list_pop(&cell->bios);
+	cell->state = DMU_CLAIMED;
+	list_move_tail(&cell->unsent, &dev->granting);
+	queue_work(dev->wq, &dev->grant_work);
+	return true;
+}
+
+/* The worker has to be asked after all. */
+static void dmu_grant_ask(struct dmu_cell *cell)
+{
+	struct dmu_device *dev = cell->dev;
+
+	spin_lock_irq(&dev->lock);
+	bio_list_add_head(&cell->bios, cell->active);
+	cell->active = NULL;
+	if (dmu_requeueing(dev)) {
+		dmu_return_cell(cell);
+		return;
+	}
+	dmu_ask(cell);
+	spin_unlock_irq(&dev->lock);
+}
+
+/* Makes the cell one that was answered. Its block is read where from says. */
+static void dmu_grant_fill(struct dmu_cell *cell, unsigned long word, unsigned long from)
+{
+	u64 start = cell->block << cell->dev->block_shift;
+	struct dmu_placement *placement = cell->placement;
+	struct dmu_answer *a = &cell->answer;
+
+	memset(a, 0, sizeof(*a));
+	a->type = DMU_MAP;
+	a->flags = DMU_WRITABLE | DMU_COPY_FIRST | DMU_HOLD_FLUSH;
+	a->block = cell->block;
+	a->count = 1;
+	a->device = dmu_word_device(word);
+	a->sector = start + dmu_word_shift(word);
+	a->from_device = DMU_DEVICE_ZERO;
+	if (dmu_word_device(from) != DMU_WORD_ZERO) {
+		a->from_device = dmu_word_device(from);
+		a->from_sector = start + dmu_word_shift(from);
+	}
+	a->mark = cell->dev->last_mark + 1;
+	placement->block = cell->block;
+	placement->count = 1;
+	placement->mark = a->mark;
+	placement->sector = a->sector;
+	placement->device = a->device;
+	placement->writable = true;
+	placement->in_flight = true;
+	cell->word = word;
+	cell->error = 0;
+}
+
+/* Lists the placement and maps the block to it; the cell has what that needs. */
+static bool dmu_grant_place(struct dmu_cell *cell)
+{
+	struct dmu_device *dev = cell->dev;
+	unsigned long from, word;
+	bool placed = false;
+	unsigned int flags;
+	int error;
+
+	mutex_lock(&dev->map_mutex);
+	from = dmu_grant_lookup(dev, cell->block);
+	word = READ_ONCE(dev->grant.word);
+	if (!from || dmu_word_writable(from))
+		goto out;
+	flags = memalloc_noreclaim_save();
+	error = dmu_index_ready(dev, cell->block, 1, word, GFP_NOWAIT);
+	memalloc_noreclaim_restore(flags);
+	if (error)
+		goto out;
+	spin_lock_irq(&dev->lock);
+	if (dmu_grant_holds(dev, cell->block) && dev->grant.word == word &&
+	    !dmu_placed_overlap(dev, cell->block, 1, word, false)) {
+		dmu_grant_fill(cell, word, from);
+		dmu_placed_add(dev, cell->placement);
+		list_add_tail(&cell->placement->untold, &dev->untold);
+		if (++dev->untold_count >= dev->grant.budget / 2 && !dev->telling) {
+			dev->telling = true;
+			wake_up(&dev->wait);
 		}
+		cell->state = DMU_PREPARING;
+		placed = true;
 	}
-	for (node = first; node; node = rb_next(node)) {
-		placement = rb_entry(node, struct dmu_placement, node);
-		if (placement->block >= block + count)
+	spin_unlock_irq(&dev->lock);
+	dmu_stop(DMU_STOP_LISTED);
+	if (placed) {
+		dmu_extent_store(dev, cell->block, 1, word);
+		dmu_index_bound(dev, cell->block, 1);
+	}
+out:
+	mutex_unlock(&dev->map_mutex);
+	return placed;
+}
+
+static void dmu_grant_cell(struct dmu_cell *cell)
+{
+	struct dmu_device *dev = cell->dev;
+	unsigned int flags;
+
+	dmu_stop(DMU_STOP_GRANTING);
+	cell->epoch = dmu_epoch_enter(dev);
+	/* As an answer to it: see dmu_reserve_save(). */
+	flags = memalloc_noreclaim_save();
+	cell->event = dmu_event_alloc(dev, GFP_NOWAIT | __GFP_NOWARN);
+	cell->placement = kmem_cache_alloc(dmu_placement_cache, GFP_NOWAIT | __GFP_NOWARN);
+	memalloc_noreclaim_restore(flags);
+	if (cell->event && cell->placement && dmu_grant_place(cell)) {
+		dmu_count(dev, DMU_STAT_GRANTED);
+		trace_dmu_answer(dev->minor, DMU_GRANT, cell->answer.flags, 0, cell->block, 0);
+		dmu_prepare(cell);
+		return;
+	}
+	if (cell->placement)
+		kmem_cache_free(dmu_placement_cache, cell->placement);
+	cell->placement = NULL;
+	if (cell->event)
+		dmu_event_free(dev, cell->event);
+	cell->event = NULL;
+	dmu_epoch_leave(cell->epoch);
+	cell->epoch = NULL;
+	dmu_grant_ask(cell);
+}
+
+void dmu_grant_work(struct work_struct *work)
+{
+	struct dmu_device *dev = container_of(work, struct dmu_device, grant_work);
+	unsigned int flags = memalloc_noio_save();	/* for what is sent to a device */
+	struct dmu_cell *cell;
+
+	for (;;) {
+		spin_lock_irq(&dev->lock);
+		cell = list_first_entry_or_null(&dev->granting, struct dmu_cell, unsent);
+		if (cell)
+			list_del_init(&cell->unsent);
+		spin_unlock_irq(&dev->lock);
+		if (!cell)
 			break;
-		if (!same_allowed || dmu_placed_word(dev, placement) != word)
-			return true;
+		dmu_grant_cell(cell);
 	}
-	return false;
+	memalloc_noio_restore(flags);
 }
 
-/* Lists a placement; it overlaps no other, and its mark is the highest. */
-void dmu_placed_add(struct dmu_device *dev, struct dmu_placement *placement)
-{
-	struct rb_node **link = &dev->placed.rb_node, *parent = NULL;
-	unsigned int count;
-
-	lockdep_assert_held(&dev->lock);
-	while (*link) {
-		parent = *link;
-		if (placement->block < rb_entry(parent, struct dmu_placement, node)->block)
-			link = &parent->rb_left;
-		else
-			link = &parent->rb_right;
-	}
-	rb_link_node(&placement->node, parent, link);
-	rb_insert_color(&placement->node, &dev->placed);
-	list_add_tail(&placement->list, &dev->placements);
-	if (placement->in_flight)
-		list_add_tail(&placement->writing, &dev->writing);
-	WRITE_ONCE(dev->last_mark, placement->mark);
-	count = atomic_inc_return(&dev->uncommitted);
-	if (count == 1) {
-		dev->flush.uncommitted = jiffies;
-		queue_delayed_work(dev->wq, &dev->flush.late, DMU_ASK_AFTER);
-	} else if (!(count % DMU_ASK_COMMIT)) {
-		dev->flush.wanted = true;
-		queue_work(dev->wq, &dev->flush.work);
-	}
-}
-
-/* Its data is in its place. The caller holds dev->lock. */
-void dmu_placed_written(struct dmu_placement *placement)
-{
-	placement->in_flight = false;
-	list_del(&placement->writing);
-}
-
-void dmu_placed_drop(struct dmu_device *dev, struct dmu_placement *placement)
+/* The worker knows of the placement, or need not any more. */
+void dmu_grant_told(struct dmu_device *dev, struct dmu_placement *placement)
 {
 	lockdep_assert_held(&dev->lock);
-	if (dev->dumping && dev->dump_next == &placement->list)
-		dev->dump_next = placement->list.next;
-	if (placement->in_flight)
-		list_del(&placement->writing);
-	rb_erase(&placement->node, &dev->placed);
-	dmu_grant_told(dev, placement);
-	list_del(&placement->list);
-	atomic_dec(&dev->uncommitted);
-	kmem_cache_free(dmu_placement_cache, placement);
+	if (list_empty(&placement->untold))
+		return;
+	list_del_init(&placement->untold);
+	if (!--dev->untold_count)
+		dev->telling = false;
+}
+
+/* Nothing is granted any more; whoever comes next hears of what was placed by a dump. */
+void dmu_grant_end(struct dmu_device *dev)
+{
+	struct dmu_placement *placement, *next;
+
+	lockdep_assert_held(&dev->lock);
+	memset(&dev->grant, 0, sizeof(dev->grant));
+	list_for_each_entry_safe(placement, next, &dev->untold, untold)
+		dmu_grant_told(dev, placement);
+}
+
+/* Another table has come: a place that it has not is granted no more. */
+void dmu_grant_renew(struct dmu_device *dev)
+{
+	struct dmu_grant *grant = &dev->grant;
+
+	lockdep_assert_held(&dev->lock);
+	if (grant->count &&
+	    dmu_check_place(dev, dmu_word_device(grant->word),
+			    (grant->block << dev->block_shift) + dmu_word_shift(grant->word),
+			    dmu_run_sectors(dev, grant->block, grant->count), true))
+		memset(grant, 0, sizeof(*grant));
+}
+
+int dmu_take_grant(struct dmu_device *dev, struct dmu_answer *a)
+{
+	struct dmu_grant grant = {};
+	int error;
+
+	if (a->count) {
+		if (dmu_bad_run(dev, a->block, a->count))
+			return -ERANGE;
+		if (!a->length || a->length > DMU_MAX_BUDGET)
+			return -EINVAL;
+		error = dmu_check_place(dev, a->device, a->sector,
+					dmu_run_sectors(dev, a->block, a->count), true);
+		if (error)
+			return error;
+		grant.block = a->block;
+		grant.count = a->count;
+		grant.word = dmu_word(a->device, true,
+				      a->sector - (a->block << dev->block_shift));
+		grant.budget = a->length;
+	}
+	spin_lock_irq(&dev->lock);
+	dev->grant = grant;
+	dev->telling = dev->untold_count > 0;
+	wake_up(&dev->wait);
+	spin_unlock_irq(&dev->lock);
+	return 0;
 }

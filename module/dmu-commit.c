@@ -14,7 +14,11 @@
  * then on, until the administrator says clear_error. EIO of the worker says the same of what it
  * writes itself; any other code of it only means that the next flush asks again.
  */
+#include "dmu-commit.h"
 #include "dmu-core.h"
+#include "dmu-io.h"
+#include "dmu-node.h"
+#include "dmu-place.h"
 #include "dmu-trace.h"
 
 /* A flush, or a write with FUA that is written, waits for the next commit. */
