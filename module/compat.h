@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
  * What differs between the kernels that the module is built for, and nothing else.
- * Tried: 6.1, 6.12. Built (lab/module-builds): these, 5.10, 7.3. The branches for older kernels
+ * Tried: 6.1, 6.12, 7.3. Built (lab/module-builds): these, 5.10. The branches for older kernels
  * follow their headers.
  */
 #ifndef DMU_COMPAT_H
