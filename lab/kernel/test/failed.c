@@ -294,6 +294,30 @@ static void held_forgotten(void)
 	rig_down(&rig);
 }
 
+/*
+ * That a device has no place for a request that must not wait is no failure of it. A request that has
+ * waited already waits there as well.
+ */
+static void not_to_wait(void)
+{
+	struct rig rig = held();
+	struct dmu_message m;
+	struct guest *g;
+
+	CHECK(run("dmsetup suspend --noflush store") == 0, "%s", said());
+	end(begin(&rig, WRITE_NOWAIT, 2 * BLOCK, BLOCK, 7), EAGAIN);
+	expect_silence(rig.node);
+	g = begin(&rig, WRITE_NOWAIT, 34 * BLOCK, BLOCK, 7);
+	m = expect(rig.node, DMU_FAULT);
+	CHECK(answer(rig.node, map(m.id, 34, 1, 0, PLACE(34), DMU_WRITABLE)) == 0);
+	still_waits(g);
+	expect_silence(rig.node);
+	CHECK(run("dmsetup resume store") == 0, "%s", said());
+	end(g, 0);
+	check_place(&rig, 34, 1, 7);
+	rig_down(&rig);
+}
+
 /* fail_faults without a worker: what waits fails, and so does what comes later, until one comes. */
 static void fail_later(void)
 {
@@ -334,6 +358,7 @@ const struct scenario failed_scenarios[] = {
 	{ "held-over-others", held_over_others },
 	{ "held-forced", held_forced },
 	{ "held-forgotten", held_forgotten },
+	{ "not-to-wait", not_to_wait },
 	{ "fail-later", fail_later },
 	{ 0 },
 };

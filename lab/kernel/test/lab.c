@@ -10,6 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/uio.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -257,6 +258,11 @@ static void *guest_main(void *argument)
 		done = ioctl(guest->disk, BLKDISCARD, range) ? -1 : (ssize_t)size;
 	else if (guest->op == ZERO_IT)
 		done = ioctl(guest->disk, BLKZEROOUT, range) ? -1 : (ssize_t)size;
+	if (guest->op == WRITE_NOWAIT) {
+		struct iovec all = { guest->data, size };
+
+		done = pwritev2(guest->disk, &all, 1, range[0], RWF_NOWAIT);
+	}
 	if (guest->op == WRITE_SYNC) {
 		int disk = open(DISK, O_RDWR | O_DIRECT | O_DSYNC);
 

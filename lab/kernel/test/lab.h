@@ -69,7 +69,7 @@ struct dmu_answer map(uint64_t id, uint64_t block, uint64_t count, unsigned int 
 		      uint64_t sector, uint32_t flags);
 
 /* The guest's side: one request, done by a thread of its own. */
-enum guest_op { READ_IT, WRITE_IT, WRITE_SYNC, FLUSH_IT, DISCARD_IT, ZERO_IT };
+enum guest_op { READ_IT, WRITE_IT, WRITE_SYNC, WRITE_NOWAIT, FLUSH_IT, DISCARD_IT, ZERO_IT };
 
 struct guest {
 	pthread_t thread;
