@@ -171,6 +171,7 @@ static struct dmu_device *dmu_device_create(struct dm_target *ti, const char *na
 {
 	struct dmu_device *dev = kzalloc(sizeof(*dev), GFP_KERNEL);
 	int error = -ENOMEM;
+	bool limited;
 
 	ti->error = "out of memory";
 	if (!dev)
@@ -193,7 +194,9 @@ static struct dmu_device *dmu_device_create(struct dm_target *ti, const char *na
 		error = -ENOMEM;
 		goto no_wq;
 	}
-	dev->kcopyd = dm_kcopyd_client_create(&dm_kcopyd_throttle);
+	/* Looking at the limit costs each first write a hundredth: only who has one pays. */
+	limited = READ_ONCE(dm_kcopyd_throttle.throttle) < 100;
+	dev->kcopyd = dm_kcopyd_client_create(limited ? &dm_kcopyd_throttle : NULL);
 	if (IS_ERR(dev->kcopyd)) {
 		error = PTR_ERR(dev->kcopyd);
 		goto no_kcopyd;
