@@ -27,7 +27,7 @@
 #define ROUND 20
 
 static struct rig rig;
-static volatile bool over;
+static volatile bool over, unserved;
 static volatile unsigned int reads, writes, failures, deaths, suspends, reloads, sweeps, removals,
 	moves;
 
@@ -289,7 +289,7 @@ static void *worker_main(void *argument)
 	int node = open_node();
 	struct dmu_message m;
 
-	while (!over) {
+	while (!unserved) {
 		if (next_message(node, &m, 5))
 			take(node, &m);
 		leave_place(node, draw(&state) % BLOCKS);
@@ -383,9 +383,11 @@ static void race(bool sweep)
 	for (i = 0; i < (unsigned int)seconds * 10; i++)
 		sleep_ms(100);
 	over = true;
+	/* A suspend that is not noflush ends when all requests have ended, which takes the worker. */
 	pthread_join(others[1], NULL);
 	if (sweep)
 		pthread_join(others[2], NULL);
+	unserved = true;
 	pthread_join(others[0], NULL);
 	/* Nobody answers any more: what waits fails. */
 	CHECK(dm(DM_TARGET_MSG, 0, "fail_faults") == 0);
