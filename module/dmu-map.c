@@ -334,12 +334,45 @@ static u64 dmu_extent_begins(struct dmu_device *dev, u64 block, u64 last, unsign
 	return count;
 }
 
+/*
+ * Maps a block whose neighbours have slots beside its own, as most blocks have that are mapped one
+ * at a time. False: nothing is done. A table in which a neighbour has another word is not uniform.
+ */
+static bool dmu_extent_store_one(struct dmu_device *dev, u64 block, unsigned long word)
+{
+	unsigned long slot = dmu_index_root(dev)->slot[block >> DMU_INDEX_TOP];
+	unsigned int at = block & (DMU_INDEX_SLOTS - 1), shift = DMU_INDEX_TOP;
+	unsigned long *own, is, before, after;
+
+	if (!word || !at || at == DMU_INDEX_SLOTS - 1 || block + 1 >= dev->blocks)
+		return false;
+	for (; shift; slot = *own) {
+		if (!dmu_index_is_table(slot))
+			return false;
+		shift -= DMU_INDEX_BITS;
+		own = &dmu_index_table(slot)->slot[(block >> shift) & (DMU_INDEX_SLOTS - 1)];
+	}
+	is = slot;
+	before = own[-1];
+	after = own[1];
+	if (before == word)
+		return false;
+	WRITE_ONCE(dev->extents, dev->extents + 1 - (is && is != before) +
+				 (after && after != word) - (after && after != is));
+	/* See dmu-core.h: the cell that stands, then the place that enters. */
+	smp_store_release(own, word);
+	return true;
+}
+
 /* Maps a run, for which dmu_index_ready() has been called. */
 void dmu_extent_store(struct dmu_device *dev, u64 block, u64 count, unsigned long word)
 {
 	u64 end = block + count, last = min(end, dev->blocks - 1), extents;
 	unsigned long before, after = 0;
 
+	lockdep_assert_held(&dev->map_mutex);
+	if (count == 1 && dmu_extent_store_one(dev, block, word))
+		return;
 	extents = dev->extents - dmu_extent_begins(dev, block, last, &before, &after);
 	dmu_index_set(dev, block, count, word);
 	/* What begins with the run, which is alike, and what begins behind it. */
