@@ -24,13 +24,19 @@ import Testing
       let holder = list.first { $0.blocks.contains(block) }
       let found = pending.find(block)
       #expect(found.run?.mark == holder?.mark)
+      // One that another has a block of, from before it or behind it, is refused.
+      let end = (Self.page(block) + 1) * DscowBitmap.blocksPerPage
+      let wide = BlockRange(block, min(end, next.map { $0 + 1 } ?? block + 1) - block)
+      if holder != nil || next != nil {
+        #expect(!pending.insert(DscowPending.Run(blocks: wide, mark: mark + 1, fresh: 1)))
+      }
       guard holder == nil else { continue }
       #expect(found.next == next)
       let room = min(next ?? UInt64.max, (Self.page(block) + 1) * DscowBitmap.blocksPerPage) - block
       let count = min(room, UInt64(1 + random.below(3)))
       mark += 1
       let run = DscowPending.Run(blocks: BlockRange(block, count), mark: mark, fresh: count)
-      pending.insert(run)
+      #expect(pending.insert(run))
       list.append(run)
       guard random.below(200) == 0 else { continue }
       let upTo = mark - min(mark, UInt64(random.below(100)))

@@ -214,11 +214,8 @@ public final class Dscow: ImageFormat {
     guard step > 1, extent.place == storePlace(extent.blocks.first), extent.writable,
       extent.mark > 0
     else { throw notOurs(extent) }
-    for run in try split(extent) {
-      // Two runs may not share a block.
-      let (holder, next) = pending.find(run.blocks.first)
-      guard holder == nil, next ?? run.blocks.end >= run.blocks.end else { throw notOurs(extent) }
-      pending.insert(run)
+    try forEachRun(of: extent) { (run) throws(ImageError) in
+      guard pending.insert(run) else { throw notOurs(extent) }
     }
     lastMark = max(lastMark, extent.mark)
   }
@@ -242,7 +239,7 @@ public final class Dscow: ImageFormat {
         extent.mark >= mark, extent.mark > lastMark
       else { throw notOurs(extent) }
       mark = extent.mark
-      runs += try split(extent)
+      try forEachRun(of: extent) { runs.append($0) }
     }
     let ordered = runs.map(\.blocks).sorted { $0.first < $1.first }
     for (one, next) in zip(ordered, ordered.dropFirst()) where one.end > next.first {
@@ -253,8 +250,9 @@ public final class Dscow: ImageFormat {
   }
 
   /// An extent cut at the borders of bitmap pages, its blocks without a bit counted.
-  private func split(_ extent: Extent) throws(ImageError) -> [DscowPending.Run] {
-    var runs: [DscowPending.Run] = []
+  private func forEachRun(
+    of extent: Extent, _ take: (DscowPending.Run) throws(ImageError) -> Void
+  ) throws(ImageError) {
     var block = extent.blocks.first
     while block < extent.blocks.end {
       let page = block / DscowBitmap.blocksPerPage
@@ -266,8 +264,7 @@ public final class Dscow: ImageFormat {
         if !isSet { run.fresh += count }
         block += count
       }
-      runs.append(run)
+      try take(run)
     }
-    return runs
   }
 }

@@ -60,21 +60,34 @@ struct DscowPending {
     return low
   }
 
-  /// Takes in a run that overlaps none and crosses no page.
-  mutating func insert(_ run: Run) {
+  /// Takes in a run that crosses no page; false, and nothing has changed, when another one has a
+  /// block of it.
+  @discardableResult
+  mutating func insert(_ run: Run) -> Bool {
     let page = run.blocks.first / DscowBitmap.blocksPerPage
-    Self.insert(run, into: &pages[page, default: []])
+    guard Self.insert(run, into: &pages[page, default: []]) else { return false }
     fresh += run.fresh
+    return true
   }
 
-  private static func insert(_ run: Run, into shelves: inout [[Run]]) {
-    guard !shelves.isEmpty else { return shelves.append([run]) }
+  private static func insert(_ run: Run, into shelves: inout [[Run]]) -> Bool {
+    guard !shelves.isEmpty else {
+      shelves.append([run])
+      return true
+    }
     let at = shelf(in: shelves, of: run.blocks.first)
-    shelves[at].insert(run, at: firstIndex(in: shelves[at], after: run.blocks.first))
-    guard shelves[at].count > shelfSize else { return }
+    let index = firstIndex(in: shelves[at], after: run.blocks.first)
+    // Without one before it in its shelf it has none before it.
+    guard index == 0 || shelves[at][index - 1].blocks.end <= run.blocks.first else { return false }
+    let isLast = index == shelves[at].count
+    let next = isLast ? at + 1 < shelves.count ? shelves[at + 1][0] : nil : shelves[at][index]
+    guard next.map({ run.blocks.end <= $0.blocks.first }) ?? true else { return false }
+    shelves[at].insert(run, at: index)
+    guard shelves[at].count > shelfSize else { return true }
     let rest = Array(shelves[at][(shelfSize / 2)...])
     shelves[at].removeSubrange((shelfSize / 2)...)
     shelves.insert(rest, at: at + 1)
+    return true
   }
 
   /// The pages that have runs up to a mark, in order, with those runs' blocks.
