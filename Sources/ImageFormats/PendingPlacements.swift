@@ -21,6 +21,10 @@ struct PendingPlacements {
   private var groups: [UInt64: [Run]] = [:]
   /// How many blocks are pending.
   private(set) var blocks: UInt64 = 0
+  /// How many blocks were pending and are committed.
+  private(set) var committed: UInt64 = 0
+  /// How many blocks have got a place since the image was opened.
+  var placed: UInt64 { committed + blocks }
 
   init(blocksPerGroup: UInt64, blockSize: UInt64) {
     self.blocksPerGroup = blocksPerGroup
@@ -76,6 +80,11 @@ struct PendingPlacements {
       let runs = (groups[group] ?? []).filter { $0.mark <= mark }
       return runs.isEmpty ? nil : (group, runs)
     }
+  }
+
+  /// Takes out the runs up to a mark, which are committed.
+  mutating func commit(upTo mark: Mark) {
+    for run in remove(where: { $0.mark <= mark }) { committed += run.blocks.count }
   }
 
   /// Takes out the runs that meet a condition and returns them.

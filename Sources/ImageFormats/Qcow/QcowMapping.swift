@@ -132,7 +132,7 @@ public final class Qcow: ImageFormat {
   /// See `ImageFormat`.
   public var devices: [any ByteStore]? { base.devices }
   /// Estimated from the space that the image takes.
-  public var allocatedBlocks: UInt64 { min(blockCount, durableBlocks + pending.blocks) }
+  public var allocatedBlocks: UInt64 { min(blockCount, durableBlocks + pending.placed) }
 
   private func checkWritable() throws(ImageError) {
     guard isWritable else {
@@ -292,7 +292,7 @@ public final class Qcow: ImageFormat {
     }
     cache.unpin(sectors: plan.draft.sectors.keys, fresh: plan.draft.fresh, size: 512)
     for index in plan.tables { planned[index] = nil }
-    pending.remove { $0.mark <= mark }
+    pending.commit(upTo: mark)
   }
 
   /// A placement that came to nothing: its space stays unused.

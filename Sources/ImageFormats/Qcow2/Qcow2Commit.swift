@@ -301,6 +301,6 @@ extension Qcow2 {
       header.refcountTableOffset = table.offset
       header.refcountTableClusters = UInt32(table.entries * 8 / header.clusterSize)
     }
-    pending.remove { $0.mark <= mark }
+    pending.commit(upTo: mark)
   }
 }

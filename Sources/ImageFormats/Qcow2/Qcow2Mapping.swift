@@ -119,8 +119,8 @@ public final class Qcow2: ImageFormat {
   /// See `ImageFormat`.
   public var devices: [any ByteStore]? { base.devices }
   /// Estimated, when the image was opened, from the space that it takes; and what was placed
-  /// since and is not committed.
-  public var allocatedBlocks: UInt64 { durableBlocks + pending.blocks }
+  /// since.
+  public var allocatedBlocks: UInt64 { min(blocks, durableBlocks + pending.placed) }
   var blocks: UInt64 { (size + UInt64(blockSize) - 1) / UInt64(blockSize) }
 
   func check(_ range: BlockRange) throws(ImageError) {

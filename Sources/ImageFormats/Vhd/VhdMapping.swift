@@ -62,8 +62,7 @@ public final class Vhd: ImageFormat {
       end = max(end, (store.size - VhdHeader.footerSize + 511) / 512 * 512)
     }
     let bytes = try io { () throws(IOError) in try store.allocatedBytes() }
-    let blocks = (header.size + UInt64(header.blockSize) - 1) / UInt64(header.blockSize)
-    durableBlocks = header.kind == .fixed ? blocks : min(blocks, bytes / UInt64(header.blockSize))
+    durableBlocks = bytes / UInt64(header.blockSize)
   }
 
   /// Length of the disk in bytes.
@@ -75,7 +74,10 @@ public final class Vhd: ImageFormat {
   /// A fixed one; the footer behind its disk is not written.
   public var isFixed: Bool { header.kind == .fixed }
   /// Estimated from the space that the image takes, save for a fixed one.
-  public var allocatedBlocks: UInt64 { durableBlocks + pending.blocks }
+  public var allocatedBlocks: UInt64 {
+    let all = (size + UInt64(blockSize) - 1) / UInt64(blockSize)
+    return isFixed ? all : min(all, durableBlocks + pending.placed)
+  }
 
   private func checkWritable() throws(ImageError) {
     guard isWritable else {
@@ -272,7 +274,7 @@ public final class Vhd: ImageFormat {
     for run in plan.runs {
       cache.drop(from: run.offset - header.bitmapSize, to: run.offset)
     }
-    pending.remove { $0.mark <= mark }
+    pending.commit(upTo: mark)
   }
 
   /// A placement that came to nothing: its space is lost until the image is opened again.

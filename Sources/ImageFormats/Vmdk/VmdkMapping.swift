@@ -96,7 +96,7 @@ public final class Vmdk: ImageFormat {
   public var devices: [any ByteStore]? { base.devices }
   /// Estimated from the space that the image takes.
   public var allocatedBlocks: UInt64 {
-    min(blockCount, durableBytes / UInt64(blockSize) + pending.blocks)
+    min(blockCount, durableBytes / UInt64(blockSize) + pending.placed)
   }
   /// A flat one, whose extents begin at pages.
   public var isFixed: Bool {
@@ -352,7 +352,7 @@ public final class Vmdk: ImageFormat {
     inFlight = nil
     cache.unpin(sectors: plan.draft.sectors.keys, fresh: plan.draft.fresh, size: 512)
     for directory in plan.tables { planned[directory] = nil }
-    pending.remove { $0.mark <= mark }
+    pending.commit(upTo: mark)
   }
 
   /// A placement that came to nothing: its space stays unused.
