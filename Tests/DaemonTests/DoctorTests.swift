@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the doctor says of udev, nbd and LVM, on a host that is a folder.
+// What the doctor says of udev, nbd, LVM, the block script, bootloaders and workers, on a host that is
+// a folder.
 
 import Foundation
 import TestSupport
@@ -20,8 +21,56 @@ import Testing
   }
 
   private func lines() -> [String] {
-    Doctor(configurationPath: host.file("none"), socket: nil, root: host.path).probing()
-      .map(\.text)
+    doctor.probing().map(\.text)
+  }
+
+  private var doctor: Doctor {
+    Doctor(configurationPath: host.file("none"), socket: nil, root: host.path)
+  }
+
+  @Test func hooksOfTheToolstack() throws {
+    func lines() -> [String] { doctor.hooks(path: "/usr/local/sbin:/usr/sbin").map(\.text) }
+    let scripts = host.path + "/etc/xen/scripts"
+    #expect(
+      lines() == [
+        "MISSING  the block script: cannot run \(scripts)/block-dmu: No such file or directory\n"
+          + "         install hotplug/block-dmu there, mode 0755\n",
+        "MISSING  Xen's functions for block scripts: cannot read \(scripts)/block-common.sh: No such"
+          + " file or directory\n         install Xen's hotplug scripts (Debian: apt-get install"
+          + " xen-utils-common)\n",
+        "MISSING  the command dmu-xen, which the block script calls: it is in none of"
+          + " /usr/local/sbin:/usr/sbin\n         install it in, or link it into, a folder of the PATH"
+          + " that xl has, such as /usr/sbin\n",
+        "note     the driver xen-blkfront (bootloaders that read guests' disks): it is not loaded\n"
+          + "         only if a guest has a bootloader: modprobe xen-blkfront, and add it to"
+          + " /etc/modules-load.d/\n",
+      ])
+    try put("/etc/xen/scripts/block-dmu", "")
+    #expect(lines()[0].hasPrefix("MISSING"), "nobody may run it")
+    for path in ["/etc/xen/scripts/block-dmu", "/usr/sbin/dmu-xen"] {
+      try put(path, "")
+      #expect(chmod(host.path + path, 0o755) == 0)
+    }
+    try put("/etc/xen/scripts/block-common.sh", "")
+    try put("/sys/module/xen_blkfront/refcnt", "0\n")
+    #expect(lines().allSatisfy { $0.hasPrefix("ok  ") })
+  }
+
+  @Test func rightsOfAWorker() throws {
+    func status(_ uid: Int, _ capabilities: String, _ noNew: Int) throws {
+      try put(
+        "/proc/7/status",
+        "Uid:\t\(uid)\t\(uid)\t\(uid)\t\(uid)\nCapEff:\t\(capabilities)\n"
+          + "NoNewPrivs:\t\(noNew)\n")
+    }
+    #expect(doctor.sandbox(7) == nil, "it has just ended")
+    try status(2_000_001, "0000000000000000", 1)
+    #expect(doctor.sandbox(7) == nil)
+    try status(0, "0000000000200000", 0)
+    #expect(
+      doctor.sandbox(7)?.text
+        == "TROUBLE  the worker 7: it runs as root, it has capabilities, it may gain privileges\n"
+        + "         kill 7: dmu-xend replaces it; 'dmu-xen status' names its disk\n")
   }
 
   @Test func rulesAreMissedWhereUdevRuns() throws {

@@ -122,22 +122,13 @@ public struct Doctor: Sendable {
     findings += [dom0(), await xenStore()]
     findings.append(module("xen_blkback", "xen-blkback", "guests' disks"))
     findings += devices(configuration.transport)
-    findings += [script(), worker(configuration), runDirectory(configuration)]
+    findings += hooks()
+    findings += [worker(configuration), runDirectory(configuration)]
     findings += probing()
-    findings.append(blkfront())
     let daemon = daemon(configuration)
     findings.append(daemon)
     if daemon.trouble == nil { findings += inUse() }
     return findings
-  }
-
-  /// A bootloader in this domain, such as pygrub, reads a guest's disk by way of it.
-  private func blkfront() -> Finding {
-    let there = access(root + "/sys/module/xen_blkfront", F_OK) == 0
-    return Finding(
-      "the driver xen-blkfront (bootloaders that read guests' disks)",
-      there ? nil : "it is not loaded",
-      remedy: "only if a guest has a bootloader: modprobe xen-blkfront", .note)
   }
 
   /// Disks in trouble, workers with too many rights, and what is left of former disks.
@@ -165,9 +156,9 @@ public struct Doctor: Sendable {
   }
 
   /// What a worker may that it should not; nil when all is well. Source: proc_pid_status(5).
-  private func sandbox(_ pid: Int32) -> Finding? {
+  func sandbox(_ pid: Int32) -> Finding? {
     let what = "the worker \(pid)"
-    let remedy = "set worker.user in \(configurationPath) to 65534; 'dmu-xen status' names its disk"
+    let remedy = "kill \(pid): dmu-xend replaces it; 'dmu-xen status' names its disk"
     do throws(IOError) {
       let lines = try TextFile.read(root + "/proc/\(pid)/status").split(separator: "\n")
       func field(_ name: String) -> String {
@@ -252,13 +243,6 @@ public struct Doctor: Sendable {
       return Finding(
         what, try NBDDevice.isAvailable() ? nil : "it is not loaded", remedy: remedy)
     } catch { return Finding(what, error.description, remedy: remedy) }
-  }
-
-  private func script() -> Finding {
-    let path = root + "/etc/xen/scripts/block-dmu"
-    let error = access(path, X_OK) == 0 ? nil : IOError.last("run", path).description
-    return Finding(
-      "the block script", error, remedy: "install hotplug/block-dmu there, mode 0755")
   }
 
   private func worker(_ configuration: Configuration) -> Finding {
