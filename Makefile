@@ -10,6 +10,9 @@ BIN      = .build-release/release
 DIST     = .build-release/dist
 PROGRAMS = cowd dmu-xend dmu-xen
 TOOLS    = dmu-img dscow_tool
+# A folder of zsh's fpath: Debian's zsh looks for what packages install elsewhere than others.
+ZSH_FUNCTIONS ?= $(PREFIX)/share/zsh/$(if $(and $(wildcard /etc/debian_version),$(filter \
+  /usr,$(PREFIX))),vendor-completions,site-functions)
 SHELL_FILES = $(shell git grep -lE '^\#!/bin/(ba)?sh|^\# shellcheck shell=' -- . ':!*.md')
 
 export SWIFT
@@ -82,7 +85,7 @@ bench: dist ## measure against dm-linear, dm-snapshot, loop, qemu-nbd, qemu-img 
 
 install: ## install into $(DESTDIR)$(PREFIX), etc. into $(DESTDIR)/etc
 	install -d $(DESTDIR)$(PREFIX)/sbin $(DESTDIR)$(PREFIX)/bin $(DESTDIR)/etc/xen/scripts \
-	  $(DESTDIR)/lib/systemd/system $(DESTDIR)$(PREFIX)/share/bash-completion/completions
+	  $(DESTDIR)/lib/systemd/system
 	install -s -m 755 $(PROGRAMS:%=$(BIN)/%) $(DESTDIR)$(PREFIX)/sbin/
 	install -s -m 755 $(TOOLS:%=$(BIN)/%) $(DESTDIR)$(PREFIX)/bin/
 	install -m 755 hotplug/block-dmu $(DESTDIR)/etc/xen/scripts/
@@ -93,12 +96,13 @@ install: ## install into $(DESTDIR)$(PREFIX), etc. into $(DESTDIR)/etc
 	install -d -m 755 $(DESTDIR)$(PREFIX)/lib/dmu-xen/plugins
 	install -d -m 755 $(DESTDIR)/var/lib/dmu-xen
 	install -D -m 644 Sources/CPlugin/include/dmu_plugin.h $(DESTDIR)$(PREFIX)/include/dmu_plugin.h
-	for program in $(PROGRAMS) $(TOOLS); do \
-	  $(BIN)/$$program --generate-completion-script bash \
-	    >$(DESTDIR)$(PREFIX)/share/bash-completion/completions/$$program || exit 1; done
+	etc/completion/generate $(BIN) $(DESTDIR)$(PREFIX)/share $(DESTDIR)$(ZSH_FUNCTIONS) \
+	  $(PROGRAMS) $(TOOLS)
 	$(MAKE) --no-print-directory -C module dkms DESTDIR=$(DESTDIR)
 	for page in man/man*/*; do \
 	  install -D -m 644 $$page $(DESTDIR)$(PREFIX)/share/$$page || exit 1; done
+	for page in README.md CHANGELOG.md SECURITY.md $$(find docs examples -type f); do \
+	  install -D -m 644 $$page $(DESTDIR)$(PREFIX)/share/doc/dmu-xen/$$page || exit 1; done
 
 clean: ## remove what was built here (the cache of the labs stays)
 	rm -rf .build .build-release .build-fuzz .build-soak .lab-prepare.log .lab-kernel.log

@@ -20,6 +20,9 @@ public enum ImageKind: String, Sendable, CaseIterable {
   case vhd = "vpc"
   /// VMware's.
   case vmdk
+
+  /// The names by which a format may be given: the raw values, and `vhd` for `vpc`.
+  public static var names: [String] { (allCases.map(\.rawValue) + ["vhd"]).sorted() }
 }
 
 /// Opens images with what is under them.

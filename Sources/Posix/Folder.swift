@@ -23,6 +23,28 @@ public enum Folder {
     return found
   }
 
+  /// The paths that begin with a text, for a shell to complete it: folders end in a slash. Names
+  /// with a dot in front only where the text has one. None where the folder may not be listed.
+  public static func paths(beginning text: String) -> [String] {
+    let start = text.lastIndex(of: "/").map(text.index(after:)) ?? text.startIndex
+    let folder = String(text[..<start])
+    let beginning = text[start...]
+    let names: [String]
+    do throws(IOError) {
+      names = try self.names(folder.isEmpty ? "." : folder)
+    } catch {
+      // Nothing to offer: a shell that completes has no place for an error.
+      return []
+    }
+    return names.filter { $0.hasPrefix(beginning) && ($0.first != "." || beginning.first == ".") }
+      .sorted().map { name in
+        var status = stat()
+        let isFolder =
+          stat(folder + name, &status) == 0 && status.st_mode & S_IFMT == S_IFDIR
+        return folder + name + (isFolder ? "/" : "")
+      }
+  }
+
   /// Where a symbolic link leads, as it is written there. Throws the errno of readlink(2): EINVAL
   /// for what is no link.
   public static func target(of path: String) throws(IOError) -> String {

@@ -20,6 +20,13 @@ enum PluginFolder {
     isName(name) && access(path(name, folder), F_OK) == 0
   }
 
+  /// The names of the plugins in a folder, for a shell to complete; none where it may not be
+  /// listed.
+  static func names(in folder: String) -> [String] {
+    Folder.paths(beginning: folder + "/").filter { $0.hasSuffix(".so") }
+      .map { String($0.dropFirst(folder.count + 1).dropLast(3)) }.filter(isName)
+  }
+
   /// Loads NAME.so and returns the address of its `dmu_plugin`.
   static func load(
     _ name: String, from folder: String
@@ -72,5 +79,12 @@ enum PluginFolder {
         "\(path) is not safe to load from: it must belong to root and be writable to root only"
           + " (chown root, chmod go-w)")
     }
+  }
+}
+
+extension FormatName {
+  /// The names of the plugins in a folder; nil: in the usual one.
+  public static func plugins(in folder: String?) -> [String] {
+    PluginFolder.names(in: folder ?? PluginFolder.usual)
   }
 }

@@ -8,6 +8,20 @@ import Worker
 import WorkerLink
 
 /// What a write does that finds no space.
+extension CompletionKind {
+  /// The names of formats and of the plugins that are installed.
+  static let formatsAndPlugins = CompletionKind.custom { words, _, _ in
+    FormatName.all + FormatName.plugins(in: words.value(after: "--plugins"))
+  }
+  /// unix:PATH.
+  static let socket = CompletionKind.custom { words, index, _ in
+    let prefix = "unix:"
+    guard words.indices.contains(index), words[index].hasPrefix(prefix) else { return [prefix] }
+    return Folder.paths(beginning: String(words[index].dropFirst(prefix.count)))
+      .map { prefix + $0 }
+  }
+}
+
 enum OnFull: String, ExpressibleByArgument, CaseIterable {
   case wait, fail
 }
@@ -37,25 +51,30 @@ struct Cowd: ParsableCommand {
 
   @Option(
     name: [.customShort("p"), .customLong("format")],
-    help: "The image's format, or a plugin's name.")
+    help: "The image's format, or a plugin's name.", completion: .formatsAndPlugins)
   var format: String?
 
   @Option(
     name: .long,
-    help: ArgumentHelp("Serve NBD on a Unix socket at PATH.", valueName: "unix:PATH"))
+    help: ArgumentHelp("Serve NBD on a Unix socket at PATH.", valueName: "unix:PATH"),
+    completion: .socket)
   var nbd: String?
 
   @Option(
     name: .long,
-    help: ArgumentHelp("The base, instead of the one that the store names.", valueName: "path"))
+    help: ArgumentHelp("The base, instead of the one that the store names.", valueName: "path"),
+    completion: .file())
   var base: String?
 
-  @Option(name: .long, help: "How a device reaches the kernel: auto, dm or nbd.")
+  @Option(
+    name: .long, help: "How a device reaches the kernel: auto, dm or nbd.",
+    completion: .list(Transport.allCases.map(\.rawValue)))
   var transport = "auto"
 
   @Option(
     name: .long,
-    help: ArgumentHelp("The base's format, whatever the store says.", valueName: "format"))
+    help: ArgumentHelp("The base's format, whatever the store says.", valueName: "format"),
+    completion: .list(FormatName.all))
   var baseFormat: String?
 
   @Flag(name: .long, help: "Accept a base that has changed, and note it anew.")
@@ -64,18 +83,22 @@ struct Cowd: ParsableCommand {
   @Option(
     name: .long,
     help: ArgumentHelp(
-      "Where plugins are (/usr/lib/dmu-xen/plugins).", valueName: "folder"))
+      "Where plugins are (/usr/lib/dmu-xen/plugins).", valueName: "folder"),
+    completion: .directory)
   var plugins: String?
 
   @Option(
     name: .long,
-    help: ArgumentHelp("Write every fault and answer to this file; - for here.", valueName: "file"))
+    help: ArgumentHelp(
+      "Write every fault and answer to this file; - for standard error.", valueName: "file"),
+    completion: .file())
   var trace: String?
 
   @Option(
     name: .long,
     help: ArgumentHelp(
-      "Hold every write until this named pipe lets it go.", valueName: "pipe"))
+      "Hold every write until this named pipe lets it go.", valueName: "pipe"),
+    completion: .file())
   var hold: String?
 
   @Option(
@@ -109,7 +132,8 @@ struct Cowd: ParsableCommand {
     name: .long,
     help: ArgumentHelp(
       "A file or folder outside the store's folder that the image may have written. Again for more.",
-      valueName: "path"))
+      valueName: "path"),
+    completion: .file())
   var allow: [String] = []
 
   @Flag(name: .long, help: "Do not cage the process that reads the image: for debugging.")
@@ -118,7 +142,7 @@ struct Cowd: ParsableCommand {
   @Flag(name: .long, help: ArgumentHelp("The keeper of a worker.", visibility: .private))
   var keeper = false
 
-  @Argument(help: "NAME (not with --nbd), and the path of the STORE.")
+  @Argument(help: "NAME (not with --nbd), and the path of the STORE.", completion: .file())
   var operands: [String] = []
 
   func validate() throws {

@@ -14,9 +14,9 @@ struct Commit: ParsableCommand {
     discussion: "The image is empty afterwards, unless -d is given.")
   @OptionGroup var format: Format
   @Flag(name: .customShort("d"), help: "Keep what the image has.") var keep = false
-  @Flag(name: .customShort("p"), help: "Show how far it is.") var progress = false
+  @Flag(name: .customShort("p"), help: "Show the progress.") var progress = false
   @OptionGroup var quiet: Quiet
-  @Argument(help: "The image.") var file: String
+  @Argument(help: "The image.", completion: .file()) var file: String
 
   func run() throws {
     try finish { output throws(ImageError) in
@@ -37,13 +37,15 @@ struct Rebase: ParsableCommand {
       is copied into the image. With -u only the name is changed.
       """)
   @OptionGroup var format: Format
-  @Option(name: .customShort("b"), help: "The new base; empty: none.") var base: String
-  @Option(name: .customShort("F"), help: "Its format.") var baseFormat: String?
+  @Option(name: .customShort("b"), help: "The new base; empty: none.", completion: .file())
+  var base: String
+  @Option(name: .customShort("F"), help: "Its format.", completion: .formats)
+  var baseFormat: String?
   @Flag(name: .customShort("u"), help: "Only change the name; the bases hold the same.")
   var unsafe = false
-  @Flag(name: .customShort("p"), help: "Show how far it is.") var progress = false
+  @Flag(name: .customShort("p"), help: "Show the progress.") var progress = false
   @OptionGroup var quiet: Quiet
-  @Argument(help: "The image.") var file: String
+  @Argument(help: "The image.", completion: .file()) var file: String
 
   func run() throws {
     try finish { _ throws(ImageError) in
@@ -64,8 +66,9 @@ struct Resize: ParsableCommand {
   @OptionGroup var format: Format
   @Flag(help: "Needed for a length that is less than now.") var shrink = false
   @OptionGroup var quiet: Quiet
-  @Argument(help: "The image.") var file: String
-  @Argument(help: "The new length.") var size: String
+  @Argument(help: "The image.", completion: .file()) var file: String
+  @Argument(help: "The new length.", completion: .sizes("+1G", "+10G", "10G", "100G"))
+  var size: String
 
   func run() throws {
     try finish { output throws(ImageError) in
@@ -84,7 +87,7 @@ struct Snapshot: ParsableCommand {
   @OptionGroup var format: Format
   @OptionGroup var form: Form
   @OptionGroup var looking: Looking
-  @Argument(help: "The image.") var file: String
+  @Argument(help: "The image.", completion: .file()) var file: String
 
   func run() throws {
     try finish { output throws(ImageError) in
@@ -102,10 +105,12 @@ struct Dump: ParsableCommand {
     abstract: "Write an image's mapping as XML.",
     discussion: "The schema is that of thin_dump.")
   @OptionGroup var format: Format
-  @Option(name: .shortAndLong, help: "The file to write. (default: standard output)")
+  @Option(
+    name: .shortAndLong, help: "The file to write. (default: standard output)",
+    completion: .file(extensions: ["xml"]))
   var output: String?
   @OptionGroup var looking: Looking
-  @Argument(help: "The image.") var file: String
+  @Argument(help: "The image.", completion: .file()) var file: String
 
   func run() throws {
     try finish { _ throws(ImageError) in
@@ -120,16 +125,25 @@ struct Restore: ParsableCommand {
   static let configuration = CommandConfiguration(
     commandName: "restore",
     abstract: "Make an image of a mapping in XML and the file that holds its blocks.")
-  @Option(name: .shortAndLong, help: "The mapping, as 'dump' wrote it.") var input: String
-  @Option(name: .customShort("D"), help: "The file that holds the blocks: the dumped image.")
+  @Option(
+    name: .shortAndLong, help: "The mapping, as 'dump' wrote it.",
+    completion: .file(extensions: ["xml"]))
+  var input: String
+  @Option(
+    name: .customShort("D"), help: "The file that holds the blocks: the dumped image.",
+    completion: .file())
   var data: String
-  @Option(name: .customShort("O"), help: "The format of the image to make.")
+  @Option(
+    name: .customShort("O"), help: "The format of the image to make.", completion: .formats)
   var format = "qcow2"
-  @Option(name: .customShort("b"), help: "The base that the image shall have.") var base: String?
-  @Option(name: .customShort("F"), help: "The base's format.") var baseFormat: String?
+  @Option(
+    name: .customShort("b"), help: "The base that the image shall have.", completion: .file())
+  var base: String?
+  @Option(name: .customShort("F"), help: "The base's format.", completion: .formats)
+  var baseFormat: String?
   @OptionGroup var trust: Trust
   @OptionGroup var looking: Looking
-  @Argument(help: "The image to make.") var file: String
+  @Argument(help: "The image to make.", completion: .file()) var file: String
 
   func run() throws {
     try finish { _ throws(ImageError) in
@@ -148,19 +162,34 @@ struct Bench: ParsableCommand {
     abstract: "Time reads or writes of an image.",
     discussion: "Writes change the image.")
   @OptionGroup var format: Format
-  @Option(name: .customShort("c"), help: "How many requests.") var count: UInt64 = 75000
-  @Option(name: .customShort("d"), help: "How many at a time.") var depth = 64
-  @Option(name: .customShort("s"), help: "Bytes of a request.") var size: Size?
-  @Option(name: .customShort("S"), help: "From one request to the next. (default: -s)")
+  @Option(
+    name: .customShort("c"), help: "How many requests.", completion: .list(["1000", "75000"]))
+  var count: UInt64 = 75000
+  @Option(
+    name: .customShort("d"), help: "How many at a time.", completion: .list(["1", "16", "64"]))
+  var depth = 64
+  @Option(
+    name: .customShort("s"), help: "Bytes of a request.", completion: .sizes("4K", "64K", "1M"))
+  var size: Size?
+  @Option(
+    name: .customShort("S"), help: "From one request to the next. (default: -s)",
+    completion: .sizes("4K", "64K", "1M"))
   var step: Size?
-  @Option(name: .customShort("o"), help: "Where the first one begins.") var offset: Size?
-  @Option(help: "The byte that is written.") var pattern: UInt8 = 0
-  @Option(help: "Flush after so many writes.") var flushInterval: UInt64 = 0
+  @Option(
+    name: .customShort("o"), help: "Where the first one begins.",
+    completion: .sizes("0", "1M", "1G"))
+  var offset: Size?
+  @Option(help: "The byte that is written.", completion: .list(["0", "255"]))
+  var pattern: UInt8 = 0
+  @Option(
+    help: "Flush after every so many writes; 0: not in between.",
+    completion: .list(["0", "1", "16", "64"]))
+  var flushInterval: UInt64 = 0
   @Flag(name: .customShort("w"), help: "Write.") var writing = false
   @OptionGroup var form: Form
   @OptionGroup var quiet: Quiet
   @OptionGroup var looking: Looking
-  @Argument(help: "The image.") var file: String
+  @Argument(help: "The image.", completion: .file()) var file: String
 
   func run() throws {
     try finish { output throws(ImageError) in

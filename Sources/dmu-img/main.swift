@@ -7,6 +7,22 @@ import ImageFormats
 import ImageTool
 import Posix
 
+extension CompletionKind {
+  /// The names of formats.
+  static let formats = CompletionKind.list(ImageKind.names)
+  /// NAME=VALUE,NAME=VALUE of the format that the command line gives for the new image.
+  static let formatOptions = CompletionKind.custom { words, index, _ in
+    // `create -f FORMAT`, `convert -O FORMAT`; both are raw otherwise.
+    let option = words.contains("convert") ? "-O" : "-f"
+    let name = words.value(after: option) ?? "raw"
+    guard let kind = ImageKind(rawValue: name == "vhd" ? "vpc" : name) else { return [] }
+    return ImageOptions.completions(
+      of: words.indices.contains(index) ? words[index] : "", for: kind)
+  }
+  /// Sizes that are often wanted.
+  static func sizes(_ sizes: String...) -> CompletionKind { .list(sizes) }
+}
+
 struct Tool: ParsableCommand {
   static let configuration = CommandConfiguration(
     commandName: "dmu-img",
@@ -39,7 +55,7 @@ struct Size: ExpressibleByArgument {
   }
 }
 
-enum OutputForm: String, ExpressibleByArgument {
+enum OutputForm: String, ExpressibleByArgument, CaseIterable {
   case human, json
 }
 
@@ -65,11 +81,12 @@ struct Trust: ParsableArguments {
 struct Format: ParsableArguments {
   @Option(
     name: .customShort("f"),
-    help: "The image's format; unless given, its first bytes say, and it may name no file.")
+    help: "The image's format; unless given, its first bytes say, and it may name no file.",
+    completion: .formats)
   var format: String?
   @Option(
     name: .customLong("base-format"),
-    help: "The format of the image's base, whatever the image says of it.")
+    help: "The format of the image's base, whatever the image says of it.", completion: .formats)
   var ownBaseFormat: String?
   @OptionGroup var trust: Trust
   func source(_ path: String, evenInUse: Bool = false) -> ImageSource {
@@ -86,16 +103,26 @@ struct Quiet: ParsableArguments {
 struct Create: ParsableCommand {
   static let configuration = CommandConfiguration(
     commandName: "create", abstract: "Make an image.")
-  @Option(name: .customShort("f"), help: "The format: raw, qcow2, dscow, vpc and others.")
+  @Option(
+    name: .customShort("f"), help: "The format: raw, qcow2, dscow, vpc and others.",
+    completion: .formats)
   var format = "raw"
-  @Option(name: .customShort("b"), help: "The base, as the image shall name it.") var base: String?
-  @Option(name: .customShort("F"), help: "The base's format.") var baseFormat: String?
-  @Option(name: .customShort("o"), help: "NAME=VALUE,NAME=VALUE of the format.")
+  @Option(
+    name: .customShort("b"), help: "The base, as the image shall name it.", completion: .file())
+  var base: String?
+  @Option(name: .customShort("F"), help: "The base's format.", completion: .formats)
+  var baseFormat: String?
+  @Option(
+    name: .customShort("o"), help: "NAME=VALUE,NAME=VALUE of the format.",
+    completion: .formatOptions)
   var options: [String] = []
   @OptionGroup var trust: Trust
   @OptionGroup var quiet: Quiet
-  @Argument(help: "The file to make, or a device.") var file: String
-  @Argument(help: "Length of the disk. (default: that of the base)") var size: Size?
+  @Argument(help: "The file to make, or a device.", completion: .file()) var file: String
+  @Argument(
+    help: "Length of the disk. (default: that of the base)",
+    completion: .sizes("1G", "10G", "100G", "1T"))
+  var size: Size?
 
   func run() throws {
     try finish { output throws(ImageError) in
@@ -120,7 +147,7 @@ struct Info: ParsableCommand {
   @OptionGroup var form: Form
   @Flag(help: "Describe every image under it as well.") var backingChain = false
   @OptionGroup var looking: Looking
-  @Argument(help: "The image.") var file: String
+  @Argument(help: "The image.", completion: .file()) var file: String
 
   func run() throws {
     try finish { output throws(ImageError) in
@@ -132,7 +159,7 @@ struct Info: ParsableCommand {
   }
 }
 
-enum RepairWord: String, ExpressibleByArgument {
+enum RepairWord: String, ExpressibleByArgument, CaseIterable {
   case leaks, all
   var repair: Repair { self == .leaks ? .leaks : .all }
 }
@@ -151,7 +178,7 @@ struct Check: ParsableCommand {
   var repair: RepairWord?
   @OptionGroup var quiet: Quiet
   @OptionGroup var looking: Looking
-  @Argument(help: "The image.") var file: String
+  @Argument(help: "The image.", completion: .file()) var file: String
 
   func run() throws {
     try finish(unsupported: ImageTool.CheckExit.unsupported.rawValue) {
@@ -170,35 +197,48 @@ struct Convert: ParsableCommand {
     abstract: "Copy a disk into another format.",
     discussion: "The target gets its name when it is whole, in the place of what has it.")
   @OptionGroup var format: Format
-  @Option(name: .customShort("O"), help: "The target's format.") var targetFormat = "raw"
-  @Option(name: .customShort("o"), help: "NAME=VALUE,NAME=VALUE of the target's format.")
+  @Option(name: .customShort("O"), help: "The target's format.", completion: .formats)
+  var targetFormat = "raw"
+  @Option(
+    name: .customShort("o"), help: "NAME=VALUE,NAME=VALUE of the target's format.",
+    completion: .formatOptions)
   var options: [String] = []
-  @Option(name: .customShort("B"), help: "The target's base: only what differs is copied.")
+  @Option(
+    name: .customShort("B"), help: "The target's base: only what differs is copied.",
+    completion: .file())
   var base: String?
-  @Option(name: .customShort("F"), help: "The base's format.") var baseFormat: String?
-  @Option(name: .customShort("l"), help: "An internal snapshot, to be read instead.")
+  @Option(name: .customShort("F"), help: "The base's format.", completion: .formats)
+  var baseFormat: String?
+  @Option(
+    name: .customShort("l"), help: "An internal snapshot, to be read instead.",
+    completion: .list(["snapshot.id=", "snapshot.name="]))
   var snapshot: String?
-  @Option(name: .customShort("S"), help: "Leave out runs of so many zeroes. (default: 4K; 0: none)")
+  @Option(
+    name: .customShort("S"), help: "Leave out runs of so many zeroes. (default: 4K; 0: none)",
+    completion: .sizes("0", "4K", "64K"))
   var sparse: Size?
   @Option(
     name: [.customShort("m"), .customShort("j")],
-    help: "Threads. (default: one a processor, 4 at least)")
+    help: "Threads. (default: one a processor, 4 at least)",
+    completion: .list(["1", "2", "4", "8", "16"]))
   var threads: Int?
   @Option(
     name: .customShort("t"),
-    help: "writeback: on the medium when done; unsafe: whenever the system writes it.")
+    help: "writeback: on the medium when done; unsafe: whenever the system writes it.",
+    completion: .list(["unsafe", "writeback"]))
   var cache = "unsafe"
   @Flag(name: .customShort("c"), help: "Compress (qcow2).") var compress = false
   @Flag(name: .customShort("C"), help: "Have the kernel copy, zeroes and all.") var offload = false
   @Flag(name: .customShort("n"), help: "Write into a target that is there.")
   var intoExisting = false
   @Flag(help: "With -n: the target reads as zeroes.") var targetIsZero = false
-  @Flag(name: .customShort("p"), help: "Show how far it is.") var progress = false
-  @Flag(name: .customShort("W"), help: "Taken, and of no effect.") var outOfOrder = false
+  @Flag(name: .customShort("p"), help: "Show the progress.") var progress = false
+  @Flag(name: .customShort("W"), help: "Accepted for qemu-img compatibility; ignored.")
+  var outOfOrder = false
   @OptionGroup var quiet: Quiet
   @OptionGroup var looking: Looking
-  @Argument(help: "The image.") var source: String
-  @Argument(help: "The target.") var target: String
+  @Argument(help: "The image.", completion: .file()) var source: String
+  @Argument(help: "The target.", completion: .file()) var target: String
 
   func run() throws {
     try finish { _ throws(ImageError) in
@@ -236,11 +276,18 @@ struct Map: ParsableCommand {
     commandName: "map", abstract: "Say what is where.")
   @OptionGroup var format: Format
   @OptionGroup var form: Form
-  @Option(name: [.short, .long], help: "The first byte.") var startOffset: Size?
-  @Option(name: [.customShort("l"), .long], help: "How many bytes.") var maxLength: Size?
-  @Option(help: "Draw it into this file instead.") var svg: String?
+  @Option(
+    name: [.short, .long], help: "The first byte.", completion: .sizes("0", "1M", "1G"))
+  var startOffset: Size?
+  @Option(
+    name: [.customShort("l"), .long], help: "How many bytes.",
+    completion: .sizes("1M", "1G"))
+  var maxLength: Size?
+  @Option(
+    help: "Draw it into this file instead.", completion: .file(extensions: ["svg"]))
+  var svg: String?
   @OptionGroup var looking: Looking
-  @Argument(help: "The image.") var file: String
+  @Argument(help: "The image.", completion: .file()) var file: String
 
   func run() throws {
     try finish { output throws(ImageError) in
@@ -262,16 +309,18 @@ struct Compare: ParsableCommand {
     commandName: "compare",
     abstract: "Tell whether two disks hold the same.",
     discussion: "Ends with 0 for the same, 1 for a difference, 2 when it cannot be told.")
-  @Option(name: .customShort("f"), help: "The first image's format.") var format: String?
-  @Option(name: .customShort("F"), help: "The second image's format.") var otherFormat: String?
+  @Option(name: .customShort("f"), help: "The first image's format.", completion: .formats)
+  var format: String?
+  @Option(name: .customShort("F"), help: "The second image's format.", completion: .formats)
+  var otherFormat: String?
   @Flag(name: .customShort("s"), help: "Lengths, and what is there at all, have to agree.")
   var strict = false
-  @Flag(name: .customShort("p"), help: "Show how far it is.") var progress = false
+  @Flag(name: .customShort("p"), help: "Show the progress.") var progress = false
   @OptionGroup var trust: Trust
   @OptionGroup var quiet: Quiet
   @OptionGroup var looking: Looking
-  @Argument(help: "An image.") var first: String
-  @Argument(help: "Another.") var second: String
+  @Argument(help: "An image.", completion: .file()) var first: String
+  @Argument(help: "Another.", completion: .file()) var second: String
 
   func run() throws {
     try finish(failed: 2) { output throws(ImageError) in

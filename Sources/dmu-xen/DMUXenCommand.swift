@@ -22,12 +22,23 @@ struct DMUXenCommand: AsyncParsableCommand {
     ])
 }
 
+extension CompletionKind {
+  /// Words of a kind that the daemon knows; `more`: others.
+  static func known(_ kind: CompletionWords.Kind, _ more: String...) -> CompletionKind {
+    .custom { words, _, _ in CompletionWords.offered(kind, commandLine: words) + more }
+  }
+  /// A configuration file.
+  static let configuration = CompletionKind.file(extensions: ["toml"])
+}
+
 struct Place: ParsableArguments {
-  @Option(name: .shortAndLong, help: "The daemon's configuration file.")
+  @Option(
+    name: .shortAndLong, help: "The daemon's configuration file.", completion: .configuration)
   var config = Configuration.defaultPath
 
   @Option(
-    name: .long, help: "The control socket, if it is not the one of the configuration.")
+    name: .long, help: "The control socket, if it is not the one of the configuration.",
+    completion: .file())
   var socket: String?
 
   var client: ClientCommands { ClientCommands(configurationPath: config, socket: socket) }
@@ -50,7 +61,8 @@ struct Status: ParsableCommand {
 
   @OptionGroup var place: Place
 
-  @Argument(help: "Only the disks of this domain, by number or name.")
+  @Argument(
+    help: "Only the disks of this domain, by number or name.", completion: .known(.domain))
   var domain: String?
 
   @Flag(help: "Print JSON: an array with an object for each disk.")
@@ -80,10 +92,15 @@ struct Specs: ParsableCommand {
         status: 0 the spec is good, 1 it is not.
         """)
 
-    @Argument(help: "The spec: dmu:FORMAT[?OPTION=VALUE]:STORE[:BASE]")
+    @Argument(
+      help: "The spec: dmu:FORMAT[?OPTION=VALUE]:STORE[:BASE]",
+      completion: .custom { words, index, _ in
+        CompletionWords.specs(beginning: words.indices.contains(index) ? words[index] : "")
+      })
     var spec: String
 
-    @Option(name: .shortAndLong, help: "The daemon's configuration file.")
+    @Option(
+      name: .shortAndLong, help: "The daemon's configuration file.", completion: .configuration)
     var config = Configuration.defaultPath
 
     func run() throws { try end(SpecCommand.check(spec, configurationPath: config)) }
@@ -121,7 +138,8 @@ struct Recover: ParsableCommand {
 
   @OptionGroup var place: Place
 
-  @Argument(help: "The store's path, or 'all'. (default: all)")
+  @Argument(
+    help: "The store's path, or 'all'. (default: all)", completion: .known(.pending, "all"))
   var store = "all"
 
   @Flag(help: "Print JSON: an array with an object for each store.")
@@ -144,7 +162,9 @@ struct Discard: ParsableCommand {
 
   @OptionGroup var place: Place
 
-  @Argument(help: "The store's path, or the log's name as status prints it.")
+  @Argument(
+    help: "The store's path, or the log's name as status prints it.",
+    completion: .known(.pending))
   var store: String
 
   @Flag(help: "Do not ask.")
@@ -167,7 +187,9 @@ struct Clear: ParsableCommand {
 
   @OptionGroup var place: Place
 
-  @Argument(help: "A domain by number or name, or a disk: 5-51712, 5:xvda, web:xvda.")
+  @Argument(
+    help: "A domain by number or name, or a disk: 5-51712, 5:xvda, web:xvda.",
+    completion: .known(.disk))
   var disk: String
 
   @Flag(help: "Print JSON: an array with an object for each disk.")
@@ -186,7 +208,9 @@ struct Forget: ParsableCommand {
 
   @OptionGroup var place: Place
 
-  @Argument(help: "A domain by number or name, a disk as in 'clear', or 'all'.")
+  @Argument(
+    help: "A domain by number or name, a disk as in 'clear', or 'all'.",
+    completion: .known(.failed, "all"))
   var disk: String
 
   func run() throws { try end(place.client.forget(disk == "all" ? nil : disk)) }
@@ -215,7 +239,9 @@ struct Hotplug: ParsableCommand {
         2 when dmu-xend is not running.
         """)
     @OptionGroup var place: Place
-    @Argument(help: "The backend's path in xenstore, as in XENBUS_PATH.")
+    @Argument(
+      help: "The backend's path in xenstore, as in XENBUS_PATH.",
+      completion: .list(["backend/vbd/"]))
     var path: String
     @Option(help: "Why the disk is attached: boot, or unknown. Only a boot creates a store.")
     var why = Why.unknown
@@ -230,7 +256,9 @@ struct Hotplug: ParsableCommand {
       abstract: "Say that the toolstack is done with a disk.",
       discussion: "Exit status: 0, also when dmu-xend is not running; it sees by itself later.")
     @OptionGroup var place: Place
-    @Argument(help: "The backend's path in xenstore, as in XENBUS_PATH.")
+    @Argument(
+      help: "The backend's path in xenstore, as in XENBUS_PATH.",
+      completion: .list(["backend/vbd/"]))
     var path: String
 
     func run() throws { try end(place.client.remove(path)) }

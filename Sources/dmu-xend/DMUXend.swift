@@ -21,7 +21,9 @@ struct DMUXend: AsyncParsableCommand {
       """,
     version: Version.text)
 
-  @Option(name: .shortAndLong, help: "The configuration file.")
+  @Option(
+    name: .shortAndLong, help: "The configuration file.",
+    completion: .file(extensions: ["toml"]))
   var config = Configuration.defaultPath
 
   @Flag(name: .long, help: "Read the configuration, say whether it is good, and end.")

@@ -35,7 +35,8 @@ struct Looking: ParsableArguments {
 struct BaseFormat: ParsableArguments {
   @Option(
     name: [.customShort("F"), .customLong("base-format")],
-    help: "The base's format; unless given, its first bytes say, and it may name no file.")
+    help: "The base's format; unless given, its first bytes say, and it may name no file.",
+    completion: .list(ImageKind.names))
   var baseFormat: String?
   @Flag(help: "Refuse to open any file that the store or the base names.")
   var untrusted = false
@@ -44,11 +45,18 @@ struct BaseFormat: ParsableArguments {
 struct Create: ParsableCommand {
   static let configuration = CommandConfiguration(
     abstract: "Make a store over a base (also: -c).")
-  @Argument(help: "The file to make, or a block device.") var store: String
-  @Argument(help: "The base; without one, unwritten blocks read as zeroes.") var base: String?
-  @Option(name: .shortAndLong, help: "Bytes of a block, 4K to 4M. (default: 64K)")
+  @Argument(help: "The file to make, or a block device.", completion: .file())
+  var store: String
+  @Argument(help: "The base; without one, unwritten blocks read as zeroes.", completion: .file())
+  var base: String?
+  @Option(
+    name: .shortAndLong, help: "Bytes of a block, 4K to 4M. (default: 64K)",
+    completion: .list((2...12).map { $0 < 10 ? "\(1 << $0)K" : "\(1 << ($0 - 10))M" }))
   var blockSize: Size?
-  @Option(help: "Length of the disk, up to 64T. (default: that of the base)") var size: Size?
+  @Option(
+    help: "Length of the disk, up to 64T. (default: that of the base)",
+    completion: .list(["1G", "10G", "100G", "1T"]))
+  var size: Size?
   @Flag(name: .shortAndLong, help: "Overwrite what is in the store.") var force = false
   @OptionGroup var format: BaseFormat
 
@@ -65,7 +73,7 @@ struct Create: ParsableCommand {
 
 struct Info: ParsableCommand {
   static let configuration = CommandConfiguration(abstract: "Describe a store.")
-  @Argument(help: "The store.") var store: String
+  @Argument(help: "The store.", completion: .file()) var store: String
   @OptionGroup var looking: Looking
 
   func run() throws {
@@ -84,8 +92,10 @@ struct Check: ParsableCommand {
       Ends with 0 for a clean store, 1 when the check could not be done, 2 for damage, 3 for \
       leftovers that harm nobody.
       """)
-  @Argument(help: "The store.") var store: String
-  @Option(help: "Compare this base with what the store knows of it.") var base: String?
+  @Argument(help: "The store.", completion: .file()) var store: String
+  @Option(
+    help: "Compare this base with what the store knows of it.", completion: .file())
+  var base: String?
   @Flag(help: "Mend what can be mended.") var repair = false
   @OptionGroup var format: BaseFormat
   @OptionGroup var looking: Looking
@@ -103,7 +113,7 @@ struct Check: ParsableCommand {
 
 struct Map: ParsableCommand {
   static let configuration = CommandConfiguration(abstract: "Say what is where.")
-  @Argument(help: "The store.") var store: String
+  @Argument(help: "The store.", completion: .file()) var store: String
   @OptionGroup var looking: Looking
 
   func run() throws {
@@ -122,8 +132,8 @@ struct Accept: ParsableCommand {
       Only for a base whose contents are still those under the store: copied, moved, or grown \
       at the end. A base that was written to makes the disk unsound, and this does not mend it.
       """)
-  @Argument(help: "The store.") var store: String
-  @Argument(help: "The base, when it has moved.") var base: String?
+  @Argument(help: "The store.", completion: .file()) var store: String
+  @Argument(help: "The base, when it has moved.", completion: .file()) var base: String?
   @OptionGroup var format: BaseFormat
 
   func run() throws {

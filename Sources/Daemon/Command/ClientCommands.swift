@@ -163,9 +163,15 @@ public struct ClientCommands: Sendable {
     }
   }
 
-  private func fetch(_ domain: String?) throws(DiskFailure) -> [DiskStatus] {
-    let client = try ControlClient(path: socket)
-    return try client.ask(ControlRequest(.status, domain: domain), within: .seconds(10)).disks ?? []
+  private func fetch(
+    _ domain: String?, within limit: Duration = .seconds(10)
+  ) throws(DiskFailure) -> [DiskStatus] {
+    try ask(ControlRequest(.status, domain: domain), limit).disks ?? []
+  }
+
+  /// The disks, for a shell that completes a word: none where they cannot be had at once.
+  func disksForCompletion() -> [DiskStatus] {
+    do throws(DiskFailure) { return try fetch(nil, within: .seconds(2)) } catch { return [] }
   }
 
   private static func render(

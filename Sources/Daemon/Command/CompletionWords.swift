@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a shell is offered while a command is being typed: what the daemon knows of disks, and specs.
+// A shell has no place for an error: where something cannot be found out, nothing is offered.
+
+internal import Posix
+internal import WorkerLink
+
+/// Words for a shell to complete.
+public enum CompletionWords {
+  /// What a word stands for.
+  public enum Kind: Sendable {
+    /// A domain that has a disk: number or name.
+    case domain
+    /// A domain, or a disk of one, as in `web:xvda`.
+    case disk
+    /// A domain or disk whose attach failed.
+    case failed
+    /// A store that has a pending log.
+    case pending
+  }
+
+  /// The words of a kind, as the daemon has them that the command line `words` names. None
+  /// without a daemon, and for a user who may not ask it.
+  public static func offered(_ kind: Kind, commandLine words: [String]) -> [String] {
+    let client = ClientCommands(
+      configurationPath: words.value(after: "-c", "--config") ?? Configuration.defaultPath,
+      socket: words.value(after: "--socket"))
+    return self.words(of: kind, in: client.disksForCompletion())
+  }
+
+  /// The words of a kind for what status shows, each once, in its order.
+  static func words(of kind: Kind, in disks: [DiskStatus]) -> [String] {
+    var seen: Set<String> = []
+    let words = disks.flatMap { disk -> [String] in
+      let domains = [disk.domainName, String(disk.domain)].compactMap { $0 }
+      let isDisk = disk.state != .pending
+      switch kind {
+      case .domain: return isDisk ? domains : []
+      case .disk where isDisk, .failed where disk.state == .failed && disk.note != nil:
+        return domains + domains.map { "\($0):\(disk.vdev)" }
+      case .disk, .failed: return []
+      case .pending: return isDisk ? [] : [disk.store].compactMap { $0 }
+      }
+    }
+    // A line break would make two words of one.
+    return words.filter { !$0.contains(where: \.isNewline) && seen.insert($0).inserted }
+  }
+
+  /// What `text`, a spec that may be incomplete, can go on as: a format, an option of it and the
+  /// values of that, or a path.
+  public static func specs(beginning text: String) -> [String] {
+    let prefix = "dmu:"
+    guard text.hasPrefix(prefix) else { return [prefix] }
+    let parts = text.dropFirst(prefix.count).split(separator: ":", omittingEmptySubsequences: false)
+    guard let head = parts.first, parts.count > 1 else {
+      let text = String(text.dropFirst(prefix.count))
+      return options(beginning: text).map { prefix + $0 }
+    }
+    guard parts.count <= 3, let path = parts.last, path.isEmpty || path.first == "/" else {
+      return []
+    }
+    let before = prefix + head + ":" + parts.dropFirst().dropLast().map { $0 + ":" }.joined()
+    // Names that would need codes are left to who types.
+    return Folder.paths(beginning: path.isEmpty ? "/" : String(path))
+      .filter { !$0.contains { ":,%?&= ".contains($0) } }.map { before + $0 }
+  }
+
+  /// `FORMAT?OPTION=VALUE&...`, as far as it goes.
+  private static func options(beginning text: String) -> [String] {
+    guard let mark = text.firstIndex(of: "?") else {
+      return KnownFormat.all.map { $0.name + ":" }
+    }
+    guard let format = KnownFormat.named(String(text[..<mark])) else { return [] }
+    let start = text.index(after: text.lastIndex(of: "&") ?? mark)
+    let before = text[..<start]
+    guard let equals = text[start...].firstIndex(of: "=") else {
+      return format.options.map { "\(before)\($0.name)=" }
+    }
+    let values: [String] =
+      switch text[start..<equals] {
+      case "transport": Transport.allCases.map(\.rawValue)
+      case "create": ["yes", "no"]
+      case "force": ["yes"]
+      case "base-format": KnownFormat.all.map(\.name)
+      default: []
+      }
+    return values.map { "\(text[...equals])\($0):" }
+  }
+}
