@@ -28,7 +28,8 @@ import Testing
       let end = (Self.page(block) + 1) * DscowBitmap.blocksPerPage
       let wide = BlockRange(block, min(end, next.map { $0 + 1 } ?? block + 1) - block)
       if holder != nil || next != nil {
-        #expect(!pending.insert(DscowPending.Run(blocks: wide, mark: mark + 1, fresh: 1)))
+        let isTaken = pending.insert(DscowPending.Run(blocks: wide, mark: mark + 1, fresh: 1))
+        #expect(!isTaken)
       }
       guard holder == nil else { continue }
       #expect(found.next == next)
@@ -36,7 +37,8 @@ import Testing
       let count = min(room, UInt64(1 + random.below(3)))
       mark += 1
       let run = DscowPending.Run(blocks: BlockRange(block, count), mark: mark, fresh: count)
-      #expect(pending.insert(run))
+      let isTaken = pending.insert(run)
+      #expect(isTaken)
       list.append(run)
       guard random.below(200) == 0 else { continue }
       let upTo = mark - min(mark, UInt64(random.below(100)))
