@@ -34,6 +34,8 @@ public final class NBDExport {
   let target: UserTarget
   let loop: EventLoop
   let options: Options
+  /// How long requests took, of all connections.
+  public internal(set) var times = RequestTimes()
   let buffers = BufferPool(keep: 16 << 20)
   private var listeners: [(socket: Int32, registration: EventLoop.Registration)] = []
   private var sessions: [NBDSession] = []

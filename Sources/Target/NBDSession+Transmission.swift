@@ -105,7 +105,7 @@ extension NBDSession {
     }
     pending[Int(index)] = Pending(
       cookie: request.cookie, command: request.command, slab: slab, start: start,
-      offset: request.offset, count: request.count)
+      offset: request.offset, count: request.count, arrived: arrived)
     if operation == .status { pendingLists[index] = buffer }
     pendingCount += 1
     var wanted = TargetRequest(
@@ -126,6 +126,7 @@ extension NBDSession {
     let done = pending[index]
     pendingFree.append(Int32(index))
     pendingCount -= 1
+    answered.append((done.command, done.arrived))
     switch done.command {
     case NBD.Command.read: completeRead(done, code)
     case NBD.Command.blockStatus: completeStatus(Int32(index), done, code)

@@ -51,6 +51,7 @@ public final class NBDSession: RequestOwner {
     var start = 0
     var offset: UInt64 = 0
     var count: UInt32 = 0
+    var arrived: UInt64 = 0
   }
 
   /// Bytes to send.
@@ -93,6 +94,10 @@ public final class NBDSession: RequestOwner {
   var pending: [Pending] = []
   var pendingFree: [Int32] = []
   var pendingCount = 0
+  /// When bytes were received last, in nanoseconds.
+  var arrived: UInt64 = 0
+  /// Requests whose replies are queued: what they were and when they arrived.
+  var answered: [(command: UInt16, arrived: UInt64)] = []
   /// The lists of block status requests, by request.
   var pendingLists: [Int32: UnsafeMutableRawPointer] = [:]
 
@@ -238,6 +243,7 @@ public final class NBDSession: RequestOwner {
       return
     }
     received += count
+    arrived = RequestTimes.now()
     parse()
   }
 
@@ -251,6 +257,7 @@ public final class NBDSession: RequestOwner {
     filling?.done += count
     if count == rest {
       filling = nil
+      arrived = RequestTimes.now()
       write(now.request, now.slab, 0)
       slabs.release(now.slab)
     }
@@ -419,6 +426,7 @@ public final class NBDSession: RequestOwner {
 
   private func send() {
     guard let raw = socket?.raw else { return }
+    if !answered.isEmpty, !isBlocked { measure() }
     while hasOutput, !isBlocked {
       let count = min(out.count - outFirst, 64)
       var bytes = 0
@@ -444,6 +452,13 @@ public final class NBDSession: RequestOwner {
       take(sent)
       if sent < bytes { isBlocked = true }
     }
+  }
+
+  /// Counts the requests whose replies are about to be sent.
+  private func measure() {
+    let now = RequestTimes.now()
+    for done in answered { export.times.add(command: done.command, now &- done.arrived) }
+    answered.removeAll(keepingCapacity: true)
   }
 
   /// So many bytes have been sent.

@@ -225,10 +225,27 @@ public final class Disk {
     report.writes = target.counters.writes
     report.flushes = target.counters.flushes
     report.faults = worker.faults
+    report.times = times
     do throws(IOError) {
       report.memory = try Hardening.residentMemory()
     } catch { log(.warning, "cannot tell the memory in use", ["error": "\(error)"]) }
     return report
+  }
+}
+
+extension Disk {
+  fileprivate var times: ReportedTimes {
+    var times = ReportedTimes()
+    times.bytesRead = target.counters.bytesRead
+    times.bytesWritten = target.counters.bytesWritten
+    times.discards = target.counters.discards
+    times.reading = export.times.reading
+    times.writing = export.times.writing
+    times.flushing = export.times.flushing
+    times.discarding = export.times.discarding
+    times.latencies = export.times.latencies
+    times.flushLatencies = export.times.flushes
+    return times
   }
 }
 

@@ -57,6 +57,8 @@ public struct DiskReport: Sendable, Equatable {
   public var faults: UInt64 = 0
   /// Resident memory of the worker in bytes.
   public var memory: UInt64 = 0
+  /// What it has measured of the requests that it serves; nil when the kernel serves them.
+  public var times: ReportedTimes?
 
   /// An empty report.
   public init() {}
@@ -74,6 +76,7 @@ public struct DiskReport: Sendable, Equatable {
     if byNode { fields["by-node"] = "1" }
     fields["hindrance"] = hindrance
     if !parts.isEmpty { fields["parts"] = parts.map(\.word).joined(separator: ",") }
+    times?.write(to: &fields)
     return fields
   }
 
@@ -109,6 +112,7 @@ public struct DiskReport: Sendable, Equatable {
     flushes = try message.number("flushes")
     faults = try message.number("faults")
     memory = try message.number("memory")
+    times = try ReportedTimes(message)
     // What is not so in any honest report, and what other programs may divide by.
     guard size % 512 == 0, size <= 1 << 62 else {
       throw .badField(verb: message.verb, field: "size")

@@ -50,6 +50,10 @@ import WorkerLink
     report.basePath = "/b"
     report.error = "100 % full"
     report.state = .noSpace
+    var times = ReportedTimes()
+    (times.bytesRead, times.flushing) = (4096, .max)
+    times.latencies.add(3_000_000)
+    report.times = times
     return report
   }()
 
@@ -82,6 +86,8 @@ import WorkerLink
     for (field, value) in [
       ("size", "511"), ("size", "18446744073709551104"), ("block-size", "0"),
       ("block-size", "513"), ("state", "splendid"), ("attached", "maybe"), ("pid", "x"),
+      ("latencies", ""), ("latencies", "1,2"), ("bytes-read", "-1"),
+      ("flush-latencies", "0" + String(repeating: ",x", count: 19)),
       ("parts", (0..<16).map { "file-\($0):w:0" }.joined(separator: ",")),
     ] {
       var message = WorkerReport.status(Self.report).message
