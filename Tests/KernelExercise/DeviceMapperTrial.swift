@@ -56,7 +56,25 @@ private func tryLife(_ paths: [String]) throws {
   try device.resume()
   try device.suspend(flush: false, freeze: false)
   try device.resume()
+  try tryLatencies(device)
   try tryOpen(device, paths)
+}
+
+/// The kernel counts latencies from the first question on, as long as it is not told to stop.
+private func tryLatencies(_ device: MappedDevice) throws {
+  try device.stopLatencies()
+  let open = try Sectors(device.path)
+  try open.fill(7, 0x11)
+  check(try device.latencies().count == 0, "it was counted before anybody asked")
+  for sector in 8..<24 { try open.fill(UInt64(sector), 0x22) }
+  let found = try device.latencies()
+  check(found.count >= 16, "\(found.count) of 16 writes were counted")
+  check(found.nanoseconds > 0, "they took no time")
+  check(try device.latencies().count >= found.count, "the count began anew")
+  try device.stopLatencies()
+  check(try device.latencies().count == 0, "it went on")
+  try device.stopLatencies()
+  check(try device.message("@stats_list") ?? "" == "", "regions are left")
 }
 
 /// While somebody has it open, and under another name.
