@@ -17,8 +17,8 @@ struct DMUXenCommand: AsyncParsableCommand {
       """,
     version: Version.text,
     subcommands: [
-      Status.self, Specs.self, Doctors.self, Reload.self, Recover.self, Discard.self, Clear.self,
-      Forget.self, Hotplug.self,
+      Status.self, Top.self, Logs.self, Metrics.self, Specs.self, Doctors.self, Reload.self,
+      Recover.self, Discard.self, Clear.self, Forget.self, Hotplug.self,
     ])
 }
 
@@ -77,6 +77,99 @@ struct Status: ParsableCommand {
         ? place.client.watch(domain: domain, json: json)
         : place.client.status(domain: domain, json: json))
   }
+}
+
+struct Top: ParsableCommand {
+  static let configuration = CommandConfiguration(
+    abstract: "Show what the disks do now, again and again.",
+    discussion: """
+      Requests and bytes in a second, and how long requests took in the last interval; disks that \
+      are not ready first, then the busiest. Exit status: 0, 1 failed, 2 dmu-xend is not running, \
+      3 DOMAIN has no dmu disk.
+      """)
+
+  @OptionGroup var place: Place
+
+  @Argument(help: "Only the disks of this domain, by number or name.")
+  var domain: String?
+
+  @Option(name: .shortAndLong, help: "Seconds between two looks, 1 to 3600.")
+  var interval = 2
+
+  @Flag(help: "Print one interval and end.")
+  var once = false
+
+  @Flag(help: "Print JSON: for each interval an array with an object for each disk.")
+  var json = false
+
+  func validate() throws {
+    guard (1...3600).contains(interval) else {
+      throw ValidationError("--interval takes 1 to 3600 seconds, not \(interval)")
+    }
+  }
+
+  func run() throws {
+    try end(place.client.top(domain: domain, seconds: interval, once: once, json: json))
+  }
+}
+
+struct Logs: ParsableCommand {
+  static let configuration = CommandConfiguration(
+    commandName: "log",
+    abstract: "Show what dmu-xend and the workers have logged of a disk.",
+    discussion: """
+      Runs journalctl on the log of dmu-xend.service. Exit status: that of journalctl; 1 it cannot \
+      be started, 2 dmu-xend is not running and DISK is no pair of numbers, 3 there is no such disk.
+      """)
+
+  @OptionGroup var place: Place
+
+  @Argument(help: "A disk: 5-51712, 5:xvda, web:xvda. Or a domain by number or name.")
+  var disk: String
+
+  @Flag(name: .shortAndLong, help: "Show new lines as they come, until interrupted.")
+  var follow = false
+
+  @Option(help: "From this time on, as journalctl takes it. (default: since the host has booted)")
+  var since: String?
+
+  func run() throws { try end(place.client.log(disk, follow: follow, since: since)) }
+}
+
+struct Metrics: ParsableCommand {
+  static let configuration = CommandConfiguration(
+    abstract: "Print metrics of all disks for Prometheus.",
+    discussion: """
+      Where the kernel serves a disk, it measures latencies from the first such question on, and \
+      until nobody has asked for 15 minutes. Exit status: 0, 1 failed, 2 dmu-xend is not running.
+      """)
+
+  @OptionGroup var place: Place
+
+  @Option(
+    help: """
+      The format: prometheus (text format 0.0.4, which node_exporter and promtool read) or \
+      openmetrics.
+      """)
+  var format = Format.prometheus
+
+  @Option(
+    name: .shortAndLong,
+    help: "Replace this file instead, in one step: for node_exporter's textfile collector.")
+  var output: String?
+
+  enum Format: String, ExpressibleByArgument, CaseIterable {
+    case prometheus, openmetrics
+
+    var format: MetricsFormat {
+      switch self {
+      case .prometheus: .prometheus
+      case .openmetrics: .openmetrics
+      }
+    }
+  }
+
+  func run() throws { try end(place.client.metrics(format.format, output: output)) }
 }
 
 struct Specs: ParsableCommand {

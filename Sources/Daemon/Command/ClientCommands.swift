@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The commands that ask the daemon.
 
+internal import Posix
 import Glibc
 
 /// Commands over the control socket.
@@ -41,11 +42,33 @@ public struct ClientCommands: Sendable {
     run { () throws(DiskFailure) in
       while true {
         let text = try ClientCommands.render(try fetch(domain), json: json)
-        // Source: ECMA-48: cursor home, erase to the end of the screen.
-        CommandOutput.say((isatty(1) == 1 ? "\u{1B}[H\u{1B}[J" : "") + text)
+        CommandOutput.clear()
+        CommandOutput.say(text)
         sleep(2)
       }
     }
+  }
+
+  /// Prints metrics of all disks, or replaces a file with them. A reader of the file sees the old
+  /// text or the new one.
+  public func metrics(_ format: MetricsFormat, output: String?) -> CommandStatus {
+    run { () throws(DiskFailure) in
+      let text = MetricsText.render(try fetchMetrics(nil), format)
+      guard let output else {
+        CommandOutput.say(text)
+        return .done
+      }
+      do throws(IOError) { try TextFile.replace(output, with: text, mode: 0o644) } catch {
+        throw DiskFailure(
+          .daemon, "\(error.description): give a file in a directory that this user may write to")
+      }
+      return .done
+    }
+  }
+
+  /// The disks of a domain, or all, with what is measured of them.
+  func fetchMetrics(_ domain: String?) throws(DiskFailure) -> [DiskStatus] {
+    try ask(ControlRequest(.metrics, domain: domain), .seconds(10)).disks ?? []
   }
 
   /// Has the configuration read anew.
@@ -151,13 +174,13 @@ public struct ClientCommands: Sendable {
     }
   }
 
-  private func ask(
+  func ask(
     _ request: ControlRequest, _ limit: Duration
   ) throws(DiskFailure) -> ControlReply {
     try ControlClient(path: socket).ask(request, within: limit)
   }
 
-  private static func pretty(_ value: some Encodable) throws(DiskFailure) -> String {
+  static func pretty(_ value: some Encodable) throws(DiskFailure) -> String {
     do { return try ControlLine.pretty(value) + "\n" } catch {
       throw DiskFailure(.daemon, "the answer cannot be written as JSON: \(error)")
     }
@@ -181,7 +204,7 @@ public struct ClientCommands: Sendable {
   }
 
   /// `withoutDaemon`: what is to be done beside starting the daemon, when that is missing.
-  private func run(
+  func run(
     withoutDaemon more: String = "", _ body: () throws(DiskFailure) -> CommandStatus
   ) -> CommandStatus {
     do throws(DiskFailure) { return try body() } catch {

@@ -19,14 +19,21 @@ public enum CommandStatus: Int32, Sendable {
 /// Where commands print.
 public enum CommandOutput {
   /// Prints to stdout.
-  public static func say(_ text: String) { put(text, 1) }
+  public static func say(_ text: String) { put(ForeignText.lines(text), 1) }
+
+  /// Clears the terminal, if stdout is one.
+  static func clear() {
+    // Source: ECMA-48: cursor home, erase to the end of the screen.
+    if isatty(1) == 1 { put("\u{1B}[H\u{1B}[J", 1) }
+  }
 
   /// Prints a line to stderr.
-  public static func complain(_ line: String) { put(line + "\n", 2) }
+  public static func complain(_ line: String) { put(ForeignText.lines(line) + "\n", 2) }
 
+  /// Whatever text is in it that came from elsewhere, a terminal is shown text and nothing else: the
+  /// caller has seen to that.
   private static func put(_ text: String, _ descriptor: Int32) {
-    // Whatever is in it, a terminal is shown text and nothing else.
-    var rest = Array(ForeignText.lines(text).utf8)[...]
+    var rest = Array(text.utf8)[...]
     while !rest.isEmpty {
       let count = rest.withUnsafeBytes { write(descriptor, $0.baseAddress, $0.count) }
       if count < 0 {

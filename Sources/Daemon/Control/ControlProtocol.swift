@@ -15,6 +15,9 @@ public struct ControlRequest: Codable, Sendable, Equatable {
   public enum Command: String, Codable, Sendable, CaseIterable {
     /// Tell of the disks.
     case status
+    /// The same with what is counted and measured of them. Where the kernel serves a disk, it
+    /// measures latencies from the first such request on.
+    case metrics
     /// A block script's `add`: wait until the disk is served.
     case attach
     /// A block script's `remove`: the toolstack is done with the disk.
@@ -41,7 +44,7 @@ public struct ControlRequest: Codable, Sendable, Equatable {
 
   /// What is wanted.
   public var command: Command
-  /// For `status`: the domain by number or name; nil: all.
+  /// For `status` and `metrics`: the domain by number or name; nil: all.
   public var domain: String?
   /// For `attach` and `detach`: the backend's path in xenstore.
   public var path: String?
@@ -83,7 +86,7 @@ public struct ControlReply: Codable, Sendable, Equatable {
   public var error: String?
   /// The kind of failure.
   public var code: DiskFailure.Code?
-  /// For `status`.
+  /// For `status` and `metrics`.
   public var disks: [DiskStatus]?
   /// For `attach`.
   public var device: Device?

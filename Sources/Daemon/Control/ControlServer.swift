@@ -154,7 +154,7 @@ struct ControlServer: Service {
       reply.version = Version.text
       reply.pid = getpid()
       return reply
-    case .status, .recover, .pending, .discard, .clear, .forget, .leftovers, .clean:
+    case .status, .metrics, .recover, .pending, .discard, .clear, .forget, .leftovers, .clean:
       do throws(DiskFailure) { return try await obey(request) } catch { return .failure(error) }
     case .reload:
       do throws(ConfigurationError) { try await reconciler.reload() } catch {
@@ -171,6 +171,7 @@ struct ControlServer: Service {
     let store = request.store ?? ""
     switch request.command {
     case .status: reply.disks = try await reconciler.status(domain: request.domain)
+    case .metrics: reply.disks = try await reconciler.metrics(domain: request.domain)
     case .recover: reply.stores = try await reconciler.recover(store: request.store)
     case .pending: reply.stores = [try await reconciler.pending(of: store)]
     case .discard: reply.stores = [try await reconciler.discard(store)]

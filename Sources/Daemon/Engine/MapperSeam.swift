@@ -27,8 +27,20 @@ public struct MappedCounters: Sendable, Equatable {
   public var reads: UInt64 = 0
   /// Write requests.
   public var writes: UInt64 = 0
-  /// Flush requests.
+  /// Discards and writes of zeroes.
+  public var discards: UInt64 = 0
+  /// Flushes that the worker was asked about: the module counts no others.
   public var flushes: UInt64 = 0
+  /// Bytes that reads asked for.
+  public var bytesRead: UInt64 = 0
+  /// Bytes that writes brought.
+  public var bytesWritten: UInt64 = 0
+  /// Milliseconds of all reads together.
+  public var reading: UInt64 = 0
+  /// The same of writes.
+  public var writing: UInt64 = 0
+  /// The same of discards and writes of zeroes.
+  public var discarding: UInt64 = 0
   /// Placements that are not durable yet.
   public var uncommitted: UInt64 = 0
 
@@ -76,6 +88,11 @@ public protocol DeviceMapping: Sendable {
   ) throws(DeviceMapperError) -> Bool
   /// What the kernel counts of a device.
   func counters(_ disk: DiskID, _ node: DeviceNode) throws(DeviceMapperError) -> MappedCounters
+  /// How long requests took since this was asked first, or since `stopLatencies`: the kernel
+  /// begins to measure then.
+  func latencies(_ disk: DiskID) throws(DeviceMapperError) -> LatencyHistogram
+  /// Ends the measuring; none is no error.
+  func stopLatencies(_ disk: DiskID) throws(DeviceMapperError)
   /// Every device that a daemon like this one has made.
   func devices() throws(DeviceMapperError) -> [DiskID: DeviceNode]
 }
@@ -216,9 +233,27 @@ public struct KernelMapper: DeviceMapping {
       func number(_ index: Int) -> UInt64 {
         numbers.indices.contains(index) ? numbers[index] ?? 0 : 0
       }
-      (counters.reads, counters.writes, counters.flushes) = (number(0), number(4), number(15))
+      // Source: Documentation/block/stat.rst. A bio-based device counts no flushes.
+      (counters.reads, counters.writes, counters.discards) = (number(0), number(4), number(11))
+      (counters.bytesRead, counters.bytesWritten) = (number(2) &* 512, number(6) &* 512)
+      (counters.reading, counters.writing) = (number(3), number(7))
+      counters.discarding = number(14)
     } catch { throw DeviceMapperError(error.code, "read", path) }
+    let module = try served(disk).device.message("stats") ?? ""
+    for word in module.split(whereSeparator: \.isWhitespace) where word.hasPrefix("flushes=") {
+      counters.flushes = UInt64(word.dropFirst("flushes=".count)) ?? 0
+    }
     return counters
+  }
+
+  /// The device-mapper's own statistics.
+  public func latencies(_ disk: DiskID) throws(DeviceMapperError) -> LatencyHistogram {
+    try served(disk).device.latencies()
+  }
+
+  /// Deletes them.
+  public func stopLatencies(_ disk: DiskID) throws(DeviceMapperError) {
+    try served(disk).device.stopLatencies()
   }
 
   /// Every device with our name and identifier.

@@ -10,7 +10,8 @@ import Synchronization
 
 /// Keeps what the device-mapper would. The files say SUSPENDED or LIVE, and what the device
 /// stands on. Files beside them play what a kernel may do: DISK.open, somebody has the device
-/// open; DISK.uncommitted, so many placements are not durable; flush-hangs, a flush does not end
+/// open; DISK.uncommitted, so many placements are not durable; DISK.measured, the kernel measures
+/// latencies, and has counted what the file says; flush-hangs, a flush does not end
 /// as long as it is there; flush-fails, one fails.
 public final class StandInMapper: DeviceMapping {
   private let folder: String
@@ -122,6 +123,7 @@ public final class StandInMapper: DeviceMapping {
     guard unlink(path(disk)) == 0 || errno == ENOENT else {
       throw DeviceMapperError(errno, "remove", "\(disk)")
     }
+    try stopLatencies(disk)
     ends.withLock { $0[disk] = nil }
   }
 
@@ -149,6 +151,25 @@ public final class StandInMapper: DeviceMapping {
       }
     }
     return counters
+  }
+
+  /// What the mark says, which is made when it is missing.
+  public func latencies(_ disk: DiskID) throws(DeviceMapperError) -> LatencyHistogram {
+    let mark = path(disk) + ".measured"
+    do throws(IOError) {
+      guard access(mark, F_OK) == 0 else {
+        try TextFile.replace(mark, with: "")
+        return LatencyHistogram()
+      }
+      return MappedDevice.latencies(in: try TextFile.read(mark)) ?? LatencyHistogram()
+    } catch { throw DeviceMapperError(error.code, error.operation, error.subject) }
+  }
+
+  /// Removes the mark.
+  public func stopLatencies(_ disk: DiskID) throws(DeviceMapperError) {
+    guard unlink(path(disk) + ".measured") == 0 || errno == ENOENT else {
+      throw DeviceMapperError(errno, "remove the mark of", "\(disk)")
+    }
   }
 
   /// Every file.

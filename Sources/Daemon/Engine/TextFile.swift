@@ -41,13 +41,15 @@ enum TextFile {
 
   /// Replaces a file whole: a reader sees the old text or the new one. In the run directory the
   /// reserve is used when there is no space.
-  static func replace(_ path: String, with text: String) throws(IOError) {
-    try RunReserve.writing(path) { () throws(IOError) in try write(path, text) }
+  static func replace(
+    _ path: String, with text: String, mode: mode_t = 0o600
+  ) throws(IOError) {
+    try RunReserve.writing(path) { () throws(IOError) in try write(path, text, mode) }
   }
 
-  private static func write(_ path: String, _ text: String) throws(IOError) {
+  private static func write(_ path: String, _ text: String, _ mode: mode_t) throws(IOError) {
     let new = path + ".new"
-    let descriptor = try Descriptor(path: new, flags: O_WRONLY | O_CREAT | O_TRUNC, mode: 0o600)
+    let descriptor = try Descriptor(path: new, flags: O_WRONLY | O_CREAT | O_TRUNC, mode: mode)
     var rest = Array(text.utf8)[...]
     while !rest.isEmpty {
       let count = rest.withUnsafeBytes { Glibc.write(descriptor.raw, $0.baseAddress, $0.count) }

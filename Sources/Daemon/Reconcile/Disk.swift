@@ -66,6 +66,8 @@ final class Disk {
   /// How often in a row a new socket did not help.
   var socketRetries = 0
   var backOff: BackOff
+  /// How often a worker took the place of another since the daemon started.
+  var restarts = 0
 
   /// What it does at the moment while it starts, for status.
   var activity: String?

@@ -93,10 +93,12 @@ extension Reconciler {
   /// What is known of the disks of a domain, by number or name, or of all, of attaches that
   /// failed, and of logs that hold writes for a store without a disk. Workers are asked for their
   /// counters now, and only now.
-  func status(domain: String?) async throws(DiskFailure) -> [DiskStatus] {
+  func status(
+    domain: String?, isDetailed: Bool = false
+  ) async throws(DiskFailure) -> [DiskStatus] {
     var answers: [DiskStatus] = []
     await withTaskGroup(of: DiskStatus?.self) { group in
-      for id in table.keys { group.addTask { await self.status(of: id) } }
+      for id in table.keys { group.addTask { await self.status(of: id, isDetailed: isDetailed) } }
       for await answer in group {
         if let answer { answers.append(answer) }
       }
@@ -107,7 +109,7 @@ extension Reconciler {
       .sorted { ($0.domain, $0.number, $0.since) < ($1.domain, $1.number, $1.since) }
   }
 
-  func status(of id: DiskID) async -> DiskStatus? {
+  func status(of id: DiskID, isDetailed: Bool = false) async -> DiskStatus? {
     if let disk = table[id], disk.phase.isServing, let worker = disk.worker {
       await refresh(disk, worker)
     }
@@ -127,6 +129,8 @@ extension Reconciler {
     status.kernelDevice = disk.device?.kernelPath
     if let why = disk.hindrance { status.note = "served by nbd, since its image \(why)" }
     status.error = disk.reason
+    var activity = DiskActivity()
+    activity.restarts = UInt64(disk.restarts)
     status.worker = disk.worker?.process.pid
     if let report = disk.report {
       status.size = report.size
@@ -138,13 +142,20 @@ extension Reconciler {
       status.flushes = report.flushes
       status.faults = report.faults
       status.memory = report.memory
+      if let times = report.times { activity.take(times) }
     }
-    if let device = disk.device, device.kind == .dm { await count(&status, id, device) }
+    if let device = disk.device, device.kind == .dm {
+      await count(&status, &activity, id, device)
+    }
+    if isDetailed { status.activity = activity }
     return status
   }
 
   /// What only the kernel sees of a device that it serves.
-  private func count(_ status: inout DiskStatus, _ id: DiskID, _ device: DeviceNode) async {
+  private func count(
+    _ status: inout DiskStatus, _ activity: inout DiskActivity, _ id: DiskID,
+    _ device: DeviceNode
+  ) async {
     let mapper = mapper
     do throws(DeviceMapperError) {
       let counters = try await mapping.run { () throws(DeviceMapperError) in
@@ -153,8 +164,9 @@ extension Reconciler {
       status.reads = counters.reads
       status.writes = counters.writes
       // A device of the device-mapper counts no flushes; blkback does.
-      status.flushes = BlkbackCounters.flushes(id) ?? status.flushes
+      status.flushes = BlkbackCounters.flushes(id) ?? counters.flushes
       status.uncommitted = counters.uncommitted
+      activity.take(counters)
     } catch {
       log.warning("no counters", metadata: ["disk": "\(id)", "error": "\(error)"])
     }

@@ -331,6 +331,7 @@ extension Reconciler {
       try await launch(disk, create: false, byNode: byNode)
       if byNode { try await handNodeAgain(disk) } else { try await replaceSocketOnce(disk) }
       try await save(disk)
+      disk.restarts += 1
       enter(disk, .serving(DiskPhase.Trouble(disk.report)))
       await checkWorker(disk)
     } catch {

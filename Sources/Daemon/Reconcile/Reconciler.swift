@@ -55,6 +55,8 @@ public actor Reconciler {
   var ending = false
   var takesWaiters = true
   var isWatchingHearts = false
+  /// When metrics were asked for last, or this daemon started; nil: the kernel measures nothing.
+  var measuredAt: ContinuousClock.Instant? = .now
   /// Disks of an earlier daemon that are being taken over.
   var adopting: Set<DiskID> = []
   private var nextTurn: UInt64 = 0

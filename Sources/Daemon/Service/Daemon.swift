@@ -209,6 +209,7 @@ private struct ReconcileService: Service {
   private func look() async {
     while !Task.isCancelled {
       await reconciler.sweepLoopMarks()
+      await reconciler.endMeasuring()
       let interval = await reconciler.configuration.lookInterval
       do { try await Task.sleep(for: interval) } catch { return }
       do throws(XenStoreError) { try await reconciler.lookAtEverything() } catch {

@@ -57,6 +57,8 @@ public struct DiskStatus: Codable, Sendable, Hashable {
   public var memory: UInt64?
   /// Restarts of the worker within the window that counts.
   public var restarts: Int
+  /// What else was counted and measured; only where metrics are asked for.
+  public var activity: DiskActivity?
 
   /// A status of a disk of which little is known.
   public init(

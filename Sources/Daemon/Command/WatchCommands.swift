@@ -1,0 +1,99 @@
+// SPDX-License-Identifier: Apache-2.0
+// top and log: what disks do now, and what was said of one.
+
+internal import Posix
+import Glibc
+
+extension ClientCommands {
+  /// Prints what disks do, again after each interval; a terminal is cleared before. `once`: one
+  /// interval only. Ends with the daemon.
+  public func top(domain: String?, seconds: Int, once: Bool, json: Bool) -> CommandStatus {
+    run { () throws(DiskFailure) in
+      var before = try fetchMetrics(domain)
+      var last = ContinuousClock.now
+      if before.isEmpty, domain != nil { return .noDisk }
+      let isTerminal = isatty(1) == 1
+      if isTerminal, !once, !json {
+        TerminalScreen.show(DiskRates.between([], before, seconds: 1))
+      }
+      while true {
+        sleep(UInt32(seconds))
+        let disks = try fetchMetrics(domain)
+        let now = ContinuousClock.now
+        let rates = DiskRates.between(before, disks, seconds: (now - last) / .seconds(1))
+        (before, last) = (disks, now)
+        if json {
+          CommandOutput.say(try ClientCommands.pretty(rates))
+        } else if isTerminal, !once {
+          TerminalScreen.show(rates)
+        } else {
+          CommandOutput.say(RatesTable.render(rates, width: TerminalScreen.size?.width))
+        }
+        if once { return .done }
+      }
+    }
+  }
+
+  /// Shows what dmu-xend and the disk's workers have logged of a disk since the host booted, by
+  /// journalctl(1), which takes this process's place. `since`: as journalctl's.
+  public func log(_ target: String, follow: Bool, since: String?) -> CommandStatus {
+    run(withoutDaemon: " or name the disk by its numbers, as in 5-51712") {
+      () throws(DiskFailure) in
+      var disks: [DiskID] = []
+      if let disk = DiskID(target) {
+        disks = [disk]
+      } else {
+        let known = try ask(ControlRequest(.status), .seconds(10)).disks ?? []
+        disks = known.filter { $0.isMeant(by: target) }.map {
+          DiskID(domain: $0.domain, device: $0.number)
+        }
+      }
+      guard !disks.isEmpty else {
+        throw DiskFailure(
+          .gone,
+          "there is no disk '\(ForeignText.shown(target))': one that has gone is named by its"
+            + " numbers, as in 5-51712")
+      }
+      let names = Set(disks.map { "\($0)" }).sorted().joined(separator: "|")
+      // Every line of daemon and worker about a disk has this fact, followed by another or nothing.
+      var words = [
+        "journalctl", "--unit=dmu-xend.service", "--grep= disk=(\(names))( |$)",
+      ]
+      words += since.map { ["--since=\($0)"] } ?? ["--boot"]
+      if follow { words += ["--follow", "--no-tail"] }
+      throw ClientCommands.become(words)
+    }
+  }
+
+  /// Has another program take this process's place; answers why it could not.
+  private static func become(_ words: [String]) -> DiskFailure {
+    var pointers: [UnsafeMutablePointer<CChar>?] = words.map { strdup($0) }
+    pointers.append(nil)
+    execvp(words[0], pointers)
+    let code = errno
+    for case let pointer? in pointers { free(pointer) }
+    return DiskFailure(
+      .daemon,
+      "cannot start \(words[0]) (\(String(cString: strerror(code)))): the log is what dmu-xend"
+        + " writes to its standard error; without a journal, look where that goes")
+  }
+}
+
+/// The terminal at standard output.
+enum TerminalScreen {
+  /// Columns and lines; nil when there is no terminal.
+  static var size: (width: Int, height: Int)? {
+    var size = winsize()
+    guard ioctl(1, UInt(TIOCGWINSZ), &size) == 0, size.ws_col > 0, size.ws_row > 0 else {
+      return nil
+    }
+    return (Int(size.ws_col), Int(size.ws_row))
+  }
+
+  /// Clears it and shows the rates.
+  static func show(_ rates: [DiskRates]) {
+    let size = size
+    CommandOutput.clear()
+    CommandOutput.say(RatesTable.render(rates, width: size?.width, height: size?.height))
+  }
+}

@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: Apache-2.0
+// Metrics: status, and the latencies of disks that the kernel serves. Those cost each request a
+// little, so the kernel measures only while somebody asks.
+
+internal import DeviceMapper
+internal import Logging
+internal import Posix
+
+extension Reconciler {
+  /// So long after the last question for metrics the kernel goes on measuring.
+  static let measuringTime = Duration.seconds(900)
+
+  /// As `status`, with what was measured.
+  func metrics(domain: String?) async throws(DiskFailure) -> [DiskStatus] {
+    measuredAt = .now
+    var disks = try await status(domain: domain, isDetailed: true)
+    for index in disks.indices where disks[index].transport == .dm {
+      let id = DiskID(domain: disks[index].domain, device: disks[index].number)
+      guard let disk = table[id], disk.device?.kind == .dm else { continue }
+      let mapper = mapper
+      do throws(DeviceMapperError) {
+        let latencies = try await mapping.run { () throws(DeviceMapperError) in
+          try mapper.latencies(id)
+        }
+        disks[index].activity?.latency = DiskLatency(latencies)
+      } catch {
+        // A device that has just gone has none.
+        log(for: disk).info("no latencies", metadata: ["error": "\(error)"])
+      }
+    }
+    return disks
+  }
+
+  /// Ends the measuring when nobody has asked for long, also what an earlier daemon began.
+  func endMeasuring() async {
+    guard let last = measuredAt, last + Reconciler.measuringTime < .now else { return }
+    measuredAt = nil
+    let mapper = mapper
+    for disk in Array(table.values) where disk.device?.kind == .dm {
+      let id = disk.id
+      do throws(DeviceMapperError) {
+        try await mapping.run { () throws(DeviceMapperError) in try mapper.stopLatencies(id) }
+      } catch {
+        log(for: disk).info("latencies are measured on", metadata: ["error": "\(error)"])
+      }
+    }
+  }
+}

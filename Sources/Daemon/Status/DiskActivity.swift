@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: Apache-2.0
+// What is counted and measured of a disk beyond what status shows.
+
+internal import Posix
+internal import WorkerLink
+
+/// Counts of a disk since its worker started or, with dm, since its device was made. What is not
+/// known is absent.
+public struct DiskActivity: Codable, Sendable, Hashable {
+  /// Bytes that reads asked for.
+  public var bytesRead: UInt64?
+  /// Bytes that writes brought.
+  public var bytesWritten: UInt64?
+  /// Discards and writes of zeroes.
+  public var discards: UInt64?
+  /// Nanoseconds of all reads together.
+  public var reading: UInt64?
+  /// The same of writes.
+  public var writing: UInt64?
+  /// The same of flushes.
+  public var flushing: UInt64?
+  /// The same of discards and writes of zeroes.
+  public var discarding: UInt64?
+  /// How long reads, writes and discards took.
+  public var latency: DiskLatency?
+  /// How long flushes took.
+  public var flushLatency: DiskLatency?
+  /// How often a worker took the place of another since the daemon started.
+  public var restarts: UInt64 = 0
+
+  /// Nothing known.
+  public init() {}
+
+  /// Takes what a worker has measured.
+  mutating func take(_ times: ReportedTimes) {
+    (bytesRead, bytesWritten) = (times.bytesRead, times.bytesWritten)
+    discards = times.discards
+    (reading, writing) = (times.reading, times.writing)
+    (flushing, discarding) = (times.flushing, times.discarding)
+    latency = DiskLatency(times.latencies)
+    flushLatency = DiskLatency(times.flushLatencies)
+  }
+
+  /// Takes what the kernel has counted.
+  mutating func take(_ counters: MappedCounters) {
+    (bytesRead, bytesWritten) = (counters.bytesRead, counters.bytesWritten)
+    discards = counters.discards
+    reading = counters.reading &* 1_000_000
+    writing = counters.writing &* 1_000_000
+    discarding = counters.discarding &* 1_000_000
+  }
+}
+
+/// A histogram of latencies, as JSON has it.
+public struct DiskLatency: Codable, Sendable, Hashable {
+  /// How many there were in each bucket, those above the last bound at the end.
+  public var counts: [UInt64]
+  /// All of them together, in nanoseconds.
+  public var nanoseconds: UInt64
+
+  init(_ histogram: LatencyHistogram) {
+    counts = histogram.counts
+    nanoseconds = histogram.nanoseconds
+  }
+
+  /// nil when the daemon is of another version, with other buckets.
+  var histogram: LatencyHistogram? {
+    LatencyHistogram(counts: counts, nanoseconds: nanoseconds)
+  }
+}

@@ -1,0 +1,74 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a disk does now: two looks at its counters, and the time between them.
+
+internal import Posix
+
+/// Rates of a disk over an interval. What is not known is absent: a disk whose worker was replaced
+/// meanwhile begins to count anew.
+public struct DiskRates: Codable, Sendable, Hashable {
+  /// The domain that sees the disk.
+  public var domain: Int
+  /// The domain's name.
+  public var domainName: String?
+  /// The disk's name in the domain.
+  public var vdev: String
+  /// By which way the kernel reaches it.
+  public var transport: DeviceKind?
+  /// Where the disk stands.
+  public var state: PublicState
+  /// Read requests in a second.
+  public var reads: Double?
+  /// Write requests.
+  public var writes: Double?
+  /// Flush requests.
+  public var flushes: Double?
+  /// Bytes read in a second.
+  public var bytesRead: Double?
+  /// Bytes written.
+  public var bytesWritten: Double?
+  /// Mean latency of reads, writes and discards in seconds; absent without any.
+  public var latency: Double?
+  /// The latency in seconds that 99 of 100 of them stayed below.
+  public var latency99: Double?
+
+  /// The rates of each disk of `now` since `before`, `seconds` apart; those in trouble first, then
+  /// the busiest.
+  public static func between(
+    _ before: [DiskStatus], _ now: [DiskStatus], seconds: Double
+  ) -> [DiskRates] {
+    let former = Dictionary(before.map { ($0.key, $0) }) { $1 }
+    return now.filter { $0.state != .pending }
+      .map { DiskRates(former[$0.key], $0, seconds: seconds) }
+      .sorted { one, other in
+        let (first, second) = (one.isWell, other.isWell)
+        if first != second { return second }
+        if one.operations != other.operations { return one.operations > other.operations }
+        return (one.domain, one.vdev) < (other.domain, other.vdev)
+      }
+  }
+
+  private init(_ before: DiskStatus?, _ now: DiskStatus, seconds: Double) {
+    (domain, domainName, vdev) = (now.domain, now.domainName, now.vdev)
+    (transport, state) = (now.transport, now.state)
+    guard let before else { return }
+    func rate(_ value: (DiskStatus) -> UInt64?) -> Double? {
+      guard let old = value(before), let new = value(now), new >= old else { return nil }
+      return Double(new - old) / seconds
+    }
+    (reads, writes, flushes) = (rate(\.reads), rate(\.writes), rate(\.flushes))
+    (bytesRead, bytesWritten) = (rate(\.activity?.bytesRead), rate(\.activity?.bytesWritten))
+    guard let old = before.activity?.latency?.histogram,
+      let new = now.activity?.latency?.histogram, let difference = new.since(old),
+      difference.count > 0
+    else { return }
+    latency = Double(difference.nanoseconds) / Double(difference.count) / 1e9
+    latency99 = difference.quantile(0.99).map { $0 / 1e9 }
+  }
+
+  private var isWell: Bool { state == .ready }
+  private var operations: Double { (reads ?? 0) + (writes ?? 0) + (flushes ?? 0) }
+}
+
+extension DiskStatus {
+  fileprivate var key: DiskID { DiskID(domain: domain, device: number) }
+}
