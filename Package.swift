@@ -36,6 +36,7 @@ let lifecycle = Target.Dependency.product(
 let signals = Target.Dependency.product(name: "UnixSignals", package: "swift-service-lifecycle")
 let toml = Target.Dependency.product(name: "TOMLKit", package: "TOMLKit")
 let nio = Target.Dependency.product(name: "NIOCore", package: "swift-nio")
+let nioHTTP = Target.Dependency.product(name: "NIOHTTP1", package: "swift-nio")
 let nioPosix = Target.Dependency.product(name: "NIOPosix", package: "swift-nio")
 
 let package = Package(
@@ -78,7 +79,7 @@ let package = Package(
       "Daemon",
       [
         "XenStore", "WorkerLink", "DeviceMapper", "Posix", logging, lifecycle, signals, toml, nio,
-        nioPosix,
+        nioPosix, nioHTTP,
       ]),
     program("cowd", ["Worker", "WorkerLink", "Posix", argumentParser]),
     program("linear", ["DMU", "Posix"], path: "examples/linear"),

@@ -60,7 +60,10 @@ import Testing
       directories = ["/srv/bases", "/dev/vg"]
       [nbd]
       request-timeout = 30
+      [metrics]
+      listen = "[::1]:9817"
       """, file: "f")
+    #expect(configuration.metricsListen == .loopback("::1", 9817))
     #expect(configuration.logLevel == .debug)
     #expect(configuration.lookInterval == .seconds(5))
     #expect(configuration.workerProgram == "/opt/cowd")
@@ -102,6 +105,15 @@ import Testing
         failure("worker.uids = \(range)\n")?.description.hasPrefix(
           "f line 1: worker.uids: the value must be a range of user numbers") == true)
     }
+    #expect(
+      failure("[metrics]\nlistn = \"\"\n")?.description
+        == "f line 2: metrics.listn: there is no such key (did you mean 'listen'?)")
+    #expect(
+      failure("[metrics]\nlisten = \"0.0.0.0:9817\"\n")?.description
+        == "f line 2: metrics.listen: the value must be the path of a Unix socket, at most 107"
+        + " bytes, or a loopback address and a port, as in \"127.0.0.1:9817\" or"
+        + " \"[::1]:9817\", or \"\"")
+    #expect(failure("[metrics]\nlisten = 9817\n")?.line == 2)
     #expect(
       failure("[worker]\nuser = 65534\n")?.description
         == "f line 2: worker.user: there is no such key any more: each disk has a user of its own,"

@@ -72,6 +72,9 @@ public struct Configuration: Sendable, Equatable {
   /// How long the kernel waits for a new worker before it fails the guest's requests.
   public var deadConnectionTimeout = Duration.seconds(86_400)
 
+  /// Where metrics are served over HTTP; nil: nowhere. Read at start only.
+  public var metricsListen: MetricsAddress?
+
   /// The defaults.
   public init() {}
 

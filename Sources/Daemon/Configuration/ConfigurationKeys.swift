@@ -43,6 +43,7 @@ struct ConfigurationKey: Sendable {
     number("base", "chain-depth", \.chainDepth, 1...256),
     seconds("nbd", "request-timeout", \.requestTimeout, 1...3600),
     seconds("nbd", "dead-connection-timeout", \.deadConnectionTimeout, 1...31_536_000),
+    metricsListen,
   ]
 
   /// Keys that there were once, and what to do now.
@@ -54,6 +55,13 @@ struct ConfigurationKey: Sendable {
   private static let logLevel = word("daemon", "log-level", \.logLevel)
   private static let onFull = word("store", "on-full", \.onFull)
   private static let sandbox = word("worker", "sandbox", \.sandbox)
+  private static let metricsListen = ConfigurationKey(
+    table: "metrics", name: "listen",
+    take: { configuration, value throws(Wanted) in
+      guard let text = value.string else { throw Wanted(MetricsAddress.wanted) }
+      configuration.metricsListen = MetricsAddress(text)
+      if configuration.metricsListen == nil, !text.isEmpty { throw Wanted(MetricsAddress.wanted) }
+    }, show: { "\"\($0.metricsListen?.description ?? "")\"" })
   private static let transport = word("daemon", "transport", \.transport)
 
   private static func word<Word: RawRepresentable<String> & CaseIterable & Sendable>(

@@ -70,6 +70,10 @@ extension Reconciler {
       log.warning("run-directory changes when dmu-xend is started again")
       new.runDirectory = configuration.runDirectory
     }
+    if new.metricsListen != configuration.metricsListen {
+      log.warning("metrics.listen changes when dmu-xend is started again")
+      new.metricsListen = configuration.metricsListen
+    }
     configuration = new
     LogLevel.current = new.logLevel
     log.notice("configuration reloaded", metadata: ["file": "\(path)"])

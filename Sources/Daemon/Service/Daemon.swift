@@ -93,12 +93,15 @@ public struct Daemon: Sendable {
     try await reconciler.adopt()
     let recovery = Task { await reconciler.recoverAll() }
     defer { recovery.cancel() }
-    let services: [any Service] = [
+    var services: [any Service] = [
       ReconcileService(reconciler: reconciler, client: client, keeper: keeper, log: log),
       ControlServer(
         path: configuration.controlSocket, reconciler: reconciler, keeper: keeper, log: log),
       ReloadService(reconciler: reconciler, log: log),
     ]
+    if let address = configuration.metricsListen {
+      services.append(MetricsServer(address: address, reconciler: reconciler, log: log))
+    }
     // Its failures are thrown; its steps are nobody's concern.
     let quiet = Logger(label: "services") { _ in SwiftLogNoOpLogHandler() }
     let group = ServiceGroup(
