@@ -93,6 +93,7 @@ install: ## install into $(DESTDIR)$(PREFIX), etc. into $(DESTDIR)/etc
 	install -m 644 etc/systemd/*.service $(DESTDIR)/lib/systemd/system/
 	install -D -m 644 -t $(DESTDIR)/usr/lib/udev/rules.d etc/09-dmu-xen.rules
 	install -D -m 644 -t $(DESTDIR)/usr/lib/modprobe.d etc/modprobe.d/dmu-xen.conf
+	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/dmu-xen etc/grafana/dmu-xen.json
 	install -d -m 755 $(DESTDIR)$(PREFIX)/lib/dmu-xen/plugins
 	install -d -m 755 $(DESTDIR)/var/lib/dmu-xen
 	install -D -m 644 Sources/CPlugin/include/dmu_plugin.h $(DESTDIR)$(PREFIX)/include/dmu_plugin.h
