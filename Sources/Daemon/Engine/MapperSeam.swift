@@ -27,7 +27,7 @@ public struct MappedCounters: Sendable, Equatable {
   public var reads: UInt64 = 0
   /// Write requests.
   public var writes: UInt64 = 0
-  /// Discards and writes of zeroes.
+  /// Discards; writes of zeroes are among the writes.
   public var discards: UInt64 = 0
   /// Flushes that the worker was asked about: the module counts no others.
   public var flushes: UInt64 = 0
@@ -39,7 +39,7 @@ public struct MappedCounters: Sendable, Equatable {
   public var reading: UInt64 = 0
   /// The same of writes.
   public var writing: UInt64 = 0
-  /// The same of discards and writes of zeroes.
+  /// The same of discards.
   public var discarding: UInt64 = 0
   /// Placements that are not durable yet.
   public var uncommitted: UInt64 = 0
