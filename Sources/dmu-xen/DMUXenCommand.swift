@@ -90,10 +90,13 @@ struct Top: ParsableCommand {
 
   @OptionGroup var place: Place
 
-  @Argument(help: "Only the disks of this domain, by number or name.")
+  @Argument(
+    help: "Only the disks of this domain, by number or name.", completion: .known(.domain))
   var domain: String?
 
-  @Option(name: .shortAndLong, help: "Seconds between two looks, 1 to 3600.")
+  @Option(
+    name: .shortAndLong, help: "Seconds between two looks, 1 to 3600.",
+    completion: .list(["1", "2", "10", "60"]))
   var interval = 2
 
   @Flag(help: "Print one interval and end.")
@@ -124,13 +127,17 @@ struct Logs: ParsableCommand {
 
   @OptionGroup var place: Place
 
-  @Argument(help: "A disk: 5-51712, 5:xvda, web:xvda. Or a domain by number or name.")
+  @Argument(
+    help: "A disk: 5-51712, 5:xvda, web:xvda. Or a domain by number or name.",
+    completion: .known(.disk))
   var disk: String
 
   @Flag(name: .shortAndLong, help: "Show new lines as they come, until interrupted.")
   var follow = false
 
-  @Option(help: "From this time on, as journalctl takes it. (default: since the host has booted)")
+  @Option(
+    help: "From this time on, as journalctl takes it. (default: since the host has booted)",
+    completion: .list(["today", "yesterday", "-1h"]))
   var since: String?
 
   func run() throws { try end(place.client.log(disk, follow: follow, since: since)) }
@@ -155,7 +162,8 @@ struct Metrics: ParsableCommand {
 
   @Option(
     name: .shortAndLong,
-    help: "Replace this file instead, in one step: for node_exporter's textfile collector.")
+    help: "Replace this file instead, in one step: for node_exporter's textfile collector.",
+    completion: .file(extensions: ["prom"]))
   var output: String?
 
   enum Format: String, ExpressibleByArgument, CaseIterable {
