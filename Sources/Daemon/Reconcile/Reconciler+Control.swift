@@ -167,7 +167,7 @@ extension Reconciler {
       }
       status.reads = counters.reads
       status.writes = counters.writes
-      // A device of the device-mapper counts no flushes; blkback does.
+      // blkback counts the guest's; the module those only that its worker was asked about.
       status.flushes = BlkbackCounters.flushes(id) ?? counters.flushes
       status.uncommitted = counters.uncommitted
       activity.take(counters)
