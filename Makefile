@@ -18,7 +18,7 @@ SHELL_FILES = $(shell git grep -lE '^\#!/bin/(ba)?sh|^\# shellcheck shell=' -- .
 export SWIFT
 export DMU_BIN_DIR = $(CURDIR)/$(BIN)
 
-.PHONY: help build dist test kernel-lab check run lab-shell install fuzz soak bench clean format
+.PHONY: help build dist test kernel-lab check run lab-shell install fuzz soak bench clean format deb rpm
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -40,7 +40,7 @@ run: ## boot a real Xen and run a guest from a dmu disk (10 minutes once, then u
 	@lab/xen/demo $(DIST)
 
 test: ## every suite: unit, xenstored, NBD clients, the labs (about 50 minutes on two processors)
-	@lab/prerequisites build test xen kernel module builds
+	@lab/prerequisites build test xen kernel module builds packages
 	@echo "test: building the kernel lab's kernel beside the programs and the first suites"
 	@lab/kernel/prepare >.lab-kernel.log 2>&1 & lab=$$!; \
 	$(MAKE) --no-print-directory dist && Tests/all $(BIN) $(DIST); \
@@ -88,15 +88,25 @@ install: ## install into $(DESTDIR)$(PREFIX), etc. into $(DESTDIR)/etc
 	  $(DESTDIR)/lib/systemd/system
 	install -s -m 755 $(PROGRAMS:%=$(BIN)/%) $(DESTDIR)$(PREFIX)/sbin/
 	install -s -m 755 $(TOOLS:%=$(BIN)/%) $(DESTDIR)$(PREFIX)/bin/
-	install -m 755 hotplug/block-dmu $(DESTDIR)/etc/xen/scripts/
-	install -m 644 etc/dmu-xen.toml $(DESTDIR)/etc/
-	install -m 644 etc/systemd/*.service $(DESTDIR)/lib/systemd/system/
+	install -D -m 755 -t $(DESTDIR)$(PREFIX)/lib/dmu-xen hotplug/block-dmu
+	sed 's|/usr/lib|$(PREFIX)/lib|' hotplug/block-dmu.start >$(DESTDIR)/etc/xen/scripts/block-dmu
+	chmod 755 $(DESTDIR)/etc/xen/scripts/block-dmu
+	@# A configuration that was edited stays.
+	@if [ -e $(DESTDIR)/etc/dmu-xen.toml ] && ! cmp -s etc/dmu-xen.toml $(DESTDIR)/etc/dmu-xen.toml; \
+	then to=dmu-xen.toml.new; echo "install: /etc/dmu-xen.toml is kept; the new one is /etc/$$to"; \
+	else to=dmu-xen.toml; fi; install -m 644 etc/dmu-xen.toml $(DESTDIR)/etc/$$to
+	for unit in etc/systemd/*.service; do \
+	  sed 's|/usr/sbin/dmu-xend|$(PREFIX)/sbin/dmu-xend|' $$unit \
+	    >$(DESTDIR)/lib/systemd/system/$${unit##*/} || exit 1; done
+	chmod 644 $(DESTDIR)/lib/systemd/system/*.service
 	install -D -m 644 -t $(DESTDIR)/usr/lib/udev/rules.d etc/09-dmu-xen.rules
 	install -D -m 644 -t $(DESTDIR)/usr/lib/modprobe.d etc/modprobe.d/dmu-xen.conf
 	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/dmu-xen etc/grafana/dmu-xen.json
-	install -d -m 755 $(DESTDIR)$(PREFIX)/lib/dmu-xen/plugins
+	@# Where cowd looks, whatever PREFIX is.
+	install -d -m 755 $(DESTDIR)/usr/lib/dmu-xen/plugins
 	install -d -m 755 $(DESTDIR)/var/lib/dmu-xen
-	install -D -m 644 Sources/CPlugin/include/dmu_plugin.h $(DESTDIR)$(PREFIX)/include/dmu_plugin.h
+	install -D -m 644 -t $(DESTDIR)$(PREFIX)/include Sources/CPlugin/include/dmu_plugin.h \
+	  Sources/DMUProtocol/include/dmu.h
 	etc/completion/generate $(BIN) $(DESTDIR)$(PREFIX)/share $(DESTDIR)$(ZSH_FUNCTIONS) \
 	  $(PROGRAMS) $(TOOLS)
 	$(MAKE) --no-print-directory -C module dkms DESTDIR=$(DESTDIR)
@@ -104,6 +114,14 @@ install: ## install into $(DESTDIR)$(PREFIX), etc. into $(DESTDIR)/etc
 	  install -D -m 644 $$page $(DESTDIR)$(PREFIX)/share/$$page || exit 1; done
 	for page in README.md CHANGELOG.md SECURITY.md $$(find docs examples -type f); do \
 	  install -D -m 644 $$page $(DESTDIR)$(PREFIX)/share/doc/dmu-xen/$$page || exit 1; done
+
+deb: dist ## Debian packages of the install tree, into .build-release/packages
+	@lab/prerequisites packages
+	packaging/deb $(DIST) .build-release/packages
+
+rpm: dist ## RPM packages of the same, into .build-release/packages
+	@lab/prerequisites packages
+	packaging/rpm $(DIST) .build-release/packages
 
 clean: ## remove what was built here (the cache of the labs stays)
 	rm -rf .build .build-release .build-fuzz .build-soak .lab-prepare.log .lab-kernel.log

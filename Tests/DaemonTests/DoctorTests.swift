@@ -34,7 +34,7 @@ import Testing
     #expect(
       lines() == [
         "MISSING  the block script: cannot run \(scripts)/block-dmu: No such file or directory\n"
-          + "         install hotplug/block-dmu there, mode 0755\n",
+          + "         install the package dmu-xen again, or run make install\n",
         "MISSING  Xen's functions for block scripts: cannot read \(scripts)/block-common.sh: No such"
           + " file or directory\n         install Xen's hotplug scripts (Debian: apt-get install"
           + " xen-utils-common)\n",

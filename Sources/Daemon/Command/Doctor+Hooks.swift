@@ -15,7 +15,7 @@ extension Doctor {
 
   private func script() -> Finding {
     let path = root + Self.scripts + "/block-dmu"
-    let remedy = "install hotplug/block-dmu there, mode 0755"
+    let remedy = "install the package dmu-xen again, or run make install"
     var status = stat()
     guard access(path, X_OK) == 0, stat(path, &status) == 0 else {
       return Finding("the block script", IOError.last("run", path).description, remedy: remedy)
