@@ -148,7 +148,7 @@ struct Metrics: ParsableCommand {
     abstract: "Print metrics of all disks for Prometheus.",
     discussion: """
       Where the kernel serves a disk, it measures latencies from the first such question on, and \
-      until nobody has asked for 15 minutes. Exit status: 0, 1 failed, 2 dmu-xend is not running.
+      until nobody has asked for metrics.measuring-time (15 minutes). Exit status: 0, 1 failed, 2 dmu-xend is not running.
       """)
 
   @OptionGroup var place: Place

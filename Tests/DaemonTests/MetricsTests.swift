@@ -260,6 +260,30 @@ struct MetricsTests {
     }
   }
 
+  @Test("The kernel measures for as long as somebody asks, and not what an earlier daemon began")
+  func endOfMeasuring() async throws {
+    let settings = ["metrics.measuring-time": "2", "daemon.look-interval": "1"]
+    try await inWorld(settings, hasMapper: true) { world in
+      try await world.add(world.attach(6, world.spec("g6.dscow")))
+      let mark = "6-51712.measured"
+      func isMeasured() -> Bool { World.names(world.mapper).contains(mark) }
+      let start = ContinuousClock.now
+      while ContinuousClock.now - start < .seconds(4) {
+        _ = try await world.ask(ControlRequest(.metrics))
+        #expect(isMeasured())
+        try await Task.sleep(for: .milliseconds(200))
+      }
+      try await eventually("the measuring ends") { !isMeasured() }
+      // By a daemon that was killed.
+      _ = try await world.ask(ControlRequest(.metrics))
+      #expect(isMeasured())
+      try await world.stopDaemon(SIGKILL)
+      try await world.startDaemon()
+      #expect(isMeasured())
+      try await eventually("the measuring ends again") { !isMeasured() }
+    }
+  }
+
   /// What a command of dmu-xen prints, with `path` before the usual one.
   private func output(
     _ world: World, _ arguments: [String], path: String = "", expecting: Int32 = 0

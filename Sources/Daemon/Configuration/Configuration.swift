@@ -74,6 +74,8 @@ public struct Configuration: Sendable, Equatable {
 
   /// Where metrics are served over HTTP; nil: nowhere. Read at start only.
   public var metricsListen: MetricsAddress?
+  /// So long after the last question for metrics the kernel goes on measuring.
+  public var measuringTime = Duration.seconds(900)
 
   /// The defaults.
   public init() {}

@@ -44,6 +44,7 @@ struct ConfigurationKey: Sendable {
     seconds("nbd", "request-timeout", \.requestTimeout, 1...3600),
     seconds("nbd", "dead-connection-timeout", \.deadConnectionTimeout, 1...31_536_000),
     metricsListen,
+    seconds("metrics", "measuring-time", \.measuringTime, 1...86_400),
   ]
 
   /// Keys that there were once, and what to do now.

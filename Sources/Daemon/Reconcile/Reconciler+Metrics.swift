@@ -7,9 +7,6 @@ internal import Logging
 internal import Posix
 
 extension Reconciler {
-  /// So long after the last question for metrics the kernel goes on measuring.
-  static let measuringTime = Duration.seconds(900)
-
   /// As `status`, with what was measured.
   func metrics(domain: String?) async throws(DiskFailure) -> [DiskStatus] {
     measuredAt = .now
@@ -33,7 +30,7 @@ extension Reconciler {
 
   /// Ends the measuring when nobody has asked for long, also what an earlier daemon began.
   func endMeasuring() async {
-    guard let last = measuredAt, last + Reconciler.measuringTime < .now else { return }
+    guard let last = measuredAt, last + configuration.measuringTime < .now else { return }
     measuredAt = nil
     let mapper = mapper
     for disk in Array(table.values) where disk.device?.kind == .dm {
