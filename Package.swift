@@ -56,15 +56,13 @@ let package = Package(
     room("XenStore", ["CXenStore", "Posix"]),
     .systemLibrary(name: "CZlib", pkgConfig: "zlib", providers: [.apt(["zlib1g-dev"])]),
     .systemLibrary(name: "CZstd", pkgConfig: "libzstd", providers: [.apt(["libzstd-dev"])]),
-    .systemLibrary(
-      name: "CSeccomp", pkgConfig: "libseccomp", providers: [.apt(["libseccomp-dev"])]),
     .target(name: "CPlugin"),
     room("ImageFormats", ["CPlugin", "CZlib", "CZstd", "Posix"]),
-    .systemLibrary(
-      name: "CDeviceMapper", pkgConfig: "devmapper", providers: [.apt(["libdevmapper-dev"])]),
-    room("DeviceMapper", ["CDeviceMapper", "Posix"]),
-    // Loaded when it is wanted: by pkg-config it would be linked.
+    // Loaded when they are wanted: by pkg-config they would be linked.
+    .systemLibrary(name: "CDeviceMapper", providers: [.apt(["libdevmapper-dev"])]),
     .systemLibrary(name: "CLibXML2", providers: [.apt(["libxml2-dev"])]),
+    .systemLibrary(name: "CSeccomp", providers: [.apt(["libseccomp-dev"])]),
+    room("DeviceMapper", ["CDeviceMapper", "Posix"]),
     .target(
       name: "ImageTool", dependencies: ["CLibXML2", "ImageFormats", "Posix"],
       swiftSettings: swiftSettings + [.unsafeFlags(["-Xcc", "-I/usr/include/libxml2"])]),
