@@ -180,7 +180,7 @@ private struct ReconcileService: Service {
           }
         }
         return
-      } catch { try await pause(error) }
+      } catch { await pause(error) }
     }
   }
 
@@ -192,7 +192,7 @@ private struct ReconcileService: Service {
           try await reconciler.lookAtEverything()
         }
         return
-      } catch { try await pause(error) }
+      } catch { await pause(error) }
     }
   }
 
@@ -221,10 +221,11 @@ private struct ReconcileService: Service {
     }
   }
 
-  private func pause(_ error: XenStoreError) async throws {
+  /// Ends early when the daemon does, which is no error.
+  private func pause(_ error: XenStoreError) async {
     if Task.isCancelled { return }
     log.warning("cannot watch xenstore", metadata: ["error": "\(error)"])
-    try await Task.sleep(for: .seconds(1))
+    do { try await Task.sleep(for: .seconds(1)) } catch { return }
   }
 }
 
