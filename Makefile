@@ -8,8 +8,9 @@ PREFIX  ?= /usr
 RELEASE  = -c release --static-swift-stdlib --scratch-path .build-release
 BIN      = .build-release/release
 DIST     = .build-release/dist
-PROGRAMS = cowd dmu-xend dmu-xen
-TOOLS    = dmu-img dscow_tool
+# Two multi-call files, and the names under which they are other programs.
+PROGRAMS = cowd dmu-xend
+NAMES    = $(PROGRAMS) dmu-xen dmu-img dscow_tool
 # A folder of zsh's fpath: Debian's zsh looks for what packages install elsewhere than others.
 ZSH_FUNCTIONS ?= $(PREFIX)/share/zsh/$(if $(and $(wildcard /etc/debian_version),$(filter \
   /usr,$(PREFIX))),vendor-completions,site-functions)
@@ -79,15 +80,17 @@ soak: build ## the seeded suites for longer, with other seeds: DMU_DEPTH=10 time
 
 bench: dist ## measure against dm-linear, dm-snapshot, loop, qemu-nbd, qemu-img and a plain disk
 	@lab/prerequisites bench xen module
-	@status=0; for part in bench/nbd "env FORMAT=qcow2 bench/nbd" bench/images lab/speed/run \
-	  "env COUNTED=1 bench/guest-boot"; do \
+	@status=0; for part in "bench/starts $(DIST)" bench/nbd "env FORMAT=qcow2 bench/nbd" \
+	  bench/images lab/speed/run "env COUNTED=1 bench/guest-boot"; do \
 	  echo "bench: $$part"; $$part || { echo "bench: MISSED: $$part"; status=1; }; done; exit $$status
 
 install: ## install into $(DESTDIR)$(PREFIX), etc. into $(DESTDIR)/etc
 	install -d $(DESTDIR)$(PREFIX)/sbin $(DESTDIR)$(PREFIX)/bin $(DESTDIR)/etc/xen/scripts \
 	  $(DESTDIR)/lib/systemd/system
 	install -s -m 755 $(PROGRAMS:%=$(BIN)/%) $(DESTDIR)$(PREFIX)/sbin/
-	install -s -m 755 $(TOOLS:%=$(BIN)/%) $(DESTDIR)$(PREFIX)/bin/
+	ln -sf dmu-xend $(DESTDIR)$(PREFIX)/sbin/dmu-xen
+	ln -sf ../sbin/cowd $(DESTDIR)$(PREFIX)/bin/dmu-img
+	ln -sf ../sbin/cowd $(DESTDIR)$(PREFIX)/bin/dscow_tool
 	install -D -m 755 -t $(DESTDIR)$(PREFIX)/lib/dmu-xen hotplug/block-dmu
 	sed 's|/usr/lib|$(PREFIX)/lib|' hotplug/block-dmu.start >$(DESTDIR)/etc/xen/scripts/block-dmu
 	chmod 755 $(DESTDIR)/etc/xen/scripts/block-dmu
@@ -108,7 +111,7 @@ install: ## install into $(DESTDIR)$(PREFIX), etc. into $(DESTDIR)/etc
 	install -D -m 644 -t $(DESTDIR)$(PREFIX)/include Sources/CPlugin/include/dmu_plugin.h \
 	  Sources/DMUProtocol/include/dmu.h
 	etc/completion/generate $(BIN) $(DESTDIR)$(PREFIX)/share $(DESTDIR)$(ZSH_FUNCTIONS) \
-	  $(PROGRAMS) $(TOOLS)
+	  $(NAMES)
 	$(MAKE) --no-print-directory -C module dkms DESTDIR=$(DESTDIR)
 	for page in man/man*/*; do \
 	  install -D -m 644 $$page $(DESTDIR)$(PREFIX)/share/$$page || exit 1; done

@@ -38,8 +38,8 @@ public enum DeviceMapper {
       task throws(DeviceMapperError) in
       if let name { try task.name(name) }
       // No such target, or a kernel before 5.0, which cannot be asked for one.
-      guard dm_task_run(task.raw) != 0 else { return nil }
-      guard let list = dm_task_get_versions(task.raw) else { return nil }
+      guard task.library.dm_task_run(task.raw) != 0 else { return nil }
+      guard let list = task.library.dm_task_get_versions(task.raw) else { return nil }
       var found: [String: Version] = [:]
       var at = UnsafeRawPointer(list)
       while true {
@@ -60,7 +60,9 @@ public enum DeviceMapper {
     try KernelRequest.perform(Int(DM_DEVICE_LIST), "list", "the mapped devices") {
       task throws(DeviceMapperError) in
       try task.run()
-      guard let list = dm_task_get_names(task.raw), list.pointee.dev != 0 else { return [:] }
+      guard let list = task.library.dm_task_get_names(task.raw), list.pointee.dev != 0 else {
+        return [:]
+      }
       var found: [MappedDevice: DeviceNumber] = [:]
       var at = UnsafeRawPointer(list)
       while true {

@@ -58,8 +58,8 @@ public struct MappedDevice: Sendable, Hashable {
   public func create(uuid: String? = nil) throws(DeviceMapperError) -> DeviceNumber {
     try KernelRequest.perform(DM_DEVICE_CREATE, "create", name) { task throws(DeviceMapperError) in
       try task.name(name)
-      if let uuid { try task.set(dm_task_set_uuid(task.raw, uuid)) }
-      try task.set(dm_task_set_add_node(task.raw, DM_ADD_NODE_ON_RESUME))
+      if let uuid { try task.set(task.library.dm_task_set_uuid(task.raw, uuid)) }
+      try task.set(task.library.dm_task_set_add_node(task.raw, DM_ADD_NODE_ON_RESUME))
       try task.run()
       let info = try task.information()
       return DeviceNumber(major: info.major, minor: info.minor)
@@ -72,11 +72,11 @@ public struct MappedDevice: Sendable, Hashable {
     try KernelRequest.perform(DM_DEVICE_RELOAD, "load a table for", name) {
       task throws(DeviceMapperError) in
       try task.name(name)
-      if readOnly { try task.set(dm_task_set_ro(task.raw)) }
+      if readOnly { try task.set(task.library.dm_task_set_ro(task.raw)) }
       for segment in table.segments {
         let (target, words) = (segment.mapping.target, segment.mapping.parameters)
         try task.set(
-          dm_task_add_target(task.raw, segment.start, segment.length, target, words))
+          task.library.dm_task_add_target(task.raw, segment.start, segment.length, target, words))
       }
       try task.run()
     }
@@ -92,7 +92,7 @@ public struct MappedDevice: Sendable, Hashable {
   public func resume(probed: Bool = true) throws(DeviceMapperError) {
     try KernelRequest.perform(DM_DEVICE_RESUME, "resume", name) { task throws(DeviceMapperError) in
       try task.name(name)
-      try task.set(dm_task_set_add_node(task.raw, DM_ADD_NODE_ON_RESUME))
+      try task.set(task.library.dm_task_set_add_node(task.raw, DM_ADD_NODE_ON_RESUME))
       try task.runWithNodes(probed: probed)
     }
   }
@@ -103,8 +103,8 @@ public struct MappedDevice: Sendable, Hashable {
     try KernelRequest.perform(DM_DEVICE_SUSPEND, "suspend", name) {
       task throws(DeviceMapperError) in
       try task.name(name)
-      if !flush { try task.set(dm_task_no_flush(task.raw)) }
-      if !freeze { try task.set(dm_task_skip_lockfs(task.raw)) }
+      if !flush { try task.set(task.library.dm_task_no_flush(task.raw)) }
+      if !freeze { try task.set(task.library.dm_task_skip_lockfs(task.raw)) }
       try task.run()
     }
   }
@@ -113,7 +113,7 @@ public struct MappedDevice: Sendable, Hashable {
   public func rename(to other: String) throws(DeviceMapperError) {
     try KernelRequest.perform(DM_DEVICE_RENAME, "rename", name) { task throws(DeviceMapperError) in
       try task.name(name)
-      try task.set(dm_task_set_newname(task.raw, other))
+      try task.set(task.library.dm_task_set_newname(task.raw, other))
       try task.runWithNodes()
     }
   }
@@ -123,8 +123,8 @@ public struct MappedDevice: Sendable, Hashable {
   public func remove(deferred: Bool = false, patient: Bool = false) throws(DeviceMapperError) {
     try KernelRequest.perform(DM_DEVICE_REMOVE, "remove", name) { task throws(DeviceMapperError) in
       try task.name(name)
-      if deferred { try task.set(dm_task_deferred_remove(task.raw)) }
-      if patient { try task.set(dm_task_retry_remove(task.raw)) }
+      if deferred { try task.set(task.library.dm_task_deferred_remove(task.raw)) }
+      if patient { try task.set(task.library.dm_task_retry_remove(task.raw)) }
       try task.runWithNodes()
     }
   }
@@ -152,7 +152,7 @@ public struct MappedDevice: Sendable, Hashable {
       guard try task.information().exists != 0 else {
         throw DeviceMapperError(ENXIO, "examine", name)
       }
-      return dm_task_get_uuid(task.raw).map { String(cString: $0) } ?? ""
+      return task.library.dm_task_get_uuid(task.raw).map { String(cString: $0) } ?? ""
     }
   }
 
@@ -162,7 +162,7 @@ public struct MappedDevice: Sendable, Hashable {
       task throws(DeviceMapperError) in
       try task.name(name)
       try task.run()
-      guard let deps = dm_task_get_deps(task.raw) else { return [] }
+      guard let deps = task.library.dm_task_get_deps(task.raw) else { return [] }
       let start = UnsafeRawPointer(deps) + MemoryLayout<dm_deps>.size
       return (0..<Int(deps.pointee.count)).map { index in
         let device = start.loadUnaligned(fromByteOffset: index * 8, as: UInt64.self)
@@ -177,7 +177,7 @@ public struct MappedDevice: Sendable, Hashable {
     try KernelRequest.perform(DM_DEVICE_STATUS, "read the status of", name) {
       task throws(DeviceMapperError) in
       try task.name(name)
-      if !flush { try task.set(dm_task_no_flush(task.raw)) }
+      if !flush { try task.set(task.library.dm_task_no_flush(task.raw)) }
       try task.run()
       return task.lines()
     }
@@ -199,10 +199,10 @@ public struct MappedDevice: Sendable, Hashable {
     try KernelRequest.perform(DM_DEVICE_TARGET_MSG, "send '\(words)' to", name) {
       task throws(DeviceMapperError) in
       try task.name(name)
-      try task.set(dm_task_set_sector(task.raw, sector))
-      try task.set(dm_task_set_message(task.raw, words))
+      try task.set(task.library.dm_task_set_sector(task.raw, sector))
+      try task.set(task.library.dm_task_set_message(task.raw, words))
       try task.run()
-      return dm_task_get_message_response(task.raw).map { String(cString: $0) }
+      return task.library.dm_task_get_message_response(task.raw).map { String(cString: $0) }
     }
   }
 
@@ -212,7 +212,7 @@ public struct MappedDevice: Sendable, Hashable {
     try KernelRequest.performApart(DM_DEVICE_WAITEVENT, "wait for an event of", name) {
       task throws(DeviceMapperError) in
       try task.name(name)
-      try task.set(dm_task_set_event_nr(task.raw, number))
+      try task.set(task.library.dm_task_set_event_nr(task.raw, number))
       try task.run()
       return try task.information().event_nr
     }

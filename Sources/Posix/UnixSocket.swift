@@ -30,9 +30,16 @@ public enum UnixSocket {
     case stream
     /// Packets, whole and in order.
     case packets
+    /// Packets without a connection.
+    case datagrams
 
     var type: Int32 {
-      let kind = self == .stream ? SOCK_STREAM : SOCK_SEQPACKET
+      let kind =
+        switch self {
+        case .stream: SOCK_STREAM
+        case .packets: SOCK_SEQPACKET
+        case .datagrams: SOCK_DGRAM
+        }
       return Int32(kind.rawValue) | Int32(SOCK_CLOEXEC.rawValue)
     }
   }
@@ -87,6 +94,37 @@ public enum UnixSocket {
       setsockopt(
         raw, SOL_SOCKET, SO_SNDTIMEO, &time, socklen_t(MemoryLayout<timeval>.size)) == 0
     else { throw IOError.last("set up a socket") }
+  }
+
+  /// A socket that receives datagrams at a path, or, if it begins with "@", at the abstract address
+  /// that follows. Throws: the errno of bind(2).
+  public static func receiver(at path: String, mode: UInt32 = 0o600) throws(IOError) -> Descriptor {
+    let socket = try make(.datagrams)
+    guard path.hasPrefix("@") else {
+      try bind(socket.raw, path, mode)
+      return socket
+    }
+    let code = try withAddress(path, isAbstract: true) {
+      Glibc.bind(socket.raw, $0, $1) == 0 ? 0 : errno
+    }
+    guard code == 0 else { throw IOError(code, "listen on", path) }
+    return socket
+  }
+
+  /// A socket that sends datagrams.
+  public static func sender() throws(IOError) -> Descriptor { try make(.datagrams) }
+
+  /// Sends a datagram to the socket at a path, or, if the path begins with "@", at the abstract
+  /// address that follows it. Does not wait. Throws: the errno of sendto(2), EAGAIN when the
+  /// receiver's queue is full.
+  public static func send(
+    _ bytes: [UInt8], from socket: Int32, to path: String
+  ) throws(IOError) {
+    let code = try withAddress(path, isAbstract: path.hasPrefix("@")) {
+      let flags = Int32(MSG_DONTWAIT) | Int32(MSG_NOSIGNAL)
+      return sendto(socket, bytes, bytes.count, flags, $0, $1) >= 0 ? 0 : errno
+    }
+    guard code == 0 else { throw IOError(code, "send to", path) }
   }
 
   /// Takes the next connection of a listening socket that is waiting; nil when there is none
@@ -161,8 +199,10 @@ public enum UnixSocket {
     } catch { return error.code == ECONNREFUSED }
   }
 
+  /// The name of an abstract address is as long as the address is: unix(7).
   private static func withAddress(
-    _ path: String, _ body: (UnsafePointer<sockaddr>, socklen_t) -> Int32
+    _ path: String, isAbstract: Bool = false,
+    _ body: (UnsafePointer<sockaddr>, socklen_t) -> Int32
   ) throws(IOError) -> Int32 {
     var address = sockaddr_un()
     address.sun_family = sa_family_t(AF_UNIX)
@@ -171,10 +211,16 @@ public enum UnixSocket {
     guard !bytes.isEmpty, bytes.count < room, !bytes.contains(0) else {
       throw IOError(ENAMETOOLONG, "use as a socket's path", path)
     }
-    withUnsafeMutableBytes(of: &address.sun_path) { $0.copyBytes(from: bytes) }
+    withUnsafeMutableBytes(of: &address.sun_path) {
+      $0.copyBytes(from: bytes)
+      if isAbstract { $0[0] = 0 }
+    }
+    let length =
+      isAbstract
+      ? MemoryLayout<sockaddr_un>.size - room + bytes.count : MemoryLayout<sockaddr_un>.size
     return withUnsafePointer(to: &address) { pointer in
       pointer.withMemoryRebound(to: sockaddr.self, capacity: 1) {
-        body($0, socklen_t(MemoryLayout<sockaddr_un>.size))
+        body($0, socklen_t(length))
       }
     }
   }

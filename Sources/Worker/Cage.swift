@@ -28,6 +28,8 @@ public enum Cage {
   /// Throws: the errno of the step that failed; then the process is in no state to serve anything.
   public static func enter(uid: UInt32, gid: UInt32, files: UInt64) throws(IOError) {
     try Hardening.keepMemoryFile()
+    // While there is a root with libraries in it.
+    let calls = try SystemCalls()
     let isRoot = geteuid() == 0
     try Hardening.leaveHost()
     try Hardening.limit(.core, to: 0)
@@ -43,6 +45,6 @@ public enum Cage {
     }
     try Hardening.renounceRights()
     _ = try Hardening.denyPaths()
-    try SystemCalls.restrict()
+    try calls.restrict()
   }
 }

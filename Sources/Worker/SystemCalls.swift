@@ -10,7 +10,9 @@ import Glibc
 import Posix
 
 /// What a worker may ask of the kernel. Sources: seccomp(2), seccomp_rule_add(3).
-enum SystemCalls {
+struct SystemCalls {
+  private let library: libseccomp
+
   /// Allowed whatever their arguments are.
   static let allowed = [
     // Waiting and waking.
@@ -37,21 +39,31 @@ enum SystemCalls {
     0x8008_1272, 0x1268, 0x127b, 0x1277, 0x127f, UInt64(Node.answerRequest),
   ]
 
+  /// Loads libseccomp, for which files have to be opened. Throws ELIBACC if it is not installed.
+  init() throws(IOError) {
+    let library = UnsafeMutablePointer<libseccomp>.allocate(capacity: 1)
+    defer { library.deallocate() }
+    if let reason = libseccomp_load(library) {
+      throw IOError(ELIBACC, "load", "libseccomp (\(String(cString: reason)))")
+    }
+    self.library = library.pointee
+  }
+
   /// Loads the filter, for this thread and all that it starts. Throws: the errno of the call of
   /// libseccomp that failed.
-  static func restrict() throws(IOError) {
+  func restrict() throws(IOError) {
     let (kill, allow): (UInt32, UInt32) = (0x8000_0000, 0x7fff_0000)
-    guard let filter = seccomp_init(kill) else { throw IOError(ENOMEM, "make a filter") }
-    defer { seccomp_release(filter) }
+    guard let filter = library.seccomp_init(kill) else { throw IOError(ENOMEM, "make a filter") }
+    defer { library.seccomp_release(filter) }
     // A tree, since the calls of the fast path stand anywhere in the list; and no change of how the
     // processor guesses.
-    try check(seccomp_attr_set(filter, SCMP_FLTATR_CTL_OPTIMIZE, 2), "order the filter")
-    try check(seccomp_attr_set(filter, SCMP_FLTATR_CTL_SSB, 1), "set up the filter")
-    for name in allowed { try add(filter, allow, name) }
-    for control in fileControls {
+    try check(library.seccomp_attr_set(filter, SCMP_FLTATR_CTL_OPTIMIZE, 2), "order the filter")
+    try check(library.seccomp_attr_set(filter, SCMP_FLTATR_CTL_SSB, 1), "set up the filter")
+    for name in SystemCalls.allowed { try add(filter, allow, name) }
+    for control in SystemCalls.fileControls {
       try add(filter, allow, "fcntl", argument: 1, UInt64(control), mask: 0xffff_ffff)
     }
-    for request in deviceControls {
+    for request in SystemCalls.deviceControls {
       try add(filter, allow, "ioctl", argument: 1, request, mask: 0xffff_ffff)
     }
     // fstat(3) is this call with an empty path.
@@ -64,14 +76,14 @@ enum SystemCalls {
     // open. Nothing is opened; any other kind of opening ends the worker.
     let readOnly = UInt64(O_RDONLY | O_CLOEXEC)
     try add(filter, 0x0005_0000 | UInt32(EACCES), "openat", argument: 2, readOnly, mask: .max)
-    try check(seccomp_load(filter), "load the filter")
+    try check(library.seccomp_load(filter), "load the filter")
   }
 
-  private static func add(
+  private func add(
     _ filter: scmp_filter_ctx, _ action: UInt32, _ name: String,
     argument: UInt32? = nil, _ value: UInt64 = 0, mask: UInt64 = 0
   ) throws(IOError) {
-    let number = seccomp_syscall_resolve_name(name)
+    let number = library.seccomp_syscall_resolve_name(name)
     guard number != -1 else { throw IOError(ENOSYS, "find the system call", name) }
     var comparisons: [scmp_arg_cmp] = []
     if let argument {
@@ -79,11 +91,12 @@ enum SystemCalls {
         scmp_arg_cmp(arg: argument, op: SCMP_CMP_MASKED_EQ, datum_a: mask, datum_b: value))
     }
     try check(
-      seccomp_rule_add_array(filter, action, number, UInt32(comparisons.count), comparisons),
+      library.seccomp_rule_add_array(
+        filter, action, number, UInt32(comparisons.count), comparisons),
       "allow the system call \(name)")
   }
 
-  private static func check(_ result: Int32, _ what: String) throws(IOError) {
+  private func check(_ result: Int32, _ what: String) throws(IOError) {
     guard result == 0 else { throw IOError(-result, what) }
   }
 }

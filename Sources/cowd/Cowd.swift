@@ -26,7 +26,12 @@ enum OnFull: String, ExpressibleByArgument, CaseIterable {
   case wait, fail
 }
 
-@main
+/// cowd.
+public enum Program {
+  /// Runs the program with the arguments of this process.
+  public static func main() { Cowd.main() }
+}
+
 struct Cowd: ParsableCommand {
   static let configuration = CommandConfiguration(
     commandName: "cowd",

@@ -6,7 +6,12 @@ import ArgumentParser
 import Daemon
 import Posix
 
-@main
+/// dmu-xen.
+public enum Program {
+  /// Runs the program with the arguments of this process.
+  public static func main() async { await DMUXenCommand.main() }
+}
+
 struct DMUXenCommand: AsyncParsableCommand {
   static let configuration = CommandConfiguration(
     commandName: "dmu-xen",

@@ -6,7 +6,12 @@ import Daemon
 import Posix
 import Glibc
 
-@main
+/// dmu-xend.
+public enum Program {
+  /// Runs the program with the arguments of this process.
+  public static func main() async { await DMUXend.main() }
+}
+
 struct DMUXend: AsyncParsableCommand {
   static let configuration = CommandConfiguration(
     commandName: "dmu-xend",

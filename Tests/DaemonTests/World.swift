@@ -157,12 +157,15 @@ final class World: Sendable {
   // MARK: - The daemon, a process
 
   /// `log`: where it logs to, instead of a file in the folder.
-  func startDaemon(_ options: [String] = [], log other: Int32? = nil) async throws {
+  func startDaemon(
+    _ options: [String] = [], environment: [String] = [], log other: Int32? = nil
+  ) async throws {
     var command = Command(
       Programs.directory + "/dmu-xend",
       ["--config", configurationPath, "--stand-in-devices"] + options
         + (hasMapper ? ["--stand-in-mapper", mapper] : []),
-      environment: ["XENSTORED_PATH=\(xenstored.socketPath)", "PATH=/usr/bin:/bin"])
+      environment: ["XENSTORED_PATH=\(xenstored.socketPath)", "PATH=/usr/bin:/bin"]
+        + environment)
     let log = try Descriptor(
       path: folder.file("daemon.log"), flags: O_WRONLY | O_CREAT | O_APPEND, mode: 0o600)
     // Not ours: what a daemon holds open, whoever waits for the end of a test run waits for.

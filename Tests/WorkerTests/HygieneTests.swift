@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What cowd must not be made of.
+// What cowd, and the tools in its file, must not be made of.
 
 import Glibc
 import Posix
@@ -8,10 +8,10 @@ import Testing
 @Suite("What cowd is made of") struct HygieneTests {
   private static let rooms = [
     "CLinux", "Posix", "DeviceMapper", "DMU", "ImageFormats", "Target", "WorkerLink", "Worker",
-    "cowd",
+    "cowd", "ImageTool", "dmu-img", "dscow_tool", "DiskPrograms",
   ]
 
-  /// No room under cowd imports Foundation, not even its essentials: those come, if at all,
+  /// No room in cowd's file imports Foundation, not even its essentials: those come, if at all,
   /// with the parser of arguments.
   @Test func noRoomImportsFoundation() throws {
     let root = #filePath.split(separator: "/", omittingEmptySubsequences: false).dropLast(3)

@@ -27,6 +27,7 @@ struct ControlServer: Service {
   let path: String
   let reconciler: Reconciler
   let keeper: RunDirectoryKeeper
+  let manager: ServiceManager?
   let log: Logger
 
   func run() async throws {
@@ -34,7 +35,7 @@ struct ControlServer: Service {
     let result: Result<Void, any Error>
     do {
       try await withThrowingDiscardingTaskGroup { tasks in
-        tasks.addTask { try await serve(group) }
+        tasks.addTask { try await serve(group) { manager?.ready() } }
         tasks.addTask { await serveAgain(group) }
       }
       result = .success(())
@@ -48,7 +49,7 @@ struct ControlServer: Service {
     await withDiscardingTaskGroup { tasks in
       for await _ in keeper.remade.cancelOnGracefulShutdown() {
         tasks.addTask {
-          do { try await serve(group) } catch {
+          do { try await serve(group) {} } catch {
             log.error("cannot listen again", metadata: ["error": "\(error)"])
           }
         }
@@ -56,7 +57,10 @@ struct ControlServer: Service {
     }
   }
 
-  private func serve(_ group: MultiThreadedEventLoopGroup) async throws {
+  /// `ready`: called when connections are taken.
+  private func serve(
+    _ group: MultiThreadedEventLoopGroup, ready: @Sendable () -> Void
+  ) async throws {
     // The run directory is locked for this daemon. One that was killed may still be listening, if
     // the kernel cannot end it.
     let listener = try UnixSocket.listen(at: path, kind: .stream, mode: 0o600, replacing: true)
@@ -77,6 +81,7 @@ struct ControlServer: Service {
     try await withGracefulShutdownHandler {
       try await withThrowingDiscardingTaskGroup { tasks in
         try await server.executeThenClose { connections in
+          ready()
           for try await connection in connections {
             let number = open.count.add(1, ordering: .relaxed).newValue
             tasks.addTask {

@@ -28,6 +28,7 @@ public actor Reconciler {
   let launcher: any WorkerLauncher
   let attacher: any DeviceAttacher
   let mapper: any DeviceMapping
+  let manager: ServiceManager?
   let poller: Poller
   let offload = Offload()
   /// The device-mapper's library takes one call at a time.
@@ -70,7 +71,7 @@ public actor Reconciler {
   init(
     configuration: Configuration, configurationPath: String, view: XenStoreView,
     launcher: any WorkerLauncher, attacher: any DeviceAttacher, mapper: any DeviceMapping,
-    log: Logger
+    manager: ServiceManager?, log: Logger
   ) throws(IOError) {
     self.configuration = configuration
     self.configurationPath = configurationPath
@@ -78,6 +79,7 @@ public actor Reconciler {
     self.launcher = launcher
     self.attacher = attacher
     self.mapper = mapper
+    self.manager = manager
     self.log = log
     poller = try Poller()
   }
@@ -88,6 +90,9 @@ public actor Reconciler {
     log[metadataKey: "disk"] = "\(disk.id)"
     return log
   }
+
+  /// Returns when the actor has time for it: whether it has is what the service manager watches.
+  func answer() {}
 
   // MARK: - Marks
 
@@ -351,6 +356,7 @@ public actor Reconciler {
       log.warning("cannot count the pending logs", metadata: ["error": "\(error)"])
     }
     let counts = [table.values.count { $0.spec != nil }, pending]
+    if announced?.first != counts[0] { manager?.status(disks: counts[0]) }
     if announced != counts || state != "running" {
       do throws(XenStoreError) {
         isForgotten = try await !view.publishSelf(

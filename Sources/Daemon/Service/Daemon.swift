@@ -55,6 +55,7 @@ public struct Daemon: Sendable {
 
   /// Runs until a signal ends it. Workers and devices stay.
   public func run() async throws {
+    let variables = ServiceManager.takeVariables()
     // Whoever reads the log may go away; that is no reason to end.
     signal(SIGPIPE, SIG_IGN)
     LogLevel.current = configuration.logLevel
@@ -62,6 +63,7 @@ public struct Daemon: Sendable {
     log.notice("dmu-xend starts", metadata: ["version": "\(Version.text)"])
     log.logLevel = configuration.logLevel
     try raiseLimits(log)
+    let manager = try ServiceManager(variables, log: log)
     let hostLock = try surroundings.hostLock.map { path throws(IOError) in
       try DaemonLock(path, "on this host (\(path))")
     }
@@ -88,7 +90,7 @@ public struct Daemon: Sendable {
     let reconciler = try Reconciler(
       configuration: configuration, configurationPath: configurationPath,
       view: XenStoreView(client: client), launcher: surroundings.launcher,
-      attacher: surroundings.attacher, mapper: surroundings.mapper, log: log)
+      attacher: surroundings.attacher, mapper: surroundings.mapper, manager: manager, log: log)
     // Before anybody can ask for a disk: what is there already must be known.
     try await reconciler.adopt()
     let recovery = Task { await reconciler.recoverAll() }
@@ -96,12 +98,16 @@ public struct Daemon: Sendable {
     var services: [any Service] = [
       ReconcileService(reconciler: reconciler, client: client, keeper: keeper, log: log),
       ControlServer(
-        path: configuration.controlSocket, reconciler: reconciler, keeper: keeper, log: log),
-      ReloadService(reconciler: reconciler, log: log),
+        path: configuration.controlSocket, reconciler: reconciler, keeper: keeper,
+        manager: manager, log: log),
+      ReloadService(reconciler: reconciler, manager: manager, log: log),
     ]
     if let address = configuration.metricsListen {
       services.append(MetricsServer(address: address, reconciler: reconciler, log: log))
     }
+    if let manager { services.append(EndService(manager: manager)) }
+    let pings = Task { await manager?.ping { await reconciler.answer() } }
+    defer { pings.cancel() }
     // Its failures are thrown; its steps are nobody's concern.
     let quiet = Logger(label: "services") { _ in SwiftLogNoOpLogHandler() }
     let group = ServiceGroup(
@@ -180,7 +186,7 @@ private struct ReconcileService: Service {
           }
         }
         return
-      } catch { try await pause(error) }
+      } catch { await pause(error) }
     }
   }
 
@@ -192,7 +198,7 @@ private struct ReconcileService: Service {
           try await reconciler.lookAtEverything()
         }
         return
-      } catch { try await pause(error) }
+      } catch { await pause(error) }
     }
   }
 
@@ -221,20 +227,24 @@ private struct ReconcileService: Service {
     }
   }
 
-  private func pause(_ error: XenStoreError) async throws {
+  /// Ends early when the daemon does, which is no error.
+  private func pause(_ error: XenStoreError) async {
     if Task.isCancelled { return }
     log.warning("cannot watch xenstore", metadata: ["error": "\(error)"])
-    try await Task.sleep(for: .seconds(1))
+    do { try await Task.sleep(for: .seconds(1)) } catch { return }
   }
 }
 
 /// SIGHUP means: read the configuration anew.
 private struct ReloadService: Service {
   let reconciler: Reconciler
+  let manager: ServiceManager?
   let log: Logger
 
   func run() async throws {
     for await _ in await UnixSignalsSequence(trapping: .sighup).cancelOnGracefulShutdown() {
+      manager?.reloading()
+      defer { manager?.ready() }
       do throws(ConfigurationError) { try await reconciler.reload() } catch {
         log.error(
           "the running configuration stays in force", metadata: ["error": "\(error)"])

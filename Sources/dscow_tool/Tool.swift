@@ -163,6 +163,12 @@ func finish(_ body: () throws(ImageError) -> DscowTool.Exit) throws {
   if exit != .done { throw ExitCode(exit.rawValue) }
 }
 
-var arguments = [String](CommandLine.arguments.dropFirst())
-if arguments.first == "-c" { arguments[0] = "create" }
-Tool.main(arguments)
+/// dscow_tool.
+public enum Program {
+  /// Runs the program with the arguments of this process.
+  public static func main() {
+    var arguments = [String](CommandLine.arguments.dropFirst())
+    if arguments.first == "-c" { arguments[0] = "create" }
+    Tool.main(arguments)
+  }
+}

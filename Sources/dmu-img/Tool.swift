@@ -349,4 +349,10 @@ private func withoutNegatives(_ arguments: [String]) -> [String] {
   return arguments.filter { !isNegative($0) } + ["--"] + negatives
 }
 
-Tool.main(withoutNegatives(Array(CommandLine.arguments.dropFirst())))
+/// dmu-img.
+public enum Program {
+  /// Runs the program with the arguments of this process.
+  public static func main() {
+    Tool.main(withoutNegatives(Array(CommandLine.arguments.dropFirst())))
+  }
+}

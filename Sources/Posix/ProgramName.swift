@@ -1,0 +1,24 @@
+// SPDX-License-Identifier: Apache-2.0
+// A multi-call file holds several programs; the name by which it is called selects one of them.
+
+import Glibc
+
+/// The name by which this process was started.
+public enum ProgramName {
+  /// The last component of argv[0]: the name of the file or of a link to it, or what `exec -a` gave.
+  public static var called: String {
+    CommandLine.arguments.first?.split(separator: "/").last.map(String.init) ?? ""
+  }
+
+  /// Reports that the file has no program of this name, and exits with 64 (EX_USAGE).
+  public static func refuse(_ known: String...) -> Never {
+    let message = """
+      \(ForeignText.shown(called, limit: 64)): no program of this name is in this file: \
+      call it by one of the names \(known.joined(separator: ", "))\n
+      """
+    let bytes = Array(message.utf8)
+    // Nobody is left to report to when stderr fails.
+    _ = write(2, bytes, bytes.count)
+    exit(64)
+  }
+}
