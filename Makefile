@@ -5,7 +5,9 @@ SWIFT   ?= swift
 DESTDIR ?=
 PREFIX  ?= /usr
 # One release build, shared by the suites, the lab, the benchmarks and `install`.
-RELEASE  = -c release --static-swift-stdlib --scratch-path .build-release
+# Without the run path that SwiftPM gives: the runtime is static, and each start would look through
+# fifty folders beside the program.
+RELEASE  = -c release --static-swift-stdlib --disable-local-rpath --scratch-path .build-release
 BIN      = .build-release/release
 DIST     = .build-release/dist
 # Two multi-call files, and the names under which they are other programs.
