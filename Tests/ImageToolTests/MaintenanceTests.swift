@@ -346,12 +346,12 @@ struct Scene {
     Issue.record("\(test.testDescription): it never got by")
   }
 
-  /// Power cuts: so many seeds that each format has more than five hundred. A seed says
+  /// Power cuts: so many seeds that each format has more than two hundred. A seed says
   /// everything: 84 share a scene, and after how many of its steps the power goes is theirs.
   @Test(arguments: cases.filter { $0.end == .powerCut }) func powerCuts(_ test: Case) throws {
     var made: (number: UInt64, scene: Scene, steps: Int)?
     var (cuts, whole) = (0, 0)
-    for seed in Depth.seeds(125) {
+    for seed in Depth.seeds(50) {
       var random = SplitMix64(seed: seed)
       if made?.number != seed / 84 {
         let scene = try Scene.make(test.kind, seed: seed / 84)
