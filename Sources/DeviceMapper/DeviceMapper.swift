@@ -20,7 +20,16 @@ public enum DeviceMapper {
   }
 
   /// Whether this kernel has a device-mapper that this process may use.
-  public static var isAvailable: Bool { access("/dev/mapper/control", R_OK | W_OK) == 0 }
+  public static var isAvailable: Bool { canBeOpened("/dev/mapper/control") }
+
+  /// Whether a driver answers at this node: libdevmapper makes the node where there is none, also
+  /// for a kernel without a device-mapper.
+  static func canBeOpened(_ node: String) -> Bool {
+    let file = open(node, O_RDWR | O_CLOEXEC)
+    guard file >= 0 else { return false }
+    close(file)
+    return true
+  }
 
   /// The version of a target; nil when the kernel has none of that name, or no device-mapper.
   /// The kernel loads the module `dm-NAME` for it if that is installed.
