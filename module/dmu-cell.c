@@ -636,7 +636,7 @@ void dmu_requeue_all(struct dmu_device *dev)
 	struct bio *bio;
 
 	spin_lock_irq(&dev->lock);
-	dev->requeue = true;
+	WRITE_ONCE(dev->requeue, true);
 	dmu_collect(dev, &bios);
 	dmu_returned_collect(dev, &bios);
 	spin_unlock_irq(&dev->lock);

@@ -296,6 +296,7 @@ struct dmu_device {
 	atomic_t broad;			/* of them those of no one block: runs, deferred bios */
 	unsigned int removals;		/* of cells, so far */
 	atomic_t forcing;		/* forced writes */
+	bool requeue;			/* a suspend wants every bio back that waits or comes */
 	spinlock_t lock ____cacheline_aligned_in_smp;
 	/* Changed under the lock, looked at without it. */
 	struct hlist_head by_block[1 << DMU_HASH_BITS] ____cacheline_aligned_in_smp;
@@ -334,7 +335,6 @@ struct dmu_device {
 	bool opened;
 	u32 message_size;		/* what the opener reads as one */
 	bool gone;
-	bool requeue;			/* a suspend wants every waiting bio back */
 	bool failing;			/* nothing is to wait, until an opener comes */
 	struct work_struct fail_work;
 	u64 session;
@@ -368,10 +368,10 @@ static inline struct dmu_io *dmu_io(struct bio *bio)
 	return dm_per_bio_data(bio, sizeof(struct dmu_io));
 }
 
-/* A suspend wants every waiting bio back, and the core takes it; after that it would fail it. */
+/* A suspend wants bios back, and the core takes them; after that it would fail them. */
 static inline bool dmu_requeueing(struct dmu_device *dev)
 {
-	return dev->requeue && dm_noflush_suspending(dev->table->ti);
+	return READ_ONCE(dev->requeue) && dm_noflush_suspending(dev->table->ti);
 }
 
 static inline u64 dmu_block_of(struct dmu_device *dev, sector_t sector)

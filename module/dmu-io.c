@@ -167,6 +167,10 @@ bool dmu_try_issue(struct dmu_device *dev, struct bio *bio)
  *
  * What is noted is known by its array of bio_vecs, which is nobody else's until it ends, and its
  * first sector; a discard, which has none, by its sectors: two that are alike may change places.
+ * Whatever comes while a suspend has its requests given back goes back as well, also what the index
+ * serves: the core looks at what it was given back for a moment longer, and one that comes again at
+ * once must not have ended by then.
+ *
  * Only order depends on a note. Whoever is taken for another one waits for others in vain at most,
  * and so does whoever waits for one that does not come, because the core has failed it: when no
  * note has gone for a while, all go. Without memory for a note its request has no order.
@@ -496,10 +500,10 @@ void dmu_failed_note(struct bio *bio)
 }
 
 /*
- * Takes a write that has failed with a positive errno, if it is to wait. False: it has to fail.
- * Any context.
+ * Takes a write that has failed, if it is to wait. False: it has to end with *status, which a suspend
+ * that gives back what waits has changed to that. Any context.
  */
-bool dmu_failed_hold(struct dmu_device *dev, struct bio *bio, int error)
+bool dmu_failed_hold(struct dmu_device *dev, struct bio *bio, blk_status_t *status)
 {
 	struct dmu_failed *failed = &dev->failed;
 	unsigned long flags;
@@ -508,7 +512,11 @@ bool dmu_failed_hold(struct dmu_device *dev, struct bio *bio, int error)
 	if (bio_op(bio) != REQ_OP_WRITE)
 		return false;
 	spin_lock_irqsave(&dev->lock, flags);
-	held = failed->hold && !dev->requeue && !dev->failing;
+	held = failed->hold && !dev->failing;
+	if (held && dmu_requeueing(dev)) {
+		held = false;
+		*status = BLK_STS_DM_REQUEUE;
+	}
 	if (held) {
 		bio->bi_status = BLK_STS_OK;
 		bio->bi_iter = dmu_io(bio)->iter;
@@ -517,7 +525,7 @@ bool dmu_failed_hold(struct dmu_device *dev, struct bio *bio, int error)
 		dmu_io(bio)->arrival = 0;
 		dmu_io(bio)->asked = 0;
 		bio_list_add(&failed->bios, bio);
-		failed->error = error;
+		failed->error = -blk_status_to_errno(*status);
 		if (failed->state == DMU_FAILED_IDLE) {
 			failed->id = dev->next_id++;
 			failed->state = DMU_FAILED_ASKING;
@@ -697,10 +705,10 @@ static int dmu_map_flush(struct dmu_table *table, struct bio *bio)
 	struct dmu_device *dev = table->dev;
 	unsigned int i;
 
+	if (dmu_requeueing(dev))
+		return DM_MAPIO_REQUEUE;
 	if (atomic_read(&dev->uncommitted) || table->writable != 1 ||
 	    READ_ONCE(dev->flush.failed)) {
-		if (dmu_requeueing(dev))
-			return DM_MAPIO_REQUEUE;
 		dmu_flush_join(dev, bio);
 		return DM_MAPIO_SUBMITTED;
 	}
@@ -867,7 +875,7 @@ int dmu_map(struct dm_target *ti, struct bio *bio)
 		epoch = dmu_epoch_enter_rcu(dev);
 		count = dmu_lookup(table, bio, &word);
 		rcu_read_unlock();
-		if (likely(count)) {
+		if (likely(count) && likely(!dmu_requeueing(dev))) {
 			force = unlikely(bio->bi_opf & REQ_FUA) &&
 				(atomic_read(&dev->uncommitted) || READ_ONCE(dev->flush.failed));
 			if (force)
@@ -878,8 +886,12 @@ int dmu_map(struct dm_target *ti, struct bio *bio)
 		}
 		dmu_epoch_leave(epoch);
 		rest = dmu_unit_rest(dev, bio);
-		if (rest < bio_sectors(bio))
+		if (rest < bio_sectors(bio)) {
+			/* Served, but for a suspend: it has no order, and need not be cut. */
+			if (count)
+				return DM_MAPIO_REQUEUE;
 			dm_accept_partial_bio(bio, rest);
+		}
 		result = dmu_map_held(dev, bio);
 		if (result >= 0)
 			return result;
@@ -891,14 +903,12 @@ int dmu_map(struct dm_target *ti, struct bio *bio)
  * write may wait. True when it does. That a device had no place for a request that must not wait
  * is no failure of it.
  */
-static bool dmu_io_failed(struct dmu_device *dev, struct bio *bio, blk_status_t status)
+static bool dmu_io_failed(struct dmu_device *dev, struct bio *bio, blk_status_t *status)
 {
-	int error = -blk_status_to_errno(status);
-
-	if (status == BLK_STS_DM_REQUEUE || status == BLK_STS_AGAIN)
+	if (*status == BLK_STS_DM_REQUEUE || *status == BLK_STS_AGAIN)
 		return false;
-	dmu_device_error(dev, bio, op_is_write(bio_op(bio)), error);
-	return dmu_failed_hold(dev, bio, error);
+	dmu_device_error(dev, bio, op_is_write(bio_op(bio)), -blk_status_to_errno(*status));
+	return dmu_failed_hold(dev, bio, status);
 }
 
 int dmu_end_io(struct dm_target *ti, struct bio *bio, blk_status_t *error)
@@ -914,7 +924,7 @@ int dmu_end_io(struct dm_target *ti, struct bio *bio, blk_status_t *error)
 	if (unlikely(*error)) {
 		if (io->passed && *error != BLK_STS_DM_REQUEUE)
 			dmu_flush_failed(io->dev, blk_status_to_errno(*error));
-		else if (issued && dmu_io_failed(io->dev, bio, *error))
+		else if (issued && dmu_io_failed(io->dev, bio, error))
 			return DM_ENDIO_INCOMPLETE;
 		else if (io->written && *error == BLK_STS_DM_REQUEUE)
 			dmu_returned_note(io->dev, bio);

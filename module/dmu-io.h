@@ -69,8 +69,11 @@ bool dmu_failed_waits(struct dmu_device *dev);
 /* Any. Notes what of a write is about to be sent: its end may have moved on when it fails. */
 void dmu_failed_note(struct bio *bio);
 
-/* Any; takes lock. Takes a write that has failed (a positive errno), if it is to wait. */
-bool dmu_failed_hold(struct dmu_device *dev, struct bio *bio, int error);
+/*
+ * Any; takes lock. Takes a write that has failed, if it is to wait; if not it ends with *status, which
+ * may have become that it goes back to the core.
+ */
+bool dmu_failed_hold(struct dmu_device *dev, struct bio *bio, blk_status_t *status);
 
 /* Any; lock held. Adds all that wait to bios; what the worker knows of the question is void. */
 void dmu_failed_collect(struct dmu_device *dev, struct bio_list *bios);

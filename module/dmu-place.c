@@ -341,6 +341,7 @@ void dmu_place_work(struct work_struct *work)
 	struct dmu_answer *a = &cell->answer;
 	struct bio *bio = cell->active;
 	int error = cell->error;
+	blk_status_t status;
 
 	if (!bio) {
 		/* dmu_place_done() has been here. */
@@ -380,8 +381,9 @@ void dmu_place_work(struct work_struct *work)
 		return;
 	}
 	cell->active = NULL;
-	if (!error || !dmu_failed_hold(dev, bio, -error))
-		dmu_end_bio(bio, errno_to_blk_status(error));
+	status = errno_to_blk_status(error);
+	if (!error || !dmu_failed_hold(dev, bio, &status))
+		dmu_end_bio(bio, status);
 	dmu_stop(DMU_STOP_ENDED);
 	spin_lock_irq(&dev->lock);
 	cell->state = DMU_CLAIMED;

@@ -521,7 +521,7 @@ static void dmu_presuspend(struct dm_target *ti)
 static void dmu_go_on(struct dmu_device *dev, bool whole)
 {
 	spin_lock_irq(&dev->lock);
-	dev->requeue = false;
+	WRITE_ONCE(dev->requeue, false);
 	dev->flush.suspended = false;
 	if (whole)
 		dmu_returned_expect(dev);

@@ -205,6 +205,52 @@ static void held_over_others(void)
 	rig_down(&rig);
 }
 
+/* Writes that fail while a suspend waits for them wait as well: in the core, until the resume. */
+static void held_in_suspend(void)
+{
+	struct rig rig = held();
+	uint64_t until = now_ms() + 20000;
+	struct dmu_message m;
+	struct dmu_answer a;
+	struct guest *g, *f;
+	int errors;
+
+	CHECK(run("dmsetup suspend --noflush store") == 0, "%s", said());
+	g = begin(&rig, WRITE_IT, 2 * BLOCK, 2 * BLOCK, 7);
+	f = begin(&rig, WRITE_IT, 33 * BLOCK, BLOCK, 8);
+	m = expect(rig.node, DMU_FAULT);
+	a = map(m.id, 33, 1, 0, PLACE(33), DMU_WRITABLE | DMU_HOLD_FLUSH);
+	a.mark = 1;
+	CHECK(answer(rig.node, a) == 0);
+	still_waits(g);
+	CHECK(run("dmsetup suspend --noflush --nolockfs lab >/dev/null 2>&1 &") == 0);
+	sleep_ms(300);
+	CHECK(run("dmsetup load store --table '0 %d error' && dmsetup resume store", STORE) == 0,
+	      "%s", said());
+	while (run("dmsetup info -c --noheadings -o suspended lab | grep -q Suspended"))
+		CHECK(now_ms() < until, "the suspend does not end");
+	still_waits(g);
+	still_waits(f);
+	/* All that is told is told already. */
+	for (errors = 0; errors < 3; errors++) {
+		CHECK(next_message(rig.node, &m, 5000));
+		CHECK(m.type == DMU_DEVICE_ERROR || (m.type == DMU_MAP_ERROR && m.mark == 1),
+		      "message %d", m.type);
+	}
+	expect_silence(rig.node);
+	store_well(&rig);
+	CHECK(run("dmsetup resume lab") == 0, "%s", said());
+	end(g, 0);
+	m = expect(rig.node, DMU_FAULT);
+	CHECK(m.block == 33 && m.flags & DMU_WRITE);
+	a.id = m.id;
+	a.mark = 2;
+	CHECK(answer(rig.node, a) == 0);
+	end(f, 0);
+	check_place(&rig, 2, 2, 7);
+	rig_down(&rig);
+}
+
 /* A forced write is written again, and then committed. */
 static void held_forced(void)
 {
@@ -356,6 +402,7 @@ const struct scenario failed_scenarios[] = {
 	{ "held-write", held_write },
 	{ "held-placement", held_placement },
 	{ "held-over-others", held_over_others },
+	{ "held-in-suspend", held_in_suspend },
 	{ "held-forced", held_forced },
 	{ "held-forgotten", held_forgotten },
 	{ "not-to-wait", not_to_wait },

@@ -352,6 +352,47 @@ static void order_over_suspend(void)
 	rig_down(&rig);
 }
 
+/*
+ * What is given back to the core comes again at once, and must not end before the core is done with
+ * it: until the core takes no more requests nothing does, also what is mapped, and flushes.
+ */
+static void given_back_again(void)
+{
+	struct rig rig = plain();
+	const int store = (64 + 32) * 2 * BLOCK;
+	struct guest *held, *write, *flush;
+	pid_t suspend;
+	int status;
+
+	rig.store_table = "linear %s 0";
+	rig_up(&rig);
+	CHECK(answer(rig.node, (struct dmu_answer){ .type = DMU_HOLD_FAILED, .code = 1 }) == 0);
+	CHECK(answer(rig.node, map(0, 0, 32, 0, PLACE(0), DMU_WRITABLE)) == 0);
+	CHECK(run("dmsetup load store --table '0 %d error' && dmsetup suspend store && "
+		  "dmsetup resume store", store) == 0, "%s", said());
+	held = begin(&rig, WRITE_IT, 2 * BLOCK, 2 * BLOCK, 7);
+	expect(rig.node, DMU_DEVICE_ERROR);
+	expect(rig.node, DMU_WRITES_FAILED);
+	CHECK(run("dmsetup load store --table '0 %d linear %s 0' && dmsetup suspend store && "
+		  "dmsetup resume store", store, rig.store_loop) == 0, "%s", said());
+	stop_hold("suspending", 1);
+	suspend = start("dmsetup suspend --noflush --nolockfs lab");
+	stop_reached("suspending", 1);
+	write = begin(&rig, WRITE_IT, 8 * BLOCK, 1, 8);
+	flush = begin(&rig, FLUSH_IT, 0, 0, 0);
+	still_waits(held);
+	still_waits(write);
+	still_waits(flush);
+	stop_release("suspending");
+	CHECK(finished(suspend, 20000, &status) && status == 0, "dmsetup suspend: %d", status);
+	still_waits(held);
+	CHECK(run("dmsetup resume lab") == 0, "%s", said());
+	end(held, 0);
+	end(write, 0);
+	end(flush, 0);
+	rig_down(&rig);
+}
+
 /* A read that an answer could not serve is given back as well when a suspend has come meanwhile. */
 static void put_back_in_suspend(void)
 {
@@ -582,6 +623,7 @@ const struct scenario stop_scenarios[] = {
 	{ "forced-while-mapped", forced_while_mapped },
 	{ "signal-in-suspend", signal_in_suspend },
 	{ "order-over-suspend", order_over_suspend },
+	{ "given-back-again", given_back_again },
 	{ "put-back-in-suspend", put_back_in_suspend },
 	{ "mark-of-another", mark_of_another },
 	{ "removed-while-ending", removed_while_ending },
