@@ -156,13 +156,16 @@ static void *guest_main(void *argument)
 
 /*
  * The worker and what it knows. A block is in the base, or in one of two places, from which it
- * moves to the other one, again and again: INVALIDATE; when that is through the block is mapped to
- * be read, and the next write goes to the other place, carrying the block along.
+ * moves to the other one, again and again: INVALIDATE; when that is through, and nobody has asked for
+ * the block meanwhile, it is mapped to be read, and the next write goes to the other place, carrying
+ * the block along. One INVALIDATE of a block at a time: what has ended one says nothing of another,
+ * which waits for writes that have come in between.
  */
 static struct {
 	uint64_t at[BLOCKS], committed[BLOCKS];	/* sectors of the store, 0: in the base */
 	uint64_t mark[BLOCKS];
 	bool leaving[BLOCKS];			/* INVALIDATE is under way */
+	bool stays[BLOCKS];			/* it was asked for meanwhile */
 	bool moves[BLOCKS];			/* it is mapped nowhere to be written */
 	uint64_t last_mark;
 } format;
@@ -188,7 +191,7 @@ static void answer_fault(int node, struct dmu_message *m)
 	struct dmu_answer a;
 	int result;
 
-	format.leaving[block] = false;
+	format.stays[block] = true;
 	if (m->flags & DMU_WRITE)
 		a = place(m);
 	else if (at)
@@ -239,6 +242,8 @@ static void take(int node, struct dmu_message *m)
 		if (!format.leaving[block])
 			break;
 		format.leaving[block] = false;
+		if (format.stays[block])
+			break;
 		format.moves[block] = true;
 		answer(node, map(0, block, 1, 0, format.at[block], 0));
 		break;
@@ -281,6 +286,7 @@ static void leave_place(int node, uint64_t block)
 	CHECK(answer(node, (struct dmu_answer){ .type = DMU_INVALIDATE, .block = block,
 						.count = 1 }) == 0);
 	format.leaving[block] = true;
+	format.stays[block] = false;
 }
 
 static void *worker_main(void *argument)
