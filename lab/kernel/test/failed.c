@@ -48,28 +48,13 @@ static int retry(struct rig *rig, uint64_t id)
 	return answer(rig->node, (struct dmu_answer){ .type = DMU_RETRY, .id = id });
 }
 
-/* A message. A flush that nobody waits for, for which a slow machine has time, commits nothing. */
-static struct dmu_message expect_but_flush(struct rig *rig, uint32_t type)
-{
-	struct dmu_message m;
-
-	CHECK(next_message(rig->node, &m, 20000), "no message; expected type %u", type);
-	while (m.type == DMU_FLUSH) {
-		CHECK(answer(rig->node, (struct dmu_answer){ .type = DMU_FLUSH_DONE, .id = m.id,
-							     .code = EAGAIN }) == 0);
-		CHECK(next_message(rig->node, &m, 20000), "no message; expected type %u", type);
-	}
-	CHECK(m.type == type, "expected type %u, got %u", type, m.type);
-	return m;
-}
-
 /* The question after what counts the error on the store. */
 static struct dmu_message failure(struct rig *rig)
 {
-	struct dmu_message m = expect_but_flush(rig, DMU_DEVICE_ERROR);
+	struct dmu_message m = expect_but_flush(rig->node, DMU_DEVICE_ERROR);
 
 	CHECK(m.device == 0 && m.flags == DMU_WRITE && m.code == EIO);
-	m = expect_but_flush(rig, DMU_WRITES_FAILED);
+	m = expect_but_flush(rig->node, DMU_WRITES_FAILED);
 	CHECK(m.code == EIO && m.id);
 	return m;
 }

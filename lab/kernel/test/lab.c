@@ -182,6 +182,21 @@ struct dmu_message expect(int node, uint32_t type)
 	return message;
 }
 
+struct dmu_message expect_but_flush(int node, uint32_t type)
+{
+	struct dmu_message m;
+
+	for (;;) {
+		CHECK(next_message(node, &m, DEADLINE), "no message; expected type %u", type);
+		if (m.type != DMU_FLUSH)
+			break;
+		CHECK(answer(node, (struct dmu_answer){ .type = DMU_FAIL, .id = m.id,
+							.code = EAGAIN }) == 0);
+	}
+	CHECK(m.type == type, "expected type %u, got %u", type, m.type);
+	return m;
+}
+
 void expect_silence(int node)
 {
 	struct dmu_message message;
