@@ -51,10 +51,10 @@ static int retry(struct rig *rig, uint64_t id)
 /* The question after what counts the error on the store. */
 static struct dmu_message failure(struct rig *rig)
 {
-	struct dmu_message m = expect_but_flush(rig->node, DMU_DEVICE_ERROR);
+	struct dmu_message m = expect(rig->node, DMU_DEVICE_ERROR);
 
 	CHECK(m.device == 0 && m.flags == DMU_WRITE && m.code == EIO);
-	m = expect_but_flush(rig->node, DMU_WRITES_FAILED);
+	m = expect(rig->node, DMU_WRITES_FAILED);
 	CHECK(m.code == EIO && m.id);
 	return m;
 }

@@ -414,7 +414,7 @@ static void no_memory(void)
 		int result;
 
 		g = begin(&rig, WRITE_IT, i * BLOCK, 2, i + 1);
-		m = expect_but_flush(rig.node, DMU_FAULT);
+		m = expect(rig.node, DMU_FAULT);
 		a = map(m.id, i, 1, 0, PLACE(i), DMU_WRITABLE | DMU_ZERO_FIRST | DMU_HOLD_FLUSH);
 		a.mark = i + 1;
 		CHECK(pwrite(own, "1", 1, 0) == 1);

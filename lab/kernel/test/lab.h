@@ -57,8 +57,6 @@ uint8_t pattern(int device, uint64_t offset);
 /* The worker's side. */
 bool next_message(int node, struct dmu_message *message, int milliseconds);
 struct dmu_message expect(int node, uint32_t type);
-/* The same, where a slow machine has time for a flush that nobody waits for: it commits nothing. */
-struct dmu_message expect_but_flush(int node, uint32_t type);
 void expect_silence(int node);
 int answer(int node, struct dmu_answer a);
 int answers(int node, struct dmu_answer *list, uint32_t count);
