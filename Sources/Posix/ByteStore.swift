@@ -22,6 +22,9 @@ public protocol ByteStore: AnyObject, Sendable {
   /// What errors call it: a path where there is one, else a role ("store", "base").
   var name: String { get }
 
+  /// The store that does the work: itself, or that to which it passes calls on.
+  var underlying: any ByteStore { get }
+
   /// Length in bytes, now.
   var size: UInt64 { get }
 
@@ -63,6 +66,9 @@ public protocol ByteStore: AnyObject, Sendable {
 }
 
 extension ByteStore {
+  /// Itself.
+  public var underlying: any ByteStore { self }
+
   /// A file, which is as long as it is made.
   public var isFixedSize: Bool { false }
 

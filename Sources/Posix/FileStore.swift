@@ -306,6 +306,25 @@ public final class FileStore: ByteStore {
     try readAll(buffer, at: offset)
   }
 
+  /// Fills the buffer if that takes no wait for the medium; false, with the buffer in any state, if it
+  /// might, or fails. Past the end, with zeroes. Source: preadv2(2), RWF_NOWAIT.
+  public func readAtOnce(_ buffer: UnsafeMutableRawBufferPointer, at offset: UInt64) -> Bool {
+    guard !bypassesCache else { return false }
+    var done = 0
+    while done < buffer.count {
+      let rest = UnsafeMutableRawBufferPointer(rebasing: buffer[done...])
+      let place = off_t(truncatingIfNeeded: offset) &+ off_t(done)
+      let count = dmu_pread_nowait(raw, rest.baseAddress, rest.count, place)
+      guard count >= 0 else { return false }
+      if count == 0 {
+        rest.initializeMemory(as: UInt8.self, repeating: 0)
+        return true
+      }
+      done += count
+    }
+    return true
+  }
+
   private func readAll(
     _ buffer: UnsafeMutableRawBufferPointer, at offset: UInt64
   ) throws(IOError) {

@@ -98,6 +98,7 @@ extension Dscow {
   public static func same(
     _ one: any ByteStore, _ other: any ByteStore
   ) throws(ImageError) -> Bool {
+    let (one, other) = (one.underlying, other.underlying)
     if one === other { return true }
     guard let one = one as? FileStore, let other = other as? FileStore else { return false }
     return try io { () throws(IOError) in try one.isSameFile(as: other) }

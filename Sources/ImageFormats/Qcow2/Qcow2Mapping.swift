@@ -309,7 +309,10 @@ public final class Qcow2: ImageFormat {
     if found.writable { return .zero(found) }
     guard zeroing, found.place != .zero else { return .nothing(blocks: found.blocks.count) }
     let extent = try assign(found.blocks)
-    try lengthen(to: extent)
+    do throws(ImageError) { try lengthen(to: extent) } catch {
+      abandon(extent.mark)
+      throw error
+    }
     return .zero(extent)
   }
 

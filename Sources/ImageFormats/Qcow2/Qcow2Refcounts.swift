@@ -191,14 +191,19 @@ final class Qcow2Refcounts {
         searchFrom += 1
         continue
       }
-      let first = searchFrom
-      while searchFrom < end, searchFrom - first < wanted, try isFree(searchFrom) {
-        searchFrom += 1
-      }
-      return try reserve(first, searchFrom - first)
+      // Who fails from here on has taken nothing.
+      var next = searchFrom + 1
+      while next < end, next - searchFrom < wanted, try isFree(next) { next += 1 }
+      let found = try reserve(searchFrom, next - searchFrom)
+      searchFrom = next
+      return found
     }
     return try allocateAtEnd(wanted)
   }
+
+  /// Finds out where nothing is in use any more, which takes as many reads as the image has blocks
+  /// of refcounts that are empty at its end.
+  func prepare() throws(ImageError) { _ = try findEnd() }
 
   /// Gives out just so many clusters in a row.
   func allocateAtEnd(_ count: UInt64) throws(ImageError) -> (first: UInt64, count: UInt64) {
