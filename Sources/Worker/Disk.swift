@@ -83,9 +83,11 @@ public final class Disk {
     options.readOnly = image.readOnly
     export = NBDExport(target: target, loop: loop, options: options)
     let target = target
+    let pool = pool
     worker = Worker(
       target: target, format: format, store: image.store, log: log,
-      offload: { target.run($0, then: $1) }, trace: debugging?.trace)
+      offload: { target.run($0, then: $1) }, gate: image.gate,
+      fetch: { pool.run($0, then: $1) }, trace: debugging?.trace)
     worker.space = policy.space
     do throws(ImageError) {
       try worker.restore(verify: policy.verifies)

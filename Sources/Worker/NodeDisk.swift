@@ -71,7 +71,7 @@ final class NodeDisk {
           pending?.endFlush(error?.flushCode ?? 0)
           then(error)
         }
-      })
+      }, gate: image.gate, fetch: { pool.run($0, then: $1) }, trace: nil)
     worker.space = policy.space
     target.space = policy.space
     if let pending, pending.flushFailed != 0 { worker.flushFailed = true }

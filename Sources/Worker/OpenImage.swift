@@ -26,6 +26,8 @@ public struct OpenImage {
   public let format: any ImageFormat
   /// The store.
   public let store: any ByteStore
+  /// What a question to the image has to wait for: its stores are behind this.
+  let gate: MetadataGate
   /// The devices that the image's extents name by number.
   public let devices: [any ByteStore]
   /// The base as it stands in the image.
@@ -37,24 +39,27 @@ public struct OpenImage {
   public init(
     _ name: FormatName, store: any ByteStore, _ request: ImageRequest, opener: Opener
   ) throws(ImageError) {
+    let gate = MetadataGate()
     var named: String?
     var base: (any ByteStore)?
     let resolve = { (asked: ImageChain.Request) throws(ImageError) -> any ByteStore in
       let isTop = asked.from == store.name
       guard isTop, asked.role == .base else {
-        return try opener(
+        let found = try opener(
           FileRequest(
             role: asked.role, path: Self.path(asked.path, from: asked.from),
             writable: isTop && !request.readOnly))
+        return GatedStore(found, gate)
       }
       named = asked.path
       let found = try opener(Self.base(of: store, named: asked.path, request))
       base = found
-      return found
+      return GatedStore(found, gate)
     }
     if request.create { try Self.make(name, store, request, opener, resolve) }
     format = try ImageChain.open(
-      store, kind: name.kind, baseKind: request.baseFormat?.kind, writable: !request.readOnly,
+      GatedStore(store, gate), kind: name.kind, baseKind: request.baseFormat?.kind,
+      writable: !request.readOnly,
       depth: request.depth, force: request.force, resolve: resolve)
     if named == nil, let given = request.basePath {
       throw ImageError(
@@ -63,7 +68,9 @@ public struct OpenImage {
     formatName = name.name
     basePath = named
     self.store = store
-    devices = format.devices ?? [store] + (base.map { [$0] } ?? [])
+    self.gate = gate
+    let all = format.devices ?? [store] + (base.map { [$0] } ?? [])
+    devices = all.map(\.underlying)
     readOnly = request.readOnly
   }
 
@@ -89,6 +96,7 @@ public struct OpenImage {
     formatName = name
     self.format = format
     self.store = store
+    gate = MetadataGate()
     self.devices = format.devices ?? devices
     readOnly = request.readOnly
     basePath = nil

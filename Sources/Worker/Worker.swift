@@ -3,8 +3,11 @@
 // format, gives its answers, and has commit plans run.
 //
 // Invariants:
-// - One thread. Nothing here waits, reads or writes guest data; what blocks (a commit
-//   plan) goes through `offload`, and its end comes back on the same thread.
+// - One thread. Nothing here waits, reads or writes guest data; what blocks (a commit plan, and what
+//   of the image's metadata is not in memory) is done elsewhere, and its end comes back on the same
+//   thread.
+// - What comes is answered in its order. Behind a question that waits for metadata everything else
+//   waits: see MetadataGate.
 // - A flush is answered `flushDone` only after its commit plan has run to its end. If the plan
 //   fails, the flush fails, the marks stay uncommitted, and the next flush tries them again. If it
 //   fails for want of space and the policy is to wait, the flush waits and the plan runs again.
@@ -54,6 +57,16 @@ public final class Worker {
     _ work: @escaping @Sendable () -> CommitFailure?, _ then: @escaping (CommitFailure?) -> Void
   ) -> Void
 
+  /// Runs a piece of work elsewhere, and `then` on the worker's thread.
+  typealias Fetch = (_ work: @escaping @Sendable () -> Void, _ then: @escaping () -> Void) -> Void
+
+  /// Something to be done in its turn.
+  private enum Step {
+    case fault(Fault)
+    /// The plan of the first flush that waits.
+    case commit
+  }
+
   /// How many blocks a read fault is answered with at most: what lies beside is often read
   /// next, and an extent costs the same however long it is.
   static let readAhead: UInt64 = 1 << 20
@@ -69,6 +82,9 @@ public final class Worker {
   private let format: any ImageFormat
   private let store: any ByteStore
   private let offload: Offload
+  private let gate: MetadataGate
+  /// Does what the gate wants, and then calls back on the worker's thread.
+  private let fetch: Fetch
   private let log: Log
   private let trace: Trace?
   /// The greatest mark that the target has been given. What bears one up to it is no news to
@@ -86,6 +102,12 @@ public final class Worker {
   private var starving: [Fault] = []
   /// The question that is being answered.
   private var asked: Fault?
+  /// What has come and is not done, from `taken` on.
+  private var steps: [Step] = []
+  private var taken = 0
+  /// Whether a step is being taken, and whether the first waits for what the gate wants.
+  private var isStepping = false
+  private var isFetching = false
   /// Whether the plan of the first flush found no space and is tried again.
   private var isStuck = false
   /// Since when questions or a commit have waited, in milliseconds; 0: none does.
@@ -99,14 +121,17 @@ public final class Worker {
     offload: @escaping Offload
   ) {
     self.init(
-      target: target, format: format, store: store, log: log, offload: offload, trace: nil)
+      target: target, format: format, store: store, log: log, offload: offload,
+      gate: MetadataGate(), fetch: { _, then in then() }, trace: nil)
   }
 
   init(
     target: any TargetEngine, format: any ImageFormat, store: any ByteStore, log: Log,
-    offload: @escaping Offload, trace: Trace?
+    offload: @escaping Offload, gate: MetadataGate, fetch: @escaping Fetch, trace: Trace?
   ) {
     self.trace = trace
+    self.gate = gate
+    self.fetch = fetch
     self.target = target
     self.format = format
     self.store = store
@@ -142,20 +167,59 @@ public final class Worker {
 
   private func handle(_ fault: Fault) {
     trace?.fault(fault)
+    enqueue(.fault(fault))
+  }
+
+  // MARK: Steps
+
+  private func enqueue(_ step: Step) {
+    steps.append(step)
+    proceed()
+  }
+
+  /// Takes the steps that there are, up to one that has to wait.
+  private func proceed() {
+    guard !isStepping, !isFetching else { return }
+    isStepping = true
+    while taken < steps.count, take(steps[taken]) { taken += 1 }
+    isStepping = false
+    if taken == steps.count {
+      steps.removeAll(keepingCapacity: true)
+      taken = 0
+      return
+    }
+    if taken > 1024 {
+      steps.removeFirst(taken)
+      taken = 0
+    }
+    isFetching = true
+    let gate = gate
+    fetch({ gate.fetch() }) { [self] in
+      isFetching = false
+      proceed()
+    }
+  }
+
+  /// Whether nothing has to wait for its turn.
+  private var isIdle: Bool { steps.isEmpty }
+
+  /// Whether the step is done; else it is taken again when what the gate wants is there.
+  private func take(_ step: Step) -> Bool {
+    guard case .fault(let fault) = step else { return commit() }
     asked = fault
     defer { asked = nil }
     switch fault {
     case .read(let id, let blocks):
-      resolve(id, blocks) { () throws(ImageError) in
+      return resolve(id, blocks) { () throws(ImageError) in
         let limit = max(blocks.count, Self.readAhead)
         return .map(id, fresh(Placement(try format.findMerged(blocks.first, limit: limit))))
       }
     case .write(let id, let blocks, let whole):
-      resolve(id, blocks) { () throws(ImageError) in
+      return resolve(id, blocks) { () throws(ImageError) in
         .map(id, fresh(try format.place(blocks, whole: whole)))
       }
     case .discard(let id, let blocks, let zeroing):
-      resolve(id, blocks) { () throws(ImageError) in
+      return resolve(id, blocks) { () throws(ImageError) in
         switch try format.discard(blocks, zeroing: zeroing) {
         case .zero(let extent): .map(id, fresh(Placement(extent, .zero)))
         case .nothing(let count): .done(id, blocks: count)
@@ -163,14 +227,15 @@ public final class Worker {
       }
     case .flush(let id, let upTo):
       flushes.append((id, upTo))
-      if flushes.count == 1 { commit() }
+      if flushes.count == 1 { enqueue(.commit) }
     case .mapError(let block, let mark, let code):
       if mark != 0 { format.abandon(mark) }
       log(.warning, "a placement failed", ["block": String(block), "errno": reason(code)])
-    case .placed(let extent): placed(extent)
+    case .placed(let extent): return placed(extent)
     case .invalidateDone:
       break
     }
+    return true
   }
 
   /// Lets the target place first writes by itself where the format knows beforehand where they
@@ -185,9 +250,12 @@ public final class Worker {
     }
   }
 
-  private func placed(_ extent: Extent) {
+  /// As `take`.
+  private func placed(_ extent: Extent) -> Bool {
     do throws(ImageError) {
-      try format.granted(extent)
+      guard try gate.ask({ () throws(ImageError) in try format.granted(extent) }) != nil else {
+        return false
+      }
       lastMark = max(lastMark, extent.mark)
     } catch {
       // What the format does not know of it cannot commit: the flush must not end well.
@@ -195,6 +263,7 @@ public final class Worker {
       degrade(.degraded, "block \(extent.blocks.first): \(error)")
       lost = min(lost ?? extent.mark, extent.mark)
     }
+    return true
   }
 
   /// A placement without its mark when the target has it already.
@@ -204,17 +273,24 @@ public final class Worker {
     return placement
   }
 
-  /// Answers with what the format says, or fails the fault with the format's error.
+  /// Answers with what the format says, or fails the fault with the format's error; as `take`.
   private func resolve(
-    _ id: FaultID, _ blocks: BlockRange, _ ask: () throws(ImageError) -> Answer
-  ) {
-    var answer: Answer
+    _ id: FaultID, _ blocks: BlockRange, _ question: () throws(ImageError) -> Answer
+  ) -> Bool {
+    let answer: Answer
     do throws(ImageError) {
-      answer = try ask()
+      guard let found = try gate.ask(question) else { return false }
+      answer = found
     } catch {
       refuse(id, blocks, error)
-      return
+      return true
     }
+    give(answer, to: id, blocks)
+    return true
+  }
+
+  private func give(_ answer: Answer, to id: FaultID, _ blocks: BlockRange) {
+    var answer = answer
     if target.takesGrants, case .map(_, let placement, _) = answer,
       placement.extent.mark == 0, placement.extent.blocks.count > 1
     {
@@ -272,12 +348,12 @@ public final class Worker {
     guard starvingSince != 0 else { return }
     if isStuck {
       isStuck = false
-      commit()
+      enqueue(.commit)
     }
     let waiting = starving
     starving = []
     for fault in waiting { handle(fault) }
-    if starving.isEmpty, !isStuck {
+    if isIdle, starving.isEmpty, !isStuck {
       starvingSince = 0
       if condition.state == .noSpace { condition = .ready }
     }
@@ -319,20 +395,37 @@ public final class Worker {
     } catch { return error }
   }
 
-  /// Runs the plan of the first flush that waits.
-  private func commit() {
-    guard let flush = flushes.first else { return }
-    if let lost, lost <= flush.upTo { return finish(.fail(flush.id, code: EIO)) }
-    guard !flushFailed else { return finish(.fail(flush.id, code: EIO)) }
+  /// Runs the plan of the first flush that waits; as `take`.
+  private func commit() -> Bool {
+    guard let flush = flushes.first else { return true }
     let plan: CommitPlan
     do throws(ImageError) {
-      plan = try format.commitPlan(upTo: flush.upTo)
+      if let lost, lost <= flush.upTo {
+        finish(.fail(flush.id, code: EIO))
+        return true
+      }
+      guard !flushFailed else {
+        finish(.fail(flush.id, code: EIO))
+        return true
+      }
+      let made = try gate.ask { () throws(ImageError) in try format.commitPlan(upTo: flush.upTo) }
+      guard let made else { return false }
+      plan = made
     } catch {
       log(.error, "the image cannot be committed", ["error": "\(error)"])
       degrade(.degraded, "cannot commit: \(error)")
-      return finish(.fail(flush.id, code: error.cause?.code ?? EIO))
+      finish(.fail(flush.id, code: error.cause?.code ?? EIO))
+      return true
     }
-    guard !plan.stages.isEmpty else { return committed(flush) }
+    guard !plan.stages.isEmpty else {
+      committed(flush)
+      return true
+    }
+    run(plan, for: flush)
+    return true
+  }
+
+  private func run(_ plan: CommitPlan, for flush: (id: FaultID, upTo: Mark)) {
     let store = store
     offload(
       {
@@ -343,6 +436,7 @@ public final class Worker {
       },
       { [self] failure in
         guard let failure else { return committed(flush) }
+        gate.forget()
         log(.error, "a commit failed", ["error": "\(failure)"])
         // What a failed flush was to write may be gone, whatever its errno: EIO stands.
         let code = failure.flushCode == 0 ? failure.error.code : EIO
@@ -358,6 +452,7 @@ public final class Worker {
 
   private func committed(_ flush: (id: FaultID, upTo: Mark)) {
     format.committed(upTo: flush.upTo)
+    gate.forget()
     // A disk that ran out of space and can commit again has found some.
     if condition.state == .noSpace, starving.isEmpty {
       condition = .ready
@@ -369,7 +464,7 @@ public final class Worker {
   private func finish(_ answer: Answer) {
     flushes.removeFirst()
     give(answer)
-    commit()
+    if !flushes.isEmpty { enqueue(.commit) }
   }
 
   /// What is degraded stays so, with its first reason, until `clear` or a quiet time.
