@@ -179,8 +179,7 @@ static bool flushes(enum guest_op op)
 	return op == FLUSH_IT || op == WRITE_SYNC;
 }
 
-/* Whether it is a flush that no guest waits for, for which a slow machine has time: it commits nothing. */
-static bool put_off(int node, const struct dmu_message *message, uint32_t type)
+bool put_off(int node, const struct dmu_message *message, uint32_t type)
 {
 	if (message->type != DMU_FLUSH || type == DMU_FLUSH ||
 	    __atomic_load_n(&flushing, __ATOMIC_SEQ_CST))

@@ -57,6 +57,9 @@ uint8_t pattern(int device, uint64_t offset);
 /* The worker's side. */
 bool next_message(int node, struct dmu_message *message, int milliseconds);
 struct dmu_message expect(int node, uint32_t type);
+/* Whether it is not of that type but a flush that no guest waits for, for which a slow machine has time:
+ * it commits nothing then. */
+bool put_off(int node, const struct dmu_message *message, uint32_t type);
 void expect_silence(int node);
 int answer(int node, struct dmu_answer a);
 int answers(int node, struct dmu_answer *list, uint32_t count);
