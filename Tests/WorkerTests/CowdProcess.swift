@@ -69,7 +69,8 @@ final class CowdProcess {
   private let output: Descriptor
   private let log: Descriptor
 
-  /// `injecting`: what strace is to do to its system calls, as its `-e inject=` has it.
+  /// `injecting`: what strace is to do to its system calls, as its `-e inject=` has it. Those calls are
+  /// told in the folder's file "calls", a line each: the thread, seconds since 1970, the call.
   init(
     _ arguments: [String], descriptors: [Int32: Int32] = [:], injecting: String? = nil,
     folder: TemporaryFolder
@@ -83,7 +84,10 @@ final class CowdProcess {
       let call = injecting.prefix { $0 != ":" }
       command = Command(
         "/usr/bin/strace",
-        ["-D", "-f", "-o", "/dev/null", "-e", "trace=\(call)", "-e", "inject=\(injecting)"]
+        [
+          "-D", "-f", "-ttt", "-o", folder.file("calls"), "-e", "trace=\(call)", "-e",
+          "inject=\(injecting)",
+        ]
           + [try program("cowd")] + arguments)
     }
     command.descriptors = descriptors
