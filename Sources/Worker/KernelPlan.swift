@@ -70,7 +70,8 @@ struct KernelPlan {
     }
     let devices = image.devices.map { device -> (store: any ByteStore, part: KernelDevices.Part) in
       if let joined = device as? any JoinedStore {
-        return (device, .joined(joined.parts.map(number), bits: type(of: joined).bits))
+        let parts = joined.parts.map { number($0.underlying) }
+        return (device, .joined(parts, bits: type(of: joined).bits))
       }
       guard let number = number(device) else { return (device, .nothing) }
       let isTorn = !device.isWritable && device.size % 512 != 0
@@ -91,7 +92,7 @@ struct KernelPlan {
   }
 
   private static func parts(of device: any ByteStore) -> [any ByteStore] {
-    (device as? any JoinedStore)?.parts ?? [device]
+    ((device as? any JoinedStore)?.parts ?? [device]).map(\.underlying)
   }
 
   /// Whether a file may be read and written past the page cache: where all places in it are at

@@ -47,6 +47,7 @@ import WorkerLink
       let found = plan.devices.translate(place, blocks: 1).place
       guard let file = device as? FileStore else {
         #expect(found == nil || kind == .splitVMDK, "device \(number) is no file")
+        #expect(found != nil || kind != .splitVMDK || number != 0, "its parts are files")
         continue
       }
       let index = plan.files.firstIndex { $0.store === file }
