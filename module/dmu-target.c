@@ -89,7 +89,7 @@ static void dmu_device_hide(struct dmu_device *dev)
 /* Ends all that is under way in a hidden device, however long that takes, and frees it. */
 static void dmu_device_destroy(struct dmu_device *dev)
 {
-	struct dmu_placement *placement, *next;
+	struct dmu_placement *placement;
 	struct dmu_event *event, *after;
 	LIST_HEAD(events);
 
@@ -110,8 +110,14 @@ static void dmu_device_destroy(struct dmu_device *dev)
 	dmu_free_cells(dev);
 	dm_kcopyd_client_destroy(dev->kcopyd);
 	spin_lock_irq(&dev->lock);
-	list_for_each_entry_safe(placement, next, &dev->placements, list)
+	while ((placement = list_first_entry_or_null(&dev->placements, struct dmu_placement,
+						     list))) {
 		dmu_placed_drop(dev, placement);
+		/* There may be hundreds of thousands. */
+		spin_unlock_irq(&dev->lock);
+		cond_resched();
+		spin_lock_irq(&dev->lock);
+	}
 	list_splice_init(&dev->events, &events);
 	spin_unlock_irq(&dev->lock);
 	list_for_each_entry_safe(event, after, &events, list)
