@@ -201,10 +201,6 @@ final class Qcow2Refcounts {
     return try allocateAtEnd(wanted)
   }
 
-  /// Finds out where nothing is in use any more, which takes as many reads as the image has blocks
-  /// of refcounts that are empty at its end.
-  func prepare() throws(ImageError) { _ = try findEnd() }
-
   /// Gives out just so many clusters in a row.
   func allocateAtEnd(_ count: UInt64) throws(ImageError) -> (first: UInt64, count: UInt64) {
     try reserve(try findEnd(), count)
