@@ -167,6 +167,7 @@ bool dmu_try_issue(struct dmu_device *dev, struct bio *bio)
  *
  * What is noted is known by its array of bio_vecs, which is nobody else's until it ends, and its
  * first sector; a discard, which has none, by its sectors: two that are alike may change places.
+ *
  * Whatever comes while a suspend has its requests given back goes back as well, also what the index
  * serves: the core looks at what it was given back for a moment longer, and one that comes again at
  * once must not have ended by then.
