@@ -75,6 +75,19 @@ static void many_down(struct rig *rig)
 	CHECK(run("losetup -d %s && rm /mnt/many.img", rig->store) == 0, "%s", said());
 }
 
+/* The flush for every placement up to a mark. A slow machine asks by time for less before. */
+static struct dmu_message asked_for(int node, uint64_t mark)
+{
+	for (;;) {
+		struct dmu_message m = expect(node, DMU_FLUSH);
+
+		if (m.mark >= mark)
+			return m;
+		CHECK(answer(node, (struct dmu_answer){ .type = DMU_FAIL, .id = m.id,
+							.code = EAGAIN }) == 0);
+	}
+}
+
 /* Placements that nobody flushes: a commit is asked for, no more than so many are kept. */
 static void many_uncommitted(void)
 {
@@ -85,21 +98,14 @@ static void many_uncommitted(void)
 
 	for (from = 0; from < ASKED; from += BATCH)
 		CHECK(place_many(node, from, BATCH) == BATCH);
-	/* A slow machine is asked by time before. */
-	for (;;) {
-		m = expect(node, DMU_FLUSH);
-		if (m.mark >= ASKED)
-			break;
-		CHECK(answer(node, (struct dmu_answer){ .type = DMU_FAIL, .id = m.id,
-							.code = EAGAIN }) == 0);
-	}
+	m = asked_for(node, ASKED);
 	CHECK(m.mark == ASKED, "mark %llu", (unsigned long long)m.mark);
 	CHECK(answer(node, (struct dmu_answer){ .type = DMU_FLUSH_DONE, .id = m.id }) == 0);
 	CHECK(stat_of("uncommitted") == 0);
 	for (; from < ASKED + MOST; from += BATCH)
 		CHECK(place_many(node, from, BATCH) == BATCH);
 	CHECK(place_many(node, from, BATCH) == 0);
-	m = expect(node, DMU_FLUSH);
+	m = asked_for(node, ASKED + MOST);
 	/* In time that grows with their number, not with its square. */
 	start = now_ms();
 	CHECK(dump(node) == MOST);
