@@ -23,7 +23,7 @@ private let target: FuzzTarget = {
 
 /// Takes one input. Source: libFuzzer's documentation.
 @_cdecl("LLVMFuzzerTestOneInput")
-public func fuzz(_ data: UnsafePointer<UInt8>, _ size: Int) -> Int32 {
+package func fuzz(_ data: UnsafePointer<UInt8>, _ size: Int) -> Int32 {
   let bytes = Array(UnsafeBufferPointer(start: data, count: size))
   switch target {
   case .image(let harness, _): harness.use(bytes)
@@ -34,7 +34,7 @@ public func fuzz(_ data: UnsafePointer<UInt8>, _ size: Int) -> Int32 {
 
 /// Makes an input of another, in place; its new length. Source: libFuzzer's documentation.
 @_cdecl("LLVMFuzzerCustomMutator")
-public func mutate(
+package func mutate(
   _ data: UnsafeMutablePointer<UInt8>, _ size: Int, _ most: Int, _ seed: UInt32
 ) -> Int {
   switch target {

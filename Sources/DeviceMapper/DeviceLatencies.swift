@@ -5,7 +5,7 @@
 // Reads, writes and discards are in one histogram; the kernel counts no flushes there.
 // Source: Documentation/admin-guide/device-mapper/statistics.rst.
 
-public import Posix
+package import Posix
 import Glibc
 
 extension MappedDevice {
@@ -15,7 +15,7 @@ extension MappedDevice {
   /// What was counted since counting began. If nothing is counted yet, counting begins now. From
   /// then on each request costs the kernel two readings of its clock and a few additions to
   /// counters of the processor, until `stopLatencies` or the device's removal.
-  public func latencies() throws(DeviceMapperError) -> LatencyHistogram {
+  package func latencies() throws(DeviceMapperError) -> LatencyHistogram {
     guard let region = try latencyRegions().first else {
       let bounds = LatencyHistogram.bounds.map { String($0) }.joined(separator: ",")
       _ = try message(
@@ -31,7 +31,7 @@ extension MappedDevice {
   }
 
   /// Ends the counting, if there is any.
-  public func stopLatencies() throws(DeviceMapperError) {
+  package func stopLatencies() throws(DeviceMapperError) {
     for region in try latencyRegions() { _ = try message("@stats_delete \(region)") }
   }
 
@@ -62,7 +62,7 @@ extension MappedDevice {
   /// The histogram of a printed region: START+LENGTH, then for reads and for writes how many,
   /// merged, sectors and nanoseconds, five more counters, and the counts with colons between them.
   /// nil when it is none.
-  public static func latencies(in text: String) -> LatencyHistogram? {
+  package static func latencies(in text: String) -> LatencyHistogram? {
     let words = text.split(whereSeparator: \.isWhitespace)
     guard words.count == 15, let reading = UInt64(words[4]), let writing = UInt64(words[8]) else {
       return nil

@@ -5,22 +5,22 @@ internal import CDeviceMapper
 import Glibc
 
 /// The device-mapper as a whole.
-public enum DeviceMapper {
+package enum DeviceMapper {
   /// A version of a target.
-  public struct Version: Sendable, Hashable, CustomStringConvertible {
+  package struct Version: Sendable, Hashable, CustomStringConvertible {
     /// Tells what is not compatible.
-    public let major: UInt32
+    package let major: UInt32
     /// Tells what has been added.
-    public let minor: UInt32
+    package let minor: UInt32
     /// Tells what has been mended.
-    public let patch: UInt32
+    package let patch: UInt32
 
     /// MAJOR.MINOR.PATCH.
-    public var description: String { "\(major).\(minor).\(patch)" }
+    package var description: String { "\(major).\(minor).\(patch)" }
   }
 
   /// Whether this kernel has a device-mapper that this process may use.
-  public static var isAvailable: Bool { canBeOpened("/dev/mapper/control") }
+  package static var isAvailable: Bool { canBeOpened("/dev/mapper/control") }
 
   /// Whether a driver answers at this node: libdevmapper makes the node where there is none, also
   /// for a kernel without a device-mapper.
@@ -33,7 +33,7 @@ public enum DeviceMapper {
 
   /// The version of a target; nil when the kernel has none of that name, or no device-mapper.
   /// The kernel loads the module `dm-NAME` for it if that is installed.
-  public static func version(ofTarget name: String) throws(DeviceMapperError) -> Version? {
+  package static func version(ofTarget name: String) throws(DeviceMapperError) -> Version? {
     guard isAvailable else { return nil }
     let asked = try versions(Int(DM_DEVICE_GET_TARGET_VERSION), name)
     if let version = asked?[name] { return version }
@@ -65,7 +65,7 @@ public enum DeviceMapper {
   }
 
   /// Every mapped device, by name.
-  public static func devices() throws(DeviceMapperError) -> [MappedDevice: DeviceNumber] {
+  package static func devices() throws(DeviceMapperError) -> [MappedDevice: DeviceNumber] {
     try KernelRequest.perform(Int(DM_DEVICE_LIST), "list", "the mapped devices") {
       task throws(DeviceMapperError) in
       try task.run()

@@ -4,18 +4,18 @@
 import Glibc
 
 /// The kernel refused something.
-public struct DeviceMapperError: Error, Sendable, Equatable, CustomStringConvertible {
+package struct DeviceMapperError: Error, Sendable, Equatable, CustomStringConvertible {
   /// The errno, greater than zero.
-  public let code: Int32
+  package let code: Int32
   /// What was tried, as a verb: "create", "load a table for".
-  public let operation: String
+  package let operation: String
   /// The device, or what else it was tried on.
-  public let subject: String
+  package let subject: String
   /// What the kernel's log says of it, when it says anything.
-  public let explanation: String?
+  package let explanation: String?
 
   /// An error from its parts.
-  public init(
+  package init(
     _ code: Int32, _ operation: String, _ subject: String, explanation: String? = nil
   ) {
     self.code = code
@@ -25,7 +25,7 @@ public struct DeviceMapperError: Error, Sendable, Equatable, CustomStringConvert
   }
 
   /// "cannot OPERATION SUBJECT: EXPLANATION (REASON)".
-  public var description: String {
+  package var description: String {
     let reason = String(cString: strerror(code))
     let why = explanation.map { "\($0) (\(reason))" } ?? reason
     return "cannot \(operation) \(subject): \(why)"

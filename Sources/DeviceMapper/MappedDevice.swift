@@ -7,55 +7,55 @@ internal import CDeviceMapper
 import Glibc
 
 /// A line of a table or a status as the kernel prints it.
-public struct KernelLine: Sendable, Equatable, CustomStringConvertible {
+package struct KernelLine: Sendable, Equatable, CustomStringConvertible {
   /// The first sector.
-  public let start: UInt64
+  package let start: UInt64
   /// How many sectors.
-  public let length: UInt64
+  package let length: UInt64
   /// The target's name.
-  public let target: String
+  package let target: String
   /// What the target says.
-  public let words: String
+  package let words: String
 
   /// As dmsetup prints it.
-  public var description: String { "\(start) \(length) \(target) \(words)" }
+  package var description: String { "\(start) \(length) \(target) \(words)" }
 }
 
 /// What the kernel knows of a device.
-public struct DeviceInformation: Sendable, Equatable {
+package struct DeviceInformation: Sendable, Equatable {
   /// Its number.
-  public let number: DeviceNumber
+  package let number: DeviceNumber
   /// How many have it open.
-  public let openCount: Int32
+  package let openCount: Int32
   /// How many events it has had; wraps.
-  public let eventNumber: UInt32
+  package let eventNumber: UInt32
   /// How many lines its table has.
-  public let targetCount: Int32
+  package let targetCount: Int32
   /// Whether it is suspended.
-  public let isSuspended: Bool
+  package let isSuspended: Bool
   /// Whether a table is in use, and whether one is loaded to be.
-  public let hasLiveTable: Bool
+  package let hasLiveTable: Bool
   /// Whether a table waits for the next resume.
-  public let hasInactiveTable: Bool
+  package let hasInactiveTable: Bool
   /// Whether it is only read.
-  public let isReadOnly: Bool
+  package let isReadOnly: Bool
 }
 
 /// A mapped device. A value: the device need not be there.
-public struct MappedDevice: Sendable, Hashable {
+package struct MappedDevice: Sendable, Hashable {
   /// Its name in /dev/mapper.
-  public let name: String
+  package let name: String
   /// Its node.
-  public var path: String { "/dev/mapper/" + name }
+  package var path: String { "/dev/mapper/" + name }
 
   /// A device by its name.
-  public init(_ name: String) {
+  package init(_ name: String) {
     self.name = name
   }
 
   /// Makes the device, without a table and suspended. Throws EBUSY when the name or the
   /// identifier is taken.
-  public func create(uuid: String? = nil) throws(DeviceMapperError) -> DeviceNumber {
+  package func create(uuid: String? = nil) throws(DeviceMapperError) -> DeviceNumber {
     try KernelRequest.perform(DM_DEVICE_CREATE, "create", name) { task throws(DeviceMapperError) in
       try task.name(name)
       if let uuid { try task.set(task.library.dm_task_set_uuid(task.raw, uuid)) }
@@ -68,7 +68,7 @@ public struct MappedDevice: Sendable, Hashable {
 
   /// Loads a table, which comes into use with the next resume. Throws what a target's
   /// constructor has against it, in the kernel's words.
-  public func load(_ table: Table, readOnly: Bool = false) throws(DeviceMapperError) {
+  package func load(_ table: Table, readOnly: Bool = false) throws(DeviceMapperError) {
     try KernelRequest.perform(DM_DEVICE_RELOAD, "load a table for", name) {
       task throws(DeviceMapperError) in
       try task.name(name)
@@ -83,13 +83,13 @@ public struct MappedDevice: Sendable, Hashable {
   }
 
   /// Drops a table that is loaded and not in use.
-  public func clear() throws(DeviceMapperError) {
+  package func clear() throws(DeviceMapperError) {
     try simple(DM_DEVICE_CLEAR, "clear the loaded table of")
   }
 
   /// Brings the loaded table into use and lets requests go on. The node is there afterwards.
   /// Unless `probed`, nobody looks for file systems and volumes on it by himself.
-  public func resume(probed: Bool = true) throws(DeviceMapperError) {
+  package func resume(probed: Bool = true) throws(DeviceMapperError) {
     try KernelRequest.perform(DM_DEVICE_RESUME, "resume", name) { task throws(DeviceMapperError) in
       try task.name(name)
       try task.set(task.library.dm_task_set_add_node(task.raw, DM_ADD_NODE_ON_RESUME))
@@ -99,7 +99,7 @@ public struct MappedDevice: Sendable, Hashable {
 
   /// Makes requests wait. With `flush` those under way come to their end first, otherwise
   /// targets may give them back; with `freeze` a file system on it is brought to rest.
-  public func suspend(flush: Bool = true, freeze: Bool = true) throws(DeviceMapperError) {
+  package func suspend(flush: Bool = true, freeze: Bool = true) throws(DeviceMapperError) {
     try KernelRequest.perform(DM_DEVICE_SUSPEND, "suspend", name) {
       task throws(DeviceMapperError) in
       try task.name(name)
@@ -110,7 +110,7 @@ public struct MappedDevice: Sendable, Hashable {
   }
 
   /// Gives the device another name. Throws EBUSY when that is taken.
-  public func rename(to other: String) throws(DeviceMapperError) {
+  package func rename(to other: String) throws(DeviceMapperError) {
     try KernelRequest.perform(DM_DEVICE_RENAME, "rename", name) { task throws(DeviceMapperError) in
       try task.name(name)
       try task.set(task.library.dm_task_set_newname(task.raw, other))
@@ -120,7 +120,7 @@ public struct MappedDevice: Sendable, Hashable {
 
   /// Removes the device. Throws EBUSY while somebody has it open; `deferred`: then it goes
   /// with the last close. `patient`: tries again for some seconds, as udev may be looking at it.
-  public func remove(deferred: Bool = false, patient: Bool = false) throws(DeviceMapperError) {
+  package func remove(deferred: Bool = false, patient: Bool = false) throws(DeviceMapperError) {
     try KernelRequest.perform(DM_DEVICE_REMOVE, "remove", name) { task throws(DeviceMapperError) in
       try task.name(name)
       if deferred { try task.set(task.library.dm_task_deferred_remove(task.raw)) }
@@ -130,7 +130,7 @@ public struct MappedDevice: Sendable, Hashable {
   }
 
   /// What the kernel knows of it; nil when there is no such device.
-  public func information() throws(DeviceMapperError) -> DeviceInformation? {
+  package func information() throws(DeviceMapperError) -> DeviceInformation? {
     try KernelRequest.perform(DM_DEVICE_INFO, "examine", name) { task throws(DeviceMapperError) in
       try task.name(name)
       try task.run()
@@ -145,7 +145,7 @@ public struct MappedDevice: Sendable, Hashable {
   }
 
   /// Its identifier; empty when it has none. Throws ENXIO when there is no such device.
-  public func uuid() throws(DeviceMapperError) -> String {
+  package func uuid() throws(DeviceMapperError) -> String {
     try KernelRequest.perform(DM_DEVICE_INFO, "examine", name) { task throws(DeviceMapperError) in
       try task.name(name)
       try task.run()
@@ -157,7 +157,7 @@ public struct MappedDevice: Sendable, Hashable {
   }
 
   /// The devices that its table in use is built on. Throws ENXIO when there is no such device.
-  public func dependencies() throws(DeviceMapperError) -> [DeviceNumber] {
+  package func dependencies() throws(DeviceMapperError) -> [DeviceNumber] {
     try KernelRequest.perform(DM_DEVICE_DEPS, "list what is under", name) {
       task throws(DeviceMapperError) in
       try task.name(name)
@@ -173,7 +173,7 @@ public struct MappedDevice: Sendable, Hashable {
 
   /// What each target says of itself. With `flush` targets may bring their figures up to date
   /// first. Throws ENXIO when there is no such device.
-  public func status(flush: Bool = true) throws(DeviceMapperError) -> [KernelLine] {
+  package func status(flush: Bool = true) throws(DeviceMapperError) -> [KernelLine] {
     try KernelRequest.perform(DM_DEVICE_STATUS, "read the status of", name) {
       task throws(DeviceMapperError) in
       try task.name(name)
@@ -185,7 +185,7 @@ public struct MappedDevice: Sendable, Hashable {
 
   /// The table in use, as the kernel prints it; `Table(parsing:)` takes its lines. Throws
   /// ENXIO when there is no such device.
-  public func table() throws(DeviceMapperError) -> [KernelLine] {
+  package func table() throws(DeviceMapperError) -> [KernelLine] {
     try KernelRequest.perform(DM_DEVICE_TABLE, "read the table of", name) {
       task throws(DeviceMapperError) in
       try task.name(name)
@@ -195,7 +195,7 @@ public struct MappedDevice: Sendable, Hashable {
   }
 
   /// Says something to the target at a sector. Answers what it says back, if anything.
-  public func message(_ words: String, sector: UInt64 = 0) throws(DeviceMapperError) -> String? {
+  package func message(_ words: String, sector: UInt64 = 0) throws(DeviceMapperError) -> String? {
     try KernelRequest.perform(DM_DEVICE_TARGET_MSG, "send '\(words)' to", name) {
       task throws(DeviceMapperError) in
       try task.name(name)
@@ -208,7 +208,7 @@ public struct MappedDevice: Sendable, Hashable {
 
   /// Waits until the device has had an event after that number; the number then. A signal
   /// ends the waiting with EINTR, the device's removal with ENXIO.
-  public func waitForEvent(after number: UInt32) throws(DeviceMapperError) -> UInt32 {
+  package func waitForEvent(after number: UInt32) throws(DeviceMapperError) -> UInt32 {
     try KernelRequest.performApart(DM_DEVICE_WAITEVENT, "wait for an event of", name) {
       task throws(DeviceMapperError) in
       try task.name(name)

@@ -3,7 +3,7 @@
 
 extension Mapping {
   /// The name of the target.
-  public var target: String {
+  package var target: String {
     switch self {
     case .linear: "linear"
     case .error: "error"
@@ -18,7 +18,7 @@ extension Mapping {
   }
 
   /// The words after the target's name.
-  public var parameters: String { words.joined(separator: " ") }
+  package var parameters: String { words.joined(separator: " ") }
 
   private var words: [String] {
     switch self {

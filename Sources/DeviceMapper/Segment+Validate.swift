@@ -116,7 +116,7 @@ extension Segment {
 
 extension Userspace {
   /// Whether a node may be called so.
-  public static func isName(_ name: String) -> Bool {
+  package static func isName(_ name: String) -> Bool {
     let others = Set("#+-.:=@_".utf8)
     return (1...63).contains(name.utf8.count) && !name.hasPrefix(".")
       && name.utf8.allSatisfy { byte in

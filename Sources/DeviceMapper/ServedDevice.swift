@@ -12,24 +12,24 @@ import Glibc
 import Posix
 
 /// A device that a worker serves, by its name: the device, its node and its identifier.
-public struct ServedDevice: Sendable {
+package struct ServedDevice: Sendable {
   /// A file or a device that a served device stands on. The descriptor is lent.
-  public struct Backing: Sendable {
+  package struct Backing: Sendable {
     /// Its descriptor.
-    public var descriptor: Int32
+    package var descriptor: Int32
     /// Its path, for people.
-    public var name: String
+    package var name: String
     /// Whether it is only read.
-    public var readOnly: Bool
+    package var readOnly: Bool
     /// Whether the page cache is passed by. Without it a device, too, is stood on by way of a
     /// loop device, so that whoever reads and writes the same through its node meets no other
     /// bytes.
-    public var isDirect: Bool
+    package var isDirect: Bool
     /// By how many bytes a file may grow; 0 for one that keeps its length.
-    public var growth: UInt64
+    package var growth: UInt64
 
     /// A backing from its parts.
-    public init(
+    package init(
       descriptor: Int32, name: String, readOnly: Bool, isDirect: Bool = true, growth: UInt64 = 0
     ) {
       self.descriptor = descriptor
@@ -41,7 +41,7 @@ public struct ServedDevice: Sendable {
   }
 
   /// What there is under the name.
-  public enum State: Sendable, Equatable {
+  package enum State: Sendable, Equatable {
     /// Nothing.
     case absent
     /// Our device, which nobody has brought into use.
@@ -53,33 +53,33 @@ public struct ServedDevice: Sendable {
   }
 
   /// The name of the target.
-  public static let target = "userspace"
+  package static let target = "userspace"
 
   /// The device.
-  public let device: MappedDevice
+  package let device: MappedDevice
   /// What tells it from others' devices.
-  public let identifier: String
+  package let identifier: String
 
   /// A device by its name. `owner` is who makes it: "cowd", "dmu-xend".
-  public init(name: String, owner: String) {
+  package init(name: String, owner: String) {
     device = MappedDevice(name)
     identifier = "DMU-\(owner)-\(name)"
   }
 
   /// Whether this kernel has the target, in a version that we can speak to; loads the module
   /// if it is installed.
-  public static func isAvailable() throws(DeviceMapperError) -> Bool {
+  package static func isAvailable() throws(DeviceMapperError) -> Bool {
     try DeviceMapper.version(ofTarget: target)?.major == 1
   }
 
   /// By how many bytes the files of a disk of so many may grow: each block gets a new place once,
   /// its part of the tables included, and some are placed for nothing.
-  public static func growth(of size: UInt64) -> UInt64 {
+  package static func growth(of size: UInt64) -> UInt64 {
     2 * min(size, 1 << 60) + 1 << 30
   }
 
   /// What there is under the name.
-  public func state(over backings: [Backing]) throws(DeviceMapperError) -> State {
+  package func state(over backings: [Backing]) throws(DeviceMapperError) -> State {
     guard let information = try device.information() else { return .absent }
     guard try device.uuid() == identifier else {
       return .foreign("\(device.path) exists and is none of ours")
@@ -108,7 +108,7 @@ public struct ServedDevice: Sendable {
   /// Length and block size in bytes, multiples of 512. Loop devices that were made for it go
   /// with it. Throws: EBUSY when the name is taken, EINVAL for lengths that do not fit, and
   /// what the kernel has against the table; then nothing is left.
-  public func make(
+  package func make(
     size: UInt64, blockSize: UInt32, _ backings: [Backing], readOnly: Bool,
     faultTimeout: UInt32 = 0
   ) throws(DeviceMapperError) -> DeviceNumber {
@@ -146,7 +146,7 @@ public struct ServedDevice: Sendable {
 
   /// Brings it into use. What a guest has written on it is for nobody here to look into, so
   /// it is not probed.
-  public func start() throws(DeviceMapperError) {
+  package func start() throws(DeviceMapperError) {
     try device.resume(probed: false)
   }
 

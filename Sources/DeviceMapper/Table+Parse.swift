@@ -4,7 +4,7 @@
 extension Table {
   /// Reads a table. Empty lines and lines that begin with # are passed over. Throws: the
   /// number of the line, the field, and what is wrong with it.
-  public init(parsing text: String) throws(TableError) {
+  package init(parsing text: String) throws(TableError) {
     var segments: [Segment] = []
     var next: UInt64 = 0
     let lines = text.split(omittingEmptySubsequences: false) { $0.isNewline }

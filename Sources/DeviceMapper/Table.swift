@@ -5,12 +5,12 @@
 // Source: the kernel's Documentation/admin-guide/device-mapper; docs/dm-userspace.md.
 
 /// A table: what lies where on a mapped device. Always valid.
-public struct Table: Sendable, Equatable, CustomStringConvertible {
+package struct Table: Sendable, Equatable, CustomStringConvertible {
   /// The lines, in order and without gaps.
-  public let segments: [Segment]
+  package let segments: [Segment]
 
   /// A table from its lines. Throws: what is wrong with the first bad one, by its number.
-  public init(_ segments: [Segment]) throws(TableError) {
+  package init(_ segments: [Segment]) throws(TableError) {
     var next: UInt64 = 0
     for (index, segment) in segments.enumerated() {
       try segment.validate(line: index + 1, expecting: next)
@@ -21,44 +21,44 @@ public struct Table: Sendable, Equatable, CustomStringConvertible {
   }
 
   /// A table of one line from sector 0.
-  public init(length: UInt64, _ mapping: Mapping) throws(TableError) {
+  package init(length: UInt64, _ mapping: Mapping) throws(TableError) {
     try self.init([Segment(start: 0, length: length, mapping)])
   }
 
   /// Length in sectors of the device.
-  public var length: UInt64 { segments.reduce(0) { $0 + $1.length } }
+  package var length: UInt64 { segments.reduce(0) { $0 + $1.length } }
 
   /// The text that dmsetup takes, one line a segment.
-  public var description: String {
+  package var description: String {
     segments.map { "\($0)" }.joined(separator: "\n")
   }
 }
 
 /// One line of a table. Units: sectors of 512 bytes.
-public struct Segment: Sendable, Equatable, CustomStringConvertible {
+package struct Segment: Sendable, Equatable, CustomStringConvertible {
   /// The first sector on the mapped device.
-  public var start: UInt64
+  package var start: UInt64
   /// How many sectors.
-  public var length: UInt64
+  package var length: UInt64
   /// What is there.
-  public var mapping: Mapping
+  package var mapping: Mapping
 
   /// A line from its parts.
-  public init(start: UInt64, length: UInt64, _ mapping: Mapping) {
+  package init(start: UInt64, length: UInt64, _ mapping: Mapping) {
     self.start = start
     self.length = length
     self.mapping = mapping
   }
 
   /// The line as dmsetup takes it.
-  public var description: String {
+  package var description: String {
     let parameters = mapping.parameters
     return "\(start) \(length) \(mapping.target)" + (parameters.isEmpty ? "" : " " + parameters)
   }
 }
 
 /// What a line maps to.
-public enum Mapping: Sendable, Equatable {
+package enum Mapping: Sendable, Equatable {
   /// A run of another device.
   case linear(Location)
   /// Every request fails.
@@ -80,45 +80,45 @@ public enum Mapping: Sendable, Equatable {
 }
 
 /// Where on which device.
-public struct Location: Sendable, Hashable {
+package struct Location: Sendable, Hashable {
   /// The device.
-  public var device: DeviceReference
+  package var device: DeviceReference
   /// The sector there.
-  public var offset: UInt64
+  package var offset: UInt64
 
   /// A location from its parts.
-  public init(_ device: DeviceReference, offset: UInt64 = 0) {
+  package init(_ device: DeviceReference, offset: UInt64 = 0) {
     self.device = device
     self.offset = offset
   }
 }
 
 /// A block device by its numbers.
-public struct DeviceNumber: Sendable, Hashable, CustomStringConvertible {
+package struct DeviceNumber: Sendable, Hashable, CustomStringConvertible {
   /// The driver.
-  public var major: UInt32
+  package var major: UInt32
   /// Which of its devices.
-  public var minor: UInt32
+  package var minor: UInt32
 
   /// A number from its parts.
-  public init(major: UInt32, minor: UInt32) {
+  package init(major: UInt32, minor: UInt32) {
     self.major = major
     self.minor = minor
   }
 
   /// MAJOR:MINOR.
-  public var description: String { "\(major):\(minor)" }
+  package var description: String { "\(major):\(minor)" }
 }
 
 /// A device as a table names it.
-public enum DeviceReference: Sendable, Hashable, CustomStringConvertible {
+package enum DeviceReference: Sendable, Hashable, CustomStringConvertible {
   /// By a path from the root.
   case path(String)
   /// By its numbers, as the kernel says it.
   case number(DeviceNumber)
 
   /// The path or MAJOR:MINOR.
-  public var description: String {
+  package var description: String {
     switch self {
     case .path(let path): path
     case .number(let number): "\(number)"
@@ -127,9 +127,9 @@ public enum DeviceReference: Sendable, Hashable, CustomStringConvertible {
 }
 
 /// The parameters of a mirror.
-public struct Mirror: Sendable, Equatable {
+package struct Mirror: Sendable, Equatable {
   /// Where the mirror keeps in mind which regions are alike.
-  public enum Log: Sendable, Equatable {
+  package enum Log: Sendable, Equatable {
     /// In memory.
     case core
     /// On a device.
@@ -137,20 +137,20 @@ public struct Mirror: Sendable, Equatable {
   }
 
   /// The log.
-  public var log: Log
+  package var log: Log
   /// Sectors of a region: a power of two.
-  public var region: UInt32
+  package var region: UInt32
   /// Whether all are alike at the start; nil: the log knows, or they are not.
-  public var inSync: Bool?
+  package var inSync: Bool?
   /// The devices, 2 to 9.
-  public var legs: [Location]
+  package var legs: [Location]
   /// Whether a device that fails is left out.
-  public var handlesErrors: Bool
+  package var handlesErrors: Bool
   /// Whether the log stays when its device fails.
-  public var keepsLog: Bool
+  package var keepsLog: Bool
 
   /// A mirror from its parts.
-  public init(
+  package init(
     log: Log, region: UInt32, inSync: Bool? = nil, legs: [Location],
     handlesErrors: Bool = false, keepsLog: Bool = false
   ) {
@@ -164,9 +164,9 @@ public struct Mirror: Sendable, Equatable {
 }
 
 /// The parameters of a snapshot.
-public struct Snapshot: Sendable, Equatable {
+package struct Snapshot: Sendable, Equatable {
   /// How the differences are kept.
-  public enum Persistence: String, Sendable, CaseIterable {
+  package enum Persistence: String, Sendable, CaseIterable {
     /// They survive a restart.
     case persistent = "P"
     /// The same, and a full store is told rather than made an error.
@@ -175,7 +175,7 @@ public struct Snapshot: Sendable, Equatable {
     case transient = "N"
   }
   /// What else it may do.
-  public enum Feature: String, Sendable, CaseIterable {
+  package enum Feature: String, Sendable, CaseIterable {
     /// A discard of a chunk zeroes it.
     case discardZeroesStore = "discard_zeroes_cow"
     /// A discard goes on to the origin.
@@ -183,18 +183,18 @@ public struct Snapshot: Sendable, Equatable {
   }
 
   /// What is copied.
-  public var origin: DeviceReference
+  package var origin: DeviceReference
   /// Where the differences are.
-  public var store: DeviceReference
+  package var store: DeviceReference
   /// How they are kept.
-  public var persistence: Persistence
+  package var persistence: Persistence
   /// Sectors of a chunk, a power of two; 0: what the store says.
-  public var chunk: UInt32
+  package var chunk: UInt32
   /// What else it may do.
-  public var features: [Feature]
+  package var features: [Feature]
 
   /// A snapshot from its parts.
-  public init(
+  package init(
     origin: DeviceReference, store: DeviceReference, persistence: Persistence, chunk: UInt32,
     features: [Feature] = []
   ) {
@@ -207,30 +207,30 @@ public struct Snapshot: Sendable, Equatable {
 }
 
 /// The parameters of a delayed device.
-public struct Delay: Sendable, Equatable {
+package struct Delay: Sendable, Equatable {
   /// Where requests go, and how much later.
-  public struct Way: Sendable, Equatable {
+  package struct Way: Sendable, Equatable {
     /// Where.
-    public var location: Location
+    package var location: Location
     /// How much later.
-    public var milliseconds: UInt32
+    package var milliseconds: UInt32
 
     /// A way from its parts.
-    public init(_ location: Location, milliseconds: UInt32) {
+    package init(_ location: Location, milliseconds: UInt32) {
       self.location = location
       self.milliseconds = milliseconds
     }
   }
 
   /// Reads, and what the others do not say.
-  public var reads: Way
+  package var reads: Way
   /// Writes, if they go another way.
-  public var writes: Way?
+  package var writes: Way?
   /// Flushes, if they go another way than writes.
-  public var flushes: Way?
+  package var flushes: Way?
 
   /// A delay from its parts.
-  public init(reads: Way, writes: Way? = nil, flushes: Way? = nil) {
+  package init(reads: Way, writes: Way? = nil, flushes: Way? = nil) {
     self.reads = reads
     self.writes = writes
     self.flushes = flushes
@@ -238,18 +238,18 @@ public struct Delay: Sendable, Equatable {
 }
 
 /// The parameters of a device that fails for some seconds after each so many.
-public struct Flakey: Sendable, Equatable {
+package struct Flakey: Sendable, Equatable {
   /// Where requests go.
-  public var location: Location
+  package var location: Location
   /// For how many seconds it works.
-  public var up: UInt32
+  package var up: UInt32
   /// For how many seconds it fails. Not both are 0.
-  public var down: UInt32
+  package var down: UInt32
   /// Whether only writes and flushes fail.
-  public var onlyWrites: Bool
+  package var onlyWrites: Bool
 
   /// A flakey device from its parts.
-  public init(_ location: Location, up: UInt32, down: UInt32, onlyWrites: Bool = false) {
+  package init(_ location: Location, up: UInt32, down: UInt32, onlyWrites: Bool = false) {
     self.location = location
     self.up = up
     self.down = down
@@ -258,32 +258,32 @@ public struct Flakey: Sendable, Equatable {
 }
 
 /// The parameters of a device that a worker serves. Source: docs/dm-userspace.md.
-public struct Userspace: Sendable, Equatable {
+package struct Userspace: Sendable, Equatable {
   /// A backing device.
-  public struct Backing: Sendable, Equatable {
+  package struct Backing: Sendable, Equatable {
     /// The device.
-    public var device: DeviceReference
+    package var device: DeviceReference
     /// Whether it is opened for reading only.
-    public var readOnly: Bool
+    package var readOnly: Bool
 
     /// A backing device from its parts.
-    public init(_ device: DeviceReference, readOnly: Bool = false) {
+    package init(_ device: DeviceReference, readOnly: Bool = false) {
       self.device = device
       self.readOnly = readOnly
     }
   }
 
   /// The node: /dev/dmu/NAME.
-  public var name: String
+  package var name: String
   /// Sectors of a block: a power of two.
-  public var blockSectors: UInt32
+  package var blockSectors: UInt32
   /// The backing devices by number, 1 to 15.
-  public var devices: [Backing]
+  package var devices: [Backing]
   /// After how many seconds an unanswered question fails; 0: never.
-  public var faultTimeout: UInt32
+  package var faultTimeout: UInt32
 
   /// A device from its parts.
-  public init(
+  package init(
     name: String, blockSectors: UInt32, devices: [Backing], faultTimeout: UInt32 = 0
   ) {
     self.name = name

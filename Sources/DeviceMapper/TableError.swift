@@ -2,13 +2,13 @@
 // What is wrong with a table, said so that it can be found.
 
 /// A table that is not valid.
-public struct TableError: Error, Sendable, Equatable, CustomStringConvertible {
+package struct TableError: Error, Sendable, Equatable, CustomStringConvertible {
   /// The line, from 1.
-  public let line: Int
+  package let line: Int
   /// The field, in the words of the target's documentation: "CHUNK", "DEV 2".
-  public let field: String
+  package let field: String
   /// What is wrong with it.
-  public let reason: String
+  package let reason: String
 
   init(line: Int, field: String, _ reason: String) {
     self.line = line
@@ -17,5 +17,5 @@ public struct TableError: Error, Sendable, Equatable, CustomStringConvertible {
   }
 
   /// "line LINE, FIELD: REASON".
-  public var description: String { "line \(line), \(field): \(reason)" }
+  package var description: String { "line \(line), \(field): \(reason)" }
 }

@@ -7,7 +7,7 @@ internal import DscowToolArguments
 internal import Posix
 
 /// cowd, dmu-img and dscow_tool.
-public func main() {
+package func main() {
   switch ProgramName.called {
   case "cowd": CowdArguments.Program.main()
   case "dmu-img": DmuImgArguments.Program.main()

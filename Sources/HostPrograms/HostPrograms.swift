@@ -6,7 +6,7 @@ internal import DmuXendArguments
 internal import Posix
 
 /// dmu-xend and dmu-xen.
-public func main() async {
+package func main() async {
   switch ProgramName.called {
   case "dmu-xend": await DmuXendArguments.Program.main()
   case "dmu-xen": await DmuXenArguments.Program.main()

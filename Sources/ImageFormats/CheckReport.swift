@@ -2,35 +2,35 @@
 // What a check of an image found. The words of `problems` are for people.
 
 /// The outcome of a check, and of a repair.
-public struct CheckReport: Sendable, Equatable {
+package struct CheckReport: Sendable, Equatable {
   /// So many problems are put in words; the rest is only counted.
-  public static let mostWords = 100
+  package static let mostWords = 100
   /// Things that are wrong and may cost data.
-  public var corruptions: UInt64 = 0
+  package var corruptions: UInt64 = 0
   /// Clusters that are counted and not used.
-  public var leaks: UInt64 = 0
+  package var leaks: UInt64 = 0
   /// Problems that a repair has mended.
-  public var repaired: UInt64 = 0
+  package var repaired: UInt64 = 0
   /// Bytes of a cluster that leaks.
-  public var clusterSize: UInt64 = 0
+  package var clusterSize: UInt64 = 0
   /// Where what is in use ends, in bytes.
-  public var imageEnd: UInt64 = 0
+  package var imageEnd: UInt64 = 0
   /// Clusters that the disk has.
-  public var totalClusters: UInt64 = 0
+  package var totalClusters: UInt64 = 0
   /// Clusters of the disk that have a place; how many of them do not follow the one before
   /// there, and how many are compressed.
-  public var allocatedClusters: UInt64 = 0
+  package var allocatedClusters: UInt64 = 0
   /// See `allocatedClusters`.
-  public var fragmentedClusters: UInt64 = 0
+  package var fragmentedClusters: UInt64 = 0
   /// See `allocatedClusters`.
-  public var compressedClusters: UInt64 = 0
+  package var compressedClusters: UInt64 = 0
   /// The first problems in words.
-  public var problems: [String] = []
+  package var problems: [String] = []
   /// Whether nothing is wrong.
-  public var isClean: Bool { corruptions == 0 && leaks == 0 }
+  package var isClean: Bool { corruptions == 0 && leaks == 0 }
 
   /// A report of nothing.
-  public init() {}
+  package init() {}
 
   mutating func corruption(_ words: String) {
     corruptions += 1
@@ -44,7 +44,7 @@ public struct CheckReport: Sendable, Equatable {
 }
 
 /// What a repair may do.
-public enum Repair: Sendable {
+package enum Repair: Sendable {
   /// Give back clusters that nothing uses.
   case leaks
   /// That, and count everything anew.
@@ -52,22 +52,22 @@ public enum Repair: Sendable {
 }
 
 /// An image in words: what `info` prints.
-public struct ImageInfo: Sendable, Equatable {
+package struct ImageInfo: Sendable, Equatable {
   /// The format's name.
-  public var format: String
+  package var format: String
   /// Length of the disk in bytes.
-  public var size: UInt64
+  package var size: UInt64
   /// Bytes of a cluster or block.
-  public var clusterSize: UInt64
+  package var clusterSize: UInt64
   /// The base's path and format as the image has them.
-  public var basePath: String?
+  package var basePath: String?
   /// The base's format by name, if the image says it.
-  public var baseFormat: String?
+  package var baseFormat: String?
   /// What else there is to say, in order.
-  public var details: [(name: String, value: String)]
+  package var details: [(name: String, value: String)]
 
   /// A description from its parts.
-  public init(
+  package init(
     format: String, size: UInt64, clusterSize: UInt64, basePath: String?, baseFormat: String?,
     details: [(name: String, value: String)]
   ) {
@@ -80,7 +80,7 @@ public struct ImageInfo: Sendable, Equatable {
   }
 
   /// Whether two are the same.
-  public static func == (one: ImageInfo, other: ImageInfo) -> Bool {
+  package static func == (one: ImageInfo, other: ImageInfo) -> Bool {
     one.format == other.format && one.size == other.size
       && one.clusterSize == other.clusterSize && one.basePath == other.basePath
       && one.baseFormat == other.baseFormat

@@ -6,12 +6,12 @@
 // image that nobody stated to be one may name no file, and what begins like a format that is
 // not supported is never taken for a raw disk.
 
-public import Posix
+package import Posix
 
 /// What is said of an image before its bytes are looked at.
-public struct FormatStatement: Sendable, Equatable {
+package struct FormatStatement: Sendable, Equatable {
   /// Who said which format it is.
-  public enum Source: Sendable, Equatable {
+  package enum Source: Sendable, Equatable {
     /// Whoever runs the command or wrote the spec.
     case stated(ImageKind)
     /// The image above, which may name it, by this word.
@@ -21,28 +21,28 @@ public struct FormatStatement: Sendable, Equatable {
   }
 
   /// Who said it.
-  public var source: Source
+  package var source: Source
 
   /// A statement by whoever runs the command, if there is one.
-  public init(_ stated: ImageKind?) { source = stated.map { .stated($0) } ?? .nobody }
+  package init(_ stated: ImageKind?) { source = stated.map { .stated($0) } ?? .nobody }
 
   /// A statement of a base: by whoever runs the command, else by the image above.
-  public init(_ stated: ImageKind?, named: String?) {
+  package init(_ stated: ImageKind?, named: String?) {
     self.init(stated)
     if stated == nil, let named { source = .named(named) }
   }
 }
 
 /// What was decided of an image.
-public struct FormatDecision: Sendable, Equatable {
+package struct FormatDecision: Sendable, Equatable {
   /// The format.
-  public var kind: ImageKind
+  package var kind: ImageKind
   /// Whether only the first bytes say so: the image may name no file, and the guess is
   /// written down nowhere.
-  public var isGuessed: Bool
+  package var isGuessed: Bool
 
   /// A decision from its parts.
-  public init(kind: ImageKind, isGuessed: Bool = false) {
+  package init(kind: ImageKind, isGuessed: Bool = false) {
     self.kind = kind
     self.isGuessed = isGuessed
   }
@@ -51,7 +51,7 @@ public struct FormatDecision: Sendable, Equatable {
   ///
   /// - Throws: `unsupported` for a format that is known by name or by its first bytes and not
   ///   read; `corrupt` for a damaged header; `io`.
-  public static func decide(
+  package static func decide(
     _ statement: FormatStatement, of store: any ByteStore
   ) throws(ImageError) -> FormatDecision {
     switch statement.source {
@@ -75,7 +75,7 @@ public struct FormatDecision: Sendable, Equatable {
   }
 
   /// Throws `unsupported` when the image may not name a file.
-  public func checkMayName(_ path: String, _ store: any ByteStore) throws(ImageError) {
+  package func checkMayName(_ path: String, _ store: any ByteStore) throws(ImageError) {
     guard isGuessed else { return }
     throw ImageError(
       .unsupported,
@@ -119,7 +119,7 @@ extension ImageKind {
   ///
   /// - Throws: `unsupported` for a format that is known and not read, by its name; `corrupt`
   ///   for an image whose header is damaged; `io`.
-  public static func probe(_ store: any ByteStore) throws(ImageError) -> ImageKind {
+  package static func probe(_ store: any ByteStore) throws(ImageError) -> ImageKind {
     let bytes = try io { () throws(IOError) in try store.read(at: 0, count: foreignReach) }
     if Qcow2Header.isMagic(bytes) { return .qcow2 }
     if QcowHeader.isMagic(bytes) { return .qcow }

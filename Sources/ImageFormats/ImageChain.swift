@@ -4,10 +4,10 @@
 // asked for each, and may refuse.
 
 import Glibc
-public import Posix
+package import Posix
 
 /// The formats that are built in, by the names that images and `qemu-img` give them.
-public enum ImageKind: String, Sendable, CaseIterable {
+package enum ImageKind: String, Sendable, CaseIterable {
   /// A file or device as it is.
   case raw
   /// The project's own.
@@ -22,15 +22,15 @@ public enum ImageKind: String, Sendable, CaseIterable {
   case vmdk
 
   /// The names by which a format may be given: the raw values, and `vhd` for `vpc`.
-  public static var names: [String] { (allCases.map(\.rawValue) + ["vhd"]).sorted() }
+  package static var names: [String] { (allCases.map(\.rawValue) + ["vhd"]).sorted() }
 }
 
 /// Opens images with what is under them.
-public enum ImageChain {
+package enum ImageChain {
   /// A path that stands in an image.
-  public struct Request: Sendable, Equatable {
+  package struct Request: Sendable, Equatable {
     /// What it is for.
-    public enum Role: String, Sendable {
+    package enum Role: String, Sendable {
       /// The image under the image.
       case base
       /// The file that holds the image's data.
@@ -39,21 +39,21 @@ public enum ImageChain {
       case extent
     }
     /// What it is for.
-    public var role: Role
+    package var role: Role
     /// The path as it stands in the image; a relative one is meant from the image's folder.
-    public var path: String
+    package var path: String
     /// The store that names it.
-    public var from: String
+    package var from: String
 
     /// A path, and the store in which it stands.
-    public init(role: Role, path: String, from: String) {
+    package init(role: Role, path: String, from: String) {
       self.role = role
       self.path = path
       self.from = from
     }
 
     /// The refusal of a path that an untrusted image names.
-    public var refusal: ImageError {
+    package var refusal: ImageError {
       ImageError(
         .badRequest,
         "image \(from) names \(path) as its \(role.rawValue), which --untrusted refuses: if the "
@@ -62,10 +62,10 @@ public enum ImageChain {
   }
 
   /// Answers requests for paths.
-  public typealias Resolver = (Request) throws(ImageError) -> any ByteStore
+  package typealias Resolver = (Request) throws(ImageError) -> any ByteStore
 
   /// So many images in a row unless asked otherwise.
-  public static let usualDepth = 32
+  package static let usualDepth = 32
 
   /// Opens an image and everything under it.
   ///
@@ -78,7 +78,7 @@ public enum ImageChain {
   ///   - contentID: what the image shall bear instead of a random one, where opening it for
   ///     writing renews that (VMDK).
   /// - Throws: what the formats throw; `corrupt` for a loop or too long a chain.
-  public static func open(
+  package static func open(
     _ store: any ByteStore, kind: ImageKind? = nil, baseKind: ImageKind? = nil,
     writable: Bool, depth: Int = usualDepth, force: Bool = false, snapshot: String? = nil,
     contentID: UInt32? = nil, resolve: Resolver
@@ -106,7 +106,7 @@ public enum ImageChain {
   ///   - kind: its format; nil to look at its first bytes.
   ///   - store: the image above it.
   /// - Throws: as `open`.
-  public static func base(
+  package static func base(
     _ base: any ByteStore, kind: ImageKind? = nil, of store: any ByteStore,
     depth: Int = usualDepth, resolve: Resolver
   ) throws(ImageError) -> any ByteStore {

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // The one error of this room: what is wrong with which image, and what to do about it.
 
-public import Posix
+package import Posix
 
 /// Something is wrong with an image, or with what was asked of it.
-public struct ImageError: Error, Sendable, CustomStringConvertible {
+package struct ImageError: Error, Sendable, CustomStringConvertible {
   /// What kind of trouble; messages are for people, this is for programs.
-  public enum Code: String, Sendable {
+  package enum Code: String, Sendable {
     /// Not an image of this format.
     case notThisFormat = "not-this-format"
     /// A version or feature that this program does not know.
@@ -26,24 +26,24 @@ public struct ImageError: Error, Sendable, CustomStringConvertible {
   }
 
   /// The kind.
-  public let code: Code
+  package let code: Code
   /// One sentence without a final stop: the thing, the reason and, where there is one, the remedy.
-  public let message: String
+  package let message: String
   /// The failed system call behind it.
-  public let cause: IOError?
+  package let cause: IOError?
 
   /// An error from its parts.
-  public init(_ code: Code, _ message: String, cause: IOError? = nil) {
+  package init(_ code: Code, _ message: String, cause: IOError? = nil) {
     self.code = code
     self.message = message
     self.cause = cause
   }
 
   /// A failed system call as an error of this room.
-  public init(_ error: IOError) {
+  package init(_ error: IOError) {
     self.init(.io, error.description, cause: error)
   }
 
   /// The message.
-  public var description: String { message }
+  package var description: String { message }
 }

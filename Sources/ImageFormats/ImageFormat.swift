@@ -8,28 +8,28 @@
 //   that covers its mark, and a plan is run only after the data it points to is durable.
 // - Every size and offset read from a store is checked before use.
 
-public import Posix
+package import Posix
 
 /// Writes that make placements durable: stages in order, the store flushed after each.
-public struct CommitPlan: Sendable {
+package struct CommitPlan: Sendable {
   /// Bytes to write at an offset of the store.
-  public struct Write: Sendable {
+  package struct Write: Sendable {
     /// Offset in bytes.
-    public let offset: UInt64
+    package let offset: UInt64
     /// The bytes.
-    public let bytes: [UInt8]
+    package let bytes: [UInt8]
     /// When there are no bytes: so many zeroes.
-    public let zeroes: UInt64
+    package let zeroes: UInt64
 
     /// A write from its parts.
-    public init(offset: UInt64, bytes: [UInt8]) {
+    package init(offset: UInt64, bytes: [UInt8]) {
       self.offset = offset
       self.bytes = bytes
       self.zeroes = 0
     }
 
     /// A run of zeroes, within the store's length.
-    public init(offset: UInt64, zeroes: UInt64) {
+    package init(offset: UInt64, zeroes: UInt64) {
       self.offset = offset
       self.bytes = []
       self.zeroes = zeroes
@@ -37,16 +37,16 @@ public struct CommitPlan: Sendable {
   }
 
   /// The mark up to which placements are durable once the plan has run.
-  public let upTo: Mark
+  package let upTo: Mark
   /// The stages. No stage: nothing to do.
-  public let stages: [[Write]]
+  package let stages: [[Write]]
 
   /// What the plan is run on when that is not the image's store: an image whose tables are in
   /// other files.
-  public let target: (any ByteStore)?
+  package let target: (any ByteStore)?
 
   /// A plan from its parts.
-  public init(upTo: Mark, stages: [[Write]], target: (any ByteStore)? = nil) {
+  package init(upTo: Mark, stages: [[Write]], target: (any ByteStore)? = nil) {
     self.upTo = upTo
     self.stages = stages
     self.target = target
@@ -54,7 +54,7 @@ public struct CommitPlan: Sendable {
 
   /// Runs the plan, on its own target if it has one. Blocks; may run on any thread, one plan
   /// at a time for a store.
-  public func run(on store: any ByteStore) throws(CommitFailure) {
+  package func run(on store: any ByteStore) throws(CommitFailure) {
     let store = target ?? store
     for stage in stages {
       do throws(IOError) {
@@ -78,7 +78,7 @@ public struct CommitPlan: Sendable {
 }
 
 /// How a format answers a discard or a write-zeroes of whole blocks.
-public enum DiscardAnswer: Sendable, Equatable {
+package enum DiscardAnswer: Sendable, Equatable {
   /// Zero the blocks at their place, which is (or from now on shall be) this extent.
   case zero(Extent)
   /// So many blocks from the first need nothing done.
@@ -86,7 +86,7 @@ public enum DiscardAnswer: Sendable, Equatable {
 }
 
 /// An image that is open as a disk. Used from one thread.
-public protocol ImageFormat: AnyObject {
+package protocol ImageFormat: AnyObject {
   /// Length of the disk in bytes, a multiple of 512.
   var size: UInt64 { get }
   /// Bytes of a block, a power of two from 512 on.
@@ -147,15 +147,15 @@ public protocol ImageFormat: AnyObject {
 
 extension ImageFormat {
   /// The store and the base, as they were given.
-  public var devices: [any ByteStore]? { nil }
+  package var devices: [any ByteStore]? { nil }
   /// Not known to be.
-  public var isFixed: Bool { false }
+  package var isFixed: Bool { false }
   /// Other programs put tables behind whatever the file holds, placements included.
-  public func usesForTables(_ ranges: [Range<UInt64>]) throws(ImageError) -> Bool { false }
+  package func usesForTables(_ ranges: [Range<UInt64>]) throws(ImageError) -> Bool { false }
   /// Every first write is asked for.
-  public func grant() -> Grant? { nil }
+  package func grant() -> Grant? { nil }
   /// Nothing was granted.
-  public func granted(_ extent: Extent) throws(ImageError) {
+  package func granted(_ extent: Extent) throws(ImageError) {
     throw ImageError(
       .badRequest, "blocks \(extent.blocks.first)+\(extent.blocks.count) were not granted")
   }

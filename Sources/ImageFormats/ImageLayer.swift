@@ -6,12 +6,12 @@
 // in device 1 then means that the image has nothing there. This is the one place where a kind
 // of image is told from another to open it so.
 
-public import Posix
+package import Posix
 
 /// An image of a chain, open by itself. Used from one thread.
-public final class ImageLayer {
+package final class ImageLayer {
   /// What an image says of a run of bytes.
-  public enum Content {
+  package enum Content {
     /// Nothing: whatever is below shows.
     case absent
     /// Zeroes.
@@ -53,15 +53,15 @@ public final class ImageLayer {
   }
 
   /// What kind of image it is.
-  public let kind: ImageKind
+  package let kind: ImageKind
   /// The file or device.
-  public let store: any ByteStore
+  package let store: any ByteStore
   /// Length of the disk in bytes.
-  public var size: UInt64 { format.size }
+  package var size: UInt64 { format.size }
   /// The image itself, open over nothing: an extent in device 1 is one that it does not have.
-  public let format: any ImageFormat
+  package let format: any ImageFormat
   /// The format's devices, by number.
-  public let devices: [any ByteStore]
+  package let devices: [any ByteStore]
 
   /// Opens an image by itself.
   ///
@@ -70,7 +70,7 @@ public final class ImageLayer {
   ///   - files: the files that hold its data, where that is not the store; see
   ///     `LayerChain.files`.
   /// - Throws: what the format throws; `baseChanged` where the image can tell.
-  public init(
+  package init(
     _ store: any ByteStore, kind: ImageKind, below: (any ByteStore)?,
     files: [any ByteStore] = [], writable: Bool = false, snapshot: String? = nil
   ) throws(ImageError) {
@@ -96,7 +96,7 @@ public final class ImageLayer {
 
   /// What the image says of the bytes from `offset` on, which lies within the disk, and for how
   /// many of them, `limit` at most.
-  public func run(
+  package func run(
     at offset: UInt64, limit: UInt64
   ) throws(ImageError) -> (content: Content, count: UInt64) {
     let blockSize = UInt64(format.blockSize)
@@ -121,21 +121,21 @@ public final class ImageLayer {
   }
 
   /// What an image's header says of other files.
-  public struct Names: Sendable, Equatable {
+  package struct Names: Sendable, Equatable {
     /// The base's path, as it stands there.
-    public var base: String?
+    package var base: String?
     /// Other paths of it, in the order in which they are tried.
-    public var otherBases: [String] = []
+    package var otherBases: [String] = []
     /// The base's format by name.
-    public var baseFormat: String?
+    package var baseFormat: String?
     /// Whether the data has a file of its own.
-    public var hasDataFile = false
+    package var hasDataFile = false
     /// Its path.
-    public var dataFile: String?
+    package var dataFile: String?
   }
 
   /// What the header of an image says of other files.
-  public static func names(
+  package static func names(
     in store: any ByteStore, kind: ImageKind
   ) throws(ImageError) -> Names {
     switch kind {

@@ -3,11 +3,11 @@
 // when it is itself an image. Reads go through user space; whoever can ask `resolve` first
 // gets the place in one of the image's own devices, and then they do not.
 
-public import Posix
+package import Posix
 import Synchronization
 
 /// A read-only image as a byte store of its disk's contents. Safe from any thread.
-public final class ImageStore: ByteStore {
+package final class ImageStore: ByteStore {
   /// Holds the image, which is no more than one thread's at a time.
   private struct Guarded: @unchecked Sendable {
     // Guarded by the mutex around it: nobody else has a reference.
@@ -39,15 +39,15 @@ public final class ImageStore: ByteStore {
 
   private let guarded: Mutex<Guarded>
   /// What errors call it: the image's store.
-  public let name: String
+  package let name: String
   /// Length of the disk in bytes.
-  public let size: UInt64
+  package let size: UInt64
   /// Never.
-  public let isWritable = false
+  package let isWritable = false
   /// Bytes of a block of the image.
-  public let blockSize: UInt32
+  package let blockSize: UInt32
   /// The image's devices, by number.
-  public let devices: [any ByteStore]
+  package let devices: [any ByteStore]
   /// The image's store.
   let store: any ByteStore
 
@@ -56,7 +56,7 @@ public final class ImageStore: ByteStore {
   /// - Parameters:
   ///   - store: the image's store, for its name and identity.
   ///   - base: the base that the image was opened with, if its `devices` is nil.
-  public convenience init(
+  package convenience init(
     _ image: sending any ImageFormat, store: any ByteStore, base: (any ByteStore)? = nil
   ) {
     self.init(alone: image, store: store, base: base)
@@ -76,7 +76,7 @@ public final class ImageStore: ByteStore {
   /// zeroes; and for how many bytes that goes on, `count` at most.
   ///
   /// - Throws: EIO for an image that contradicts itself, or what its store threw.
-  public func resolve(
+  package func resolve(
     at offset: UInt64, count: UInt64
   ) throws(IOError) -> (device: Int?, offset: UInt64, count: UInt64) {
     guard offset < size else { return (nil, 0, count) }
@@ -104,15 +104,15 @@ public final class ImageStore: ByteStore {
   }
 
   /// Identity of the image's store, of which its length is the disk's.
-  public func identity() throws(IOError) -> StoreIdentity {
+  package func identity() throws(IOError) -> StoreIdentity {
     StoreIdentity(size: size, modified: try store.identity().modified)
   }
 
   /// Space that the image's store takes.
-  public func allocatedBytes() throws(IOError) -> UInt64 { try store.allocatedBytes() }
+  package func allocatedBytes() throws(IOError) -> UInt64 { try store.allocatedBytes() }
 
   /// Reads the disk; past its end, zeroes.
-  public func read(_ buffer: UnsafeMutableRawBufferPointer, at offset: UInt64) throws(IOError) {
+  package func read(_ buffer: UnsafeMutableRawBufferPointer, at offset: UInt64) throws(IOError) {
     var done = 0
     while done < buffer.count {
       let rest = UnsafeMutableRawBufferPointer(rebasing: buffer[done...])
@@ -133,18 +133,18 @@ public final class ImageStore: ByteStore {
   }
 
   /// Throws EBADF.
-  public func write(_ buffer: UnsafeRawBufferPointer, at offset: UInt64) throws(IOError) {
+  package func write(_ buffer: UnsafeRawBufferPointer, at offset: UInt64) throws(IOError) {
     throw IOError(9, "write", name)
   }
 
   /// Throws EBADF.
-  public func zero(at offset: UInt64, count: UInt64) throws(IOError) {
+  package func zero(at offset: UInt64, count: UInt64) throws(IOError) {
     throw IOError(9, "zero", name)
   }
 
   /// Throws EBADF.
-  public func resize(to size: UInt64) throws(IOError) { throw IOError(9, "resize", name) }
+  package func resize(to size: UInt64) throws(IOError) { throw IOError(9, "resize", name) }
 
   /// There is nothing to flush.
-  public func flush() {}
+  package func flush() {}
 }

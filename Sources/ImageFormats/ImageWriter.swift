@@ -2,10 +2,10 @@
 // Writing to the disk of an image that nobody serves: what tools do. One request at a time;
 // placements are made durable by `commit`, in the order that every format asks for.
 
-public import Posix
+package import Posix
 
 /// Writes to an image. Used from one thread.
-public final class ImageWriter {
+package final class ImageWriter {
   /// So many bytes are copied or zeroed at a time where a block is larger.
   private static let piece = 1 << 20
   /// So many bytes may be written before placements are committed, so that what is pending
@@ -19,7 +19,7 @@ public final class ImageWriter {
   private var uncommitted: UInt64 = 0
 
   /// `store` is where plans are run; `devices` the format's, by number.
-  public init(_ format: any ImageFormat, store: any ByteStore, devices: [any ByteStore]) {
+  package init(_ format: any ImageFormat, store: any ByteStore, devices: [any ByteStore]) {
     self.format = format
     self.store = store
     self.devices = devices
@@ -28,7 +28,7 @@ public final class ImageWriter {
   /// Writes bytes to the disk, within its length.
   ///
   /// - Throws: what the format throws, `io`.
-  public func write(_ bytes: UnsafeRawBufferPointer, at offset: UInt64) throws(ImageError) {
+  package func write(_ bytes: UnsafeRawBufferPointer, at offset: UInt64) throws(ImageError) {
     let blockSize = UInt64(format.blockSize)
     var done = 0
     while done < bytes.count {
@@ -88,7 +88,7 @@ public final class ImageWriter {
   /// Makes a range of the disk read as zeroes, within its length.
   ///
   /// - Throws: what the format throws, `io`.
-  public func zero(at offset: UInt64, count: UInt64) throws(ImageError) {
+  package func zero(at offset: UInt64, count: UInt64) throws(ImageError) {
     let blockSize = UInt64(format.blockSize)
     var position = offset
     let end = offset + count
@@ -138,7 +138,7 @@ public final class ImageWriter {
   /// Makes everything written so far durable.
   ///
   /// - Throws: what the format throws, `io`.
-  public func commit() throws(ImageError) {
+  package func commit() throws(ImageError) {
     try io { () throws(IOError) in
       for device in devices where device.isWritable { try device.flush() }
       if devices[0] !== store { try store.flush() }

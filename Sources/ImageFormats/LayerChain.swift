@@ -1,28 +1,28 @@
 // SPDX-License-Identifier: Apache-2.0
 // A chain of images, each open by itself: which of them has a byte of the disk, and where.
 
-public import Posix
+package import Posix
 import Synchronization
 
 /// An image and everything under it, for reading. Used from one thread.
-public final class LayerChain {
+package final class LayerChain {
   /// A run of bytes of the disk.
-  public struct Run {
+  package struct Run {
     /// Which image says so: 0 the top; nil when none says anything, and zeroes show.
-    public var depth: Int?
+    package var depth: Int?
     /// What it says; never `absent` where there is a depth.
-    public var content: ImageLayer.Content
+    package var content: ImageLayer.Content
     /// How many bytes.
-    public var count: UInt64
+    package var count: UInt64
     /// The image at which the search ended without an answer: one that is too short to have
     /// these bytes hides what is below it.
-    public var reached = 0
+    package var reached = 0
   }
 
   /// The images, the top first.
-  public let layers: [ImageLayer]
+  package let layers: [ImageLayer]
   /// Length of the disk in bytes.
-  public let size: UInt64
+  package let size: UInt64
 
   init(_ layers: [ImageLayer]) {
     self.layers = layers
@@ -31,7 +31,7 @@ public final class LayerChain {
 
   /// Where the bytes from `offset` on live, and for how many of them that goes on, `limit` at
   /// most. `above`: only images above that depth are asked.
-  public func run(
+  package func run(
     at offset: UInt64, limit: UInt64, above: Int = .max
   ) throws(ImageError) -> Run {
     var limit = min(limit, size - offset)
@@ -52,7 +52,7 @@ public final class LayerChain {
 
   /// Opens an image and everything under it. See `ImageChain.open`; also opens a base that
   /// nobody is asked for when `over` is given: the image is then read over that chain.
-  public static func open(
+  package static func open(
     _ store: any ByteStore, kind: ImageKind? = nil, baseKind: ImageKind? = nil,
     snapshot: String? = nil, depth: Int = ImageChain.usualDepth, resolve: ImageChain.Resolver
   ) throws(ImageError) -> LayerChain {
@@ -63,7 +63,7 @@ public final class LayerChain {
   }
 
   /// Opens everything under an image that names its base; nil when it names none.
-  public static func below(
+  package static func below(
     _ store: any ByteStore, _ decision: FormatDecision, baseKind: ImageKind? = nil,
     resolve: ImageChain.Resolver
   ) throws(ImageError) -> LayerChain? {
@@ -97,7 +97,7 @@ public final class LayerChain {
   ///
   /// - Throws: what the headers' readers throw; `baseMissing`, `corrupt`; `unsupported` for an
   ///   image that may name none.
-  public static func files(
+  package static func files(
     of store: any ByteStore, _ decision: FormatDecision, above: [any ByteStore] = [],
     resolve: ImageChain.Resolver
   ) throws(ImageError) -> [any ByteStore] {
@@ -128,7 +128,7 @@ public final class LayerChain {
 
   /// The disk as a byte store, to be read from any thread while nobody else uses this chain:
   /// the store itself where that is the disk.
-  public func flat() -> any ByteStore {
+  package func flat() -> any ByteStore {
     layers[0].kind == .raw ? layers[0].store : FlatChain(self)
   }
 }

@@ -2,38 +2,38 @@
 // dmu-img bench: so many requests to an image, so many at a time.
 
 import Glibc
-public import ImageFormats
+package import ImageFormats
 import Posix
 import Synchronization
 
 extension ImageTool {
   /// What `bench` is asked for.
-  public struct BenchRequest: Sendable {
+  package struct BenchRequest: Sendable {
     /// The image.
-    public var source: ImageSource
+    package var source: ImageSource
     /// How many requests.
-    public var count: UInt64 = 75000
+    package var count: UInt64 = 75000
     /// How many at a time.
-    public var depth = 64
+    package var depth = 64
     /// Bytes of a request.
-    public var size: UInt64 = 4096
+    package var size: UInt64 = 4096
     /// From the start of one to that of the next.
-    public var step: UInt64 = 4096
+    package var step: UInt64 = 4096
     /// Where the first begins.
-    public var offset: UInt64 = 0
+    package var offset: UInt64 = 0
     /// The byte that is written.
-    public var pattern: UInt8 = 0
+    package var pattern: UInt8 = 0
     /// After so many writes everything is made durable; 0: never.
-    public var flushInterval: UInt64 = 0
+    package var flushInterval: UInt64 = 0
     /// Whether to write.
-    public var isWriting = false
+    package var isWriting = false
 
     /// A request for an image.
-    public init(_ source: ImageSource) { self.source = source }
+    package init(_ source: ImageSource) { self.source = source }
   }
 
   /// Times requests, and says how long they took.
-  public static func bench(
+  package static func bench(
     _ request: BenchRequest, json: Bool, quiet: Bool, to output: Output
   ) throws(ImageError) {
     guard request.size > 0, request.size <= 1 << 30, request.depth > 0, request.depth <= 1024

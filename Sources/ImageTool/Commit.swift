@@ -6,7 +6,7 @@
 // longer show is copied into it, and durable, before it names another base.
 
 import Glibc
-public import ImageFormats
+package import ImageFormats
 import Posix
 
 extension ImageTool {
@@ -14,7 +14,7 @@ extension ImageTool {
 
   /// Writes everything that an image has into its base. The image is empty afterwards, unless
   /// `keep`.
-  public static func commit(
+  package static func commit(
     _ source: ImageSource, keep: Bool, progress: Progress, quiet: Bool, to output: Output
   ) throws(ImageError) {
     let store = try source.open(writable: true)
@@ -147,7 +147,7 @@ extension ImageTool {
   ///
   /// - Parameter unsafe: only the name is changed; whether the image shows the same is the
   ///   caller's to know.
-  public static func rebase(
+  package static func rebase(
     _ source: ImageSource, base path: String?, baseFormat: String?, unsafe: Bool,
     progress: Progress
   ) throws(ImageError) {

@@ -2,7 +2,7 @@
 // dmu-img compare: whether two disks hold the same.
 
 import Glibc
-public import ImageFormats
+package import ImageFormats
 import Posix
 import Synchronization
 
@@ -10,7 +10,7 @@ extension ImageTool {
   /// Compares two disks and says how they differ. Returns whether they are the same. The longer
   /// one has to be zeroes past the end of the other; with `strict` they have to be of one
   /// length, and agree on what is there.
-  public static func compare(
+  package static func compare(
     _ one: ImageSource, _ other: ImageSource, strict: Bool, quiet: Bool, progress: Progress,
     to output: Output
   ) throws(ImageError) -> Bool {

@@ -7,45 +7,45 @@
 // many threads there were. The target has no name, or is not an image, before it is whole.
 
 import Glibc
-public import ImageFormats
+package import ImageFormats
 import Posix
 
 extension ImageTool {
   /// What `convert` is asked for.
-  public struct ConvertRequest: Sendable {
+  package struct ConvertRequest: Sendable {
     /// The image to read.
-    public var source: ImageSource
+    package var source: ImageSource
     /// The internal snapshot to read instead of the disk.
-    public var snapshot: String?
+    package var snapshot: String?
     /// The file to write, or a device.
-    public var target: String
+    package var target: String
     /// Its format by name.
-    public var format = "raw"
+    package var format = "raw"
     /// What stands after -o.
-    public var options: [String] = []
+    package var options: [String] = []
     /// The base that the target shall have; only what differs from it is copied.
-    public var base: String?
+    package var base: String?
     /// Its format by name.
-    public var baseFormat: String?
+    package var baseFormat: String?
     /// Whether clusters are compressed.
-    public var compress = false
+    package var compress = false
     /// Runs of zeroes of so many bytes are left out; 0: everything is written.
-    public var sparse: UInt64 = 4096
+    package var sparse: UInt64 = 4096
     /// Whether the target is there already, and only written to.
-    public var intoExisting = false
+    package var intoExisting = false
     /// Whether an existing target reads as zeroes.
-    public var targetIsZero = false
+    package var targetIsZero = false
     /// Whether the kernel copies, where both are plain files.
-    public var offload = false
+    package var offload = false
     /// How many threads; nil: one a processor, and four at least.
-    public var threads: Int?
+    package var threads: Int?
     /// Whether the target is on the medium on return.
-    public var durable = true
+    package var durable = true
     /// Whether to show how far it is.
-    public var progress: Progress
+    package var progress: Progress
 
     /// A request to convert one file to another.
-    public init(_ source: ImageSource, target: String, progress: Progress = Progress(on: false)) {
+    package init(_ source: ImageSource, target: String, progress: Progress = Progress(on: false)) {
       self.source = source
       self.target = target
       self.progress = progress
@@ -53,7 +53,7 @@ extension ImageTool {
   }
 
   /// Converts an image.
-  public static func convert(_ request: ConvertRequest) throws(ImageError) {
+  package static func convert(_ request: ConvertRequest) throws(ImageError) {
     let chain = try request.source.chain(snapshot: request.snapshot)
     let kind = try ImageSource.kind(named: request.format)
     guard !request.compress || kind == .qcow2, !(request.compress && request.intoExisting) else {

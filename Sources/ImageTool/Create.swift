@@ -1,38 +1,38 @@
 // SPDX-License-Identifier: Apache-2.0
 // dmu-img create, resize, snapshot.
 
-public import ImageFormats
+package import ImageFormats
 import Posix
 
 /// The commands of dmu-img. Each throws `ImageError`; what it prints goes to an `Output`.
-public enum ImageTool {}
+package enum ImageTool {}
 
 extension ImageTool {
   /// What `create` is asked for.
-  public struct CreateRequest: Sendable {
+  package struct CreateRequest: Sendable {
     /// The file to make, or a device.
-    public var path: String
+    package var path: String
     /// The format by name.
-    public var format = "raw"
+    package var format = "raw"
     /// Length of the disk in bytes; unless given, that of the base.
-    public var size: UInt64?
+    package var size: UInt64?
     /// The base's path, as the image shall say it.
-    public var base: String?
+    package var base: String?
     /// Its format by name.
-    public var baseFormat: String?
+    package var baseFormat: String?
     /// What stands after -o.
-    public var options: [String] = []
+    package var options: [String] = []
     /// Whether nothing is printed.
-    public var quiet = false
+    package var quiet = false
     /// Whether no file that the base names is opened.
-    public var untrusted = false
+    package var untrusted = false
 
     /// A request for an image at a path.
-    public init(path: String) { self.path = path }
+    package init(path: String) { self.path = path }
   }
 
   /// Makes an image.
-  public static func create(
+  package static func create(
     _ request: CreateRequest, to output: Output
   ) throws(ImageError) {
     let kind = try ImageSource.kind(named: request.format)
@@ -109,7 +109,7 @@ extension ImageTool {
   /// Gives a disk another length: a number of bytes, or how many more (+) or fewer (-).
   ///
   /// - Parameter shrink: must be said for a length that is less than now.
-  public static func resize(
+  package static func resize(
     _ source: ImageSource, size words: String, shrink: Bool, quiet: Bool, to output: Output
   ) throws(ImageError) {
     let sign = words.first.flatMap { $0 == "+" || $0 == "-" ? $0 : nil }
@@ -143,7 +143,7 @@ extension ImageTool {
   }
 
   /// Lists internal snapshots.
-  public static func listSnapshots(
+  package static func listSnapshots(
     _ source: ImageSource, json: Bool, to output: Output
   ) throws(ImageError) {
     let store = try source.open()

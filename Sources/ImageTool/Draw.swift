@@ -8,12 +8,12 @@
 // what is scattered is confetti.
 
 import Glibc
-public import ImageFormats
+package import ImageFormats
 import Posix
 
 extension ImageTool {
   /// Draws a map into a file.
-  public static func draw(_ source: ImageSource, into path: String) throws(ImageError) {
+  package static func draw(_ source: ImageSource, into path: String) throws(ImageError) {
     let chain = try source.chain()
     var picture = Picture(chain)
     try rows(of: chain) { row throws(ImageError) in picture.add(row) }

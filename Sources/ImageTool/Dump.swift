@@ -3,7 +3,7 @@
 // superblock, a device, runs of blocks as range_mapping and single blocks as single_mapping.
 // What the schema has no word for, the disk's length and the image's base, stands in a comment.
 
-public import ImageFormats
+package import ImageFormats
 import Posix
 
 extension ImageTool {
@@ -18,7 +18,7 @@ extension ImageTool {
   ///
   /// - Throws: `unsupported` for what the schema cannot say: compressed clusters, and zeroes
   ///   that hide a base.
-  public static func dump(
+  package static func dump(
     _ source: ImageSource, into path: String?
   ) throws(ImageError) {
     let store = try source.open()
@@ -124,7 +124,7 @@ extension ImageTool {
   }
 
   /// Makes an image of a mapping and the file that holds its blocks.
-  public static func restore(
+  package static func restore(
     _ path: String, data: ImageSource, into target: String, format: String, base: String?,
     baseFormat: String?
   ) throws(ImageError) {

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // dmu-img info and check: an image in words or as JSON, by the names that qemu-img has.
 
-public import ImageFormats
+package import ImageFormats
 import Posix
 
 extension ImageTool {
   /// Describes an image, or with `chain` every image from it down.
-  public static func info(
+  package static func info(
     _ source: ImageSource, chain: Bool, json: Bool, to output: Output
   ) throws(ImageError) {
     var images: [Described] = []
@@ -129,7 +129,7 @@ extension ImageTool {
   }
 
   /// How a check ends.
-  public enum CheckExit: Int32, Sendable {
+  package enum CheckExit: Int32, Sendable {
     /// The image is sound.
     case clean = 0
     /// The check could not be done.
@@ -143,7 +143,7 @@ extension ImageTool {
   }
 
   /// Checks an image, and mends it as far as is asked.
-  public static func check(
+  package static func check(
     _ source: ImageSource, repair: Repair?, json: Bool, quiet: Bool, to output: Output
   ) throws(ImageError) -> CheckExit {
     let store = try source.open(writable: repair != nil)

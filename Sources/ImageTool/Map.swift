@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // dmu-img map: what of the disk is where, as lines, as JSON in qemu-img's words, or drawn.
 
-public import ImageFormats
+package import ImageFormats
 import Posix
 
 /// A run of the disk in a map.
@@ -31,7 +31,7 @@ struct MapRow {
 
 extension ImageTool {
   /// How a map is given.
-  public enum MapForm: Sendable {
+  package enum MapForm: Sendable {
     /// Lines, of data only.
     case text
     /// JSON, of everything.
@@ -39,7 +39,7 @@ extension ImageTool {
   }
 
   /// Says where the bytes of a disk are, from one on and for so many.
-  public static func map(
+  package static func map(
     _ source: ImageSource, start: UInt64 = 0, count: UInt64? = nil, form: MapForm,
     to output: Output
   ) throws(ImageError) {

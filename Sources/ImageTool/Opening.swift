@@ -2,24 +2,24 @@
 // Opening images by path, with what stands under them: for a tool that a person runs, paths
 // that stand in images are followed as that person could follow them.
 
-public import ImageFormats
+package import ImageFormats
 import Posix
 
 /// A file as a command names it.
-public struct ImageSource: Sendable {
+package struct ImageSource: Sendable {
   /// Its path.
-  public var path: String
+  package var path: String
   /// Its format by name; nil to look at its first bytes.
-  public var format: String?
+  package var format: String?
   /// The format of its base by name, whatever the image says of that.
-  public var baseFormat: String?
+  package var baseFormat: String?
   /// Whether it may be in use by a running disk.
-  public var evenInUse: Bool
+  package var evenInUse: Bool
   /// Whether no file that it, or an image under it, names is opened.
-  public var untrusted: Bool
+  package var untrusted: Bool
 
   /// A file as a command names it.
-  public init(
+  package init(
     _ path: String, format: String? = nil, baseFormat: String? = nil, evenInUse: Bool = false,
     untrusted: Bool = false
   ) {
@@ -59,7 +59,7 @@ public struct ImageSource: Sendable {
   }
 
   /// A format by name. Throws `badRequest` for one that is not known.
-  public static func kind(named name: String) throws(ImageError) -> ImageKind {
+  package static func kind(named name: String) throws(ImageError) -> ImageKind {
     if name == "vhd" { return .vhd }
     guard let kind = ImageKind(rawValue: name) else {
       let known = ImageKind.allCases.map(\.rawValue).joined(separator: ", ")

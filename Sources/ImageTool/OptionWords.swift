@@ -1,22 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
 // What may stand after -o, for a shell to complete.
 
-public import ImageFormats
+package import ImageFormats
 
 extension ImageOptions {
   /// An option by its name, and its values where they are few.
-  public typealias Known = (name: String, values: [String])
+  package typealias Known = (name: String, values: [String])
 
   private static let switches = ["on", "off"]
 
   /// The options that every format has, for `qemu-img`'s users: those of -b, -F and the size.
-  public static let common: [Known] = [
+  package static let common: [Known] = [
     ("backing_file", []), ("backing_fmt", ImageKind.names), ("size", []),
   ]
 
   /// The further options that a new image of a format may be given. The readers in `Kinds` are the
   /// authority; a test compares.
-  public static func known(of kind: ImageKind) -> [Known] {
+  package static func known(of kind: ImageKind) -> [Known] {
     switch kind {
     case .raw: [("preallocation", ["off", "falloc", "full"])]
     case .dscow: [("block_size", [])]
@@ -38,7 +38,7 @@ extension ImageOptions {
   }
 
   /// What `text`, a list as after -o that may be incomplete, can go on as.
-  public static func completions(of text: String, for kind: ImageKind) -> [String] {
+  package static func completions(of text: String, for kind: ImageKind) -> [String] {
     let start = text.lastIndex(of: ",").map(text.index(after:)) ?? text.startIndex
     let before = text[..<start]
     let all = known(of: kind) + common

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // What stands after -o: names and values, by the words that qemu-img has for them.
 
-public import ImageFormats
+package import ImageFormats
 
 /// Options of a new image.
-public struct ImageOptions: Sendable {
+package struct ImageOptions: Sendable {
   private var values: [(name: String, value: String)] = []
   private var used: Set<String> = []
   /// What they are for, in errors.
@@ -13,7 +13,7 @@ public struct ImageOptions: Sendable {
   /// Reads "name=value,name=value" from several arguments. A comma in a value is doubled.
   ///
   /// - Throws: `badRequest` for what is no such list.
-  public init(_ arguments: [String], for kind: ImageKind) throws(ImageError) {
+  package init(_ arguments: [String], for kind: ImageKind) throws(ImageError) {
     self.kind = kind
     for argument in arguments {
       for part in Self.parts(argument) {

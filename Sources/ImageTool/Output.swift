@@ -3,10 +3,10 @@
 
 import Glibc
 import ImageFormats
-public import Posix
+package import Posix
 
 /// Text on its way to a descriptor. Used from one thread.
-public final class Output {
+package final class Output {
   private static let size = 64 << 10
   /// The longest number.
   private static let room = 64
@@ -17,12 +17,12 @@ public final class Output {
   private var failure: IOError?
 
   /// Text for a descriptor, standard output unless asked otherwise.
-  public init(_ descriptor: Int32 = 1) { self.descriptor = descriptor }
+  package init(_ descriptor: Int32 = 1) { self.descriptor = descriptor }
 
   deinit { bytes.deallocate() }
 
   /// Adds text, made fit for a terminal: names in it may come from elsewhere.
-  public func put(_ text: String) {
+  package func put(_ text: String) {
     var text = ForeignText.lines(text)
     text.withUTF8 { put($0) }
   }
@@ -90,7 +90,7 @@ public final class Output {
   }
 
   /// Writes what is left. Throws what any write has thrown.
-  public func finish() throws(IOError) {
+  package func finish() throws(IOError) {
     drain()
     if let failure { throw failure }
   }

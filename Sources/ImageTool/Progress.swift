@@ -7,7 +7,7 @@ import Glibc
 import Synchronization
 
 /// Shows how far something is. Safe from any thread.
-public final class Progress: Sendable {
+package final class Progress: Sendable {
   private struct State {
     var total: UInt64 = 0
     var done: UInt64 = 0
@@ -23,7 +23,7 @@ public final class Progress: Sendable {
   private let state = Mutex(State())
 
   /// Shows nothing unless `on`, or, with `automatic`, where standard error is a terminal.
-  public init(on: Bool, automatic: Bool = false) {
+  package init(on: Bool, automatic: Bool = false) {
     let isTerminal = isatty(2) == 1
     onTerminal = isTerminal && (on || automatic)
     asWords = on && !isTerminal

@@ -5,11 +5,11 @@
 internal import CLinux
 
 /// A pool of page-aligned buffers. Used from one thread.
-public final class BufferPool {
+package final class BufferPool {
   /// The smallest buffer in bytes, without its page for headers.
-  public static let minimum = 64 << 10
+  package static let minimum = 64 << 10
   /// The largest buffer in bytes, without its page for headers.
-  public static let maximum = 64 << 20
+  package static let maximum = 64 << 20
   private static let headers = 4096
 
   private var idle: [[UnsafeMutableRawPointer]]
@@ -17,7 +17,7 @@ public final class BufferPool {
   private let keep: Int
 
   /// A pool that keeps at most so many bytes idle.
-  public init(keep: Int) {
+  package init(keep: Int) {
     self.keep = keep
     let classes = (BufferPool.maximum / BufferPool.minimum).trailingZeroBitCount + 1
     idle = Array(repeating: [], count: classes)
@@ -28,7 +28,7 @@ public final class BufferPool {
   }
 
   /// The size of the buffer that is taken for so many bytes.
-  public static func size(for count: Int) -> Int {
+  package static func size(for count: Int) -> Int {
     var size = minimum
     while size + headers < count { size <<= 1 }
     return size + headers
@@ -39,7 +39,7 @@ public final class BufferPool {
   }
 
   /// Lends a buffer; `size` is one that `size(for:)` has told. Its contents are undefined.
-  public func take(_ size: Int) -> UnsafeMutableRawPointer {
+  package func take(_ size: Int) -> UnsafeMutableRawPointer {
     precondition(size <= BufferPool.maximum + BufferPool.headers, "a buffer beyond every limit")
     if let pointer = idle[BufferPool.index(size)].popLast() {
       idleBytes -= size
@@ -49,7 +49,7 @@ public final class BufferPool {
   }
 
   /// Takes a buffer back.
-  public func give(_ pointer: UnsafeMutableRawPointer, _ size: Int) {
+  package func give(_ pointer: UnsafeMutableRawPointer, _ size: Int) {
     guard idleBytes + size <= keep else {
       pointer.deallocate()
       return
@@ -59,7 +59,7 @@ public final class BufferPool {
   }
 
   /// Gives everything idle back to the system.
-  public func trim() {
+  package func trim() {
     guard idleBytes > 0 else { return }
     for index in idle.indices {
       for pointer in idle[index] { pointer.deallocate() }

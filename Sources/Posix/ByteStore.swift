@@ -3,14 +3,14 @@
 // (FileStore), in-memory, failing and simulated implementations.
 
 /// What tells one file or device from another, as far as it can be known without its path.
-public struct StoreIdentity: Sendable, Equatable {
+package struct StoreIdentity: Sendable, Equatable {
   /// Length in bytes.
-  public var size: UInt64
+  package var size: UInt64
   /// Last modification in nanoseconds since 1970; 0 where that means nothing (a device).
-  public var modified: UInt64
+  package var modified: UInt64
 
   /// An identity from its parts.
-  public init(size: UInt64, modified: UInt64) {
+  package init(size: UInt64, modified: UInt64) {
     self.size = size
     self.modified = modified
   }
@@ -18,7 +18,7 @@ public struct StoreIdentity: Sendable, Equatable {
 
 /// A range of bytes that can be read, written and flushed: a file, a device, or a
 /// stand-in of either. Calls may come from any thread, several at once.
-public protocol ByteStore: AnyObject, Sendable {
+package protocol ByteStore: AnyObject, Sendable {
   /// What errors call it: a path where there is one, else a role ("store", "base").
   var name: String { get }
 
@@ -67,22 +67,22 @@ public protocol ByteStore: AnyObject, Sendable {
 
 extension ByteStore {
   /// Itself.
-  public var underlying: any ByteStore { self }
+  package var underlying: any ByteStore { self }
 
   /// A file, which is as long as it is made.
-  public var isFixedSize: Bool { false }
+  package var isFixedSize: Bool { false }
 
   /// A store without a time of its own.
-  public func flushAll() throws(IOError) { try flush() }
+  package func flushAll() throws(IOError) { try flush() }
 
   /// A store that knows no holes: everything up to its end is data.
-  public func nextData(from offset: UInt64) throws(IOError) -> Range<UInt64>? {
+  package func nextData(from offset: UInt64) throws(IOError) -> Range<UInt64>? {
     let end = size
     return offset < end ? offset..<end : nil
   }
 
   /// Reads `count` bytes into a new array. For metadata, not for the path of I/O.
-  public func read(at offset: UInt64, count: Int) throws(IOError) -> [UInt8] {
+  package func read(at offset: UInt64, count: Int) throws(IOError) -> [UInt8] {
     var bytes = [UInt8](repeating: 0, count: count)
     var failure: IOError?
     bytes.withUnsafeMutableBytes { buffer in
@@ -93,7 +93,7 @@ extension ByteStore {
   }
 
   /// Writes an array. For metadata, not for the path of I/O.
-  public func write(_ bytes: [UInt8], at offset: UInt64) throws(IOError) {
+  package func write(_ bytes: [UInt8], at offset: UInt64) throws(IOError) {
     var failure: IOError?
     bytes.withUnsafeBytes { buffer in
       do throws(IOError) { try write(buffer, at: offset) } catch { failure = error }

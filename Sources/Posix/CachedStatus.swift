@@ -6,25 +6,25 @@ internal import CLinux
 import Glibc
 
 /// Which file something is.
-public struct CachedStatus: Sendable, Equatable {
+package struct CachedStatus: Sendable, Equatable {
   /// The device of the file's file system, as stat(2) reports it.
-  public let fileSystem: UInt64
+  package let fileSystem: UInt64
   /// The file there.
-  public let inode: UInt64
+  package let inode: UInt64
   /// The device that a node stands for.
-  public let device: UInt64
+  package let device: UInt64
   /// Type and permissions.
-  public let mode: UInt32
+  package let mode: UInt32
   /// The user whose it is.
-  public let owner: UInt32
+  package let owner: UInt32
 
   /// Of an open descriptor; `name` is for errors. Throws: the errno of statx(2).
-  public init(_ raw: Int32, name: String) throws(IOError) {
+  package init(_ raw: Int32, name: String) throws(IOError) {
     try self.init(raw, "", name)
   }
 
   /// Of what a path leads to. Throws: the errno of statx(2).
-  public init(path: String) throws(IOError) {
+  package init(path: String) throws(IOError) {
     try self.init(AT_FDCWD, path, path)
   }
 

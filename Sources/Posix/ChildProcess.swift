@@ -6,14 +6,14 @@ internal import CLinux
 import Glibc
 
 /// How a process ended.
-public enum ExitStatus: Sendable, Equatable, CustomStringConvertible {
+package enum ExitStatus: Sendable, Equatable, CustomStringConvertible {
   /// By exit(2), with this status.
   case exited(Int32)
   /// By a signal.
   case signalled(Int32)
 
   /// "exit status 1", "signal 9".
-  public var description: String {
+  package var description: String {
     switch self {
     case .exited(let status): "exit status \(status)"
     case .signalled(let signal): "signal \(signal)"
@@ -22,20 +22,20 @@ public enum ExitStatus: Sendable, Equatable, CustomStringConvertible {
 }
 
 /// A process: our child, or one that somebody else started and that we follow.
-public final class ProcessHandle: Sendable {
+package final class ProcessHandle: Sendable {
   /// Process id.
-  public let pid: Int32
+  package let pid: Int32
   /// When it started, in clock ticks since the system did: with `pid`, its name for ever.
   /// Source: proc_pid_stat(5), field 22.
-  public let startTime: UInt64
+  package let startTime: UInt64
   /// The pidfd, lent: it polls readable when the process has ended.
-  public var raw: Int32 { descriptor.raw }
+  package var raw: Int32 { descriptor.raw }
 
   private let descriptor: Descriptor
 
   /// Takes hold of a process that runs. With `startTime`, only if it is that very process.
   /// Throws: ESRCH when there is none (any more), and the errno of pidfd_open(2).
-  public init(pid: Int32, startTime: UInt64? = nil) throws(IOError) {
+  package init(pid: Int32, startTime: UInt64? = nil) throws(IOError) {
     let raw = dmu_pidfd_open(pid)
     guard raw >= 0 else { throw IOError.last("open", "process \(pid)") }
     // From here on the descriptor names one process; whether it is the wanted one is told
@@ -50,21 +50,21 @@ public final class ProcessHandle: Sendable {
 
   /// Sends a signal; to a process that has ended, nothing happens. Throws: the errno of
   /// pidfd_send_signal(2).
-  public func send(_ signal: Int32) throws(IOError) {
+  package func send(_ signal: Int32) throws(IOError) {
     guard dmu_pidfd_send_signal(raw, signal) == 0 || errno == ESRCH else {
       throw IOError.last("send signal \(signal) to", "process \(pid)")
     }
   }
 
   /// Whether it has ended, without waiting.
-  public var hasEnded: Bool {
+  package var hasEnded: Bool {
     var item = pollfd(fd: raw, events: Int16(POLLIN), revents: 0)
     return poll(&item, 1, 0) > 0
   }
 
   /// Collects a child that has ended; nil while it runs. Throws: ECHILD for a process that
   /// is not our child or has been collected.
-  public func reap() throws(IOError) -> ExitStatus? {
+  package func reap() throws(IOError) -> ExitStatus? {
     var code: Int32 = 0
     var status: Int32 = 0
     let result = dmu_pidfd_reap(raw, &code, &status)
@@ -74,7 +74,7 @@ public final class ProcessHandle: Sendable {
   }
 
   /// Waits for a child to end, at most so long; nil when it did not. Throws as `reap`.
-  public func wait(milliseconds: Int32) throws(IOError) -> ExitStatus? {
+  package func wait(milliseconds: Int32) throws(IOError) -> ExitStatus? {
     var item = pollfd(fd: raw, events: Int16(POLLIN), revents: 0)
     while poll(&item, 1, milliseconds) < 0 {
       guard errno == EINTR else { throw IOError.last("wait for", "process \(pid)") }
@@ -85,7 +85,7 @@ public final class ProcessHandle: Sendable {
   /// Whether that very process will run no instruction any more and is there nevertheless: it was
   /// killed or has exited, and a thread of it waits in the kernel for what does not answer. Its
   /// descriptors and locks stay until then. Throws what reading proc(5) fails with.
-  public static func isEnding(_ pid: Int32, startTime: UInt64) throws(IOError) -> Bool {
+  package static func isEnding(_ pid: Int32, startTime: UInt64) throws(IOError) -> Bool {
     do throws(IOError) {
       guard try self.startTime(of: pid) == startTime else { return false }
       let folder = "/proc/\(pid)/task"
@@ -117,7 +117,7 @@ public final class ProcessHandle: Sendable {
   }
 
   /// The user that it runs as. Throws what reading proc(5) fails with.
-  public func user() throws(IOError) -> UInt32 {
+  package func user() throws(IOError) -> UInt32 {
     let path = "/proc/\(pid)/status"
     for line in try ProcessHandle.text(path).split(separator: "\n") where line.hasPrefix("Uid:") {
       let words = line.split(whereSeparator: \.isWhitespace)
@@ -153,24 +153,24 @@ public final class ProcessHandle: Sendable {
 }
 
 /// A program to start, with exactly the descriptors that it is given.
-public struct Command: Sendable {
+package struct Command: Sendable {
   /// Path of the program.
-  public var path: String
+  package var path: String
   /// Arguments after the program's own name.
-  public var arguments: [String]
+  package var arguments: [String]
   /// The environment, "NAME=VALUE" each; nil: ours.
-  public var environment: [String]?
+  package var environment: [String]?
   /// The child's descriptors: its number to ours. Ours stay ours. Missing 0, 1 and 2 are
   /// inherited; every other descriptor is closed.
-  public var descriptors: [Int32: Int32] = [:]
+  package var descriptors: [Int32: Int32] = [:]
   /// Whether it becomes the leader of a new session.
-  public var newSession = false
+  package var newSession = false
   /// Whether it is the first process of a new PID namespace: it sees no other, and whatever it
   /// starts ends with it. Needs CAP_SYS_ADMIN. Source: pid_namespaces(7).
-  public var newProcessNamespace = false
+  package var newProcessNamespace = false
 
   /// A program from its path and arguments.
-  public init(_ path: String, _ arguments: [String] = [], environment: [String]? = nil) {
+  package init(_ path: String, _ arguments: [String] = [], environment: [String]? = nil) {
     self.path = path
     self.arguments = arguments
     self.environment = environment
@@ -178,7 +178,7 @@ public struct Command: Sendable {
 
   /// Starts it, with no signal blocked or ignored. Throws: the errno of posix_spawn(3), with
   /// the path; with a namespace also that of unshare(2).
-  public func start() throws(IOError) -> ProcessHandle {
+  package func start() throws(IOError) -> ProcessHandle {
     guard newProcessNamespace else { return try spawn() }
     // The namespace is that of the thread's next process. A thread that has one can start no
     // thread any more, so it is one of its own.

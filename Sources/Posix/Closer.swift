@@ -9,7 +9,7 @@ import Synchronization
 /// Closes descriptors one after the other, on a thread of its own that lives as long as there are
 /// some. Whoever is given many such owners of descriptors has one for each peer, so that none
 /// waits for another's.
-public final class Closer: Sendable {
+package final class Closer: Sendable {
   private struct State {
     var queue: [Int32] = []
     var isRunning = false
@@ -18,10 +18,10 @@ public final class Closer: Sendable {
   private let state = Mutex(State())
 
   /// A closer that has nothing to do.
-  public init() {}
+  package init() {}
 
   /// Takes an owned descriptor over and closes it soon. Does not wait.
-  public func close(_ raw: Int32) {
+  package func close(_ raw: Int32) {
     let starts = state.withLock { state in
       state.queue.append(raw)
       defer { state.isRunning = true }

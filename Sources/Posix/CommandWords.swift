@@ -3,7 +3,7 @@
 
 extension [String] {
   /// The word after the last of these options; nil when there is none.
-  public func value(after options: String...) -> String? {
+  package func value(after options: String...) -> String? {
     guard let place = dropLast().lastIndex(where: options.contains) else { return nil }
     return self[place + 1]
   }

@@ -3,24 +3,24 @@
 // then on, so it is a type, and no word of a message.
 
 /// Why what was to become durable has not.
-public enum CommitFailure: Error, Sendable, Equatable, CustomStringConvertible {
+package enum CommitFailure: Error, Sendable, Equatable, CustomStringConvertible {
   /// A step on the way: what was not written is still known, and may be written again.
   case write(IOError)
   /// A flush: what it was to make durable may be gone, and no later flush says so again.
   case flush(IOError)
 
   /// What the system said.
-  public var error: IOError {
+  package var error: IOError {
     switch self {
     case .write(let error), .flush(let error): error
     }
   }
 
   /// The errno of a flush that failed; 0 when none did.
-  public var flushCode: Int32 {
+  package var flushCode: Int32 {
     if case .flush(let error) = self { error.code } else { 0 }
   }
 
   /// The error's sentence.
-  public var description: String { error.description }
+  package var description: String { error.description }
 }

@@ -6,7 +6,7 @@ import Glibc
 import Synchronization
 
 /// A number of threads on one piece of work.
-public enum Crew {
+package enum Crew {
   private final class Job: Sendable {
     let work: @Sendable (Int) -> Void
     let index: Int
@@ -17,15 +17,15 @@ public enum Crew {
   }
 
   /// How many processors this process may use.
-  public static var processors: Int { max(1, Int(sysconf(Int32(_SC_NPROCESSORS_ONLN)))) }
+  package static var processors: Int { max(1, Int(sysconf(Int32(_SC_NPROCESSORS_ONLN)))) }
 
   /// How many threads read, compute and write in turn: one a processor, and some so that none
   /// of them is idle while others wait for a medium.
-  public static var usual: Int { max(4, processors) }
+  package static var usual: Int { max(4, processors) }
 
   /// Runs `work` on so many threads, the calling one among them, each with its number, and
   /// returns when all have. Where no more threads are to be had fewer do it.
-  public static func run(_ count: Int, _ work: @escaping @Sendable (Int) -> Void) {
+  package static func run(_ count: Int, _ work: @escaping @Sendable (Int) -> Void) {
     var threads: [pthread_t] = []
     for index in 1..<max(1, count) {
       var thread = pthread_t()
@@ -51,14 +51,14 @@ public enum Crew {
 
 // Guarded by `mutex`, which is held for every access to what follows it.
 /// Lets numbered pieces of work pass one at a time, in the order of their numbers from 0 on.
-public final class Turnstile: @unchecked Sendable {
+package final class Turnstile: @unchecked Sendable {
   private let mutex = UnsafeMutablePointer<pthread_mutex_t>.allocate(capacity: 1)
   private let condition = UnsafeMutablePointer<pthread_cond_t>.allocate(capacity: 1)
   private var current = 0
   private var isBroken = false
 
   /// A turnstile that waits for number 0.
-  public init() {
+  package init() {
     pthread_mutex_init(mutex, nil)
     pthread_cond_init(condition, nil)
   }
@@ -71,7 +71,7 @@ public final class Turnstile: @unchecked Sendable {
   }
 
   /// Waits until all lower numbers have passed; false when the turnstile is broken.
-  public func enter(_ number: Int) -> Bool {
+  package func enter(_ number: Int) -> Bool {
     pthread_mutex_lock(mutex)
     defer { pthread_mutex_unlock(mutex) }
     while current != number, !isBroken { pthread_cond_wait(condition, mutex) }
@@ -79,7 +79,7 @@ public final class Turnstile: @unchecked Sendable {
   }
 
   /// The number that entered has passed.
-  public func leave() {
+  package func leave() {
     pthread_mutex_lock(mutex)
     current += 1
     pthread_cond_broadcast(condition)
@@ -87,7 +87,7 @@ public final class Turnstile: @unchecked Sendable {
   }
 
   /// Nobody passes any more: something has failed.
-  public func close() {
+  package func close() {
     pthread_mutex_lock(mutex)
     isBroken = true
     pthread_cond_broadcast(condition)

@@ -5,7 +5,7 @@ internal import CLinux
 import Glibc
 
 /// Starts threads for what waits in system calls.
-public enum DetachedThread {
+package enum DetachedThread {
   private final class Body: Sendable {
     let run: @Sendable () -> Void
     init(_ run: @escaping @Sendable () -> Void) { self.run = run }
@@ -13,7 +13,7 @@ public enum DetachedThread {
 
   /// Runs the body on a thread with a stack of so many bytes, which ends with it. Throws: the
   /// errno of pthread_create(3).
-  public static func start(
+  package static func start(
     stackSize: Int, _ body: @escaping @Sendable () -> Void
   ) throws(IOError) {
     var thread = pthread_t()

@@ -12,34 +12,34 @@ internal import CLinux
 import Glibc
 
 /// Waits for descriptors and times on one thread. Source: epoll(7).
-public final class EventLoop {
+package final class EventLoop {
   /// What a descriptor is waited for, or is ready for. `hangup` is told always.
-  public struct Readiness: OptionSet, Sendable {
+  package struct Readiness: OptionSet, Sendable {
     /// The bits of epoll(7).
-    public let rawValue: UInt32
+    package let rawValue: UInt32
     /// A set from epoll's bits.
-    public init(rawValue: UInt32) { self.rawValue = rawValue }
+    package init(rawValue: UInt32) { self.rawValue = rawValue }
     /// Something to read, or the end of it.
-    public static let readable = Readiness(rawValue: EPOLLIN.rawValue)
+    package static let readable = Readiness(rawValue: EPOLLIN.rawValue)
     /// Room to write.
-    public static let writable = Readiness(rawValue: EPOLLOUT.rawValue)
+    package static let writable = Readiness(rawValue: EPOLLOUT.rawValue)
     /// The other side has gone, or the descriptor has failed.
-    public static let hangup = Readiness(rawValue: EPOLLHUP.rawValue | EPOLLERR.rawValue)
+    package static let hangup = Readiness(rawValue: EPOLLHUP.rawValue | EPOLLERR.rawValue)
   }
 
   /// Names a descriptor that is waited for.
-  public struct Registration: Hashable, Sendable {
+  package struct Registration: Hashable, Sendable {
     let slot: Int32
     let generation: UInt32
   }
 
   /// Names a timer.
-  public struct Timer: Hashable, Sendable {
+  package struct Timer: Hashable, Sendable {
     let number: UInt64
   }
 
   /// What ends each turn, in this order.
-  public enum Stage: Int, Sendable {
+  package enum Stage: Int, Sendable {
     /// Questions that the handlers raised are answered.
     case answer
     /// What has gathered is sent.
@@ -69,7 +69,7 @@ public final class EventLoop {
   private let events = UnsafeMutablePointer<epoll_event>.allocate(capacity: EventLoop.batch)
 
   /// An empty loop. Throws: the errno of epoll_create1(2).
-  public init() throws(IOError) {
+  package init() throws(IOError) {
     let raw = epoll_create1(Int32(EPOLL_CLOEXEC))
     guard raw >= 0 else { throw IOError.last("create an event loop") }
     epoll = Descriptor(owning: raw)
@@ -81,7 +81,7 @@ public final class EventLoop {
 
   /// Calls the handler whenever the descriptor, which is lent, is ready for `what`.
   /// Throws: the errno of epoll_ctl(2).
-  public func add(
+  package func add(
     _ descriptor: Int32, for what: Readiness, _ handler: @escaping (Readiness) -> Void
   ) throws(IOError) -> Registration {
     let slot: Int32
@@ -104,7 +104,7 @@ public final class EventLoop {
   }
 
   /// Waits for something else from now on.
-  public func change(_ registration: Registration, to what: Readiness) {
+  package func change(_ registration: Registration, to what: Readiness) {
     guard isLive(registration) else { return }
     var event = EventLoop.event(registration, what)
     let descriptor = entries[Int(registration.slot)].descriptor
@@ -113,7 +113,7 @@ public final class EventLoop {
   }
 
   /// Waits no longer. To be called before the descriptor is closed.
-  public func remove(_ registration: Registration) {
+  package func remove(_ registration: Registration) {
     guard isLive(registration) else { return }
     let slot = Int(registration.slot)
     var event = epoll_event()
@@ -125,14 +125,14 @@ public final class EventLoop {
 
   /// Adds something to do at the end of each turn. It tells whether it did anything, and is
   /// called again until it did not.
-  public func addStage(_ stage: Stage, _ body: @escaping () -> Bool) {
+  package func addStage(_ stage: Stage, _ body: @escaping () -> Bool) {
     stages.append((stage, body))
     stages.sort { $0.stage.rawValue < $1.stage.rawValue }
   }
 
   /// Calls `body` after so many milliseconds, and with `every` again and again after that.
   @discardableResult
-  public func addTimer(
+  package func addTimer(
     after milliseconds: Int64, every: Int64? = nil, _ body: @escaping () -> Void
   ) -> Timer {
     lastTimer += 1
@@ -143,13 +143,13 @@ public final class EventLoop {
   }
 
   /// Forgets a timer.
-  public func cancel(_ timer: Timer) {
+  package func cancel(_ timer: Timer) {
     alarms.removeAll { $0.timer == timer }
   }
 
   /// One turn: waits at most so many milliseconds (-1: without end) for the first event or
   /// timer. Throws: the errno of epoll_wait(2).
-  public func turn(timeout milliseconds: Int32 = -1) throws(IOError) {
+  package func turn(timeout milliseconds: Int32 = -1) throws(IOError) {
     // What was added outside a turn must not wait for an event.
     let pending = runStages()
     let count = epoll_wait(
@@ -169,13 +169,13 @@ public final class EventLoop {
   }
 
   /// Turns until `stop` is called.
-  public func run() throws(IOError) {
+  package func run() throws(IOError) {
     stopping = false
     while !stopping { try turn() }
   }
 
   /// Ends `run` after the turn that is under way.
-  public func stop() {
+  package func stop() {
     stopping = true
   }
 

@@ -6,17 +6,17 @@ import Glibc
 import Synchronization
 
 /// A file or a block device as a byte store. The descriptor is closed with it.
-public final class FileStore: ByteStore {
+package final class FileStore: ByteStore {
   /// The path, or the role that errors shall call it by.
-  public let name: String
+  package let name: String
   /// Whether the descriptor was opened for writing.
-  public let isWritable: Bool
+  package let isWritable: Bool
   /// Whether it is a block device: fixed in size, no modification time of meaning.
-  public let isBlockDevice: Bool
+  package let isBlockDevice: Bool
   /// A block device.
-  public var isFixedSize: Bool { isBlockDevice }
+  package var isFixedSize: Bool { isBlockDevice }
   /// The descriptor, lent.
-  public var raw: Int32 { descriptor.raw }
+  package var raw: Int32 { descriptor.raw }
 
   private let descriptor: Descriptor
   /// Reads and writes pass the page cache by, in units of so many bytes; 0: they do not.
@@ -28,7 +28,7 @@ public final class FileStore: ByteStore {
 
   /// Takes over a descriptor. Throws: the errno of fstat(2), EINVAL for what is neither a
   /// file nor a block device.
-  public init(_ descriptor: consuming Descriptor, name: String) throws(IOError) {
+  package init(_ descriptor: consuming Descriptor, name: String) throws(IOError) {
     var status = stat()
     guard fstat(descriptor.raw, &status) == 0 else { throw IOError.last("examine", name) }
     let flags = fcntl(descriptor.raw, F_GETFL)
@@ -55,7 +55,7 @@ public final class FileStore: ByteStore {
   /// device is not opened at all: opening a FIFO waits for its other end, and opening a character
   /// device may have effects. Throws: EINVAL for these, the errno of open(2), and what the other
   /// initialiser throws.
-  public convenience init(path: String, writable: Bool) throws(IOError) {
+  package convenience init(path: String, writable: Bool) throws(IOError) {
     guard Self.unusableKind(of: path) == nil else { throw Self.unusable(path) }
     // The path may lead to a FIFO by now.
     let flags = (writable ? O_RDWR : O_RDONLY) | O_NONBLOCK
@@ -69,7 +69,7 @@ public final class FileStore: ByteStore {
 
   /// What a path leads to, in words, if that can be no store: "a FIFO". nil for a regular file, a
   /// block device, and a path that cannot be examined. Source: inode(7).
-  public static func unusableKind(of path: String) -> String? {
+  package static func unusableKind(of path: String) -> String? {
     var status = stat()
     guard stat(path, &status) == 0 else { return nil }
     return switch status.st_mode & S_IFMT {
@@ -88,18 +88,18 @@ public final class FileStore: ByteStore {
 
   /// Locks one byte for this open file description, against everybody, without waiting. For files
   /// that are no images. Throws EAGAIN when another has it.
-  public func lockByte(_ byte: Int64) throws(IOError) {
+  package func lockByte(_ byte: Int64) throws(IOError) {
     try lock(F_WRLCK, at: byte, length: 1)
   }
 
   /// Locks one byte for this open file description as many may have it at once. Throws EAGAIN when
   /// somebody has it alone.
-  public func lockShared(_ byte: Int64) throws(IOError) {
+  package func lockShared(_ byte: Int64) throws(IOError) {
     try lock(F_RDLCK, at: byte, length: 1)
   }
 
   /// Gives up the lock of a byte.
-  public func unlockByte(_ byte: Int64) throws(IOError) {
+  package func unlockByte(_ byte: Int64) throws(IOError) {
     try lock(F_UNLCK, at: byte, length: 1)
   }
 
@@ -110,7 +110,7 @@ public final class FileStore: ByteStore {
   /// else: all are shared ones; a lock on byte 100 + n says that somebody does n, one on byte
   /// 200 + n that somebody does not bear n done by others; n is 0 for reading what is
   /// consistent, 1 for writing, 3 for resizing. Source: QEMU, docs/devel, image locking.
-  public func lock(exclusive: Bool) throws(IOError) {
+  package func lock(exclusive: Bool) throws(IOError) {
     do throws(IOError) {
       try placeLocks(exclusive: exclusive)
       if try hasConflict(exclusive: exclusive) { throw IOError(EAGAIN, "lock", name) }
@@ -123,14 +123,14 @@ public final class FileStore: ByteStore {
 
   /// Takes the locks of `lock(exclusive:)` without looking for those of others. Throws EAGAIN when
   /// another has one of the bytes alone.
-  public func placeLocks(exclusive: Bool) throws(IOError) {
+  package func placeLocks(exclusive: Bool) throws(IOError) {
     for act in Self.done(exclusive) { try lock(F_RDLCK, at: 100 + act, length: 1) }
     for act in Self.unbearable { try lock(F_RDLCK, at: 200 + act, length: 1) }
   }
 
   /// Whether another open file description has a lock that does not go with those of
   /// `lock(exclusive:)`.
-  public func hasConflict(exclusive: Bool) throws(IOError) -> Bool {
+  package func hasConflict(exclusive: Bool) throws(IOError) -> Bool {
     for byte in Self.conflicts(exclusive: exclusive) {
       let found = dmu_ofd_locked(raw, byte, 1)
       guard found >= 0 else { throw IOError.last("look for a lock on", name) }
@@ -140,7 +140,7 @@ public final class FileStore: ByteStore {
   }
 
   /// The bytes on which somebody else's lock is in the way.
-  public static func conflicts(exclusive: Bool) -> [Int64] {
+  package static func conflicts(exclusive: Bool) -> [Int64] {
     done(exclusive).map { 200 + $0 } + unbearable.map { 100 + $0 }
   }
 
@@ -148,7 +148,7 @@ public final class FileStore: ByteStore {
   private static var unbearable: [Int64] { [1, 3] }
 
   /// Gives up the locks of `lock(exclusive:)`.
-  public func unlock() throws(IOError) {
+  package func unlock() throws(IOError) {
     try lock(F_UNLCK, at: 100, length: 200)
   }
 
@@ -165,7 +165,7 @@ public final class FileStore: ByteStore {
   }
 
   /// Whether another store is the same file, or the same device by whatever node.
-  public func isSameFile(as other: FileStore) throws(IOError) -> Bool {
+  package func isSameFile(as other: FileStore) throws(IOError) -> Bool {
     let mine = try status()
     let theirs = try other.status()
     if isBlockDevice && other.isBlockDevice { return mine.st_rdev == theirs.st_rdev }
@@ -175,7 +175,7 @@ public final class FileStore: ByteStore {
   /// The next range of bytes at or after an offset that is not a hole, nil when there is
   /// none. On a device, or where the file system knows no holes, everything is data.
   /// Source: lseek(2).
-  public func nextData(from offset: UInt64) throws(IOError) -> Range<UInt64>? {
+  package func nextData(from offset: UInt64) throws(IOError) -> Range<UInt64>? {
     guard !isBlockDevice else { return offset < deviceSize ? offset..<deviceSize : nil }
     let (seekData, seekHole): (Int32, Int32) = (3, 4)
     let start = lseek(raw, off_t(truncatingIfNeeded: offset), seekData)
@@ -192,7 +192,7 @@ public final class FileStore: ByteStore {
   }
 
   /// Length in bytes. It is asked for each time: a file grows, and so may a device.
-  public var size: UInt64 {
+  package var size: UInt64 {
     guard !isBlockDevice else { return deviceSize }
     var status = stat()
     // fstat on an open descriptor of a regular file has no way to fail but a bad descriptor.
@@ -201,7 +201,7 @@ public final class FileStore: ByteStore {
   }
 
   /// Size, and the modification time of a file.
-  public func identity() throws(IOError) -> StoreIdentity {
+  package func identity() throws(IOError) -> StoreIdentity {
     let status = try status()
     let time = status.st_mtim
     let modified = UInt64(time.tv_sec) * 1_000_000_000 + UInt64(time.tv_nsec)
@@ -209,7 +209,7 @@ public final class FileStore: ByteStore {
   }
 
   /// Bytes of the file's blocks; all of a device.
-  public func allocatedBytes() throws(IOError) -> UInt64 {
+  package func allocatedBytes() throws(IOError) -> UInt64 {
     isBlockDevice ? deviceSize : UInt64(try status().st_blocks) * 512
   }
 
@@ -232,7 +232,7 @@ public final class FileStore: ByteStore {
   /// a page here, or a larger piece around it, might be written back over that.
   /// Throws: the errno of writing out. Source: open(2), O_DIRECT.
   @discardableResult
-  public func bypassCache(_ bypass: Bool) throws(IOError) -> Bool {
+  package func bypassCache(_ bypass: Bool) throws(IOError) -> Bool {
     if bypass {
       guard fdatasync(raw) == 0 else { throw IOError.last("flush", name) }
       guard dmu_settle_range(raw, 0, 0) == 0 else { throw IOError.last("write out", name) }
@@ -246,7 +246,7 @@ public final class FileStore: ByteStore {
   }
 
   /// Whether reads and writes pass the page cache by.
-  public var bypassesCache: Bool { unit.load(ordering: .relaxed) != 0 }
+  package var bypassesCache: Bool { unit.load(ordering: .relaxed) != 0 }
 
   /// The range of whole units around a range of bytes.
   private static func units(_ offset: UInt64, _ count: Int, _ unit: Int) -> Range<UInt64> {
@@ -300,7 +300,7 @@ public final class FileStore: ByteStore {
   // An offset that no file has, which an image may name, is the system call's to refuse (EINVAL).
 
   /// Fills the buffer; past the end, with zeroes.
-  public func read(_ buffer: UnsafeMutableRawBufferPointer, at offset: UInt64) throws(IOError) {
+  package func read(_ buffer: UnsafeMutableRawBufferPointer, at offset: UInt64) throws(IOError) {
     let unit = unit.load(ordering: .relaxed)
     guard unit == 0 else { return try readDirect(buffer, at: offset, unit) }
     try readAll(buffer, at: offset)
@@ -308,7 +308,7 @@ public final class FileStore: ByteStore {
 
   /// Fills the buffer if that takes no wait for the medium; false, with the buffer in any state, if it
   /// might, or fails. Past the end, with zeroes. Source: preadv2(2), RWF_NOWAIT.
-  public func readAtOnce(_ buffer: UnsafeMutableRawBufferPointer, at offset: UInt64) -> Bool {
+  package func readAtOnce(_ buffer: UnsafeMutableRawBufferPointer, at offset: UInt64) -> Bool {
     guard !bypassesCache else { return false }
     var done = 0
     while done < buffer.count {
@@ -352,7 +352,7 @@ public final class FileStore: ByteStore {
   }
 
   /// Writes the whole buffer.
-  public func write(_ buffer: UnsafeRawBufferPointer, at offset: UInt64) throws(IOError) {
+  package func write(_ buffer: UnsafeRawBufferPointer, at offset: UInt64) throws(IOError) {
     let unit = unit.load(ordering: .relaxed)
     guard unit == 0 else { return try writeDirect(buffer, at: offset, unit) }
     try writeAll(buffer, at: offset)
@@ -374,7 +374,7 @@ public final class FileStore: ByteStore {
 
   /// Punches a hole; where the medium cannot, writes zeroes. A device gives space back in whole
   /// pages only: the rest of the range is written.
-  public func zero(at offset: UInt64, count: UInt64) throws(IOError) {
+  package func zero(at offset: UInt64, count: UInt64) throws(IOError) {
     let page: UInt64 = 4096
     guard isBlockDevice, offset % page != 0 || (offset + count) % page != 0 else {
       return try punch(at: offset, count: count)
@@ -409,7 +409,7 @@ public final class FileStore: ByteStore {
 
   /// Gives a range its space, lengthening a file when need be; its bytes stay as they are.
   /// Throws EOPNOTSUPP where the file system cannot.
-  public func allocate(at offset: UInt64, count: UInt64) throws(IOError) {
+  package func allocate(at offset: UInt64, count: UInt64) throws(IOError) {
     guard !isBlockDevice, count > 0 else { return }
     guard dmu_allocate(raw, Int64(offset), Int64(count)) == 0 else {
       throw IOError.last("allocate", name)
@@ -418,7 +418,7 @@ public final class FileStore: ByteStore {
 
   /// Copies bytes from another file within the kernel, sharing them where the file systems
   /// can. Source: copy_file_range(2).
-  public func copy(
+  package func copy(
     from other: FileStore, at source: UInt64, to offset: UInt64, count: UInt64
   ) throws(IOError) {
     var (from, to) = (off_t(truncatingIfNeeded: source), off_t(truncatingIfNeeded: offset))
@@ -436,7 +436,7 @@ public final class FileStore: ByteStore {
 
   /// Writes out what of a range is only in the page cache, and forgets it there: for whoever
   /// reads or writes the medium past the cache. Not durable before `flush`.
-  public func settle(at offset: UInt64, count: UInt64) throws(IOError) {
+  package func settle(at offset: UInt64, count: UInt64) throws(IOError) {
     guard count > 0 else { return }
     guard dmu_settle_range(raw, Int64(offset), Int64(count)) == 0 else {
       throw IOError.last("write out", name)
@@ -444,7 +444,7 @@ public final class FileStore: ByteStore {
   }
 
   /// Bytes that the file system has left; nothing is known of a device.
-  public func freeBytes() throws(IOError) -> UInt64? {
+  package func freeBytes() throws(IOError) -> UInt64? {
     guard !isBlockDevice else { return nil }
     var bytes: UInt64 = 0
     guard dmu_free_space(raw, &bytes) == 0 else { throw IOError.last("examine", name) }
@@ -452,7 +452,7 @@ public final class FileStore: ByteStore {
   }
 
   /// Sets a file's length. Throws ENOTSUP for a device whose length differs.
-  public func resize(to size: UInt64) throws(IOError) {
+  package func resize(to size: UInt64) throws(IOError) {
     if isBlockDevice {
       guard size <= deviceSize else { throw IOError(ENOSPC, "resize", name) }
       return
@@ -463,12 +463,12 @@ public final class FileStore: ByteStore {
   }
 
   /// fdatasync(2): data, and the metadata that is needed to find it.
-  public func flush() throws(IOError) {
+  package func flush() throws(IOError) {
     guard fdatasync(raw) == 0 else { throw IOError.last("flush", name) }
   }
 
   /// fsync(2): times, too.
-  public func flushAll() throws(IOError) {
+  package func flushAll() throws(IOError) {
     guard fsync(raw) == 0 else { throw IOError.last("flush", name) }
   }
 }

@@ -4,10 +4,10 @@
 import Glibc
 
 /// Looks into folders.
-public enum Folder {
+package enum Folder {
   /// The names in a folder but its own and its parent's, in no order; none where there is no
   /// folder. Throws the errno of opendir(3).
-  public static func names(_ path: String) throws(IOError) -> [String] {
+  package static func names(_ path: String) throws(IOError) -> [String] {
     guard let folder = opendir(path) else {
       if errno == ENOENT { return [] }
       throw IOError.last("list", path)
@@ -25,7 +25,7 @@ public enum Folder {
 
   /// The paths that begin with a text, for a shell to complete it: folders end in a slash. Names
   /// with a dot in front only where the text has one. None where the folder may not be listed.
-  public static func paths(beginning text: String) -> [String] {
+  package static func paths(beginning text: String) -> [String] {
     let start = text.lastIndex(of: "/").map(text.index(after:)) ?? text.startIndex
     let folder = String(text[..<start])
     let beginning = text[start...]
@@ -47,7 +47,7 @@ public enum Folder {
 
   /// Where a symbolic link leads, as it is written there. Throws the errno of readlink(2): EINVAL
   /// for what is no link.
-  public static func target(of path: String) throws(IOError) -> String {
+  package static func target(of path: String) throws(IOError) -> String {
     var buffer = [CChar](repeating: 0, count: 4096)
     let count = readlink(path, &buffer, buffer.count)
     guard count >= 0 else { throw IOError.last("examine", path) }

@@ -3,10 +3,10 @@
 // end a line, speak to a terminal or turn the order of what follows it is written as percent codes.
 
 /// Foreign text for people.
-public enum ForeignText {
+package enum ForeignText {
   /// Text for one line, with control characters, separators of lines and changes of direction as
   /// percent codes of their UTF-8 bytes; cut off after so many scalars, with "..." in their place.
-  public static func shown(_ text: String, limit: Int = 200) -> String {
+  package static func shown(_ text: String, limit: Int = 200) -> String {
     var result = ""
     var count = 0
     for scalar in text.unicodeScalars {
@@ -18,7 +18,7 @@ public enum ForeignText {
   }
 
   /// The same for text of several lines, of any length: ends of lines and tabs stay.
-  public static func lines(_ text: String) -> String {
+  package static func lines(_ text: String) -> String {
     guard text.unicodeScalars.contains(where: { isUnfit($0) && $0 != "\n" && $0 != "\t" }) else {
       return text
     }
@@ -35,7 +35,7 @@ public enum ForeignText {
 
   /// JSON that means the same and that a terminal can be shown: what is unfit can only stand in a
   /// string, but for ends of lines and tabs between tokens. Source: RFC 8259, section 7.
-  public static func json(_ text: String) -> String {
+  package static func json(_ text: String) -> String {
     guard text.unicodeScalars.contains(where: { isUnfit($0) && $0 != "\n" && $0 != "\t" }) else {
       return text
     }
@@ -53,7 +53,7 @@ public enum ForeignText {
 
   /// Whether a scalar is not to be shown as it stands: C0 and C1 controls, DEL, separators of lines
   /// and paragraphs, and what changes the direction of text. Source: Unicode Annex 9, Bidi_Control.
-  public static func isUnfit(_ scalar: Unicode.Scalar) -> Bool {
+  package static func isUnfit(_ scalar: Unicode.Scalar) -> Bool {
     switch scalar.value {
     case 0..<0x20, 0x7F..<0xA0, 0x061C, 0x200E, 0x200F, 0x2028...0x202E, 0x2066...0x2069: true
     default: false

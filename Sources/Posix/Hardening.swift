@@ -6,12 +6,12 @@ import Glibc
 
 /// Steps that a worker takes on itself. Each throws alone, so that the caller decides what
 /// is fatal.
-public enum Hardening {
+package enum Hardening {
   /// Keeps every page in memory once it has been touched, so that serving a disk never
   /// waits for swap that may lie on that disk. Lifts the limit on locked memory first, since
   /// after the privileges are gone each new page would count against it.
   /// Throws: the errno of setrlimit(2) or mlockall(2). Source: mlockall(2), MCL_ONFAULT.
-  public static func lockMemory() throws(IOError) {
+  package static func lockMemory() throws(IOError) {
     guard dmu_lift_memory_limit() == 0 else {
       throw IOError.last("lift the limit on locked memory")
     }
@@ -21,14 +21,14 @@ public enum Hardening {
   /// Tells the kernel that this process takes part in writing dirty pages out: its own
   /// allocations then never wait for that. Needs CAP_SYS_RESOURCE. Source: prctl(2),
   /// PR_SET_IO_FLUSHER.
-  public static func becomeFlusher() throws(IOError) {
+  package static func becomeFlusher() throws(IOError) {
     let setFlusher: Int32 = 57
     guard dmu_prctl(setFlusher, 1) == 0 else { throw IOError.last("become an I/O flusher") }
   }
 
   /// Becomes this user and group, with no other groups and no way back. Needs root.
   /// Throws: the errno of the call that failed.
-  public static func become(uid: UInt32, gid: UInt32) throws(IOError) {
+  package static func become(uid: UInt32, gid: UInt32) throws(IOError) {
     guard setgroups(0, nil) == 0 else { throw IOError.last("drop the groups") }
     guard dmu_set_user(uid, gid) == 0 else { throw IOError.last("become user", "\(uid)") }
     // What the calls say is looked at.
@@ -39,7 +39,7 @@ public enum Hardening {
 
   /// Takes every capability out of the bounding set: no program that is started can get one. Needs
   /// CAP_SETPCAP. Throws: the errno of prctl(2).
-  public static func emptyBoundingSet() throws(IOError) {
+  package static func emptyBoundingSet() throws(IOError) {
     guard dmu_empty_bounding_set() == 0 else {
       throw IOError.last("empty the bounding set of capabilities")
     }
@@ -48,7 +48,7 @@ public enum Hardening {
   /// Takes every capability out of every other set, lets no program that is started gain any right,
   /// and keeps other processes of the user from looking into this one.
   /// Throws: the errno of the call that failed. Sources: capabilities(7), prctl(2).
-  public static func renounceRights() throws(IOError) {
+  package static func renounceRights() throws(IOError) {
     let (setDumpable, noNewPrivileges): (Int32, Int32) = (4, 38)
     guard dmu_drop_capabilities() == 0, dmu_has_capabilities() == 0 else {
       throw IOError.last("drop the capabilities")
@@ -61,7 +61,7 @@ public enum Hardening {
   /// first an empty file system that nobody can write to. What is open stays open. A process
   /// without root does so in a new user namespace, in which it stays the user that it is. Needs a
   /// single thread. Throws: the errno of the call that failed. Source: user_namespaces(7).
-  public static func leaveHost() throws(IOError) {
+  package static func leaveHost() throws(IOError) {
     let own =
       DMU_NAMESPACE_MOUNT | DMU_NAMESPACE_NETWORK | DMU_NAMESPACE_IPC | DMU_NAMESPACE_UTS
       | DMU_NAMESPACE_CGROUP
@@ -80,14 +80,14 @@ public enum Hardening {
   }
 
   /// Denies every use of a path, where the kernel has Landlock. Whether it has.
-  public static func denyPaths() throws(IOError) -> Bool {
+  package static func denyPaths() throws(IOError) -> Bool {
     let result = dmu_deny_paths()
     guard result >= 0 else { throw IOError.last("deny the use of paths") }
     return result > 0
   }
 
   /// A limit of getrlimit(2).
-  public enum Limit: Sendable {
+  package enum Limit: Sendable {
     /// Descriptors, less one.
     case files
     /// Processes and threads of the user.
@@ -101,7 +101,7 @@ public enum Hardening {
   }
 
   /// Lowers a limit to at most this, for good. Throws: the errno of setrlimit(2).
-  public static func limit(_ limit: Limit, to value: UInt64) throws(IOError) {
+  package static func limit(_ limit: Limit, to value: UInt64) throws(IOError) {
     let (number, name): (Int32, String) =
       switch limit {
       case .files: (7, "files")
@@ -118,7 +118,7 @@ public enum Hardening {
   /// Closes whatever whoever started this process has left open in it, but for `kept` and standard
   /// error, and has standard input and output lead nowhere. For a process of one thread. Throws the
   /// errno of opendir(3), open(2) or dup2(2).
-  public static func closeOthers(than kept: Set<Int32>) throws(IOError) {
+  package static func closeOthers(than kept: Set<Int32>) throws(IOError) {
     let null = try Descriptor(path: "/dev/null", flags: O_RDWR)
     for standard in [STDIN_FILENO, STDOUT_FILENO] {
       guard dup2(null.raw, standard) >= 0 else { throw IOError.last("replace", "a descriptor") }
@@ -134,7 +134,7 @@ public enum Hardening {
 
   /// Gives up what systemd or an admin has set for whoever started this process: the kernel may
   /// choose it like any other when memory runs out. Source: proc_pid_oom_score_adj(5).
-  public static func resetMemoryScore() throws(IOError) {
+  package static func resetMemoryScore() throws(IOError) {
     try write("0", to: "/proc/self/oom_score_adj")
   }
 
@@ -151,12 +151,12 @@ public enum Hardening {
   private static let memoryFile = open(memoryPath, O_RDONLY | O_CLOEXEC)
 
   /// Has `residentMemory` work after `leaveHost`.
-  public static func keepMemoryFile() throws(IOError) {
+  package static func keepMemoryFile() throws(IOError) {
     guard memoryFile >= 0 else { throw IOError.last("open", memoryPath) }
   }
 
   /// Bytes of this process in memory. Source: proc_pid_statm(5), field 2.
-  public static func residentMemory() throws(IOError) -> UInt64 {
+  package static func residentMemory() throws(IOError) -> UInt64 {
     try keepMemoryFile()
     var buffer = [UInt8](repeating: 0, count: 256)
     let count = pread(memoryFile, &buffer, buffer.count, 0)

@@ -4,9 +4,9 @@
 // that completes in any order, fails and loses power.
 
 /// One operation on a backing device. The buffer is lent until the operation has ended.
-public struct BackingIO {
+package struct BackingIO {
   /// What is to be done.
-  public enum Operation: UInt8, Sendable {
+  package enum Operation: UInt8, Sendable {
     /// Fill the buffer; past the end of the device, with zeroes.
     case read
     /// Write the buffer.
@@ -20,20 +20,20 @@ public struct BackingIO {
   }
 
   /// What is to be done.
-  public var operation: Operation
+  package var operation: Operation
   /// The device's number.
-  public var device: UInt16
+  package var device: UInt16
   /// Bytes from the device's start.
-  public var offset: UInt64
+  package var offset: UInt64
   /// Bytes of the range.
-  public var count: Int
+  package var count: Int
   /// `count` bytes for read and write, else nil.
-  public var buffer: UnsafeMutableRawPointer?
+  package var buffer: UnsafeMutableRawPointer?
   /// What the completion is told by.
-  public var token: UInt32
+  package var token: UInt32
 
   /// An operation from its parts.
-  public init(
+  package init(
     _ operation: Operation, device: UInt16, offset: UInt64 = 0, count: Int = 0,
     buffer: UnsafeMutableRawPointer? = nil, token: UInt32 = 0
   ) {
@@ -47,7 +47,7 @@ public struct BackingIO {
 }
 
 /// Does the backing I/O of one target. Called from the target's thread, and calls back there.
-public protocol IOExecutor: AnyObject {
+package protocol IOExecutor: AnyObject {
   /// Called with the token and the errno, or 0, of each operation that was started; never
   /// from within `start`.
   var completion: ((_ token: UInt32, _ code: Int32) -> Void)? { get set }
@@ -84,5 +84,5 @@ public protocol IOExecutor: AnyObject {
 
 extension IOExecutor {
   /// Its number, where nothing better is known.
-  public func name(_ device: UInt16) -> String { "device \(device)" }
+  package func name(_ device: UInt16) -> String { "device \(device)" }
 }

@@ -9,7 +9,7 @@ extension Descriptor {
   /// Opens a file or a block device. Without `followsLinks` no component of the path, which is
   /// absolute, may be a symbolic link. Throws: the errno of open(2) or openat2(2); ELOOP for a
   /// link that may not be there; EINVAL for what is neither file nor block device.
-  public init(
+  package init(
     imagePath path: String, flags: Int32, followsLinks: Bool = true
   ) throws(IOError) {
     var raw: Int32

@@ -7,20 +7,20 @@ import Glibc
 import Synchronization
 
 /// A descriptor that takes lines, for any thread. It stays the caller's.
-public final class LogLines: Sendable {
+package final class LogLines: Sendable {
   /// The longest line in bytes, its end included; longer ones are cut. A pipe takes as much at once.
-  public static let longest = 4096
+  package static let longest = 4096
 
   private let descriptor: Int32
   private let dropped = Mutex<UInt64>(0)
 
   /// Lines for a descriptor.
-  public init(_ descriptor: Int32) { self.descriptor = descriptor }
+  package init(_ descriptor: Int32) { self.descriptor = descriptor }
 
   /// Writes a line that has no end yet, in one write(2), so that lines of several threads stay
   /// whole. When nobody reads it is dropped, and how many were is said before the next that is not:
   /// `remark` makes that line.
-  public func write(_ line: String, remark: (UInt64) -> String) {
+  package func write(_ line: String, remark: (UInt64) -> String) {
     dropped.withLock { dropped in
       guard isReady else {
         dropped += 1
@@ -52,7 +52,7 @@ public final class LogLines: Sendable {
 }
 
 /// How often each message may be written: so many at once, then one a second. For any thread.
-public final class LogRate: Sendable {
+package final class LogRate: Sendable {
   private struct Bucket {
     var tokens: Int64
     var time: Int64
@@ -64,11 +64,11 @@ public final class LogRate: Sendable {
   private let buckets = Mutex<[String: Bucket]>([:])
 
   /// A rate with so many at once.
-  public init(burst: Int64 = 20) { self.burst = burst }
+  package init(burst: Int64 = 20) { self.burst = burst }
 
   /// Whether a message may be written at this time, in milliseconds, and if so how many of the same
   /// were held back before it.
-  public func admit(_ message: String, at now: Int64 = LogRate.now()) -> UInt64? {
+  package func admit(_ message: String, at now: Int64 = LogRate.now()) -> UInt64? {
     buckets.withLock { buckets in
       var bucket = buckets[message] ?? Bucket(tokens: burst * 1000, time: now)
       bucket.tokens = min(burst * 1000, bucket.tokens + max(0, now - bucket.time))
@@ -89,7 +89,7 @@ public final class LogRate: Sendable {
   }
 
   /// Milliseconds since some start.
-  public static func now() -> Int64 {
+  package static func now() -> Int64 {
     var time = timespec()
     clock_gettime(CLOCK_MONOTONIC, &time)
     return Int64(time.tv_sec) * 1000 + Int64(time.tv_nsec) / 1_000_000

@@ -15,32 +15,32 @@ import Glibc
 
 /// The owner of a loop device; the device goes when neither this owner nor anybody else has it
 /// open. Needs root and Linux 5.8.
-public struct LoopDevice: ~Copyable, Sendable {
+package struct LoopDevice: ~Copyable, Sendable {
   private static let readOnly: UInt32 = 1
   private static let autoClear: UInt32 = 4
   private static let directIO: UInt32 = 16
 
   /// What a loop device stands on.
-  public struct Backing: Sendable, Hashable {
+  package struct Backing: Sendable, Hashable {
     /// The device of the file's file system, as stat(2) says it.
-    public let fileSystem: UInt64
+    package let fileSystem: UInt64
     /// The file there.
-    public let inode: UInt64
+    package let inode: UInt64
     /// Whether requests pass the page cache by.
-    public let isDirect: Bool
+    package let isDirect: Bool
   }
 
   /// Takes the file from a loop device of somebody else, at once or with its last close. Throws the
   /// errno of open(2), and ENXIO for one without a file. Its mark goes with the next sweep.
-  public static func release(_ path: String) throws(IOError) {
+  package static func release(_ path: String) throws(IOError) {
     let device = try Descriptor(path: path, flags: O_RDONLY)
     guard dmu_loop_clear(device.raw) == 0 else { throw IOError.last("give back", path) }
   }
 
   /// The number in /dev/loopN.
-  public let number: Int32
+  package let number: Int32
   /// The device's node.
-  public var path: String { "/dev/loop\(number)" }
+  package var path: String { "/dev/loop\(number)" }
   private let descriptor: Descriptor
 
   /// Makes a device of an open file or device, which stays the caller's, with sectors of `sector`
@@ -49,7 +49,7 @@ public struct LoopDevice: ~Copyable, Sendable {
   /// is longer than the file, as far as its file system has files of that length. `name` is what
   /// losetup prints. Throws: ENOENT without the driver, EBADF, and the errno of the ioctl calls of
   /// loop(4).
-  public init(
+  package init(
     file: Int32, name: String, readOnly: Bool, direct: Bool = true, sector: UInt32 = 512,
     growth: UInt64 = 0
   ) throws(IOError) {
@@ -168,7 +168,7 @@ public struct LoopDevice: ~Copyable, Sendable {
   }
 
   /// What the device of an open node stands on; nil when it is free. `name` is for errors.
-  public static func backing(of node: Int32, _ name: String) throws(IOError) -> Backing? {
+  package static func backing(of node: Int32, _ name: String) throws(IOError) -> Backing? {
     var device: UInt64 = 0
     var inode: UInt64 = 0
     var flags: UInt32 = 0
@@ -180,7 +180,7 @@ public struct LoopDevice: ~Copyable, Sendable {
   }
 
   /// What this device stands on.
-  public func backing() throws(IOError) -> Backing {
+  package func backing() throws(IOError) -> Backing {
     guard let backing = try Self.backing(of: descriptor.raw, path) else {
       throw IOError(ENXIO, "examine", path)
     }
@@ -188,14 +188,14 @@ public struct LoopDevice: ~Copyable, Sendable {
   }
 
   /// The device's number, as stat(2) says it.
-  public func deviceNumber() throws(IOError) -> UInt64 {
+  package func deviceNumber() throws(IOError) -> UInt64 {
     var status = stat()
     guard fstat(descriptor.raw, &status) == 0 else { throw IOError.last("examine", path) }
     return UInt64(status.st_rdev)
   }
 
   /// Bytes of a sector of the device.
-  public func sectorSize() throws(IOError) -> UInt32 {
+  package func sectorSize() throws(IOError) -> UInt32 {
     var size: UInt32 = 0
     guard dmu_block_device_sector(descriptor.raw, &size) == 0 else {
       throw IOError.last("measure", path)
@@ -204,12 +204,12 @@ public struct LoopDevice: ~Copyable, Sendable {
   }
 
   /// Lets the device grow as its file has.
-  public func followSize() throws(IOError) {
+  package func followSize() throws(IOError) {
     guard dmu_loop_set_capacity(descriptor.raw) == 0 else { throw IOError.last("grow", path) }
   }
 
   /// Takes the file from the device now, or with its last close while others have it open.
-  public consuming func release() throws(IOError) {
+  package consuming func release() throws(IOError) {
     guard dmu_loop_clear(descriptor.raw) == 0 else { throw IOError.last("give back", path) }
   }
 }

@@ -13,9 +13,9 @@
 import Glibc
 
 /// The folder of the marks.
-public struct LoopMarks: Sendable {
+package struct LoopMarks: Sendable {
   /// The folder that udev's rules look into.
-  public static let host = LoopMarks(folder: "/run/dmu-xen/loops", devices: "/sys/block")
+  package static let host = LoopMarks(folder: "/run/dmu-xen/loops", devices: "/sys/block")
   /// A mark's lock is held for a moment; then it is tried again after so many microseconds.
   private static let pause: UInt32 = 5000
   private static let attempts = 400
@@ -50,7 +50,7 @@ public struct LoopMarks: Sendable {
 
   /// Removes the marks of devices that have no file any more. Call it after a device has gone: the
   /// next owner of its number may want to have it probed. Throws: the errno of open(2), unlink(2).
-  public func sweep() throws(IOError) {
+  package func sweep() throws(IOError) {
     for name in try Folder.names(folder) where name.hasPrefix("loop") {
       let path = folder + "/" + name
       do throws(IOError) {

@@ -8,12 +8,12 @@ import Glibc
 /// Block devices /dev/nbdN. Every call opens its own netlink socket and waits for the
 /// kernel's answer, a few milliseconds (`disconnect`: until the device is idle); they may
 /// come from any thread.
-public enum NBDDevice {
+package enum NBDDevice {
   /// The device node of a number.
-  public static func path(_ index: UInt32) -> String { "/dev/nbd\(index)" }
+  package static func path(_ index: UInt32) -> String { "/dev/nbd\(index)" }
 
   /// Whether the driver is there. Throws: the errno of the netlink socket.
-  public static func isAvailable() throws(IOError) -> Bool {
+  package static func isAvailable() throws(IOError) -> Bool {
     var channel = try GenericNetlink()
     do {
       _ = try channel.family("nbd")
@@ -28,7 +28,7 @@ public enum NBDDevice {
   /// speaks the transmission phase. The kernel keeps its own reference; the descriptor stays
   /// the caller's, who should close it. Answers the device's number. Throws: ENOENT without
   /// the driver, EBUSY when the wished number is taken, EPERM without the right.
-  public static func connect(
+  package static func connect(
     _ configuration: NBDConfiguration, socket: Int32
   ) throws(IOError) -> UInt32 {
     var channel = try GenericNetlink()
@@ -48,7 +48,7 @@ public enum NBDDevice {
   /// what was under way is sent again when its timeout is over. Throws: ENOSPC while no socket of the device has died (the kernel has not yet
   /// noticed: try again), EINVAL when the device is not connected or bears another
   /// identifier.
-  public static func reconfigure(
+  package static func reconfigure(
     _ index: UInt32, socket: Int32, identifier: String? = nil
   ) throws(IOError) {
     var channel = try GenericNetlink()
@@ -61,7 +61,7 @@ public enum NBDDevice {
 
   /// Ends a device: the server is told (NBD_CMD_DISC), what still comes fails with EIO.
   /// Throws: EINVAL when there is no such device.
-  public static func disconnect(_ index: UInt32) throws(IOError) {
+  package static func disconnect(_ index: UInt32) throws(IOError) {
     var channel = try GenericNetlink()
     let family = try channel.family("nbd")
     let request = NBDMessage.disconnect(
@@ -71,7 +71,7 @@ public enum NBDDevice {
 
   /// Every device that the driver knows, and whether it is connected, or at least still open
   /// somewhere.
-  public static func status() throws(IOError) -> [UInt32: Bool] {
+  package static func status() throws(IOError) -> [UInt32: Bool] {
     var channel = try GenericNetlink()
     let family = try channel.family("nbd")
     let request = NBDMessage.status(

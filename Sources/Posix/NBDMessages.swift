@@ -3,29 +3,29 @@
 // drivers/block/nbd.c.
 
 /// Everything the kernel has to know of a disk before it serves it from a socket.
-public struct NBDConfiguration: Sendable, Equatable {
+package struct NBDConfiguration: Sendable, Equatable {
   /// Length in bytes, a multiple of 512.
-  public var size: UInt64
+  package var size: UInt64
   /// Logical block size in bytes.
-  public var blockSize: UInt32
+  package var blockSize: UInt32
   /// The server's transmission flags, as in the NBD protocol: bit 0 set, 1 read-only,
   /// 2 flush, 3 FUA, 5 trim, 6 write-zeroes, 8 multi-conn. Bits that a kernel does not know
   /// do no harm.
-  public var flags: UInt16
+  package var flags: UInt16
   /// Seconds that a request may take before its socket counts as dead and it is sent again.
   /// What was under way when a socket died is sent again only then; with 0 it would hang for
   /// ever. Source: nbd_xmit_timeout in drivers/block/nbd.c.
-  public var timeout: UInt64
+  package var timeout: UInt64
   /// Seconds that requests wait for a new socket after the death of the old one.
-  public var deadConnectionTimeout: UInt64
+  package var deadConnectionTimeout: UInt64
   /// A name that only a reconnection with the same name may replace the socket of (Linux
   /// 5.14 on; older kernels ignore it).
-  public var identifier: String?
+  package var identifier: String?
   /// The number N of /dev/nbdN; nil: any free one.
-  public var index: UInt32?
+  package var index: UInt32?
 
   /// A configuration from its parts.
-  public init(
+  package init(
     size: UInt64, blockSize: UInt32 = 512, flags: UInt16, timeout: UInt64,
     deadConnectionTimeout: UInt64, identifier: String? = nil, index: UInt32? = nil
   ) {

@@ -7,16 +7,16 @@ import Glibc
 
 /// A new file without a name, or, where the file system has no such files, with its name from
 /// the beginning.
-public struct NewFile: Sendable {
+package struct NewFile: Sendable {
   /// The file, writable, empty.
-  public let store: FileStore
+  package let store: FileStore
   /// The path that it has or will have.
-  public let path: String
+  package let path: String
   /// Whether it has had its name from the beginning: then whoever gives it up removes it.
-  public let isNamed: Bool
+  package let isNamed: Bool
 
   /// Makes a file. Throws the errno of open(2): ENOENT when the folder is missing, EEXIST.
-  public init(path: String, mode: UInt32 = 0o600) throws(IOError) {
+  package init(path: String, mode: UInt32 = 0o600) throws(IOError) {
     self.path = path
     let folder = path.lastIndex(of: "/").map { String(path[...$0]) } ?? "."
     let raw = dmu_unnamed_file(folder, mode)
@@ -35,7 +35,7 @@ public struct NewFile: Sendable {
 
   /// Gives it its name, durably. Throws EEXIST when another file has got it meanwhile, and the
   /// errno of linkat(2) or fsync(2).
-  public func publish() throws(IOError) {
+  package func publish() throws(IOError) {
     if !isNamed, dmu_name_file(store.raw, path) != 0 { throw IOError.last("name", path) }
     let folder = path.lastIndex(of: "/").map { String(path[...$0]) } ?? "."
     let directory = try Descriptor(path: folder, flags: O_RDONLY | O_DIRECTORY)

@@ -6,12 +6,12 @@ import Glibc
 import Synchronization
 
 /// A descriptor that came with a packet: closed with this object, unless taken.
-public final class PassedDescriptor: Sendable {
+package final class PassedDescriptor: Sendable {
   private let number: Mutex<Int32>
   private let closer: Closer?
 
   /// Takes over an owned descriptor. With a closer, that closes it: its peer is not trusted.
-  public init(_ descriptor: consuming Descriptor, closer: Closer? = nil) {
+  package init(_ descriptor: consuming Descriptor, closer: Closer? = nil) {
     number = Mutex(descriptor.release())
     self.closer = closer
   }
@@ -23,12 +23,12 @@ public final class PassedDescriptor: Sendable {
   }
 
   /// The number, lent; nil when it has been taken.
-  public var raw: Int32? {
+  package var raw: Int32? {
     number.withLock { $0 >= 0 ? $0 : nil }
   }
 
   /// Gives ownership to the caller, once.
-  public func take() -> Descriptor? {
+  package func take() -> Descriptor? {
     let raw = number.withLock { number in
       defer { number = -1 }
       return number
@@ -38,7 +38,7 @@ public final class PassedDescriptor: Sendable {
 }
 
 /// What one receive brought.
-public enum Packet: Sendable {
+package enum Packet: Sendable {
   /// Bytes, and the descriptors that came with them.
   case packet([UInt8], [PassedDescriptor])
   /// A packet that was too long or carried too many descriptors, which are closed.
@@ -50,13 +50,13 @@ public enum Packet: Sendable {
 }
 
 /// Sending and receiving packets.
-public enum PacketSocket {
+package enum PacketSocket {
   /// The most descriptors in one packet; one that carries more is too large.
-  public static let maxDescriptors = Int(DMU_MAX_DESCRIPTORS)
+  package static let maxDescriptors = Int(DMU_MAX_DESCRIPTORS)
 
   /// Sends a packet with descriptors, which stay the caller's. Throws: EAGAIN when the peer
   /// does not read, EPIPE or ECONNRESET when it is gone, and the other errnos of sendmsg(2).
-  public static func send(
+  package static func send(
     _ bytes: [UInt8], descriptors: [Int32] = [], to socket: Int32
   ) throws(IOError) {
     let result = bytes.withUnsafeBytes { bytes in
@@ -74,7 +74,7 @@ public enum PacketSocket {
 
   /// Receives the next packet of at most `limit` bytes, if there is one. Descriptors that nobody
   /// takes are closed by `closer`, if there is one. Throws: the errno of recvmsg(2).
-  public static func receive(
+  package static func receive(
     from socket: Int32, limit: Int, closer: Closer? = nil
   ) throws(IOError) -> Packet {
     let room = Int(DMU_DESCRIPTOR_ROOM)

@@ -7,9 +7,9 @@ internal import CLinux
 import Glibc
 
 /// A file in the making.
-public final class PendingFile {
+package final class PendingFile {
   /// The file, writable. Its `name` is the path that it will have.
-  public let store: FileStore
+  package let store: FileStore
   private let path: String
   /// Its name of the meantime, where it has to have one.
   private var temporary: String?
@@ -22,7 +22,7 @@ public final class PendingFile {
   /// Begins a file that shall have a path, a link there being followed.
   ///
   /// - Throws: the errno of open(2).
-  public init(path: String, mode: UInt32 = 0o644) throws(IOError) {
+  package init(path: String, mode: UInt32 = 0o644) throws(IOError) {
     var real = path
     if let resolved = realpath(path, nil) {
       real = String(cString: resolved)
@@ -89,7 +89,7 @@ public final class PendingFile {
   /// a temporary name beside it until that is done.
   ///
   /// - Throws: the errno of linkat(2), rename(2), fsync(2) or of the copy.
-  public func publish(durable: Bool) throws(IOError) {
+  package func publish(durable: Bool) throws(IOError) {
     let durable = durable || replaces
     if replaces {
       guard fsync(store.raw) == 0 else { throw IOError.last("flush", path) }

@@ -20,26 +20,26 @@
 import Glibc
 
 /// Where the pending logs of stores are kept.
-public struct PendingRegistry: Sendable, Hashable {
+package struct PendingRegistry: Sendable, Hashable {
   /// The run directory of a daemon that was not told otherwise.
-  public static let usualRunDirectory = "/run/dmu-xen"
+  package static let usualRunDirectory = "/run/dmu-xen"
   /// The environment variable that names another run directory to tools.
-  public static let variable = "DMU_XEN_RUN"
+  package static let variable = "DMU_XEN_RUN"
 
   /// The folder of the logs.
-  public let directory: String
+  package let directory: String
 
   /// The registry of a run directory.
-  public init(runDirectory: String) { directory = runDirectory + "/pending" }
+  package init(runDirectory: String) { directory = runDirectory + "/pending" }
 
   /// The registry that tools look into.
-  public static var ofTools: PendingRegistry {
+  package static var ofTools: PendingRegistry {
     let given = getenv(variable).map { String(cString: $0) } ?? ""
     return PendingRegistry(runDirectory: given.isEmpty ? usualRunDirectory : given)
   }
 
   /// The name of a store's log. Throws the errno of fstat(2).
-  public static func key(of store: FileStore) throws(IOError) -> String {
+  package static func key(of store: FileStore) throws(IOError) -> String {
     var status = stat()
     guard fstat(store.raw, &status) == 0 else { throw IOError.last("examine", store.name) }
     func hex(_ number: UInt64) -> String { String(number, radix: 16) }
@@ -48,19 +48,19 @@ public struct PendingRegistry: Sendable, Hashable {
   }
 
   /// Path of a log.
-  public func log(_ key: String) -> String { directory + "/" + key }
+  package func log(_ key: String) -> String { directory + "/" + key }
 
   /// Path of the text beside a log.
-  public func info(_ key: String) -> String { log(key) + ".info" }
+  package func info(_ key: String) -> String { log(key) + ".info" }
 
   /// Path of the mark of a file that a store names.
-  public func mark(_ key: String) -> String { log(key) + ".of" }
+  package func mark(_ key: String) -> String { log(key) + ".of" }
 
   /// Why a file may not be written to by a tool that has just locked it: the pending log of its
   /// disk is needed, or the device of its disk is still there. nil: it may. `own`: the log that
   /// the caller itself goes on from. Throws the errno of a system call; a folder that is not there
   /// holds nothing.
-  public func hindrance(_ store: FileStore, own: String? = nil) throws(IOError) -> String? {
+  package func hindrance(_ store: FileStore, own: String? = nil) throws(IOError) -> String? {
     var key = try Self.key(of: store)
     if let other = try text(mark(key))?.split(separator: "\n").first { key = String(other) }
     guard key != own, let held = try held(key) else { return nil }
@@ -109,7 +109,7 @@ public struct PendingRegistry: Sendable, Hashable {
 
 extension PendingSummary {
   /// What a log holds, for people: "12 placements, a failed flush".
-  public var words: String {
+  package var words: String {
     var parts: [String] = []
     if uncommitted > 0 { parts.append("\(uncommitted) placement\(uncommitted == 1 ? "" : "s")") }
     if flushFailed != 0 {

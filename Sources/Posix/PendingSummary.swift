@@ -6,24 +6,24 @@
 // kept, and what is said of it.
 
 /// The state of a pending log, read from its header.
-public struct PendingSummary: Sendable, Equatable {
+package struct PendingSummary: Sendable, Equatable {
   /// Most placements that are not committed; 0: none.
-  public var uncommitted: UInt64
+  package var uncommitted: UInt64
   /// The errno of the failed flush that stands; 0: none.
-  public var flushFailed: Int32
+  package var flushFailed: Int32
   /// Whether a flush had no known result when the log was last written.
-  public var isFlushing: Bool
+  package var isFlushing: Bool
 
   /// Bytes of a log when it is made, and at most.
-  public static let firstSize: UInt64 = 4096 + 1024 * 40
+  package static let firstSize: UInt64 = 4096 + 1024 * 40
   /// A log that is longer was not written by a worker in its senses.
-  public static let largestSize: UInt64 = 4096 + 65536 * 40
+  package static let largestSize: UInt64 = 4096 + 65536 * 40
 
   /// Whether something would be lost with the log.
-  public var isNeeded: Bool { uncommitted > 0 || flushFailed != 0 || isFlushing }
+  package var isNeeded: Bool { uncommitted > 0 || flushFailed != 0 || isFlushing }
 
   /// Nothing to recover.
-  public static let nothing = PendingSummary(uncommitted: 0, flushFailed: 0, isFlushing: false)
+  package static let nothing = PendingSummary(uncommitted: 0, flushFailed: 0, isFlushing: false)
 
   private init(uncommitted: UInt64, flushFailed: Int32, isFlushing: Bool) {
     self.uncommitted = uncommitted
@@ -33,7 +33,7 @@ public struct PendingSummary: Sendable, Equatable {
 
   /// Reads the header of a log and its newest record. A file that is no log, since its worker
   /// died before it made one, holds nothing. Blocks for a moment. Throws the errno of a read.
-  public init(_ log: FileStore) throws(IOError) {
+  package init(_ log: FileStore) throws(IOError) {
     self = .nothing
     let size = log.size
     guard size >= 4096 else { return }

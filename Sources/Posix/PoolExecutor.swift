@@ -10,7 +10,7 @@ internal import CLinux
 import Glibc
 
 /// Backing I/O over byte stores: inline where nothing is waited for, else on a pool.
-public final class PoolExecutor: IOExecutor {
+package final class PoolExecutor: IOExecutor {
   private struct Device {
     let store: any ByteStore
     /// -1: not a file, so everything goes to the pool.
@@ -35,9 +35,9 @@ public final class PoolExecutor: IOExecutor {
   fileprivate static let piece = 64 << 10
 
   /// Told of each operation's end.
-  public var completion: ((UInt32, Int32) -> Void)?
+  package var completion: ((UInt32, Int32) -> Void)?
   /// How many devices there are.
-  public var deviceCount: Int { devices.count }
+  package var deviceCount: Int { devices.count }
 
   private let pool: ThreadPool
   private var devices: [Device]
@@ -47,7 +47,7 @@ public final class PoolExecutor: IOExecutor {
 
   /// Devices in the order of their numbers. `inlineLimit`: longer writes, in bytes, always go
   /// to the pool.
-  public init(pool: ThreadPool, devices stores: [any ByteStore], inlineLimit: Int = 4 << 20) {
+  package init(pool: ThreadPool, devices stores: [any ByteStore], inlineLimit: Int = 4 << 20) {
     self.pool = pool
     self.inlineLimit = inlineLimit
     others = stores.dropFirst().filter(\.isWritable)
@@ -61,20 +61,20 @@ public final class PoolExecutor: IOExecutor {
   }
 
   /// Whether a device may be written.
-  public func isWritable(_ device: UInt16) -> Bool {
+  package func isWritable(_ device: UInt16) -> Bool {
     devices[Int(device)].isWritable
   }
 
   /// The name of its store.
-  public func name(_ device: UInt16) -> String { devices[Int(device)].store.name }
+  package func name(_ device: UInt16) -> String { devices[Int(device)].store.name }
 
   /// The end of a device that cannot grow.
-  public func end(_ device: UInt16) -> UInt64 {
+  package func end(_ device: UInt16) -> UInt64 {
     devices[Int(device)].fixedSize ?? UInt64.max
   }
 
   /// Tries the page cache.
-  public func attempt(_ io: BackingIO) -> Int {
+  package func attempt(_ io: BackingIO) -> Int {
     let index = Int(io.device)
     guard devices[index].raw >= 0, let buffer = io.buffer else { return -Int(EAGAIN) }
     switch io.operation {
@@ -127,7 +127,7 @@ public final class PoolExecutor: IOExecutor {
   }
 
   /// Hands an operation to the pool.
-  public func start(_ io: BackingIO) {
+  package func start(_ io: BackingIO) {
     let job = idle.popLast() ?? StoreJob(self)
     job.io = io
     job.store = devices[Int(io.device)].store
@@ -142,14 +142,14 @@ public final class PoolExecutor: IOExecutor {
   }
 
   /// Runs a commit on the pool.
-  public func run(
+  package func run(
     _ work: @escaping @Sendable () -> CommitFailure?, then: @escaping (CommitFailure?) -> Void
   ) {
     pool.run(work, then: then)
   }
 
   /// Asks the file where its holes are.
-  public func hole(
+  package func hole(
     _ device: UInt16, at offset: UInt64, limit: UInt64
   ) -> (isHole: Bool, count: UInt64) {
     let device = devices[Int(device)]

@@ -4,14 +4,14 @@
 import Glibc
 
 /// The name by which this process was started.
-public enum ProgramName {
+package enum ProgramName {
   /// The last component of argv[0]: the name of the file or of a link to it, or what `exec -a` gave.
-  public static var called: String {
+  package static var called: String {
     CommandLine.arguments.first?.split(separator: "/").last.map(String.init) ?? ""
   }
 
   /// Reports that the file has no program of this name, and exits with 64 (EX_USAGE).
-  public static func refuse(_ known: String...) -> Never {
+  package static func refuse(_ known: String...) -> Never {
     let message = """
       \(ForeignText.shown(called, limit: 64)): no program of this name is in this file: \
       call it by one of the names \(known.joined(separator: ", "))\n

@@ -16,7 +16,7 @@ open class PoolJob {
   fileprivate var next: Unmanaged<PoolJob>?
 
   /// A job at rest.
-  public init() {}
+  package init() {}
 
   /// Does the work, on a thread of the pool.
   open func perform() {}
@@ -28,7 +28,7 @@ open class PoolJob {
 // The queues and `stopping` are guarded by `mutex`; `registration`, `threads` and `loop`
 // belong to the loop's thread.
 /// Threads, a queue to them, and a queue back.
-public final class ThreadPool: @unchecked Sendable {
+package final class ThreadPool: @unchecked Sendable {
   private struct Queue {
     var head: Unmanaged<PoolJob>?
     var tail: Unmanaged<PoolJob>?
@@ -59,7 +59,7 @@ public final class ThreadPool: @unchecked Sendable {
   private var stopping = false
 
   /// Starts the threads. Throws: the errno of eventfd(2) or pthread_create(3).
-  public init(loop: EventLoop, threads count: Int = 4) throws(IOError) {
+  package init(loop: EventLoop, threads count: Int = 4) throws(IOError) {
     pthread_mutex_init(mutex, nil)
     pthread_cond_init(condition, nil)
     self.loop = loop
@@ -105,7 +105,7 @@ public final class ThreadPool: @unchecked Sendable {
   }
 
   /// Queues a job, which is kept alive until it has finished. From the loop's thread.
-  public func submit(_ job: PoolJob) {
+  package func submit(_ job: PoolJob) {
     let reference = Unmanaged.passRetained(job)
     pthread_mutex_lock(mutex)
     precondition(!stopping, "a job for a pool that is shut down")
@@ -115,7 +115,7 @@ public final class ThreadPool: @unchecked Sendable {
   }
 
   /// Runs `work` on a thread, then `then` with what it returned on the loop's.
-  public func run<Result: Sendable>(
+  package func run<Result: Sendable>(
     _ work: @escaping @Sendable () -> Result, then: @escaping (Result) -> Void
   ) {
     submit(ClosureJob(work, then))
@@ -123,7 +123,7 @@ public final class ThreadPool: @unchecked Sendable {
 
   /// Waits for what runs, lets what only waits go unperformed, ends the threads and tells of
   /// everything that was performed. On the loop's thread.
-  public func shutdown() {
+  package func shutdown() {
     pthread_mutex_lock(mutex)
     stopping = true
     pthread_cond_broadcast(condition)

@@ -5,27 +5,27 @@ internal import CLinux
 import Glibc
 
 /// Two sockets that are connected to each other.
-@frozen public struct SocketPair: ~Copyable, Sendable {
+@frozen package struct SocketPair: ~Copyable, Sendable {
   /// One end.
-  public let first: Descriptor
+  package let first: Descriptor
   /// The other end.
-  public let second: Descriptor
+  package let second: Descriptor
 }
 
 /// Who connected to a Unix socket, as the kernel noted it at that time.
-public struct PeerCredentials: Sendable, Equatable {
+package struct PeerCredentials: Sendable, Equatable {
   /// Process id.
-  public let pid: Int32
+  package let pid: Int32
   /// Effective user id.
-  public let uid: UInt32
+  package let uid: UInt32
   /// Effective group id.
-  public let gid: UInt32
+  package let gid: UInt32
 }
 
 /// Opening and examining Unix sockets. Every descriptor is close-on-exec.
-public enum UnixSocket {
+package enum UnixSocket {
   /// What a socket carries.
-  public enum Kind: Sendable {
+  package enum Kind: Sendable {
     /// Bytes.
     case stream
     /// Packets, whole and in order.
@@ -45,7 +45,7 @@ public enum UnixSocket {
   }
 
   /// Makes a connected pair. Throws: the errno of socketpair(2).
-  public static func pair(_ kind: Kind) throws(IOError) -> SocketPair {
+  package static func pair(_ kind: Kind) throws(IOError) -> SocketPair {
     var ends: [Int32] = [-1, -1]
     guard socketpair(AF_UNIX, kind.type, 0, &ends) == 0 else {
       throw IOError.last("make a socket pair")
@@ -56,7 +56,7 @@ public enum UnixSocket {
   /// Listens at a path. A socket file that nobody listens on any more is replaced; one in
   /// use throws EADDRINUSE, unless `replacing` says that the place is the caller's, and so does any
   /// other file there. `mode` are the permission bits of the socket file.
-  public static func listen(
+  package static func listen(
     at path: String, kind: Kind, mode: UInt32 = 0o600, backlog: Int32 = 64,
     replacing: Bool = false
   ) throws(IOError) -> Descriptor {
@@ -74,7 +74,7 @@ public enum UnixSocket {
 
   /// Connects to a path. A listener whose queue is full is waited for, at most so long. Throws: the
   /// errno of connect(2), ETIMEDOUT after that time.
-  public static func connect(
+  package static func connect(
     to path: String, kind: Kind, milliseconds: Int = 5000
   ) throws(IOError) -> Descriptor {
     let socket = try make(kind)
@@ -98,7 +98,8 @@ public enum UnixSocket {
 
   /// A socket that receives datagrams at a path, or, if it begins with "@", at the abstract address
   /// that follows. Throws: the errno of bind(2).
-  public static func receiver(at path: String, mode: UInt32 = 0o600) throws(IOError) -> Descriptor {
+  package static func receiver(at path: String, mode: UInt32 = 0o600) throws(IOError) -> Descriptor
+  {
     let socket = try make(.datagrams)
     guard path.hasPrefix("@") else {
       try bind(socket.raw, path, mode)
@@ -112,12 +113,12 @@ public enum UnixSocket {
   }
 
   /// A socket that sends datagrams.
-  public static func sender() throws(IOError) -> Descriptor { try make(.datagrams) }
+  package static func sender() throws(IOError) -> Descriptor { try make(.datagrams) }
 
   /// Sends a datagram to the socket at a path, or, if the path begins with "@", at the abstract
   /// address that follows it. Does not wait. Throws: the errno of sendto(2), EAGAIN when the
   /// receiver's queue is full.
-  public static func send(
+  package static func send(
     _ bytes: [UInt8], from socket: Int32, to path: String
   ) throws(IOError) {
     let code = try withAddress(path, isAbstract: path.hasPrefix("@")) {
@@ -129,7 +130,7 @@ public enum UnixSocket {
 
   /// Takes the next connection of a listening socket that is waiting; nil when there is none
   /// (which only a non-blocking listener says) or it has gone. Throws: the errno of accept(2).
-  public static func accept(from listener: Int32) throws(IOError) -> Descriptor? {
+  package static func accept(from listener: Int32) throws(IOError) -> Descriptor? {
     while true {
       let raw = dmu_accept(listener)
       if raw >= 0 { return Descriptor(owning: raw) }
@@ -142,7 +143,7 @@ public enum UnixSocket {
   }
 
   /// Who is at the other end. Throws: the errno of getsockopt(2).
-  public static func peer(of socket: Int32) throws(IOError) -> PeerCredentials {
+  package static func peer(of socket: Int32) throws(IOError) -> PeerCredentials {
     var pid: pid_t = 0
     var uid: uid_t = 0
     var gid: gid_t = 0
@@ -153,7 +154,7 @@ public enum UnixSocket {
   }
 
   /// Makes reads and writes of a descriptor return at once instead of waiting.
-  public static func setNonBlocking(_ raw: Int32) throws(IOError) {
+  package static func setNonBlocking(_ raw: Int32) throws(IOError) {
     let flags = fcntl(raw, F_GETFL)
     guard flags >= 0, fcntl(raw, F_SETFL, flags | O_NONBLOCK) == 0 else {
       throw IOError.last("make a socket non-blocking")

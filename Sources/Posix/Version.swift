@@ -3,7 +3,7 @@
 // another number, the module's package and the manual pages.
 
 /// The project's version.
-public enum Version {
+package enum Version {
   /// As text, three numbers.
-  public static let text = "0.1.0"
+  package static let text = "0.1.0"
 }

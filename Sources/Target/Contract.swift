@@ -9,13 +9,13 @@
 // - A flush fault comes only when every write that it covers is complete on its device
 //   and that device has been flushed.
 
-public import Posix
+package import Posix
 
 /// Names one fault of one target, for as long as it is unanswered. Never 0.
-public typealias FaultID = UInt64
+package typealias FaultID = UInt64
 
 /// A question from the target, or news that a worker has to know.
-public enum Fault: Sendable, Equatable {
+package enum Fault: Sendable, Equatable {
   /// A read found no mapping for `blocks.first`. `blocks` is what the request still wants,
   /// in a row; an answer must start at the first and may cover fewer or more.
   case read(FaultID, blocks: BlockRange)
@@ -39,7 +39,7 @@ public enum Fault: Sendable, Equatable {
 
 extension Fault {
   /// The number that an answer has to name; nil for news.
-  public var id: FaultID? {
+  package var id: FaultID? {
     switch self {
     case .read(let id, _), .write(let id, _, _), .flush(let id, _), .discard(let id, _, _): id
     case .mapError, .invalidateDone, .placed: nil
@@ -48,7 +48,7 @@ extension Fault {
 }
 
 /// What a worker says to its target.
-public enum Answer: Sendable, Equatable {
+package enum Answer: Sendable, Equatable {
   /// For a read, write or discard fault: the blocks are there. Remembered, unless
   /// `temporary`. The extent's mark, when not 0, makes it uncommitted: the next flush is
   /// held for it. For a discard fault the device's range is zeroed at that place.
@@ -66,7 +66,7 @@ public enum Answer: Sendable, Equatable {
 }
 
 /// Why an answer was refused. Nothing has changed.
-public enum AnswerRefusal: Error, Sendable, Equatable {
+package enum AnswerRefusal: Error, Sendable, Equatable {
   /// No such fault is waiting, or it is of another kind.
   case unknownFault(FaultID)
   /// The blocks are not the ones asked for, or lie outside the disk.
@@ -80,7 +80,7 @@ public enum AnswerRefusal: Error, Sendable, Equatable {
 }
 
 /// What both engines offer to a worker. Everything happens on the worker's one thread.
-public protocol TargetEngine: AnyObject {
+package protocol TargetEngine: AnyObject {
   /// Bytes of a block.
   var blockSize: UInt32 { get }
   /// Length of the disk in 512-byte sectors.
@@ -101,9 +101,9 @@ public protocol TargetEngine: AnyObject {
 
 extension TargetEngine {
   /// It cannot, unless it says otherwise.
-  public var takesGrants: Bool { false }
+  package var takesGrants: Bool { false }
   /// Refuses any.
-  public func grant(_ grant: Grant?) throws(AnswerRefusal) {
+  package func grant(_ grant: Grant?) throws(AnswerRefusal) {
     if let grant { throw .badBlocks(grant.blocks) }
   }
 }

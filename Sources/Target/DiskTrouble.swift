@@ -5,28 +5,28 @@
 import Glibc
 
 /// How an engine treats a write that finds no space.
-public struct SpacePolicy: Sendable, Equatable {
+package struct SpacePolicy: Sendable, Equatable {
   /// Whether the write waits for space; otherwise it fails at once with ENOSPC.
-  public var waits: Bool
+  package var waits: Bool
   /// After so many seconds without space what waits fails, and so do the writes that follow
   /// until there is some; 0: never.
-  public var timeout: UInt32
+  package var timeout: UInt32
 
   /// A policy from its parts.
-  public init(waits: Bool, timeout: UInt32 = 0) {
+  package init(waits: Bool, timeout: UInt32 = 0) {
     self.waits = waits
     self.timeout = timeout
   }
 
   /// The errnos that say that a medium is full, which may pass: ENOSPC and EDQUOT of file
   /// systems, EREMOTEIO of a thin pool that has run out.
-  public static func isShortage(_ code: Int32) -> Bool {
+  package static func isShortage(_ code: Int32) -> Bool {
     code == ENOSPC || code == EDQUOT || code == EREMOTEIO
   }
 }
 
 /// The failures of a disk's backing devices, flushes and commits.
-public struct DiskTrouble {
+package struct DiskTrouble {
   /// Failed operations of one backing device.
   struct Device {
     var name: String
@@ -55,7 +55,7 @@ public struct DiskTrouble {
   private(set) var lastError: Int64 = 0
 
   /// Milliseconds of the monotonic clock.
-  public static func now() -> Int64 {
+  package static func now() -> Int64 {
     var time = timespec()
     clock_gettime(CLOCK_MONOTONIC, &time)
     return Int64(time.tv_sec) * 1000 + Int64(time.tv_nsec) / 1_000_000

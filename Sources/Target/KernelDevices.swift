@@ -3,12 +3,12 @@
 // each a file or a device; a format may have more, and some that are neither (compressed
 // clusters, a base that is itself an image), which are read through user space.
 
-public import Posix
+package import Posix
 
 /// The devices of a format beside those of the kernel.
-public struct KernelDevices: Sendable {
+package struct KernelDevices: Sendable {
   /// What the kernel knows of a format's device.
-  public enum Part: Sendable, Equatable {
+  package enum Part: Sendable, Equatable {
     /// All of it, under this number; but for one sector, where its file ends within one.
     case whole(UInt16, torn: UInt64? = nil)
     /// It is several in a row, each beginning at a multiple of 1 << bits bytes: their numbers,
@@ -19,12 +19,12 @@ public struct KernelDevices: Sendable {
   }
 
   /// Something that the kernel has a number for.
-  public struct Known: Sendable {
+  package struct Known: Sendable {
     let store: any ByteStore
     let isDirect: Bool
 
     /// A file or device. `isDirect`: the kernel passes the page cache by.
-    public init(_ store: any ByteStore, isDirect: Bool) {
+    package init(_ store: any ByteStore, isDirect: Bool) {
       self.store = store
       self.isDirect = isDirect
     }
@@ -38,7 +38,7 @@ public struct KernelDevices: Sendable {
 
   /// The devices of a format, each with what the kernel knows of it, for blocks of so many
   /// bytes.
-  public init(
+  package init(
     _ devices: [(store: any ByteStore, part: Part)], known: [Known], blockSize: UInt32
   ) {
     self.known = known
@@ -49,7 +49,7 @@ public struct KernelDevices: Sendable {
 
   /// A place of the format in the kernel's numbers, and for how many of so many blocks from it
   /// on that is true; nil when those have to be read through user space.
-  public func translate(_ place: Place, blocks: UInt64) -> (place: Place?, count: UInt64) {
+  package func translate(_ place: Place, blocks: UInt64) -> (place: Place?, count: UInt64) {
     guard case .device(let number, let sector) = place else { return (.zero, blocks) }
     guard Int(number) < parts.count else { return (nil, blocks) }
     switch parts[Int(number)] {
@@ -85,7 +85,7 @@ public struct KernelDevices: Sendable {
 
   /// A place of the kernel in the format's numbers; nil for a device that is none of the
   /// format's.
-  public func restore(_ place: Place) -> Place? {
+  package func restore(_ place: Place) -> Place? {
     guard case .device(let number, let sector) = place else { return place }
     for (index, part) in parts.enumerated() {
       switch part {

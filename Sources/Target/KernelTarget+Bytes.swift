@@ -226,7 +226,7 @@ extension KernelTarget {
   }
 
   /// An admin has acted: errors are forgotten. Flushes are the module's to clear.
-  public func clearFailure() {
+  package func clearFailure() {
     let failed = trouble.flushFailed
     trouble.clear()
     trouble.flushFailed = failed
@@ -259,11 +259,11 @@ extension KernelTarget {
   }
 
   /// Whether time alone may change something: to be told of by `tick` every second.
-  public var wantsTicks: Bool { trouble.isPassing }
+  package var wantsTicks: Bool { trouble.isPassing }
 
   /// A second has passed: what waits for space is tried again, or fails when it has waited too
   /// long. After `quiet` seconds without one, errors are forgotten.
-  public func tick(quiet: UInt32) {
+  package func tick(quiet: UInt32) {
     trouble.settle(after: quiet)
     if trouble.space != 0 {
       let isOver = held == 0 && starving.isEmpty
@@ -292,7 +292,7 @@ extension KernelTarget {
   }
 
   /// Fails whatever waits for space with an errno.
-  public func endWaiting(_ code: Int32) {
+  package func endWaiting(_ code: Int32) {
     let (id, turns) = (held, starving)
     held = 0
     starving = []

@@ -11,30 +11,30 @@
 // - Nothing is granted where an answer may have to wait: its mark would be overtaken.
 // - A node that fails (the device is gone) yields no more faults; `failure` says why.
 
-public import DMU
+package import DMU
 import Glibc
-public import Posix
+package import Posix
 
 /// The contract over the device-mapper target `userspace`.
-public final class KernelTarget: TargetEngine {
+package final class KernelTarget: TargetEngine {
   /// Runs blocking work elsewhere, and `then` on the target's thread with its failure.
-  public typealias Offload = (
+  package typealias Offload = (
     _ work: @escaping @Sendable () -> IOError?, _ then: @escaping (IOError?) -> Void
   ) -> Void
 
   /// Bytes of a block.
-  public let blockSize: UInt32
+  package let blockSize: UInt32
   /// Length in 512-byte sectors.
-  public let sectors: UInt64
+  package let sectors: UInt64
   /// Whether it can place first writes by itself: this module does, and it knows all devices.
-  public let takesGrants: Bool
+  package let takesGrants: Bool
   /// Why the node is of no use any more.
-  public internal(set) var failure: IOError?
+  package internal(set) var failure: IOError?
   /// How the disk is.
-  public internal(set) var health = UserTarget.Health.ready
+  package internal(set) var health = UserTarget.Health.ready
   var trouble = DiskTrouble()
   /// What becomes of a write that finds no space.
-  public var space = SpacePolicy(waits: false) {
+  package var space = SpacePolicy(waits: false) {
     didSet {
       trouble.waits = space.waits
       health = trouble.health
@@ -51,7 +51,7 @@ public final class KernelTarget: TargetEngine {
   /// Blocks that could not be carried for want of space, each to be tried again.
   var starving: [Turn] = []
   /// The descriptor to wait on: readable when there are faults.
-  public var descriptor: Int32 { node.descriptor.raw }
+  package var descriptor: Int32 { node.descriptor.raw }
 
   let node: Node
   let devices: KernelDevices
@@ -78,7 +78,7 @@ public final class KernelTarget: TargetEngine {
   /// Shakes hands with the module and takes up what a former worker left. Throws: what the
   /// node says; EPROTO when it speaks another version; EINVAL when what it has uncommitted
   /// cannot be of these devices.
-  public init(
+  package init(
     _ node: Node, _ devices: KernelDevices, offload: @escaping Offload
   ) throws(IOError) {
     self.node = node
@@ -128,7 +128,7 @@ public final class KernelTarget: TargetEngine {
   }
 
   /// What the module had uncommitted when this worker came.
-  public func uncommitted() -> [Extent] { restored }
+  package func uncommitted() -> [Extent] { restored }
 
   private func toKernel(_ mark: Mark) -> Mark { mark > dumped ? mark + shift : mark }
   private func fromKernel(_ mark: Mark) -> Mark {
@@ -138,7 +138,7 @@ public final class KernelTarget: TargetEngine {
   // MARK: Faults
 
   /// The next fault; nil when there is none now, or when the node has failed.
-  public func nextFault() -> Fault? {
+  package func nextFault() -> Fault? {
     guard failure == nil else { return nil }
     if !news.isEmpty { return news.removeFirst() }
     do throws(IOError) {
@@ -191,7 +191,7 @@ public final class KernelTarget: TargetEngine {
   /// Takes an answer. Throws what the module had against it, and then nothing has changed. One
   /// that has to wait for bytes, or for such a one before it, is taken before it is given: if it
   /// comes to nothing its requests fail, and a mark is told as `mapError`.
-  public func answer(_ answer: Answer) throws(AnswerRefusal) {
+  package func answer(_ answer: Answer) throws(AnswerRefusal) {
     switch answer {
     case .map(let id, let placement, let temporary):
       try map(id, placement, temporary, answer)
@@ -255,7 +255,7 @@ public final class KernelTarget: TargetEngine {
   }
 
   /// See `TargetEngine`. The blocks' place has to be one run of one device of the kernel's.
-  public func grant(_ grant: Grant?) throws(AnswerRefusal) {
+  package func grant(_ grant: Grant?) throws(AnswerRefusal) {
     let said: DMU.Answer
     let blocks = grant?.blocks ?? BlockRange(0, 0)
     if let grant {

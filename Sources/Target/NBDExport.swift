@@ -5,37 +5,37 @@
 // all of them, as they are all requests of the one target: the multi-conn promise.
 
 import Glibc
-public import Posix
+package import Posix
 
 /// A disk served over NBD, to any number of clients up to a limit. Source: the NBD
 /// protocol specification.
-public final class NBDExport {
+package final class NBDExport {
   /// What is offered, and the bounds of what it may cost.
-  public struct Options: Sendable {
+  package struct Options: Sendable {
     /// The export's name; the empty name finds it too.
-    public var name = ""
+    package var name = ""
     /// Shown to clients that ask.
-    public var description = ""
+    package var description = ""
     /// Writes are refused.
-    public var readOnly = false
+    package var readOnly = false
     /// Connections at once; more are closed at once.
-    public var maxConnections = 16
+    package var maxConnections = 16
     /// Requests of one connection at once.
-    public var maxRequests = 256
+    package var maxRequests = 256
     /// Bytes of buffers of one connection; a single larger request is let in alone.
-    public var maxBytes = 16 << 20
+    package var maxBytes = 16 << 20
     /// Milliseconds that a handshake may take.
-    public var handshakeTime: Int64 = 30_000
+    package var handshakeTime: Int64 = 30_000
 
     /// The defaults.
-    public init() {}
+    package init() {}
   }
 
   let target: UserTarget
   let loop: EventLoop
   let options: Options
   /// How long requests took, of all connections.
-  public internal(set) var times = RequestTimes()
+  package internal(set) var times = RequestTimes()
   let buffers = BufferPool(keep: 16 << 20)
   private var listeners: [(socket: Int32, registration: EventLoop.Registration)] = []
   private var sessions: [NBDSession] = []
@@ -45,7 +45,7 @@ public final class NBDExport {
   private var requestsSeen: UInt64 = 0
 
   /// An export without sockets yet.
-  public init(target: UserTarget, loop: EventLoop, options: Options = Options()) {
+  package init(target: UserTarget, loop: EventLoop, options: Options = Options()) {
     self.target = target
     self.loop = loop
     var options = options
@@ -60,21 +60,21 @@ public final class NBDExport {
   }
 
   /// What the kernel's nbd is to be told in NBD_ATTR_SERVER_FLAGS, and clients are told.
-  public static func transmissionFlags(readOnly: Bool) -> UInt16 {
+  package static func transmissionFlags(readOnly: Bool) -> UInt16 {
     NBD.Flag.hasFlags | NBD.Flag.sendFlush | NBD.Flag.sendFUA | NBD.Flag.sendTrim
       | NBD.Flag.sendWriteZeroes | NBD.Flag.multiConnection
       | (readOnly ? NBD.Flag.readOnly : 0)
   }
 
   /// Connections that are open, or whose last requests are not back yet.
-  public var sessionCount: Int { sessions.count }
+  package var sessionCount: Int { sessions.count }
 
   /// Bytes of the buffers of all connections.
   var bufferBytes: Int { sessions.reduce(0) { $0 + $1.slabs.bytes } }
 
   /// Takes connections from a listening stream socket. Throws: what adding it to the loop
   /// throws.
-  public func listen(_ socket: consuming Descriptor) throws(IOError) {
+  package func listen(_ socket: consuming Descriptor) throws(IOError) {
     let raw = socket.raw
     try UnixSocket.setNonBlocking(raw)
     let registration = try loop.add(raw, for: .readable) { [unowned self] _ in accept(raw) }
@@ -84,7 +84,7 @@ public final class NBDExport {
   /// Serves a connection that is in the transmission phase already, with simple replies, as
   /// the kernel's client wants it. `ended` is called once, when all is over.
   @discardableResult
-  public func serve(
+  package func serve(
     _ socket: consuming Descriptor, ended: @escaping (NBDEnd) -> Void
   ) throws(IOError) -> NBDSession {
     let session = try NBDSession(self, socket, inTransmission: true, ended: ended)
@@ -93,7 +93,7 @@ public final class NBDExport {
   }
 
   /// Stops listening and drops every connection. Requests under way run to their end.
-  public func close() {
+  package func close() {
     for listener in listeners {
       loop.remove(listener.registration)
       _ = Glibc.close(listener.socket)
@@ -105,7 +105,7 @@ public final class NBDExport {
   }
 
   /// Drops one connection.
-  public func drop(_ session: NBDSession) {
+  package func drop(_ session: NBDSession) {
     session.close(.dropped)
   }
 

@@ -121,7 +121,7 @@ extension NBDSession {
   }
 
   /// The target has served a request: build its reply.
-  public func completed(tag: UInt64, code: Int32) {
+  package func completed(tag: UInt64, code: Int32) {
     let index = Int(tag)
     let done = pending[index]
     pendingFree.append(Int32(index))

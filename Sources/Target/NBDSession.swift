@@ -17,7 +17,7 @@ import Glibc
 import Posix
 
 /// How a connection came to its end.
-public enum NBDEnd: Sendable, Equatable {
+package enum NBDEnd: Sendable, Equatable {
   /// The client has said so.
   case disconnected
   /// The client's end was closed without a word.
@@ -31,7 +31,7 @@ public enum NBDEnd: Sendable, Equatable {
 }
 
 /// One connection of an export.
-public final class NBDSession: RequestOwner {
+package final class NBDSession: RequestOwner {
   /// Where the conversation stands.
   enum Phase {
     case clientFlags

@@ -31,18 +31,18 @@
 // - Machines are little endian here; a power cut loses the file, and that is as it should
 //   be: what was not flushed was not promised.
 
-public import Posix
+package import Posix
 import Glibc
 import Synchronization
 
 /// Something is wrong with a pending log.
-public struct PendingLogError: Error, Sendable, Equatable, CustomStringConvertible {
+package struct PendingLogError: Error, Sendable, Equatable, CustomStringConvertible {
   /// One sentence: the thing, the reason, the remedy.
-  public let description: String
+  package let description: String
   /// The failed system call behind it.
-  public let cause: IOError?
+  package let cause: IOError?
   /// Whether the log is sound, but of another disk than this one.
-  public let isForeign: Bool
+  package let isForeign: Bool
 
   init(_ description: String, cause: IOError? = nil, isForeign: Bool = false) {
     self.description = description
@@ -52,7 +52,7 @@ public struct PendingLogError: Error, Sendable, Equatable, CustomStringConvertib
 }
 
 /// The uncommitted placements of one disk. Used from one thread.
-public final class PendingLog {
+package final class PendingLog {
   static let magic: UInt64 = 0x3164_6e65_7075_6d64
   static let recordSize = 40
   static let start = 4096
@@ -74,14 +74,14 @@ public final class PendingLog {
   /// Flushes of the store whose results are not there yet.
   private var flushesUnderWay = 0
   /// Whether the worker before this one died in a flush whose result nobody has seen.
-  public private(set) var isSuspect = false
+  package private(set) var isSuspect = false
 
   private static var mapped: Int { start + maximumCapacity * recordSize }
 
   /// Maps a file whose descriptor is lent for the log's life. An empty file is made a log
   /// of a disk of `size` bytes; any other is checked and taken over. Throws when it is not
   /// a log, not of this disk, or damaged.
-  public init(mapping raw: Int32, size: UInt64, blockSize: UInt32) throws(PendingLogError) {
+  package init(mapping raw: Int32, size: UInt64, blockSize: UInt32) throws(PendingLogError) {
     var status = stat()
     guard fstat(raw, &status) == 0 else { throw PendingLog.error(.last("examine", "pending log")) }
     let isNew = status.st_size == 0
@@ -106,7 +106,7 @@ public final class PendingLog {
   }
 
   /// A log in anonymous memory, for a worker that nobody stands behind.
-  public init(anonymousFor size: UInt64, blockSize: UInt32) throws(PendingLogError) {
+  package init(anonymousFor size: UInt64, blockSize: UInt32) throws(PendingLogError) {
     base = try PendingLog.map(-1, MAP_PRIVATE | MAP_ANONYMOUS)
     raw = -1
     self.size = size
@@ -149,13 +149,13 @@ public final class PendingLog {
   }
 
   /// The mark up to which everything is committed.
-  public private(set) var committed: Mark {
+  package private(set) var committed: Mark {
     get { loaded(40) }
     set { publish(newValue, at: 40) }
   }
 
   /// The errno of the first failed flush, which stands until an admin acts; 0: none.
-  public var flushFailed: Int32 { Int32(truncatingIfNeeded: loaded(48) & 0xffff) }
+  package var flushFailed: Int32 { Int32(truncatingIfNeeded: loaded(48) & 0xffff) }
 
   private static let underWay: UInt64 = 1 << 32
 
@@ -166,23 +166,23 @@ public final class PendingLog {
   }
 
   /// Makes a failed flush stand. The first one counts.
-  public func failFlush(_ code: Int32) {
+  package func failFlush(_ code: Int32) {
     if flushFailed == 0 { publishFlush(failed: code) }
   }
 
   /// An admin has seen to the store: flushes may succeed again.
-  public func clearFlushFailure() {
+  package func clearFlushFailure() {
     publishFlush(failed: 0)
   }
 
   /// A flush of the store begins.
-  public func beginFlush() {
+  package func beginFlush() {
     flushesUnderWay += 1
     if flushesUnderWay == 1 { publishFlush(failed: flushFailed) }
   }
 
   /// The result of a flush is there, 0 for success. A failed one stands.
-  public func endFlush(_ code: Int32) {
+  package func endFlush(_ code: Int32) {
     flushesUnderWay -= 1
     let failed = flushFailed
     publishFlush(failed: failed == 0 ? code : failed)
@@ -190,7 +190,7 @@ public final class PendingLog {
 
   /// What became of the flush in which the worker before this one died: 0 when it is proved that
   /// nothing was lost, else an errno, which stands.
-  public func judge(_ code: Int32) {
+  package func judge(_ code: Int32) {
     isSuspect = false
     let failed = flushFailed
     publishFlush(failed: failed == 0 ? code : failed)
@@ -199,7 +199,7 @@ public final class PendingLog {
   /// Says in a log that exists already that a flush is under way, for the time in which its
   /// image is opened, which may flush. Answers whether there is such a log. Throws the errno
   /// of reading or writing it.
-  public static func suspect(_ raw: Int32) throws(IOError) -> Bool {
+  package static func suspect(_ raw: Int32) throws(IOError) -> Bool {
     var word: UInt64 = 0
     for offset in [0, 48] as [off_t] {
       let count = pread(raw, &word, 8, offset)
@@ -228,7 +228,7 @@ public final class PendingLog {
   // MARK: Records
 
   /// Records in the log, dropped ones that others stand behind included.
-  public var count: Int { head >= tail ? head - tail : head + capacity - tail }
+  package var count: Int { head >= tail ? head - tail : head + capacity - tail }
 
   /// Makes sure that so many more records fit, growing if need be; false when they do not.
   func makeRoom(for wanted: Int) -> Bool {

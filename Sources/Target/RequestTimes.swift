@@ -5,23 +5,23 @@
 // The clock is read once for each recv and once for each sendmsg, however many requests those
 // carry, so measuring costs a request no system call and, under load, hardly any reading.
 
-public import Posix
+package import Posix
 import Glibc
 
 /// Times of requests since the start, by kind.
-public struct RequestTimes: Sendable, Equatable {
+package struct RequestTimes: Sendable, Equatable {
   /// Nanoseconds of all reads together.
-  public var reading: UInt64 = 0
+  package var reading: UInt64 = 0
   /// The same of writes.
-  public var writing: UInt64 = 0
+  package var writing: UInt64 = 0
   /// The same of flushes.
-  public var flushing: UInt64 = 0
+  package var flushing: UInt64 = 0
   /// The same of discards and writes of zeroes.
-  public var discarding: UInt64 = 0
+  package var discarding: UInt64 = 0
   /// Reads, writes, discards and writes of zeroes.
-  public var latencies = LatencyHistogram()
+  package var latencies = LatencyHistogram()
   /// Flushes.
-  public var flushes = LatencyHistogram()
+  package var flushes = LatencyHistogram()
 
   /// Counts a request that took so many nanoseconds.
   mutating func add(command: UInt16, _ nanoseconds: UInt64) {

@@ -2,9 +2,9 @@
 // What is asked of a target from the guest's side, and how the answer comes back.
 
 /// One request of a guest. Offsets and lengths are in bytes, of any alignment.
-public struct TargetRequest {
+package struct TargetRequest {
   /// What is wanted.
-  public enum Operation: UInt8, Sendable {
+  package enum Operation: UInt8, Sendable {
     /// Fill the buffer.
     case read
     /// Write the buffer.
@@ -20,22 +20,22 @@ public struct TargetRequest {
   }
 
   /// What is wanted.
-  public var operation: Operation
+  package var operation: Operation
   /// Durable before it is acknowledged. For write, discard and zero.
-  public var isForced = false
+  package var isForced = false
   /// Zeroes that keep their space. For zero.
-  public var keepsSpace = false
+  package var keepsSpace = false
   /// Bytes from the start of the disk.
-  public var offset: UInt64
+  package var offset: UInt64
   /// Bytes.
-  public var count: UInt64
+  package var count: UInt64
   /// `count` bytes for read and write, lent until the request has completed.
-  public var buffer: UnsafeMutableRawPointer?
+  package var buffer: UnsafeMutableRawPointer?
   /// What the owner is told by.
-  public var tag: UInt64
+  package var tag: UInt64
 
   /// A request from its parts.
-  public init(
+  package init(
     _ operation: Operation, offset: UInt64 = 0, count: UInt64 = 0,
     buffer: UnsafeMutableRawPointer? = nil, tag: UInt64 = 0
   ) {
@@ -48,29 +48,29 @@ public struct TargetRequest {
 }
 
 /// Whoever makes requests of a target.
-public protocol RequestOwner: AnyObject {
+package protocol RequestOwner: AnyObject {
   /// A request that `submit` left pending has completed with this errno, 0 for success. May
   /// be called before that `submit` has returned.
   func completed(tag: UInt64, code: Int32)
 }
 
 /// A list that a status request fills: what runs of bytes are made of.
-public struct StatusList {
+package struct StatusList {
   /// A run that is all alike.
-  public struct Entry {
+  package struct Entry {
     /// Bytes.
-    public var count: UInt32
+    package var count: UInt32
     /// Whether it is known to read as zeroes and to take up no space.
-    public var isHole: Bool
+    package var isHole: Bool
   }
 
   /// What was found, at most `limit` runs.
-  public internal(set) var entries: [Entry] = []
+  package internal(set) var entries: [Entry] = []
   /// How many runs may be told.
-  public let limit: Int
+  package let limit: Int
 
   /// An empty list.
-  public init(limit: Int) {
+  package init(limit: Int) {
     self.limit = limit
     entries.reserveCapacity(min(limit, 64))
   }

@@ -23,7 +23,7 @@ extension UserTarget {
   }
 
   /// The next fault that the worker has not seen yet.
-  public func nextFault() -> Fault? {
+  package func nextFault() -> Fault? {
     guard faultsTaken < faults.count else { return nil }
     let fault = faults[faultsTaken]
     faultsTaken += 1
@@ -35,7 +35,7 @@ extension UserTarget {
   }
 
   /// Takes an answer. Throws what is wrong with it, and then nothing has changed.
-  public func answer(_ answer: Answer) throws(AnswerRefusal) {
+  package func answer(_ answer: Answer) throws(AnswerRefusal) {
     switch answer {
     case .map(let id, let placement, let temporary):
       try take(id, placement, isTemporary: temporary)

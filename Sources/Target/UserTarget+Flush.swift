@@ -54,12 +54,12 @@ struct FlushRounds {
 
 extension UserTarget {
   /// What is said while a failed flush stands.
-  public static let flushReason =
+  package static let flushReason =
     "a flush of the store has failed, so writes may be lost: see to the store, then run"
     + " 'dmu-xen clear'"
 
   /// A flush of the worker's own, with the errno of its end, 0 for success.
-  public func flush(_ done: @escaping (Int32) -> Void) {
+  package func flush(_ done: @escaping (Int32) -> Void) {
     rounds.lastTag += 1
     rounds.closures[rounds.lastTag] = done
     if let code = submitFlush(TargetRequest(.flush, tag: rounds.lastTag), -1) {

@@ -117,11 +117,11 @@ extension UserTarget {
   // MARK: Waiting for space
 
   /// Whether time may change something: to be told of by `tick` every second.
-  public var wantsTicks: Bool { trouble.isPassing }
+  package var wantsTicks: Bool { trouble.isPassing }
 
   /// A second has passed: one of the requests that wait for space tries again, or all fail when
   /// they have waited too long. After `quiet` seconds without one, errors are forgotten.
-  public func tick(quiet: UInt32) {
+  package func tick(quiet: UInt32) {
     trouble.settle(after: quiet)
     if trouble.space != 0, space.timeout > 0, !trouble.spaceExpired,
       DiskTrouble.now() - trouble.spaceSince >= Int64(space.timeout) * 1000
@@ -146,7 +146,7 @@ extension UserTarget {
   }
 
   /// Fails whatever waits for space with an errno.
-  public func endWaiting(_ code: Int32) {
+  package func endWaiting(_ code: Int32) {
     fail(waitingFor: Slot.Wait.space, code)
     drain()
   }

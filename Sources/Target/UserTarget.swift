@@ -16,50 +16,50 @@
 //   before its request is acknowledged.
 // - The room for its record is kept from the moment a write fault is raised.
 
-public import Posix
+package import Posix
 import Glibc
 
 /// Bounds of a target's memory.
-public struct TargetLimits: Sendable {
+package struct TargetLimits: Sendable {
   /// Runs of blocks to remember; committed ones beyond are forgotten.
-  public var extents = 32768
+  package var extents = 32768
   /// Requests under way at once.
-  public var requests = 4096
+  package var requests = 4096
   /// Bytes for putting blocks together; room for two pieces at least.
-  public var scratch = 2 << 20
+  package var scratch = 2 << 20
   /// A block is put together in pieces of at most so many bytes, however large it is.
-  public var piece = 1 << 20
+  package var piece = 1 << 20
 
   /// The defaults.
-  public init() {}
+  package init() {}
 }
 
 /// The contract in user space: one disk over its backing devices.
-public final class UserTarget: TargetEngine {
+package final class UserTarget: TargetEngine {
   /// What has happened since the start.
-  public struct Counters: Sendable, Equatable {
+  package struct Counters: Sendable, Equatable {
     /// Requests of each kind.
-    public var reads: UInt64 = 0
+    package var reads: UInt64 = 0
     /// Write requests.
-    public var writes: UInt64 = 0
+    package var writes: UInt64 = 0
     /// Flush requests, forced writes not included.
-    public var flushes: UInt64 = 0
+    package var flushes: UInt64 = 0
     /// Discards and write-zeroes.
-    public var discards: UInt64 = 0
+    package var discards: UInt64 = 0
     /// Bytes that reads asked for.
-    public var bytesRead: UInt64 = 0
+    package var bytesRead: UInt64 = 0
     /// Bytes that writes brought.
-    public var bytesWritten: UInt64 = 0
+    package var bytesWritten: UInt64 = 0
     /// Questions to the worker, flushes included.
-    public var faults: UInt64 = 0
+    package var faults: UInt64 = 0
     /// Blocks that were put together from a copy and a write.
-    public var copies: UInt64 = 0
+    package var copies: UInt64 = 0
     /// Requests that failed.
-    public var errors: UInt64 = 0
+    package var errors: UInt64 = 0
   }
 
   /// How the disk is.
-  public enum Health: Sendable, Equatable {
+  package enum Health: Sendable, Equatable {
     /// All is well.
     case ready
     /// The store has no space for new blocks; goes by itself once it has. `isWaiting`: writes
@@ -72,13 +72,13 @@ public final class UserTarget: TargetEngine {
   // MARK: What is known from the start
 
   /// Bytes of a block.
-  public let blockSize: UInt32
+  package let blockSize: UInt32
   /// Length in 512-byte sectors.
-  public var sectors: UInt64 { size / 512 }
+  package var sectors: UInt64 { size / 512 }
   /// Length in bytes.
-  public let size: UInt64
+  package let size: UInt64
   /// Whether writes are refused.
-  public let isReadOnly: Bool
+  package let isReadOnly: Bool
   let shift: UInt64
   let sectorShift: UInt64
   let blocks: UInt64
@@ -89,12 +89,12 @@ public final class UserTarget: TargetEngine {
   // MARK: What changes
 
   /// Counts since the start.
-  public internal(set) var counters = Counters()
+  package internal(set) var counters = Counters()
   /// How the disk is.
-  public internal(set) var health = Health.ready
+  package internal(set) var health = Health.ready
   var trouble = DiskTrouble()
   /// What becomes of a write that finds no space.
-  public var space = SpacePolicy(waits: false) {
+  package var space = SpacePolicy(waits: false) {
     didSet {
       trouble.waits = space.waits
       refreshHealth()
@@ -105,7 +105,7 @@ public final class UserTarget: TargetEngine {
   var slotsUsed = 0
   var freeSlots: [Int32] = []
   /// Requests under way.
-  public internal(set) var outstanding = 0
+  package internal(set) var outstanding = 0
   let order: UnsafeMutablePointer<Order>
   var orderCount = 0
   let holds: UnsafeMutablePointer<Hold>
@@ -133,7 +133,7 @@ public final class UserTarget: TargetEngine {
 
   /// A target of a disk of `size` bytes. Placements in the log are mapped at once. Throws
   /// when the log holds what cannot be of this disk. `executor` has at least the store.
-  public init(
+  package init(
     size: UInt64, blockSize: UInt32, executor: any IOExecutor, log: PendingLog,
     readOnly: Bool = false, limits: TargetLimits = TargetLimits()
   ) throws(PendingLogError) {
@@ -170,13 +170,13 @@ public final class UserTarget: TargetEngine {
   }
 
   /// Placements that are not committed, in the log.
-  public var uncommittedCount: Int { log.count }
+  package var uncommittedCount: Int { log.count }
 
   /// Every uncommitted mapping, in the order of the marks.
-  public func uncommitted() -> [Extent] { log.extents() }
+  package func uncommitted() -> [Extent] { log.extents() }
 
   /// An admin has seen to the store: flushes may succeed again, and errors are forgotten.
-  public func clearFailure() {
+  package func clearFailure() {
     log.clearFlushFailure()
     trouble.clear()
     refreshHealth()
@@ -184,13 +184,13 @@ public final class UserTarget: TargetEngine {
 
   /// What a worker has found out of the flush in which its predecessor died: 0 when nothing was
   /// lost by it, else the errno with which flushes fail from now on.
-  public func judgeFlush(_ code: Int32) {
+  package func judgeFlush(_ code: Int32) {
     log.judge(code)
     refreshHealth()
   }
 
   /// Whether it is not known what became of the flush in which the worker before died.
-  public var isSuspect: Bool { log.isSuspect }
+  package var isSuspect: Bool { log.isSuspect }
 
   /// Has the health follow from what is known.
   func refreshHealth() {
@@ -200,7 +200,7 @@ public final class UserTarget: TargetEngine {
   }
 
   /// Names an owner for `submit`. It is kept alive until dismissed.
-  public func enroll(_ owner: any RequestOwner) -> Int32 {
+  package func enroll(_ owner: any RequestOwner) -> Int32 {
     if let index = owners.firstIndex(where: { $0 == nil }) {
       owners[index] = owner
       return Int32(index)
@@ -210,13 +210,13 @@ public final class UserTarget: TargetEngine {
   }
 
   /// Forgets an owner that has no request under way.
-  public func dismiss(_ owner: Int32) {
+  package func dismiss(_ owner: Int32) {
     owners[Int(owner)] = nil
   }
 
   /// Runs a commit off the loop's thread, then `then` with its result on it. A flush that
   /// fails in it stands, as any failed flush of the store does.
-  public func run(
+  package func run(
     _ work: @escaping @Sendable () -> CommitFailure?, then: @escaping (CommitFailure?) -> Void
   ) {
     log.beginFlush()
@@ -232,7 +232,7 @@ public final class UserTarget: TargetEngine {
 
   /// Takes a request. The errno when it is complete, 0 for success; nil when the owner will
   /// be told. The buffer is lent until then.
-  public func submit(_ request: TargetRequest, owner: Int32) -> Int32? {
+  package func submit(_ request: TargetRequest, owner: Int32) -> Int32? {
     count(request)
     if request.operation == .flush { return submitFlush(request, owner) }
     if let code = refusal(request) {

@@ -6,12 +6,12 @@
 import Glibc
 import ImageFormats
 import Posix
-public import WorkerLink
+package import WorkerLink
 
 /// What a person asked for.
-public struct ByHandOptions: Sendable {
+package struct ByHandOptions: Sendable {
   /// Where the disk shall appear.
-  public enum Service: Sendable, Equatable {
+  package enum Service: Sendable, Equatable {
     /// At a Unix socket, by NBD.
     case socket(path: String)
     /// As a device of the kernel, with a link of this name in /dev/mapper.
@@ -19,40 +19,40 @@ public struct ByHandOptions: Sendable {
   }
 
   /// Name of the image format.
-  public var format: String
+  package var format: String
   /// Path of the store.
-  public var store: String
+  package var store: String
   /// Where the disk shall appear.
-  public var service: Service
+  package var service: Service
   /// Path of the base, instead of the one that the image names.
-  public var base: String?
+  package var base: String?
   /// Name of the base's format, whatever the image says of it.
-  public var baseFormat: String?
+  package var baseFormat: String?
   /// Whether the disk is only read.
-  public var readOnly = false
+  package var readOnly = false
   /// Whether a base that has changed is accepted.
-  public var force = false
+  package var force = false
   /// By which way a device reaches the kernel.
-  public var transport = Transport.auto
+  package var transport = Transport.auto
   /// Whether a write that finds no space fails, instead of waiting for some.
-  public var failsWhenFull = false
+  package var failsWhenFull = false
   /// Whether nothing is opened that the image names.
-  public var untrusted = false
+  package var untrusted = false
   /// Files and folders that the image may have written beside those in its own folder.
-  public var allowed: [String] = []
+  package var allowed: [String] = []
   /// Whether the worker is caged.
-  public var isCaged = true
+  package var isCaged = true
   /// The folder of plugins; nil: the usual one.
-  public var plugins: String?
+  package var plugins: String?
   /// Where every fault and answer is written as a line; "-" is standard error.
-  public var trace: String?
+  package var trace: String?
   /// A named pipe by which held writes are let go.
-  public var hold: String?
+  package var hold: String?
   /// What is logged.
-  public var level = Log.Level.warning
+  package var level = Log.Level.warning
 
   /// Options from what is always needed.
-  public init(format: String, store: String, service: Service) {
+  package init(format: String, store: String, service: Service) {
     self.format = format
     self.store = store
     self.service = service
@@ -60,7 +60,7 @@ public struct ByHandOptions: Sendable {
 }
 
 /// The life of a worker by hand.
-public enum ByHand {
+package enum ByHand {
   /// Users that nobody has are taken from here on, one for each process id. Source: the unused
   /// ranges in systemd's "Users, Groups, UIDs and GIDs".
   private static let firstUser: UInt32 = 0x7f00_0000
@@ -68,7 +68,7 @@ public enum ByHand {
   /// Starts a keeper and serves until a signal or, for a device, until somebody disconnects it.
   /// `arguments` are those of this program. Answers the exit status: 0 when all that was written is
   /// durable; what was wrong has been said. Throws when nothing can be served at all.
-  public static func run(
+  package static func run(
     _ options: ByHandOptions, arguments: [String]
   ) throws(WorkerError) -> Int32 {
     let log = Log(level: options.level, journal: Log.underJournal)

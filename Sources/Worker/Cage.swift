@@ -12,10 +12,10 @@
 //   process of one thread.
 
 import Glibc
-public import Posix
+package import Posix
 
 /// The cage of a worker.
-public enum Cage {
+package enum Cage {
   /// So many threads and no process at all.
   private static let threads: UInt64 = 64
   /// What the largest images need is some hundred MiB, and each thread has a stack of 8 MiB.
@@ -26,7 +26,7 @@ public enum Cage {
   /// Enters it for good. Where root starts it, it becomes this user and group, which nobody else
   /// shall have; any other user it stays. `files`: the most descriptors that the worker will have.
   /// Throws: the errno of the step that failed; then the process is in no state to serve anything.
-  public static func enter(uid: UInt32, gid: UInt32, files: UInt64) throws(IOError) {
+  package static func enter(uid: UInt32, gid: UInt32, files: UInt64) throws(IOError) {
     try Hardening.keepMemoryFile()
     // While there is a root with libraries in it.
     let calls = try SystemCalls()

@@ -10,22 +10,22 @@
 
 import Glibc
 import ImageFormats
-public import Posix
-public import Target
-public import WorkerLink
+package import Posix
+package import Target
+package import WorkerLink
 
 /// A disk, from its opening to its end. Used from the loop's thread.
-public final class Disk {
+package final class Disk {
   /// How it is now.
-  public private(set) var condition = Condition.ready
+  package private(set) var condition = Condition.ready
   /// Called when that changes.
-  public var conditionChanged: (Condition) -> Void = { _ in }
+  package var conditionChanged: (Condition) -> Void = { _ in }
   /// Called when the attached nbd socket has ended and no other waits.
-  public var detached: (NBDEnd) -> Void = { _ in }
+  package var detached: (NBDEnd) -> Void = { _ in }
   /// Whether an nbd socket is attached or waits to be.
-  public var isAttached: Bool { session != nil || next != nil }
+  package var isAttached: Bool { session != nil || next != nil }
   /// Length in bytes.
-  public var size: UInt64 { image.format.size }
+  package var size: UInt64 { image.format.size }
 
   let image: OpenImage
   let pool: ThreadPool
@@ -114,7 +114,7 @@ public final class Disk {
   }
 
   /// An admin has acted: flushes may succeed again, and errors are forgotten.
-  public func clear() {
+  package func clear() {
     // What the witnesses have heard of is history, too.
     let policy = policy
     pool.run(
@@ -124,13 +124,13 @@ public final class Disk {
   }
 
   /// Serves NBD with its handshake to whoever connects to a listening socket.
-  public func listen(_ socket: consuming Descriptor) throws(IOError) {
+  package func listen(_ socket: consuming Descriptor) throws(IOError) {
     try export.listen(socket)
   }
 
   /// Serves an nbd socket that is past its handshake, in place of any before it. What is no
   /// such socket ends at once: `detached` is called.
-  public func attach(_ socket: consuming Descriptor) {
+  package func attach(_ socket: consuming Descriptor) {
     next = consume socket
     if let session { export.drop(session) }
     attachNext()
@@ -155,7 +155,7 @@ public final class Disk {
   }
 
   /// One turn of the loop, and what follows from it.
-  public func turn(timeout: Int32 = -1) throws(IOError) {
+  package func turn(timeout: Int32 = -1) throws(IOError) {
     // Whether the last request of the old socket has ended is seen after a turn only.
     try loop.turn(timeout: next != nil ? 20 : timeout)
     attachNext()
@@ -197,7 +197,7 @@ public final class Disk {
 
   /// Ends serving, lets what is under way come to its end, flushes and commits. Turns the
   /// loop meanwhile. Answers 0, or the errno of the flush. Nothing may be asked after it.
-  public func finish() throws(IOError) -> Int32 {
+  package func finish() throws(IOError) -> Int32 {
     next = nil
     export.close()
     holder?.go()
@@ -214,7 +214,7 @@ public final class Disk {
   }
 
   /// What there is to tell of the disk now.
-  public func report(disk: String, version: String) -> DiskReport {
+  package func report(disk: String, version: String) -> DiskReport {
     var report = DiskReport(image)
     report.disk = disk
     report.version = version

@@ -2,23 +2,23 @@
 // How a disk treats trouble: what its daemon, or whoever started the worker, has decided.
 
 import Glibc
-public import Posix
-public import Target
+package import Posix
+package import Target
 
 /// The decisions that a disk is served by.
-public struct DiskPolicy: Sendable {
+package struct DiskPolicy: Sendable {
   /// What becomes of writes that find no space.
-  public var space = SpacePolicy(waits: true)
+  package var space = SpacePolicy(waits: true)
   /// Seconds without an I/O error after which the disk counts as ready again; 0: never.
-  public var quietTime: UInt32 = 0
+  package var quietTime: UInt32 = 0
   /// Whether somebody else may have had the store since the pending log was written.
-  public var verifies = true
+  package var verifies = true
   /// The files that are written to, each by an open file description of its own that no
   /// worker flushes.
-  public var witnesses: [FileStore] = []
+  package var witnesses: [FileStore] = []
 
   /// The defaults: writes wait for space without limit, errors stay.
-  public init() {}
+  package init() {}
 
   /// How often a disk in trouble looks whether it is over, in milliseconds.
   static let tick: Int64 = 1000

@@ -21,11 +21,11 @@ import Posix
 import WorkerLink
 
 /// Runs a keeper.
-public enum Keeper {
+package enum Keeper {
   /// Keeps a disk until its worker ends, at the other end of the connected socket `raw`. Answers
   /// the exit status, which nobody sees but in a trace of the system: what goes wrong is told here,
   /// and the worker ends with the link.
-  public static func run(_ options: ByHandOptions, link raw: Int32) -> Int32 {
+  package static func run(_ options: ByHandOptions, link raw: Int32) -> Int32 {
     let log = Log(level: options.level, journal: Log.underJournal)
     // The worker, and with it the command, ends with the link: not before what is wrong is told.
     let link = LinkConnection(Descriptor(owning: raw))

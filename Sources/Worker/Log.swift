@@ -6,9 +6,9 @@ import Glibc
 internal import Posix
 
 /// A log of one program and, where there is one, one disk.
-public struct Log: Sendable {
+package struct Log: Sendable {
   /// How grave a line is, as syslog(3) counts.
-  public enum Level: Int, Sendable, Comparable, CaseIterable {
+  package enum Level: Int, Sendable, Comparable, CaseIterable {
     /// Somebody must act.
     case error = 3
     /// Something is odd, and work goes on.
@@ -19,32 +19,32 @@ public struct Log: Sendable {
     case debug = 7
 
     /// Graver is smaller.
-    public static func < (left: Level, right: Level) -> Bool { left.rawValue < right.rawValue }
+    package static func < (left: Level, right: Level) -> Bool { left.rawValue < right.rawValue }
   }
 
   /// Lines less grave than this are dropped.
-  public var level: Level
+  package var level: Level
   /// Whether lines begin with a priority for the journal, instead of the program's name.
-  public var journal: Bool
+  package var journal: Bool
   /// The disk, said in every line.
-  public var disk: String?
+  package var disk: String?
 
   private let output: LogLines
   private let rate = LogRate()
 
   /// A log to a descriptor, which stays the caller's.
-  public init(level: Level = .info, journal: Bool, output: Int32 = 2) {
+  package init(level: Level = .info, journal: Bool, output: Int32 = 2) {
     self.level = level
     self.journal = journal
     self.output = LogLines(output)
   }
 
   /// Whether standard error goes to the journal, by what systemd says.
-  public static var underJournal: Bool { getenv("JOURNAL_STREAM") != nil }
+  package static var underJournal: Bool { getenv("JOURNAL_STREAM") != nil }
 
   /// Writes a line. One that comes again and again is written once a second, with the number of
   /// those between. A reader that has stopped is not waited for.
-  public func callAsFunction(
+  package func callAsFunction(
     _ level: Level, _ message: String, _ fields: KeyValuePairs<String, String> = [:]
   ) {
     guard level <= self.level else { return }

@@ -19,7 +19,7 @@ import Posix
 import Synchronization
 
 /// Notes what a question to a format has to wait for. The stores of the image are behind it.
-public final class MetadataGate: Sendable {
+package final class MetadataGate: Sendable {
   /// What is not done on the loop's thread.
   fileprivate enum Operation: Hashable, Sendable {
     case read(offset: UInt64, count: Int)
@@ -67,7 +67,7 @@ public final class MetadataGate: Sendable {
   private let asking = Atomic<UInt>(0)
 
   /// A gate with nothing behind it.
-  public init() {}
+  package init() {}
 
   private static var thread: UInt { UInt(pthread_self()) }
 

@@ -2,41 +2,41 @@
 // An image that is open, and the way to it: whatever files it names are asked for one by
 // one, so that whoever opens them may be this process or the daemon.
 
-public import ImageFormats
-public import Posix
+package import ImageFormats
+package import Posix
 
 /// A file that an image needs beside its store.
-public struct FileRequest: Sendable, Hashable {
+package struct FileRequest: Sendable, Hashable {
   /// What it is for.
-  public let role: ImageChain.Request.Role
+  package let role: ImageChain.Request.Role
   /// Its path, from the folder of the image that names it.
-  public let path: String
+  package let path: String
   /// Whether the disk's own data is in it.
-  public let writable: Bool
+  package let writable: Bool
 }
 
 /// An image that is open, and what it lives in.
-public struct OpenImage {
+package struct OpenImage {
   /// Answers a request for a file.
-  public typealias Opener = (FileRequest) throws(ImageError) -> any ByteStore
+  package typealias Opener = (FileRequest) throws(ImageError) -> any ByteStore
 
   /// Name of its format.
-  public let formatName: String
+  package let formatName: String
   /// The image.
-  public let format: any ImageFormat
+  package let format: any ImageFormat
   /// The store.
-  public let store: any ByteStore
+  package let store: any ByteStore
   /// What a question to the image has to wait for: its stores are behind this.
   let gate: MetadataGate
   /// The devices that the image's extents name by number.
-  public let devices: [any ByteStore]
+  package let devices: [any ByteStore]
   /// The base as it stands in the image.
-  public let basePath: String?
+  package let basePath: String?
   /// Whether the disk is only read.
-  public let readOnly: Bool
+  package let readOnly: Bool
 
   /// Opens or makes an image. Throws what the format says of it, and what `opener` throws.
-  public init(
+  package init(
     _ name: FormatName, store: any ByteStore, _ request: ImageRequest, opener: Opener
   ) throws(ImageError) {
     let gate = MetadataGate()

@@ -84,7 +84,7 @@ enum PluginFolder {
 
 extension FormatName {
   /// The names of the plugins in a folder; nil: in the usual one.
-  public static func plugins(in folder: String?) -> [String] {
+  package static func plugins(in folder: String?) -> [String] {
     PluginFolder.names(in: folder ?? PluginFolder.usual)
   }
 }

@@ -18,30 +18,30 @@ import Target
 import WorkerLink
 
 /// How a supervised worker shall be.
-public struct SupervisedOptions: Sendable {
+package struct SupervisedOptions: Sendable {
   /// The user that it becomes, when it is root.
-  public var uid: UInt32 = 65534
+  package var uid: UInt32 = 65534
   /// The group.
-  public var gid: UInt32 = 65534
+  package var gid: UInt32 = 65534
   /// The most files that it is handed.
-  public var files: UInt64 = 256
+  package var files: UInt64 = 256
   /// Whether it is caged: not when an admin has switched that off, to debug it.
-  public var isCaged = true
+  package var isCaged = true
   /// What it logs.
-  public var level = Log.Level.info
+  package var level = Log.Level.info
   /// The listening socket of the link, handed over by a daemon.
-  public var listener: Int32 = 3
+  package var listener: Int32 = 3
   /// Whether the kernel may write its memory out through this process.
   var servesKernel = true
   /// Whether a person started it.
   var isByHand = false
 
   /// The defaults.
-  public init() {}
+  package init() {}
 }
 
 /// The life of a supervised worker.
-public final class Supervised {
+package final class Supervised {
   private enum Phase {
     case waiting
     case opening(Opening)
@@ -94,7 +94,7 @@ public final class Supervised {
 
   /// Runs a worker to its end. Answers its exit status: 0 after an order or a signal to stop,
   /// with everything durable; 1 when the disk could not be served or committed.
-  public static func run(_ options: SupervisedOptions, version: String) -> Int32 {
+  package static func run(_ options: SupervisedOptions, version: String) -> Int32 {
     let log = Log(level: options.level, journal: true)
     do throws(IOError) {
       let signals = try SignalSource([SIGTERM, SIGINT])

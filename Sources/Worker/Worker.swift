@@ -16,23 +16,23 @@
 // - A placement that the target refuses is taken back from the format at once.
 
 import Glibc
-public import ImageFormats
-public import Posix
-public import Target
-public import WorkerLink
+package import ImageFormats
+package import Posix
+package import Target
+package import WorkerLink
 
 /// How a disk is, and why.
-public struct Condition: Sendable, Equatable {
+package struct Condition: Sendable, Equatable {
   /// The state.
-  public var state: DiskState
+  package var state: DiskState
   /// One sentence; empty when ready.
-  public var reason: String
+  package var reason: String
 
   /// All is well.
-  public static let ready = Condition(.ready, "")
+  package static let ready = Condition(.ready, "")
 
   /// A condition from its parts.
-  public init(_ state: DiskState, _ reason: String) {
+  package init(_ state: DiskState, _ reason: String) {
     self.state = state
     self.reason = reason
   }
@@ -51,9 +51,9 @@ public struct Condition: Sendable, Equatable {
 }
 
 /// Serves the faults of one target from one image.
-public final class Worker {
+package final class Worker {
   /// Runs a commit elsewhere, and `then` on the worker's thread with its failure.
-  public typealias Offload = (
+  package typealias Offload = (
     _ work: @escaping @Sendable () -> CommitFailure?, _ then: @escaping (CommitFailure?) -> Void
   ) -> Void
 
@@ -72,11 +72,11 @@ public final class Worker {
   static let readAhead: UInt64 = 1 << 20
 
   /// Faults answered so far.
-  public private(set) var faults: UInt64 = 0
+  package private(set) var faults: UInt64 = 0
   /// How the disk is, as far as the format and the commits tell.
-  public private(set) var condition = Condition.ready
+  package private(set) var condition = Condition.ready
   /// Whether a commit plan is being run.
-  public var isCommitting: Bool { !flushes.isEmpty }
+  package var isCommitting: Bool { !flushes.isEmpty }
 
   private let target: any TargetEngine
   private let format: any ImageFormat
@@ -116,7 +116,7 @@ public final class Worker {
   private var conditionSince: Int64 = 0
 
   /// A worker from its parts.
-  public convenience init(
+  package convenience init(
     target: any TargetEngine, format: any ImageFormat, store: any ByteStore, log: Log,
     offload: @escaping Offload
   ) {
@@ -142,7 +142,7 @@ public final class Worker {
   /// Takes up what a former worker left uncommitted. Before the first `pump`. With `verify`
   /// somebody else may have had the store meanwhile: throws `stale` when it is not the one any
   /// more on which the placements were made.
-  public func restore(verify: Bool = false) throws(ImageError) {
+  package func restore(verify: Bool = false) throws(ImageError) {
     let extents = target.uncommitted()
     guard !extents.isEmpty else { return }
     if verify {
@@ -155,7 +155,7 @@ public final class Worker {
   }
 
   /// Answers every fault that is there; whether there were any.
-  public func pump() -> Bool {
+  package func pump() -> Bool {
     var any = false
     while let fault = target.nextFault() {
       any = true
@@ -240,7 +240,7 @@ public final class Worker {
 
   /// Lets the target place first writes by itself where the format knows beforehand where they
   /// go. Once the mapping is told.
-  public func grant() {
+  package func grant() {
     guard target.takesGrants, let grant = format.grant() else { return }
     do throws(AnswerRefusal) {
       try target.grant(grant)
@@ -335,11 +335,11 @@ public final class Worker {
   }
 
   /// Whether time alone may change something: to be told of by `tick` every second.
-  public var wantsTicks: Bool { starvingSince != 0 || condition != .ready }
+  package var wantsTicks: Bool { starvingSince != 0 || condition != .ready }
 
   /// A second has passed: what waits for space is tried again. After `quiet` seconds without a
   /// new one, errors that the format met are forgotten; 0: never.
-  public func tick(quiet: UInt32) {
+  package func tick(quiet: UInt32) {
     if quiet > 0, condition.state == .degraded, lost == nil, !isStuck,
       DiskTrouble.now() - conditionSince >= Int64(quiet) * 1000
     {
@@ -360,7 +360,7 @@ public final class Worker {
   }
 
   /// Fails whatever waits for space, and the commit that does, with an errno.
-  public func endWaiting(_ code: Int32) {
+  package func endWaiting(_ code: Int32) {
     let waiting = starving
     starving = []
     starvingSince = 0
@@ -373,7 +373,7 @@ public final class Worker {
   }
 
   /// An admin has acted: what went wrong is history, but for placements that were lost.
-  public func clear() {
+  package func clear() {
     guard lost == nil, starvingSince == 0 else { return }
     condition = .ready
   }

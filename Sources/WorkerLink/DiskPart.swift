@@ -2,9 +2,9 @@
 // What a disk's device stands on, in the worker's words: "store:wd:0", "file-2:w:1073741824".
 
 /// One of the files and devices that a disk's device stands on.
-public struct DiskPart: Sendable, Hashable {
+package struct DiskPart: Sendable, Hashable {
   /// Which one, by how the worker came to it.
-  public enum Role: Sendable, Hashable {
+  package enum Role: Sendable, Hashable {
     /// The store.
     case store
     /// The base that came with the order.
@@ -14,19 +14,19 @@ public struct DiskPart: Sendable, Hashable {
   }
 
   /// The most that a disk has. Source: DMU_MAX_DEVICES.
-  public static let most = 15
+  package static let most = 15
 
   /// Which one.
-  public var role: Role
+  package var role: Role
   /// Whether the device may write it.
-  public var isWritable: Bool
+  package var isWritable: Bool
   /// Whether the page cache is passed by.
-  public var isDirect: Bool
+  package var isDirect: Bool
   /// By how many bytes it may grow; 0 for what keeps its length.
-  public var growth: UInt64
+  package var growth: UInt64
 
   /// A part from its properties.
-  public init(_ role: Role, isWritable: Bool, isDirect: Bool = true, growth: UInt64 = 0) {
+  package init(_ role: Role, isWritable: Bool, isDirect: Bool = true, growth: UInt64 = 0) {
     self.role = role
     self.isWritable = isWritable
     self.isDirect = isDirect

@@ -2,10 +2,10 @@
 // A connected end of the worker link: typed messages out, messages and descriptors in.
 
 import Glibc
-public import Posix
+package import Posix
 
 /// What a descriptor on the link is.
-public enum LinkRole: String, Sendable, CaseIterable {
+package enum LinkRole: String, Sendable, CaseIterable {
   /// The image that holds the disk's own blocks.
   case store
   /// The image under it, when the spec names it.
@@ -25,7 +25,7 @@ public enum LinkRole: String, Sendable, CaseIterable {
 }
 
 /// The descriptors of one message, by role. Those not taken are closed with it.
-public struct LinkDescriptors: Sendable {
+package struct LinkDescriptors: Sendable {
   private let owners: [LinkRole: PassedDescriptor]
 
   init(_ owners: [LinkRole: PassedDescriptor]) {
@@ -33,20 +33,20 @@ public struct LinkDescriptors: Sendable {
   }
 
   /// Whether there are none.
-  public var isEmpty: Bool { owners.isEmpty }
+  package var isEmpty: Bool { owners.isEmpty }
 
   /// The roles present.
-  public var roles: Set<LinkRole> { Set(owners.keys) }
+  package var roles: Set<LinkRole> { Set(owners.keys) }
 
   /// Gives the descriptor of a role to the caller, once.
-  public func take(_ role: LinkRole) -> Descriptor? { owners[role]?.take() }
+  package func take(_ role: LinkRole) -> Descriptor? { owners[role]?.take() }
 
   /// The descriptor of a role, lent.
-  public func raw(_ role: LinkRole) -> Int32? { owners[role]?.raw }
+  package func raw(_ role: LinkRole) -> Int32? { owners[role]?.raw }
 }
 
 /// Why a link is of no use any more, or a message was not accepted.
-public enum LinkError: Error, Sendable, Equatable, CustomStringConvertible {
+package enum LinkError: Error, Sendable, Equatable, CustomStringConvertible {
   /// A system call failed. EAGAIN on sending: the peer does not read.
   case io(IOError)
   /// The peer sent something that is not a message; the next one may be. Its descriptors
@@ -54,7 +54,7 @@ public enum LinkError: Error, Sendable, Equatable, CustomStringConvertible {
   case fault(LinkFault)
 
   /// One sentence without a final stop.
-  public var description: String {
+  package var description: String {
     switch self {
     case .io(let error): error.description
     case .fault(let fault): fault.description
@@ -63,7 +63,7 @@ public enum LinkError: Error, Sendable, Equatable, CustomStringConvertible {
 }
 
 /// What one receive brought.
-public enum LinkEvent: Sendable {
+package enum LinkEvent: Sendable {
   /// A message and its descriptors.
   case message(LinkMessage, LinkDescriptors)
   /// Nothing there now; poll the connection's descriptor for input.
@@ -73,16 +73,16 @@ public enum LinkEvent: Sendable {
 }
 
 /// One end of a link. Sending and receiving never wait, and may be done from any thread.
-public final class LinkConnection: Sendable {
+package final class LinkConnection: Sendable {
   /// The socket, lent: poll it for input.
-  public let raw: Int32
+  package let raw: Int32
 
   private let socket: PassedDescriptor
   private let closer: Closer?
 
   /// Takes over a connected packet socket. With a closer the peer is not trusted: whatever it
   /// sends, and the socket whose queue may hold more of it, is closed there.
-  public init(_ socket: consuming Descriptor, closer: Closer? = nil) {
+  package init(_ socket: consuming Descriptor, closer: Closer? = nil) {
     raw = socket.raw
     self.socket = PassedDescriptor(socket, closer: closer)
     self.closer = closer
@@ -90,13 +90,13 @@ public final class LinkConnection: Sendable {
 
   /// Connects to a worker that listens at a path, which is not trusted. Throws: the errno of
   /// connect(2), ETIMEDOUT when it takes no connection for some seconds.
-  public convenience init(path: String) throws(IOError) {
+  package convenience init(path: String) throws(IOError) {
     self.init(try UnixSocket.connect(to: path, kind: .packets), closer: Closer())
   }
 
   /// Sends a message with descriptors, which stay the caller's. Throws `io` with EAGAIN when
   /// the peer's queue is full, EPIPE when it is gone.
-  public func send(
+  package func send(
     _ message: LinkMessage, lending descriptors: [LinkRole: Int32] = [:]
   ) throws(LinkError) {
     var message = message
@@ -113,7 +113,7 @@ public final class LinkConnection: Sendable {
   }
 
   /// Receives the next message, if there is one. The field `roles` is not among its fields.
-  public func receive() throws(LinkError) -> LinkEvent {
+  package func receive() throws(LinkError) -> LinkEvent {
     let packet: Packet
     do {
       packet = try PacketSocket.receive(from: raw, limit: LinkMessage.limit, closer: closer)
@@ -133,7 +133,7 @@ public final class LinkConnection: Sendable {
 
   /// Receives the next message, waiting for it at most so long; `none` when none came. For
   /// whoever has a thread to spare.
-  public func receive(milliseconds: Int32) throws(LinkError) -> LinkEvent {
+  package func receive(milliseconds: Int32) throws(LinkError) -> LinkEvent {
     var item = pollfd(fd: raw, events: Int16(POLLIN), revents: 0)
     while poll(&item, 1, milliseconds) < 0 {
       guard errno == EINTR else { throw .io(.last("wait for the worker link")) }

@@ -11,7 +11,7 @@
 // Either side may be hostile: a message is decoded whole or not at all.
 
 /// A message that is not one.
-public enum LinkFault: Error, Sendable, Equatable, CustomStringConvertible {
+package enum LinkFault: Error, Sendable, Equatable, CustomStringConvertible {
   /// Longer than `LinkMessage.limit`, or with too many descriptors.
   case tooLarge
   /// Not of the form above; what is wrong with it.
@@ -22,7 +22,7 @@ public enum LinkFault: Error, Sendable, Equatable, CustomStringConvertible {
   case unknownVerb(String)
 
   /// One sentence without a final stop.
-  public var description: String {
+  package var description: String {
     switch self {
     case .tooLarge: "the message is too large"
     case .malformed(let reason): "the message is malformed: \(reason)"
@@ -33,28 +33,28 @@ public enum LinkFault: Error, Sendable, Equatable, CustomStringConvertible {
 }
 
 /// A verb and its fields.
-public struct LinkMessage: Sendable, Equatable {
+package struct LinkMessage: Sendable, Equatable {
   /// The longest message in bytes.
-  public static let limit = 16384
+  package static let limit = 16384
   /// The most fields.
-  public static let maxFields = 64
+  package static let maxFields = 64
   /// The field that names descriptors; set by the connection, never by hand.
-  public static let rolesField = "roles"
+  package static let rolesField = "roles"
 
   /// What it is about.
-  public var verb: String
+  package var verb: String
   /// The rest.
-  public var fields: [String: String]
+  package var fields: [String: String]
 
   /// A message from its parts.
-  public init(_ verb: String, _ fields: [String: String] = [:]) {
+  package init(_ verb: String, _ fields: [String: String] = [:]) {
     self.verb = verb
     self.fields = fields
   }
 
   /// The bytes, fields in the order of their keys. Throws `tooLarge`, and `malformed` for
   /// verbs and keys outside the alphabet.
-  public func encoded() throws(LinkFault) -> [UInt8] {
+  package func encoded() throws(LinkFault) -> [UInt8] {
     guard fields.count <= Self.maxFields else { throw .tooLarge }
     try Self.checkWord(Array(verb.utf8)[...])
     var bytes = Array(verb.utf8) + [newline]
@@ -75,7 +75,7 @@ public struct LinkMessage: Sendable, Equatable {
   }
 
   /// The message of a packet.
-  public init(decoding bytes: [UInt8]) throws(LinkFault) {
+  package init(decoding bytes: [UInt8]) throws(LinkFault) {
     guard bytes.count <= Self.limit else { throw .tooLarge }
     guard bytes.last == newline else { throw .malformed("it does not end in a newline") }
     var lines = bytes.dropLast().split(separator: newline, omittingEmptySubsequences: false)

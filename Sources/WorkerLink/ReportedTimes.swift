@@ -2,31 +2,31 @@
 // What a worker has measured of the requests that it serves itself: fields of its report that a
 // worker of an earlier version does not send.
 
-public import Posix
+package import Posix
 
 /// Bytes, times and latencies of requests since the worker started.
-public struct ReportedTimes: Sendable, Equatable {
+package struct ReportedTimes: Sendable, Equatable {
   /// Bytes that reads asked for.
-  public var bytesRead: UInt64 = 0
+  package var bytesRead: UInt64 = 0
   /// Bytes that writes brought.
-  public var bytesWritten: UInt64 = 0
+  package var bytesWritten: UInt64 = 0
   /// Discards and writes of zeroes.
-  public var discards: UInt64 = 0
+  package var discards: UInt64 = 0
   /// Nanoseconds of all reads together.
-  public var reading: UInt64 = 0
+  package var reading: UInt64 = 0
   /// The same of writes.
-  public var writing: UInt64 = 0
+  package var writing: UInt64 = 0
   /// The same of flushes.
-  public var flushing: UInt64 = 0
+  package var flushing: UInt64 = 0
   /// The same of discards and writes of zeroes.
-  public var discarding: UInt64 = 0
+  package var discarding: UInt64 = 0
   /// Of everything but flushes.
-  public var latencies = LatencyHistogram()
+  package var latencies = LatencyHistogram()
   /// Of flushes.
-  public var flushLatencies = LatencyHistogram()
+  package var flushLatencies = LatencyHistogram()
 
   /// Nothing yet.
-  public init() {}
+  package init() {}
 
   func write(to fields: inout [String: String]) {
     fields["bytes-read"] = String(bytesRead)

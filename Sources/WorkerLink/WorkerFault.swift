@@ -3,7 +3,7 @@
 // worker's log.
 
 /// Why a disk cannot be served, for programs.
-public enum WorkerFault: String, Sendable, Equatable, CaseIterable {
+package enum WorkerFault: String, Sendable, Equatable, CaseIterable {
   /// The store is no image of the format that it is said to be.
   case notThisFormat = "not-this-format"
   /// A version or feature of the image that this program does not know.
@@ -44,5 +44,5 @@ public enum WorkerFault: String, Sendable, Equatable, CaseIterable {
   case other
 
   /// From the word in a report.
-  public init(word: String) { self = WorkerFault(rawValue: word) ?? .other }
+  package init(word: String) { self = WorkerFault(rawValue: word) ?? .other }
 }

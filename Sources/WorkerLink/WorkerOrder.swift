@@ -2,51 +2,51 @@
 // What the daemon says to a worker.
 
 /// The disk that a worker shall serve.
-public struct StartOrder: Sendable, Equatable {
+package struct StartOrder: Sendable, Equatable {
   /// What the daemon calls the disk, "DOMAIN-VDEV"; for the log.
-  public var disk: String
+  package var disk: String
   /// Name of the image format.
-  public var format: String
+  package var format: String
   /// The store's path, only for what is said to people; the worker opens nothing.
-  public var storePath: String?
+  package var storePath: String?
   /// Whether the store is new and empty, and the image shall be made in it.
-  public var create = false
+  package var create = false
   /// For a new image: bytes of a block; nil: the format's own choice.
-  public var blockSize: UInt32?
+  package var blockSize: UInt32?
   /// The path of the base that comes along, for what is said to people and, in a new image,
   /// for the header.
-  public var basePath: String?
+  package var basePath: String?
   /// Name of the base's format, whatever the image says of it.
-  public var baseFormat: String?
+  package var baseFormat: String?
   /// How many images there may be in a row; nil: the worker's own bound.
-  public var depth: Int?
+  package var depth: Int?
   /// Whether the guest may only read.
-  public var readOnly = false
+  package var readOnly = false
   /// Whether a base that has changed is accepted and noted anew.
-  public var force = false
+  package var force = false
   /// Whether a node shall follow in place of an nbd socket, if the kernel can serve the image
   /// by itself; the report says.
-  public var byNode = false
+  package var byNode = false
   /// Whether the store's lock was held ever since its pending log was begun. Without it the log is
   /// compared with the store, which another program may have changed meanwhile.
-  public var isHeld = false
+  package var isHeld = false
   /// Whether a write that finds no space fails at once. Without it the write waits for space.
-  public var failsWhenFull = false
+  package var failsWhenFull = false
   /// Seconds that a write waits for space before it fails; 0: without a limit.
-  public var fullTimeout: UInt32 = 0
+  package var fullTimeout: UInt32 = 0
   /// Seconds without an I/O error after which a disk that had some counts as ready again; 0:
   /// only after `clear`.
-  public var quietTime: UInt32 = 0
+  package var quietTime: UInt32 = 0
 
   /// An order from what every disk needs.
-  public init(disk: String, format: String) {
+  package init(disk: String, format: String) {
     self.disk = disk
     self.format = format
   }
 }
 
 /// What the daemon wants of a worker. Descriptors travel beside it, as each case says.
-public enum WorkerOrder: Sendable, Equatable {
+package enum WorkerOrder: Sendable, Equatable {
   /// The first order, once. Roles: store; base if known; pending; nbd unless handed later;
   /// witness: the store by an open file description of its own, which nobody flushes until a
   /// worker has to learn whether the flush in which its predecessor died has failed.
@@ -73,7 +73,7 @@ public enum WorkerOrder: Sendable, Equatable {
   case stop
 
   /// As a message.
-  public var message: LinkMessage {
+  package var message: LinkMessage {
     switch self {
     case .start(let order):
       var fields = ["disk": order.disk, "format": order.format]
@@ -103,7 +103,7 @@ public enum WorkerOrder: Sendable, Equatable {
   }
 
   /// From a message. Fields that are not known are skipped: a newer daemon may send them.
-  public init(_ message: LinkMessage) throws(LinkFault) {
+  package init(_ message: LinkMessage) throws(LinkFault) {
     switch message.verb {
     case "start":
       var order = StartOrder(disk: try message.text("disk"), format: try message.text("format"))
@@ -137,7 +137,7 @@ public enum WorkerOrder: Sendable, Equatable {
 
 extension LinkConnection {
   /// Sends an order. Throws as `send(_:lending:)` of a message.
-  public func send(
+  package func send(
     _ order: WorkerOrder, lending descriptors: [LinkRole: Int32] = [:]
   ) throws(LinkError) {
     try send(order.message, lending: descriptors)

@@ -2,7 +2,7 @@
 // What a worker says to the daemon.
 
 /// How a disk is.
-public enum DiskState: String, Sendable {
+package enum DiskState: String, Sendable {
   /// It serves.
   case ready
   /// It serves, but something has failed; see the error.
@@ -12,56 +12,56 @@ public enum DiskState: String, Sendable {
 }
 
 /// A disk that is served, as its worker sees it.
-public struct DiskReport: Sendable, Equatable {
+package struct DiskReport: Sendable, Equatable {
   /// What the daemon calls the disk.
-  public var disk = ""
+  package var disk = ""
   /// Name of the image format.
-  public var format = ""
+  package var format = ""
   /// The worker's version.
-  public var version = ""
+  package var version = ""
   /// The worker's process id.
-  public var pid: Int32 = 0
+  package var pid: Int32 = 0
   /// Length of the disk in bytes.
-  public var size: UInt64 = 0
+  package var size: UInt64 = 0
   /// Bytes of a block.
-  public var blockSize: UInt32 = 0
+  package var blockSize: UInt32 = 0
   /// Bytes of the blocks that have a place in the store.
-  public var allocated: UInt64 = 0
+  package var allocated: UInt64 = 0
   /// The base as it stands in the image; nil: it has none.
-  public var basePath: String?
+  package var basePath: String?
   /// NBD transmission flags to tell the kernel.
-  public var flags: UInt16 = 0
+  package var flags: UInt16 = 0
   /// Whether the guest may only read.
-  public var readOnly = false
+  package var readOnly = false
   /// How it is.
-  public var state = DiskState.ready
+  package var state = DiskState.ready
   /// Why it is not ready; empty when it is.
-  public var error = ""
+  package var error = ""
   /// Whether an nbd socket or a node is served now.
-  public var attached = false
+  package var attached = false
   /// Whether it is a node that is served or waited for.
-  public var byNode = false
+  package var byNode = false
   /// Why no node can be served although one was to follow; nil when one can.
-  public var hindrance: String?
+  package var hindrance: String?
   /// With a node: what its device has to stand on, in the order of their numbers.
-  public var parts: [DiskPart] = []
+  package var parts: [DiskPart] = []
   /// Placements that are not durable yet.
-  public var uncommitted: UInt64 = 0
+  package var uncommitted: UInt64 = 0
   /// Requests since the worker started.
-  public var reads: UInt64 = 0
+  package var reads: UInt64 = 0
   /// Write requests.
-  public var writes: UInt64 = 0
+  package var writes: UInt64 = 0
   /// Flush requests.
-  public var flushes: UInt64 = 0
+  package var flushes: UInt64 = 0
   /// Faults that the format was asked for.
-  public var faults: UInt64 = 0
+  package var faults: UInt64 = 0
   /// Resident memory of the worker in bytes.
-  public var memory: UInt64 = 0
+  package var memory: UInt64 = 0
   /// What it has measured of the requests that it serves; nil when the kernel serves them.
-  public var times: ReportedTimes?
+  package var times: ReportedTimes?
 
   /// An empty report.
-  public init() {}
+  package init() {}
 
   var fields: [String: String] {
     var fields = [
@@ -125,16 +125,16 @@ public struct DiskReport: Sendable, Equatable {
 
 /// A file that an image names. A worker may be lied to by its image, and may lie itself: what
 /// it asks for is allowed or refused, never believed.
-public struct FileNeed: Sendable, Hashable {
+package struct FileNeed: Sendable, Hashable {
   /// What it is for: "base", "data-file" or what else formats have.
-  public var role: String
+  package var role: String
   /// Its path; one that is relative starts at the store's folder.
-  public var path: String
+  package var path: String
   /// Whether the disk's own data shall be written there.
-  public var writable: Bool
+  package var writable: Bool
 
   /// A need from its parts.
-  public init(role: String, path: String, writable: Bool) {
+  package init(role: String, path: String, writable: Bool) {
     self.role = role
     self.path = path
     self.writable = writable
@@ -152,7 +152,7 @@ public struct FileNeed: Sendable, Hashable {
 }
 
 /// What a worker tells. Descriptors travel beside it, as each case says.
-public enum WorkerReport: Sendable, Equatable {
+package enum WorkerReport: Sendable, Equatable {
   /// The image is open and the disk can be served. Once, after `start`.
   case ready(DiskReport)
   /// The image names this file: answer `file` or `refuseFile`.
@@ -180,13 +180,13 @@ public enum WorkerReport: Sendable, Equatable {
   case refused(order: String, message: String)
 
   /// The roles of the descriptors that may travel beside it.
-  public var roles: Set<LinkRole> {
+  package var roles: Set<LinkRole> {
     guard case .descriptors(_, let file) = self else { return [] }
     return file == nil ? [.store, .base, .pending, .witness] : [.file, .witness]
   }
 
   /// As a message.
-  public var message: LinkMessage {
+  package var message: LinkMessage {
     switch self {
     case .ready(let report): LinkMessage("ready", report.fields)
     case .needFile(let need): LinkMessage("need-file", need.fields)
@@ -208,7 +208,7 @@ public enum WorkerReport: Sendable, Equatable {
   }
 
   /// From a message. Fields that are not known are skipped.
-  public init(_ message: LinkMessage) throws(LinkFault) {
+  package init(_ message: LinkMessage) throws(LinkFault) {
     switch message.verb {
     case "ready": self = .ready(try DiskReport(message))
     case "need-file": self = .needFile(try FileNeed(message))
@@ -236,7 +236,7 @@ public enum WorkerReport: Sendable, Equatable {
 
 extension LinkConnection {
   /// Sends a report. Throws as `send(_:lending:)` of a message.
-  public func send(
+  package func send(
     _ report: WorkerReport, lending descriptors: [LinkRole: Int32] = [:]
   ) throws(LinkError) {
     try send(report.message, lending: descriptors)

@@ -19,30 +19,30 @@ import Synchronization
 /// delivered `.resync(.reconnected)`.
 ///
 /// *Source:* xenstore.h; docs/misc/xenstore.txt.
-public final class XenStoreClient: Sendable {
+package final class XenStoreClient: Sendable {
   /// How a client behaves; the defaults suit a daemon.
-  public struct Configuration: Sendable {
+  package struct Configuration: Sendable {
     /// xenstored's socket, or a device such as /dev/xen/xenbus. Nil: what libxenstore takes by
     /// itself (`XENSTORED_PATH`, `XENSTORED_RUNDIR`, /var/run/xenstored/socket).
-    public var socketPath: String?
+    package var socketPath: String?
     /// The time from a request to its end, waiting for a connection included.
-    public var deadline: Duration = .seconds(5)
+    package var deadline: Duration = .seconds(5)
     /// The pause after the first failed attempt to connect, and the longest one.
-    public var reconnectDelays: ClosedRange<Duration> = .milliseconds(10) ... .seconds(1)
+    package var reconnectDelays: ClosedRange<Duration> = .milliseconds(10) ... .seconds(1)
     /// How often a transaction is tried before it fails with `.conflict`.
-    public var transactionAttempts = 64
+    package var transactionAttempts = 64
     /// Called, on a thread of the client's, at each change of `connectionState`, for a log. It
     /// must not wait for the client.
-    public var onConnectionChange: (@Sendable (ConnectionState) -> Void)?
+    package var onConnectionChange: (@Sendable (ConnectionState) -> Void)?
 
     /// The defaults, with a socket of one's own if one is given.
-    public init(socketPath: String? = nil) {
+    package init(socketPath: String? = nil) {
       self.socketPath = socketPath
     }
   }
 
   /// Where a client stands with xenstored.
-  public enum ConnectionState: Hashable, Sendable {
+  package enum ConnectionState: Hashable, Sendable {
     /// Not connected; why the last attempt failed, nil before the first has ended.
     case connecting(lastFailure: String?)
     /// Connected, for the nth time.
@@ -56,7 +56,7 @@ public final class XenStoreClient: Sendable {
   /// Starts a client, which connects in the background.
   ///
   /// Fails only if the system has no descriptors or threads left.
-  public init(_ configuration: Configuration = Configuration()) throws(XenStoreError) {
+  package init(_ configuration: Configuration = Configuration()) throws(XenStoreError) {
     core = try Core(configuration)
     try core.start()
   }
@@ -64,15 +64,15 @@ public final class XenStoreClient: Sendable {
   deinit { core.close() }
 
   /// Where the client stands at this moment.
-  public var connectionState: ConnectionState { core.state.withLock { $0.connectionState } }
+  package var connectionState: ConnectionState { core.state.withLock { $0.connectionState } }
 
   /// Ends the client: waiting requests throw `.closed`, watches end. Does not wait; twice is once.
-  public func close() { core.close() }
+  package func close() { core.close() }
 
   /// Makes several requests in one go, without making them one step for others.
   ///
   /// `body` runs on the client's thread: see `XenStoreSession`. Throws what `body` throws.
-  public func perform<T: Sendable>(
+  package func perform<T: Sendable>(
     _ body: @escaping @Sendable (borrowing XenStoreSession) throws(XenStoreError) -> T
   ) async throws(XenStoreError) -> T {
     try await perform("requests", nil, body)
@@ -85,7 +85,7 @@ public final class XenStoreClient: Sendable {
   /// growing pauses; then `.conflict` is thrown. An error that `body` throws abandons the
   /// transaction and is passed on. After `.timedOut` or `.disconnected` it is unknown whether
   /// the commit took effect.
-  public func transaction<T: Sendable>(
+  package func transaction<T: Sendable>(
     attempts: Int? = nil,
     _ body: @escaping @Sendable (borrowing XenStoreSession) throws(XenStoreError) -> T
   ) async throws(XenStoreError) -> T {
@@ -105,7 +105,7 @@ public final class XenStoreClient: Sendable {
   /// The first event comes at once and names the path itself, whether or not the node exists. The
   /// special paths `@introduceDomain` and `@releaseDomain` can be watched. Events of a relative
   /// path are relative, too.
-  public func watch(_ path: String) async throws(XenStoreError) -> XenStoreWatch {
+  package func watch(_ path: String) async throws(XenStoreError) -> XenStoreWatch {
     try NodePath.checkWatch(path, for: "watch")
     let (state, doorbell) = try await core.watch(path)
     return XenStoreWatch(state: state, doorbell: doorbell, client: self)

@@ -3,9 +3,9 @@
 import Glibc
 
 /// What a request to xenstore failed of: the operation, the path, the reason and the remedy.
-public struct XenStoreError: Error, Equatable, Sendable {
+package struct XenStoreError: Error, Equatable, Sendable {
   /// The kind of failure, for a caller that acts on it.
-  public enum Code: Equatable, Sendable {
+  package enum Code: Equatable, Sendable {
     /// There is no such node.
     case notFound
     /// This domain may not do this with the node.
@@ -31,15 +31,15 @@ public struct XenStoreError: Error, Equatable, Sendable {
   }
 
   /// The kind of failure.
-  public let code: Code
+  package let code: Code
   /// What was tried: `read`, `write`, `list` and so on.
-  public let operation: String
+  package let operation: String
   /// The node, as the caller named it; nil if the request has none.
-  public let path: String?
+  package let path: String?
   /// The reason.
-  public let message: String
+  package let message: String
   /// What a person may do about it.
-  public let remedy: String
+  package let remedy: String
 
   init(
     _ code: Code, _ operation: String, _ path: String?, _ message: String, remedy: String
@@ -54,7 +54,7 @@ public struct XenStoreError: Error, Equatable, Sendable {
 
 extension XenStoreError: CustomStringConvertible {
   /// One line for a log: what, where, why, and what to do.
-  public var description: String {
+  package var description: String {
     // A path that is refused for its length need not fill the log.
     let place = path.map { path in
       path.utf8.count <= 200

@@ -9,9 +9,9 @@ import CXenStore
 /// The permissions of one node.
 ///
 /// Source: xenstore.h, xs_set_permissions; docs/misc/xenstore.txt, "Permissions".
-public struct XenStorePermissions: Hashable, Sendable {
+package struct XenStorePermissions: Hashable, Sendable {
   /// What a domain may do with a node. The raw value is the letter in the textual form.
-  public enum Access: Character, CaseIterable, Sendable {
+  package enum Access: Character, CaseIterable, Sendable {
     /// Neither read nor write.
     case none = "n"
     /// Read only.
@@ -23,28 +23,28 @@ public struct XenStorePermissions: Hashable, Sendable {
   }
 
   /// The access of one domain.
-  public struct Grant: Hashable, Sendable {
+  package struct Grant: Hashable, Sendable {
     /// Who.
-    public var domain: DomainID
+    package var domain: DomainID
     /// May do what.
-    public var access: Access
+    package var access: Access
 
     /// Names one domain's access.
-    public init(_ domain: DomainID, _ access: Access) {
+    package init(_ domain: DomainID, _ access: Access) {
       self.domain = domain
       self.access = access
     }
   }
 
   /// The domain that owns the node: it and the control domain may always read and write it.
-  public var owner: DomainID
+  package var owner: DomainID
   /// The access of every domain that is neither the owner nor named in `grants`.
-  public var others: Access
+  package var others: Access
   /// The access of single domains, in the order in which xenstore keeps them.
-  public var grants: [Grant]
+  package var grants: [Grant]
 
   /// Permissions with an owner; nobody else has access unless it is given here.
-  public init(owner: DomainID, others: Access = .none, grants: [Grant] = []) {
+  package init(owner: DomainID, others: Access = .none, grants: [Grant] = []) {
     self.owner = owner
     self.others = others
     self.grants = grants
@@ -53,7 +53,7 @@ public struct XenStorePermissions: Hashable, Sendable {
   /// Reads the textual form, such as `n0,r5`: owned by 0, none for others, 5 may read.
   ///
   /// Nil for anything that is not a comma-separated list of a letter and a domain id each.
-  public init?(_ text: String) {
+  package init?(_ text: String) {
     var entries: [Grant] = []
     for part in text.split(separator: ",", omittingEmptySubsequences: false) {
       guard let letter = part.first, let access = Access(rawValue: letter),
@@ -68,7 +68,7 @@ public struct XenStorePermissions: Hashable, Sendable {
 
 extension XenStorePermissions: CustomStringConvertible {
   /// The textual form, such as `n0,r5`.
-  public var description: String {
+  package var description: String {
     ([Grant(owner, others)] + grants).map { "\($0.access.rawValue)\($0.domain)" }
       .joined(separator: ",")
   }

@@ -8,13 +8,13 @@ import Glibc
 /// Lent to a closure that runs on the client's own thread: everything else that the client was
 /// asked waits meanwhile, so such a closure makes requests and computes, and does nothing slow.
 /// Every method throws `.timedOut` once the deadline of the whole has passed.
-public struct XenStoreSession: ~Copyable {
+package struct XenStoreSession: ~Copyable {
   let connection: Connection
   let transaction: xs_transaction_t
   let job: Job
 
   /// The value of a node, byte for byte. Throws `.notFound` for a node that is not there.
-  public func read(_ path: String) throws(XenStoreError) -> [UInt8] {
+  package func read(_ path: String) throws(XenStoreError) -> [UInt8] {
     try NodePath.check(path, for: "read")
     var length: UInt32 = 0
     let value = try request("read", path) { handle in
@@ -25,12 +25,12 @@ public struct XenStoreSession: ~Copyable {
   }
 
   /// The value of a node, or nil if there is no such node.
-  public func readIfPresent(_ path: String) throws(XenStoreError) -> [UInt8]? {
+  package func readIfPresent(_ path: String) throws(XenStoreError) -> [UInt8]? {
     do { return try read(path) } catch { return try error.asAbsence() }
   }
 
   /// The value of a node as text. Throws `.invalidValue` if it is not UTF-8.
-  public func readString(_ path: String) throws(XenStoreError) -> String {
+  package func readString(_ path: String) throws(XenStoreError) -> String {
     let bytes = try read(path)
     guard let text = String(validating: bytes, as: UTF8.self) else {
       throw XenStoreError(
@@ -40,12 +40,12 @@ public struct XenStoreSession: ~Copyable {
   }
 
   /// The value of a node as text, or nil if there is no such node.
-  public func readStringIfPresent(_ path: String) throws(XenStoreError) -> String? {
+  package func readStringIfPresent(_ path: String) throws(XenStoreError) -> String? {
     do { return try readString(path) } catch { return try error.asAbsence() }
   }
 
   /// The names of a node's children, in xenstored's order.
-  public func list(_ path: String) throws(XenStoreError) -> [String] {
+  package func list(_ path: String) throws(XenStoreError) -> [String] {
     try NodePath.check(path, for: "list")
     var count: UInt32 = 0
     let names = try request("list", path) { handle in
@@ -56,12 +56,12 @@ public struct XenStoreSession: ~Copyable {
   }
 
   /// The names of a node's children, or nil if there is no such node.
-  public func listIfPresent(_ path: String) throws(XenStoreError) -> [String]? {
+  package func listIfPresent(_ path: String) throws(XenStoreError) -> [String]? {
     do { return try list(path) } catch { return try error.asAbsence() }
   }
 
   /// Sets a node's value, any bytes; makes the node and its parents if they are missing.
-  public func write(_ path: String, _ value: [UInt8]) throws(XenStoreError) {
+  package func write(_ path: String, _ value: [UInt8]) throws(XenStoreError) {
     try NodePath.check(path, for: "write")
     let size = path.utf8.count + 1 + value.count
     guard size <= Int(XENSTORE_PAYLOAD_MAX) else {
@@ -76,18 +76,18 @@ public struct XenStoreSession: ~Copyable {
   }
 
   /// Sets a node's value to a text's UTF-8 bytes.
-  public func write(_ path: String, _ value: String) throws(XenStoreError) {
+  package func write(_ path: String, _ value: String) throws(XenStoreError) {
     try write(path, Array(value.utf8))
   }
 
   /// Makes a node with an empty value; leaves one that is there as it is.
-  public func makeDirectory(_ path: String) throws(XenStoreError) {
+  package func makeDirectory(_ path: String) throws(XenStoreError) {
     try NodePath.check(path, for: "make")
     try accomplish("make", path) { handle in xs_mkdir(handle, transaction, path) }
   }
 
   /// Removes a node and everything below it. A node that is not there is no failure.
-  public func remove(_ path: String) throws(XenStoreError) {
+  package func remove(_ path: String) throws(XenStoreError) {
     try NodePath.check(path, for: "remove")
     do {
       try accomplish("remove", path) { handle in xs_rm(handle, transaction, path) }
@@ -97,7 +97,7 @@ public struct XenStoreSession: ~Copyable {
   }
 
   /// Who may do what with a node.
-  public func permissions(of path: String) throws(XenStoreError) -> XenStorePermissions {
+  package func permissions(of path: String) throws(XenStoreError) -> XenStorePermissions {
     try NodePath.check(path, for: "get permissions of")
     var count: UInt32 = 0
     let entries = try request("get permissions of", path) { handle in
@@ -114,7 +114,7 @@ public struct XenStoreSession: ~Copyable {
   }
 
   /// Sets who may do what with a node.
-  public func setPermissions(
+  package func setPermissions(
     _ permissions: XenStorePermissions, of path: String
   ) throws(XenStoreError) {
     try NodePath.check(path, for: "set permissions of")
@@ -125,7 +125,7 @@ public struct XenStoreSession: ~Copyable {
   }
 
   /// Whether xenstored has been told of the domain. Never part of a transaction.
-  public func isIntroduced(_ domain: DomainID) throws(XenStoreError) -> Bool {
+  package func isIntroduced(_ domain: DomainID) throws(XenStoreError) -> Bool {
     var answer = false
     // libxenstore says false for a failure, too: only errno tells the two apart.
     try accomplish("ask whether introduced", "\(domain)") { handle in
@@ -137,7 +137,7 @@ public struct XenStoreSession: ~Copyable {
   }
 
   /// The root of a domain's tree, `/local/domain/N`, whether or not the domain exists.
-  public func domainPath(_ domain: DomainID) throws(XenStoreError) -> String {
+  package func domainPath(_ domain: DomainID) throws(XenStoreError) -> String {
     let text = try request("get the path of domain", "\(domain)") { handle in
       xs_get_domain_path(handle, UInt32(domain.rawValue))
     }

@@ -9,7 +9,7 @@
 import Synchronization
 
 /// What a watch tells its consumer.
-public enum XenStoreWatchEvent: Hashable, Sendable {
+package enum XenStoreWatchEvent: Hashable, Sendable {
   /// The node, or something just below its watched place, was written, removed or given other
   /// permissions; or the watch was set just now. Read the node for its present state.
   case changed(String)
@@ -17,7 +17,7 @@ public enum XenStoreWatchEvent: Hashable, Sendable {
   case resync(Reason)
 
   /// Why events may have been missed.
-  public enum Reason: Hashable, Sendable {
+  package enum Reason: Hashable, Sendable {
     /// The connection to xenstored was lost and made again. The store may be a new, empty one.
     case reconnected
     /// The consumer fell behind by more than `XenStoreWatch.pendingLimit` different paths.
@@ -30,38 +30,38 @@ public enum XenStoreWatchEvent: Hashable, Sendable {
 /// Ends (with nil) when the client closes, the consumer's task is cancelled, or `cancel` is called;
 /// throws if xenstored refuses to set the watch anew after a reconnection. xenstored forgets the
 /// watch as soon as the consumer drops the sequence. A sequence keeps its client alive.
-public struct XenStoreWatch: AsyncSequence, Sendable {
+package struct XenStoreWatch: AsyncSequence, Sendable {
   /// One event.
-  public typealias Element = XenStoreWatchEvent
+  package typealias Element = XenStoreWatchEvent
   /// Why the watch could not be kept.
-  public typealias Failure = XenStoreError
+  package typealias Failure = XenStoreError
 
   /// The number of different paths that are kept for a consumer; then it is told to read all anew.
-  public static let pendingLimit = 16_384
+  package static let pendingLimit = 16_384
 
   let state: WatchState
   let doorbell: AsyncStream<Void>
   let client: XenStoreClient
 
   /// The watched path, as it was asked for.
-  public var path: String { state.path }
+  package var path: String { state.path }
 
   /// Ends the sequence and takes the watch back.
-  public func cancel() { state.end(nil) }
+  package func cancel() { state.end(nil) }
 
   /// The consumer's end. Two iterators of one watch share its events between them.
-  public func makeAsyncIterator() -> Iterator {
+  package func makeAsyncIterator() -> Iterator {
     Iterator(state: state, ring: doorbell.makeAsyncIterator(), client: client)
   }
 
   /// Takes the events of a watch one by one.
-  public struct Iterator: AsyncIteratorProtocol {
+  package struct Iterator: AsyncIteratorProtocol {
     let state: WatchState
     var ring: AsyncStream<Void>.Iterator
     let client: XenStoreClient
 
     /// The next event; waits for one. Nil at the end.
-    public mutating func next(
+    package mutating func next(
       isolation actor: isolated (any Actor)? = #isolation
     ) async throws(XenStoreError) -> XenStoreWatchEvent? {
       while !Task.isCancelled {
@@ -76,7 +76,7 @@ public struct XenStoreWatch: AsyncSequence, Sendable {
     }
 
     /// The next event; waits for one. Nil at the end.
-    public mutating func next() async throws(XenStoreError) -> XenStoreWatchEvent? {
+    package mutating func next() async throws(XenStoreError) -> XenStoreWatchEvent? {
       try await next(isolation: nil)
     }
   }

@@ -27,9 +27,9 @@ enum OnFull: String, ExpressibleByArgument, CaseIterable {
 }
 
 /// cowd.
-public enum Program {
+package enum Program {
   /// Runs the program with the arguments of this process.
-  public static func main() { Cowd.main() }
+  package static func main() { Cowd.main() }
 }
 
 struct Cowd: ParsableCommand {

@@ -350,9 +350,9 @@ private func withoutNegatives(_ arguments: [String]) -> [String] {
 }
 
 /// dmu-img.
-public enum Program {
+package enum Program {
   /// Runs the program with the arguments of this process.
-  public static func main() {
+  package static func main() {
     Tool.main(withoutNegatives(Array(CommandLine.arguments.dropFirst())))
   }
 }

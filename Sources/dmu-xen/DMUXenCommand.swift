@@ -7,9 +7,9 @@ import Daemon
 import Posix
 
 /// dmu-xen.
-public enum Program {
+package enum Program {
   /// Runs the program with the arguments of this process.
-  public static func main() async { await DMUXenCommand.main() }
+  package static func main() async { await DMUXenCommand.main() }
 }
 
 struct DMUXenCommand: AsyncParsableCommand {

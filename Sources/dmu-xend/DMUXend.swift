@@ -7,9 +7,9 @@ import Posix
 import Glibc
 
 /// dmu-xend.
-public enum Program {
+package enum Program {
   /// Runs the program with the arguments of this process.
-  public static func main() async { await DMUXend.main() }
+  package static func main() async { await DMUXend.main() }
 }
 
 struct DMUXend: AsyncParsableCommand {

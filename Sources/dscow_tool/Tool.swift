@@ -164,9 +164,9 @@ func finish(_ body: () throws(ImageError) -> DscowTool.Exit) throws {
 }
 
 /// dscow_tool.
-public enum Program {
+package enum Program {
   /// Runs the program with the arguments of this process.
-  public static func main() {
+  package static func main() {
     var arguments = [String](CommandLine.arguments.dropFirst())
     if arguments.first == "-c" { arguments[0] = "create" }
     Tool.main(arguments)

@@ -7,9 +7,9 @@
 // it can no longer be found. What came after it may be, or not, until the next flush.
 
 /// The sectors of a disk and what each may hold.
-public struct DiskModel: Sendable {
+package struct DiskModel: Sendable {
   /// Names a write that has begun.
-  public typealias Write = Int
+  package typealias Write = Int
 
   private struct Entry {
     var stamp: UInt64
@@ -27,10 +27,10 @@ public struct DiskModel: Sendable {
   private var clock = 0
 
   /// How many sectors there are.
-  public let count: Int
+  package let count: Int
 
   /// A disk that nobody has written to; `base` says what each sector reads as.
-  public init(sectors count: Int, base: @escaping @Sendable (Int) -> UInt64) {
+  package init(sectors count: Int, base: @escaping @Sendable (Int) -> UInt64) {
     self.count = count
     self.base = base
   }
@@ -40,12 +40,12 @@ public struct DiskModel: Sendable {
   }
 
   /// A write of one stamp to a range of sectors begins.
-  public mutating func begin(_ range: Range<Int>, stamp: UInt64) -> Write {
+  package mutating func begin(_ range: Range<Int>, stamp: UInt64) -> Write {
     begin(range, stamp, isWeak: false)
   }
 
   /// A discard of a range of sectors begins.
-  public mutating func beginDiscard(_ range: Range<Int>) -> Write {
+  package mutating func beginDiscard(_ range: Range<Int>) -> Write {
     begin(range, 0, isWeak: true)
   }
 
@@ -60,19 +60,19 @@ public struct DiskModel: Sendable {
   }
 
   /// A write is acknowledged.
-  public mutating func end(_ write: Write) {
+  package mutating func end(_ write: Write) {
     clock += 1
     acknowledged[write] = clock
   }
 
   /// A flush begins: returns what `flushed` wants.
-  public mutating func beginFlush() -> Int {
+  package mutating func beginFlush() -> Int {
     clock += 1
     return clock
   }
 
   /// A flush that began at that time is acknowledged.
-  public mutating func flushed(_ start: Int) {
+  package mutating func flushed(_ start: Int) {
     for (sector, history) in sectors {
       guard let last = lastKnown(history, by: start), last > 0 else { continue }
       sectors[sector] = Array(history[last...])
@@ -81,7 +81,7 @@ public struct DiskModel: Sendable {
 
   /// A write of these sectors that was acknowledged is durable: what came before it cannot be
   /// found any more.
-  public mutating func forced(_ write: Write, _ range: Range<Int>) {
+  package mutating func forced(_ write: Write, _ range: Range<Int>) {
     for sector in range {
       guard let history = sectors[sector],
         let index = history.lastIndex(where: { $0.write == write && !$0.isWeak })
@@ -92,14 +92,14 @@ public struct DiskModel: Sendable {
 
   /// What a sector may read as, with the power on, for a read that begins now where requests
   /// are served in the order in which they begin.
-  public func latest(sector: Int) -> [UInt64] {
+  package func latest(sector: Int) -> [UInt64] {
     let history = history(sector)
     let last = history.lastIndex { !$0.isWeak } ?? 0
     return history[last...].map(\.stamp)
   }
 
   /// Every write that is under way is broken off: it may have been done, in part, or not.
-  public mutating func breakOff() {
+  package mutating func breakOff() {
     for (sector, history) in sectors {
       sectors[sector] = history.map { entry in
         var entry = entry
@@ -118,23 +118,23 @@ public struct DiskModel: Sendable {
   }
 
   /// Whether a sector may hold a stamp after a power cut now.
-  public func mayHold(_ stamp: UInt64, sector: Int) -> Bool {
+  package func mayHold(_ stamp: UInt64, sector: Int) -> Bool {
     history(sector).contains { $0.stamp == stamp }
   }
 
   /// Whether a read of a sector now, with the power on, may return a stamp.
-  public func mayRead(_ stamp: UInt64, sector: Int) -> Bool {
+  package func mayRead(_ stamp: UInt64, sector: Int) -> Bool {
     let history = history(sector)
     guard let last = lastKnown(history, by: .max - 1) else { return false }
     return history[last...].contains { $0.stamp == stamp }
   }
 
   /// What a sector may hold after a power cut now, the oldest first. For messages.
-  public func candidates(sector: Int) -> [UInt64] { history(sector).map(\.stamp) }
+  package func candidates(sector: Int) -> [UInt64] { history(sector).map(\.stamp) }
 
   /// The power came back and every sector was found to hold a stamp it may hold: from now on
   /// it does. Ends every write that was under way.
-  public mutating func settle(_ found: [UInt64]) {
+  package mutating func settle(_ found: [UInt64]) {
     precondition(found.count == count)
     for sector in sectors.keys {
       sectors[sector] = [Entry(stamp: found[sector], write: -1, isWeak: false)]
@@ -143,9 +143,9 @@ public struct DiskModel: Sendable {
 }
 
 /// Sectors filled with a stamp, so that a read tells which write it comes from.
-public enum Stamp {
+package enum Stamp {
   /// Fills whole sectors: stamp 0 is zeroes, any other stands in the first and last words.
-  public static func fill(_ buffer: UnsafeMutableRawBufferPointer, _ stamp: UInt64) {
+  package static func fill(_ buffer: UnsafeMutableRawBufferPointer, _ stamp: UInt64) {
     buffer.initializeMemory(as: UInt8.self, repeating: 0)
     guard stamp != 0 else { return }
     for start in stride(from: 0, to: buffer.count, by: 512) {
@@ -155,14 +155,14 @@ public enum Stamp {
   }
 
   /// So many sectors of a stamp.
-  public static func sectors(_ count: Int, _ stamp: UInt64) -> [UInt8] {
+  package static func sectors(_ count: Int, _ stamp: UInt64) -> [UInt8] {
     var bytes = [UInt8](repeating: 0, count: count * 512)
     bytes.withUnsafeMutableBytes { fill($0, stamp) }
     return bytes
   }
 
   /// The stamp of the sector at a byte offset; nil when it was never filled by one.
-  public static func read(_ bytes: UnsafeRawBufferPointer, at offset: Int) -> UInt64? {
+  package static func read(_ bytes: UnsafeRawBufferPointer, at offset: Int) -> UInt64? {
     let first = bytes.loadUnaligned(fromByteOffset: offset, as: UInt64.self)
     let last = bytes.loadUnaligned(fromByteOffset: offset + 504, as: UInt64.self)
     if first == 0 && last == 0 { return 0 }

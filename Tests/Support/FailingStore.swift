@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // A byte store of which the Nth input or output fails.
 
-public import Glibc
-public import Posix
+import Glibc
+package import Posix
 import Synchronization
 
 /// Passes everything on to another store, save one call, or all from one on.
-public final class FailingStore: ByteStore {
+package final class FailingStore: ByteStore {
   /// What errors call it.
-  public var name: String { inner.name }
+  package var name: String { inner.name }
   private let inner: any ByteStore
   private let failAt: Int?
   private let forGood: Bool
@@ -17,7 +17,7 @@ public final class FailingStore: ByteStore {
 
   /// A store over another. The call number `failAt` (from 0; reads, writes, zeroes, resizes
   /// and flushes count) fails with errno `code`; with `forGood`, every later one too.
-  public init(
+  package init(
     _ inner: any ByteStore, failAt: Int?, forGood: Bool = false, code: Int32 = EIO
   ) {
     self.inner = inner
@@ -27,13 +27,13 @@ public final class FailingStore: ByteStore {
   }
 
   /// How many calls there have been.
-  public var calls: Int { count.withLock { $0 } }
+  package var calls: Int { count.withLock { $0 } }
   /// Length in bytes.
-  public var size: UInt64 { inner.size }
+  package var size: UInt64 { inner.size }
   /// Whether writes are allowed.
-  public var isWritable: Bool { inner.isWritable }
+  package var isWritable: Bool { inner.isWritable }
   /// As the store under it.
-  public var isFixedSize: Bool { inner.isFixedSize }
+  package var isFixedSize: Bool { inner.isFixedSize }
 
   private func call(_ operation: String) throws(IOError) {
     let number = count.withLock { count in
@@ -45,36 +45,36 @@ public final class FailingStore: ByteStore {
   }
 
   /// Identity of the store under it.
-  public func identity() throws(IOError) -> StoreIdentity { try inner.identity() }
+  package func identity() throws(IOError) -> StoreIdentity { try inner.identity() }
   /// Allocation of the store under it.
-  public func allocatedBytes() throws(IOError) -> UInt64 { try inner.allocatedBytes() }
+  package func allocatedBytes() throws(IOError) -> UInt64 { try inner.allocatedBytes() }
 
   /// Counts, then reads.
-  public func read(_ buffer: UnsafeMutableRawBufferPointer, at offset: UInt64) throws(IOError) {
+  package func read(_ buffer: UnsafeMutableRawBufferPointer, at offset: UInt64) throws(IOError) {
     try call("read")
     try inner.read(buffer, at: offset)
   }
 
   /// Counts, then writes.
-  public func write(_ buffer: UnsafeRawBufferPointer, at offset: UInt64) throws(IOError) {
+  package func write(_ buffer: UnsafeRawBufferPointer, at offset: UInt64) throws(IOError) {
     try call("write")
     try inner.write(buffer, at: offset)
   }
 
   /// Counts, then zeroes.
-  public func zero(at offset: UInt64, count: UInt64) throws(IOError) {
+  package func zero(at offset: UInt64, count: UInt64) throws(IOError) {
     try call("zero")
     try inner.zero(at: offset, count: count)
   }
 
   /// Counts, then resizes.
-  public func resize(to size: UInt64) throws(IOError) {
+  package func resize(to size: UInt64) throws(IOError) {
     try call("resize")
     try inner.resize(to: size)
   }
 
   /// Counts, then flushes.
-  public func flush() throws(IOError) {
+  package func flush() throws(IOError) {
     try call("flush")
     try inner.flush()
   }

@@ -7,7 +7,7 @@
 /// Each call of `step` takes one random disk one step further in its life: it comes (its domain with
 /// it, if it is the first one there), is waited for, begins to go, closes, and is gone. So at any
 /// moment disks stand in every state, and a disk may come again as soon as it has gone.
-public struct FakeDiskChurn {
+package struct FakeDiskChurn {
   private enum Stage {
     case absent
     case attached
@@ -22,7 +22,7 @@ public struct FakeDiskChurn {
   private var random: SeededRandom
 
   /// Disks of any domains; every domain is made when its first disk comes, and stays.
-  public init(_ toolstack: FakeToolstack, disks: [FakeDisk], random: SeededRandom) {
+  package init(_ toolstack: FakeToolstack, disks: [FakeDisk], random: SeededRandom) {
     self.toolstack = toolstack
     self.disks = disks
     self.random = random
@@ -31,7 +31,7 @@ public struct FakeDiskChurn {
 
   /// One disk takes one step; which one is returned.
   @discardableResult
-  public mutating func step() throws(WireError) -> FakeDisk {
+  package mutating func step() throws(WireError) -> FakeDisk {
     let index = Int.random(in: 0..<disks.count, using: &random)
     try advance(index)
     return disks[index]
@@ -40,7 +40,7 @@ public struct FakeDiskChurn {
   /// Ends what was begun: every disk is either attached and wanted, or gone.
   ///
   /// Returns the wanted ones: the daemon must end up with a worker for each, and no other.
-  public mutating func settle() throws(WireError) -> Set<FakeDisk> {
+  package mutating func settle() throws(WireError) -> Set<FakeDisk> {
     for index in disks.indices {
       while stages[index] == .detaching || stages[index] == .closed { try advance(index) }
     }

@@ -11,24 +11,24 @@
 // xen-blkback/xenbus.c; seen on Xen 4.17.
 
 /// One disk as the toolstack knows it.
-public struct FakeDisk: Hashable, Sendable {
+package struct FakeDisk: Hashable, Sendable {
   /// The guest's domain id.
-  public var domain: Int
+  package var domain: Int
   /// The device number, 51712 for xvda; see `number(of:)`.
-  public var device: Int
+  package var device: Int
   /// The guest's name for it, `xvda`.
-  public var name: String
+  package var name: String
   /// What `target=` said: the spec, `dmu:` and all.
-  public var params: String
+  package var params: String
   /// The script's absolute path.
-  public var script: String
+  package var script: String
   /// False for a disk that the guest may only read.
-  public var isWritable: Bool
+  package var isWritable: Bool
   /// The domain that serves the disk; not 0 for a driver domain.
-  public var backendDomain: Int
+  package var backendDomain: Int
 
   /// A writable disk of domain 0's, under the script that dmu disks have.
-  public init(domain: Int, name: String = "xvda", params: String, isWritable: Bool = true) {
+  package init(domain: Int, name: String = "xvda", params: String, isWritable: Bool = true) {
     self.domain = domain
     self.device = Self.number(of: name)
     self.name = name
@@ -39,36 +39,36 @@ public struct FakeDisk: Hashable, Sendable {
   }
 
   /// The device number of `xvda` to `xvdp`: major 202, sixteen minors a disk.
-  public static func number(of name: String) -> Int {
+  package static func number(of name: String) -> Int {
     guard let letter = name.utf8.last else { return 202 << 8 }
     return 202 << 8 | (Int(letter) - Int(UInt8(ascii: "a"))) << 4
   }
 
   /// `/local/domain/B/backend/vbd/D/V`.
-  public var backend: String {
+  package var backend: String {
     "/local/domain/\(backendDomain)/backend/vbd/\(domain)/\(device)"
   }
   /// `backend/vbd/D/V`, as the script finds it in XENBUS_PATH.
-  public var relativeBackend: String { "backend/vbd/\(domain)/\(device)" }
+  package var relativeBackend: String { "backend/vbd/\(domain)/\(device)" }
   /// `/local/domain/D/device/vbd/V`.
-  public var frontend: String { "/local/domain/\(domain)/device/vbd/\(device)" }
+  package var frontend: String { "/local/domain/\(domain)/device/vbd/\(device)" }
   /// libxl's own note of the device, which no guest can write.
-  public var libxl: String { "/libxl/\(domain)/device/vbd/\(device)" }
+  package var libxl: String { "/libxl/\(domain)/device/vbd/\(device)" }
 }
 
 /// Plays libxl, blkback and blkfront in one xenstored. Blocking; may be used by several tasks.
-public final class FakeToolstack: Sendable {
+package final class FakeToolstack: Sendable {
   private let wire: XenStoredWire
 
   /// Connects, and writes what xen-init-dom0 writes.
-  public init(_ xenstored: XenStored) throws(WireError) {
+  package init(_ xenstored: XenStored) throws(WireError) {
     wire = try xenstored.connect()
     try wire.write("/local/domain/0/domid", "0")
     try wire.write("/local/domain/0/name", "Domain-0")
   }
 
   /// A domain comes: its nodes, and xenstored is told of it.
-  public func createDomain(_ domain: Int, name: String) throws(WireError) {
+  package func createDomain(_ domain: Int, name: String) throws(WireError) {
     let root = "/local/domain/\(domain)"
     try wire.transaction { transaction throws(WireError) in
       try wire.remove(root, in: transaction)
@@ -83,7 +83,7 @@ public final class FakeToolstack: Sendable {
   }
 
   /// A domain goes: its nodes and libxl's. The backends of its disks stay until `finishDetach`.
-  public func destroyDomain(_ domain: Int) throws(WireError) {
+  package func destroyDomain(_ domain: Int) throws(WireError) {
     try wire.transaction { transaction throws(WireError) in
       try wire.remove("/local/domain/\(domain)", in: transaction)
       try wire.remove("/libxl/\(domain)", in: transaction)
@@ -93,7 +93,7 @@ public final class FakeToolstack: Sendable {
   }
 
   /// libxl attaches a disk: one transaction, all nodes with their permissions.
-  public func attach(_ disk: FakeDisk) throws(WireError) {
+  package func attach(_ disk: FakeDisk) throws(WireError) {
     let back = [
       ("params", disk.params), ("script", disk.script), ("frontend-id", "\(disk.domain)"),
       ("online", "1"), ("removable", "0"), ("bootable", "1"), ("state", "1"), ("dev", disk.name),
@@ -125,7 +125,7 @@ public final class FakeToolstack: Sendable {
   }
 
   /// blkback has seen the disk: writes its features and waits for `physical-device` in state 2.
-  public func backendWaits(_ disk: FakeDisk) throws(WireError) {
+  package func backendWaits(_ disk: FakeDisk) throws(WireError) {
     let features = [
       ("feature-max-indirect-segments", "256"), ("multi-queue-max-queues", "1"),
       ("max-ring-page-order", "4"), ("state", "2"),
@@ -134,7 +134,7 @@ public final class FakeToolstack: Sendable {
   }
 
   /// The frontend and blkback connect (state 4); `sectors` is the disk's length in 512 bytes.
-  public func connect(_ disk: FakeDisk, sectors: Int) throws(WireError) {
+  package func connect(_ disk: FakeDisk, sectors: Int) throws(WireError) {
     try writeAll([("ring-ref", "8"), ("event-channel", "9")], below: disk.frontend, 0)
     try wire.write("\(disk.frontend)/state", "3")
     try wire.transaction { transaction throws(WireError) in
@@ -148,7 +148,7 @@ public final class FakeToolstack: Sendable {
   }
 
   /// libxl asks the backend to let go: `online` 0 and `state` 5, in one transaction.
-  public func beginDetach(_ disk: FakeDisk) throws(WireError) {
+  package func beginDetach(_ disk: FakeDisk) throws(WireError) {
     try wire.transaction { transaction throws(WireError) in
       try wire.write("\(disk.backend)/online", "0", in: transaction)
       try wire.write("\(disk.backend)/state", "5", in: transaction)
@@ -156,12 +156,12 @@ public final class FakeToolstack: Sendable {
   }
 
   /// The frontend and blkback have closed: state 6. libxl then runs the script's `remove`.
-  public func backendCloses(_ disk: FakeDisk) throws(WireError) {
+  package func backendCloses(_ disk: FakeDisk) throws(WireError) {
     try wire.write("\(disk.backend)/state", "6")
   }
 
   /// libxl deletes the nodes, and every directory above them that is left empty.
-  public func finishDetach(_ disk: FakeDisk) throws(WireError) {
+  package func finishDetach(_ disk: FakeDisk) throws(WireError) {
     try wire.transaction { transaction throws(WireError) in
       for path in [disk.frontend, disk.backend, disk.libxl] {
         try removeWithEmptyParents(path, transaction)
@@ -170,7 +170,7 @@ public final class FakeToolstack: Sendable {
   }
 
   /// The disks whose backend nodes are there, as `D/V`, sorted.
-  public func backends(of backendDomain: Int = 0) throws(WireError) -> [String] {
+  package func backends(of backendDomain: Int = 0) throws(WireError) -> [String] {
     let root = "/local/domain/\(backendDomain)/backend/vbd"
     var found: [String] = []
     for domain in try children(of: root) {
@@ -180,12 +180,12 @@ public final class FakeToolstack: Sendable {
   }
 
   /// A node's value, nil if it is not there: for what a test expects of the daemon.
-  public func read(_ path: String) throws(WireError) -> String? {
+  package func read(_ path: String) throws(WireError) -> String? {
     do { return try wire.read(path) } catch { return try absence(error) }
   }
 
   /// Writes any node: for what the script does, or a hostile guest.
-  public func write(_ path: String, _ value: String) throws(WireError) {
+  package func write(_ path: String, _ value: String) throws(WireError) {
     try wire.write(path, value)
   }
 }

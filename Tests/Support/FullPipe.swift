@@ -2,17 +2,17 @@
 // A pipe that nobody reads and that takes nothing more.
 
 import Glibc
-public import Posix
+package import Posix
 
 /// Its writing end, which waits for ever whoever writes to it.
-public final class FullPipe: Sendable {
+package final class FullPipe: Sendable {
   /// The end to write to, lent.
-  public var raw: Int32 { writer.raw }
+  package var raw: Int32 { writer.raw }
   private let reader: Descriptor
   private let writer: Descriptor
 
   /// Makes it and fills it.
-  public init() throws(IOError) {
+  package init() throws(IOError) {
     var ends: [Int32] = [-1, -1]
     guard pipe(&ends) == 0 else { throw IOError.last("make a pipe") }
     reader = Descriptor(owning: ends[0])

@@ -2,11 +2,11 @@
 // A byte store in memory: sparse, so that a disk of 64 TiB costs what is written to it.
 
 import Glibc
-public import Posix
+package import Posix
 import Synchronization
 
 /// A file that exists only in memory. Safe from any thread.
-public final class MemoryStore: ByteStore {
+package final class MemoryStore: ByteStore {
   private static let pageSize = 4096
 
   private struct State {
@@ -18,47 +18,47 @@ public final class MemoryStore: ByteStore {
 
   private let state: Mutex<State>
   /// What errors call it.
-  public let name: String
+  package let name: String
 
   /// A store of zeroes.
-  public init(_ name: String = "memory", size: UInt64 = 0, modified: UInt64 = 1) {
+  package init(_ name: String = "memory", size: UInt64 = 0, modified: UInt64 = 1) {
     self.name = name
     state = Mutex(State(size: size, modified: modified))
   }
 
   /// A store with contents.
-  public convenience init(_ name: String = "memory", bytes: [UInt8]) {
+  package convenience init(_ name: String = "memory", bytes: [UInt8]) {
     self.init(name, size: UInt64(bytes.count))
     state.withLock { state in bytes.withUnsafeBytes { Self.put($0, at: 0, in: &state) } }
   }
 
   /// Length in bytes.
-  public var size: UInt64 { state.withLock { $0.size } }
+  package var size: UInt64 { state.withLock { $0.size } }
 
   /// Whether writes are allowed; may be changed at any time.
-  public var isWritable: Bool {
+  package var isWritable: Bool {
     get { state.withLock { $0.isWritable } }
     set { state.withLock { $0.isWritable = newValue } }
   }
 
   /// Modification time in nanoseconds; may be changed at any time, and is by no write.
-  public var modified: UInt64 {
+  package var modified: UInt64 {
     get { state.withLock { $0.modified } }
     set { state.withLock { $0.modified = newValue } }
   }
 
   /// Size and modification time.
-  public func identity() -> StoreIdentity {
+  package func identity() -> StoreIdentity {
     state.withLock { StoreIdentity(size: $0.size, modified: $0.modified) }
   }
 
   /// Bytes of the pages that were ever written.
-  public func allocatedBytes() -> UInt64 {
+  package func allocatedBytes() -> UInt64 {
     state.withLock { UInt64($0.pages.count * Self.pageSize) }
   }
 
   /// The whole contents. For small stores.
-  public func contents() -> [UInt8] {
+  package func contents() -> [UInt8] {
     state.withLock { state in
       var bytes = [UInt8](repeating: 0, count: Int(state.size))
       for (index, page) in state.pages {
@@ -71,7 +71,7 @@ public final class MemoryStore: ByteStore {
   }
 
   /// Fills the buffer; past the end, with zeroes.
-  public func read(_ buffer: UnsafeMutableRawBufferPointer, at offset: UInt64) {
+  package func read(_ buffer: UnsafeMutableRawBufferPointer, at offset: UInt64) {
     state.withLock { state in
       var done = 0
       while done < buffer.count {
@@ -109,13 +109,13 @@ public final class MemoryStore: ByteStore {
   }
 
   /// Writes the whole buffer, growing the store when need be. Throws EBADF when read-only.
-  public func write(_ buffer: UnsafeRawBufferPointer, at offset: UInt64) throws(IOError) {
+  package func write(_ buffer: UnsafeRawBufferPointer, at offset: UInt64) throws(IOError) {
     try checkWritable("write")
     state.withLock { Self.put(buffer, at: offset, in: &$0) }
   }
 
   /// Zeroes a range, dropping whole pages; does not change the length.
-  public func zero(at offset: UInt64, count: UInt64) throws(IOError) {
+  package func zero(at offset: UInt64, count: UInt64) throws(IOError) {
     try checkWritable("zero")
     state.withLock { state in
       Self.clear(&state, from: offset, to: min(state.size, offset + count))
@@ -137,7 +137,7 @@ public final class MemoryStore: ByteStore {
   }
 
   /// Sets the length.
-  public func resize(to size: UInt64) throws(IOError) {
+  package func resize(to size: UInt64) throws(IOError) {
     try checkWritable("resize")
     state.withLock { state in
       Self.clear(&state, from: size, to: state.size)
@@ -146,7 +146,7 @@ public final class MemoryStore: ByteStore {
   }
 
   /// Memory has nothing to flush.
-  public func flush() {}
+  package func flush() {}
 
   private func checkWritable(_ operation: String) throws(IOError) {
     guard isWritable else { throw IOError(EBADF, operation, name) }

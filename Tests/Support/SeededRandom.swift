@@ -3,26 +3,26 @@
 import Glibc
 
 /// Random numbers that know their seed and say it, so that a test's run can be replayed.
-public struct SeededRandom: RandomNumberGenerator, Sendable {
+package struct SeededRandom: RandomNumberGenerator, Sendable {
   /// What replays this run.
-  public let seed: UInt64
+  package let seed: UInt64
   private var generator: SplitMix64
 
   /// Starts the sequence of a seed.
-  public init(seed: UInt64) {
+  package init(seed: UInt64) {
     self.seed = seed
     generator = SplitMix64(seed: seed)
   }
 
   /// Starts from `DMU_SEED` if that is set, else from chance, and prints the seed with `name`.
-  public init(announcedAs name: String) {
+  package init(announcedAs name: String) {
     let given = getenv("DMU_SEED").flatMap { UInt64(String(cString: $0)) }
     self.init(seed: given ?? UInt64.random(in: 0...UInt64.max))
     print("\(name): seed \(seed) (DMU_SEED=\(seed) replays it)")
   }
 
   /// The next 64 bits.
-  public mutating func next() -> UInt64 {
+  package mutating func next() -> UInt64 {
     generator.next()
   }
 }

@@ -6,13 +6,13 @@
 // what the medium holds when the power goes, independently for each sector.
 
 import Glibc
-public import Posix
+package import Posix
 import Synchronization
 
 /// A disk of fixed size whose power can be cut. Safe from any thread.
-public final class SimulatedDisk: ByteStore {
+package final class SimulatedDisk: ByteStore {
   /// Bytes of a sector.
-  public static let sectorSize = 512
+  package static let sectorSize = 512
 
   private struct State {
     /// What reads see.
@@ -26,22 +26,22 @@ public final class SimulatedDisk: ByteStore {
 
   private let state: Mutex<State>
   /// What errors call it.
-  public let name: String
+  package let name: String
   /// Length in bytes.
-  public let size: UInt64
+  package let size: UInt64
   /// Always.
-  public let isWritable = true
+  package let isWritable = true
   /// It is a disk.
-  public let isFixedSize = true
+  package let isFixedSize = true
 
   /// A disk of zeroes, rounded up to whole sectors.
-  public convenience init(_ name: String = "disk", size: Int) {
+  package convenience init(_ name: String = "disk", size: Int) {
     let sectors = (size + Self.sectorSize - 1) / Self.sectorSize
     self.init(name, contents: [UInt8](repeating: 0, count: sectors * Self.sectorSize))
   }
 
   /// A disk whose contents, whole sectors, are durable.
-  public init(_ name: String = "disk", contents: [UInt8]) {
+  package init(_ name: String = "disk", contents: [UInt8]) {
     precondition(contents.count % Self.sectorSize == 0)
     self.name = name
     self.size = UInt64(contents.count)
@@ -50,19 +50,19 @@ public final class SimulatedDisk: ByteStore {
 
   /// Lets `count` more writes, zeroes and flushes happen; the next one, and every call after
   /// it, throws EIO, and nothing reaches the disk any more. nil: no limit.
-  public func cutPower(after count: Int?) {
+  package func cutPower(after count: Int?) {
     state.withLock { $0.fuse = count }
   }
 
   /// Whether the power has gone.
-  public var isOff: Bool { state.withLock { $0.fuse.map { $0 < 0 } ?? false } }
+  package var isOff: Bool { state.withLock { $0.fuse.map { $0 < 0 } ?? false } }
 
   /// What reads see.
-  public func contents() -> [UInt8] { state.withLock { $0.current } }
+  package func contents() -> [UInt8] { state.withLock { $0.current } }
 
   /// The disk as it may be found after the power went: each sector that was written since
   /// the last flush holds one of its versions, by the generator's choice.
-  public func afterPowerCut(using random: inout SplitMix64) -> SimulatedDisk {
+  package func afterPowerCut(using random: inout SplitMix64) -> SimulatedDisk {
     var (contents, older) = state.withLock { ($0.current, $0.older) }
     // How likely a sector keeps its newest version: none, some, most or all do.
     let newest = [0, 25, 50, 75, 100][random.below(5)]
@@ -81,13 +81,13 @@ public final class SimulatedDisk: ByteStore {
   }
 
   /// Size; no modification time, as for a device.
-  public func identity() -> StoreIdentity { StoreIdentity(size: size, modified: 0) }
+  package func identity() -> StoreIdentity { StoreIdentity(size: size, modified: 0) }
 
   /// All of it.
-  public func allocatedBytes() -> UInt64 { size }
+  package func allocatedBytes() -> UInt64 { size }
 
   /// Fills the buffer; past the end, with zeroes. Throws EIO when the power is off.
-  public func read(_ buffer: UnsafeMutableRawBufferPointer, at offset: UInt64) throws(IOError) {
+  package func read(_ buffer: UnsafeMutableRawBufferPointer, at offset: UInt64) throws(IOError) {
     let isOn = state.withLock { state in
       guard state.fuse ?? 0 >= 0 else { return false }
       let start = Int(min(offset, size))
@@ -139,7 +139,7 @@ public final class SimulatedDisk: ByteStore {
   }
 
   /// Writes into the cache. Throws ENOSPC past the end, EIO when the power is off.
-  public func write(_ buffer: UnsafeRawBufferPointer, at offset: UInt64) throws(IOError) {
+  package func write(_ buffer: UnsafeRawBufferPointer, at offset: UInt64) throws(IOError) {
     guard offset <= size, UInt64(buffer.count) <= size - offset else {
       throw IOError(ENOSPC, "write", name)
     }
@@ -148,7 +148,7 @@ public final class SimulatedDisk: ByteStore {
   }
 
   /// Writes zeroes into the cache, up to the end. Throws EIO when the power is off.
-  public func zero(at offset: UInt64, count: UInt64) throws(IOError) {
+  package func zero(at offset: UInt64, count: UInt64) throws(IOError) {
     let start = min(offset, size)
     let isOn = change(at: start, count: Int(min(count, size - start))) {
       _ = $0.initializeMemory(as: UInt8.self, repeating: 0)
@@ -157,12 +157,12 @@ public final class SimulatedDisk: ByteStore {
   }
 
   /// A disk keeps its length. Throws ENOSPC for a greater one.
-  public func resize(to size: UInt64) throws(IOError) {
+  package func resize(to size: UInt64) throws(IOError) {
     guard size <= self.size else { throw IOError(ENOSPC, "resize", name) }
   }
 
   /// Makes everything written so far durable. Throws EIO when the power is off.
-  public func flush() throws(IOError) {
+  package func flush() throws(IOError) {
     let isOn = state.withLock { state in
       guard Self.burn(&state) else { return false }
       state.older.removeAll(keepingCapacity: true)

@@ -3,21 +3,21 @@
 // error, or never because the worker was killed.
 
 import Glibc
-public import Posix
+package import Posix
 
 /// An executor over byte stores that a test moves by hand. Used from one thread.
-public final class SimulatedExecutor: IOExecutor {
+package final class SimulatedExecutor: IOExecutor {
   /// How it behaves, in percent.
-  public struct Manners: Sendable {
+  package struct Manners: Sendable {
     /// Reads and writes that are done at once, wholly or in part.
-    public var atOnce = 50
+    package var atOnce = 50
     /// Started operations that fail with EIO.
-    public var failing = 0
+    package var failing = 0
     /// Flushes that fail with EIO.
-    public var failingFlush = 0
+    package var failingFlush = 0
 
     /// The defaults.
-    public init() {}
+    package init() {}
   }
 
   private enum Job {
@@ -26,38 +26,38 @@ public final class SimulatedExecutor: IOExecutor {
   }
 
   /// Told of each operation's end.
-  public var completion: ((UInt32, Int32) -> Void)?
+  package var completion: ((UInt32, Int32) -> Void)?
   /// How it behaves; may be changed at any time.
-  public var manners: Manners
+  package var manners: Manners
   /// Operations that touched the store, flushes included, so far.
-  public private(set) var performed = 0
+  package private(set) var performed = 0
   private let devices: [any ByteStore]
   private var random: SplitMix64
   private var queue: [Job] = []
 
   /// Devices in the order of their numbers.
-  public init(devices: [any ByteStore], seed: UInt64, manners: Manners = Manners()) {
+  package init(devices: [any ByteStore], seed: UInt64, manners: Manners = Manners()) {
     self.devices = devices
     self.manners = manners
     random = SplitMix64(seed: seed)
   }
 
   /// How many devices there are.
-  public var deviceCount: Int { devices.count }
+  package var deviceCount: Int { devices.count }
   /// Operations that wait to be performed.
-  public var waiting: Int { queue.count }
+  package var waiting: Int { queue.count }
 
   /// Whether a device may be written.
-  public func isWritable(_ device: UInt16) -> Bool { devices[Int(device)].isWritable }
+  package func isWritable(_ device: UInt16) -> Bool { devices[Int(device)].isWritable }
 
   /// The end of a device that is not written.
-  public func end(_ device: UInt16) -> UInt64 {
+  package func end(_ device: UInt16) -> UInt64 {
     let device = devices[Int(device)]
     return device.isWritable ? UInt64.max : device.size
   }
 
   /// Does some reads and writes at once, and of some only a part.
-  public func attempt(_ io: BackingIO) -> Int {
+  package func attempt(_ io: BackingIO) -> Int {
     guard random.chance(manners.atOnce) else { return -Int(EAGAIN) }
     var io = io
     if random.chance(20), io.count > 512 { io.count = 512 * (1 + random.below(io.count / 512)) }
@@ -66,17 +66,17 @@ public final class SimulatedExecutor: IOExecutor {
   }
 
   /// Queues an operation.
-  public func start(_ io: BackingIO) { queue.append(.io(io)) }
+  package func start(_ io: BackingIO) { queue.append(.io(io)) }
 
   /// Queues a commit plan.
-  public func run(
+  package func run(
     _ work: @escaping @Sendable () -> CommitFailure?, then: @escaping (CommitFailure?) -> Void
   ) {
     queue.append(.work(work, then))
   }
 
   /// Nothing is known of holes.
-  public func hole(
+  package func hole(
     _ device: UInt16, at offset: UInt64, limit: UInt64
   ) -> (isHole: Bool, count: UInt64) {
     let size = devices[Int(device)].size
@@ -84,7 +84,7 @@ public final class SimulatedExecutor: IOExecutor {
   }
 
   /// Performs one operation of those that wait, by the seed's choice. False: none waited.
-  public func step() -> Bool {
+  package func step() -> Bool {
     guard !queue.isEmpty else { return false }
     switch queue.remove(at: random.below(queue.count)) {
     case .io(let io):
@@ -99,7 +99,7 @@ public final class SimulatedExecutor: IOExecutor {
 
   /// The worker dies: of what waits some is performed, and nobody is told. A commit plan may
   /// be cut short: `interrupt` runs its work up to some point.
-  public func kill(interrupt: (() -> CommitFailure?) -> Void = { _ = $0() }) {
+  package func kill(interrupt: (() -> CommitFailure?) -> Void = { _ = $0() }) {
     completion = nil
     while !queue.isEmpty {
       let job = queue.remove(at: random.below(queue.count))

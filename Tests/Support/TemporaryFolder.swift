@@ -2,15 +2,15 @@
 // A folder for one test, removed with all that is in it.
 
 import Glibc
-public import Posix
+package import Posix
 
 /// A new empty folder; goes when this object goes.
-public final class TemporaryFolder: Sendable {
+package final class TemporaryFolder: Sendable {
   /// Its absolute path.
-  public let path: String
+  package let path: String
 
   /// Makes one. Throws: the errno of mkdtemp(3).
-  public init() throws(IOError) {
+  package init() throws(IOError) {
     let parent = getenv("TMPDIR").map { String(cString: $0) } ?? "/tmp"
     var template = Array("\(parent)/dmu-test-XXXXXX".utf8CString)
     guard mkdtemp(&template) != nil else { throw IOError.last("make a folder in", parent) }
@@ -42,5 +42,5 @@ public final class TemporaryFolder: Sendable {
   }
 
   /// The path of something in it.
-  public func file(_ name: String) -> String { path + "/" + name }
+  package func file(_ name: String) -> String { path + "/" + name }
 }

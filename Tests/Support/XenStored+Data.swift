@@ -4,18 +4,18 @@
 // real program has only as a live update.
 
 /// One node as it stands in the store.
-public struct StoredNode: Hashable, Sendable {
+package struct StoredNode: Hashable, Sendable {
   /// Absolute.
-  public let path: String
+  package let path: String
   /// As text; the tests that need other bytes ask for them themselves.
-  public let value: String
+  package let value: String
   /// As xenstored writes them: `n0`, `r5`.
-  public let permissions: [String]
+  package let permissions: [String]
 }
 
 extension XenStored {
   /// Every node, parents before children, without xenstored's own under /tool.
-  public func save() throws(WireError) -> [StoredNode] {
+  package func save() throws(WireError) -> [StoredNode] {
     let wire = try connect()
     var nodes: [StoredNode] = []
     try Self.collect("/", from: wire, into: &nodes)
@@ -23,7 +23,7 @@ extension XenStored {
   }
 
   /// Puts nodes back in one transaction.
-  public func restore(_ nodes: [StoredNode]) throws(WireError) {
+  package func restore(_ nodes: [StoredNode]) throws(WireError) {
     guard !nodes.isEmpty else { return }
     let wire = try connect()
     try wire.transaction { (transaction) throws(WireError) in

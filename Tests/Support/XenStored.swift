@@ -7,15 +7,15 @@ import Glibc
 import Synchronization
 
 /// Why xenstored could not be run.
-public struct XenStoredFailure: Error, Sendable, CustomStringConvertible {
+package struct XenStoredFailure: Error, Sendable, CustomStringConvertible {
   /// What went wrong, and what to do.
-  public let description: String
+  package let description: String
 }
 
 /// One running xenstored.
 ///
 /// Ends with `stop`, when the last reference goes, or with the process that started it.
-public final class XenStored: Sendable {
+package final class XenStored: Sendable {
   private struct State {
     var pid: pid_t = 0
     /// Held open as long as xenstored shall run.
@@ -24,19 +24,19 @@ public final class XenStored: Sendable {
   }
 
   /// The directory that holds all of it.
-  public let directory: String
+  package let directory: String
   private let program: String
   private let shim: String
   private let state: Mutex<State>
 
   /// Where clients connect.
-  public var socketPath: String { directory + "/run/socket" }
+  package var socketPath: String { directory + "/run/socket" }
   /// The process, or 0 while none runs.
-  public var pid: Int32 { state.withLock { $0.pid } }
+  package var pid: Int32 { state.withLock { $0.pid } }
 
   /// Starts xenstored and waits until it listens. `options` are given to it beside `-N -I`, and
   /// `--trace` among them makes it keep a `trace`.
-  public static func start(options: [String] = []) throws(XenStoredFailure) -> XenStored {
+  package static func start(options: [String] = []) throws(XenStoredFailure) -> XenStored {
     let instance = try XenStored(options)
     try instance.launch()
     return instance
@@ -63,12 +63,12 @@ public final class XenStored: Sendable {
   }
 
   /// A connection that is independent of the client under test.
-  public func connect() throws(WireError) -> XenStoredWire {
+  package func connect() throws(WireError) -> XenStoredWire {
     try XenStoredWire(socketPath: socketPath)
   }
 
   /// Ends xenstored at once, as `kill -9` does; its store is lost. Twice is once.
-  public func stop() {
+  package func stop() {
     let (pid, lifeline) = state.withLock { state in
       defer { state = State(options: state.options) }
       return (state.pid, state.lifeline)
@@ -81,7 +81,7 @@ public final class XenStored: Sendable {
   }
 
   /// Kills xenstored and starts it anew, with an empty store or with what the old one held.
-  public func restart(keepingData: Bool = false, options: [String]? = nil) throws {
+  package func restart(keepingData: Bool = false, options: [String]? = nil) throws {
     let saved = keepingData ? try save() : []
     stop()
     if let options { state.withLock { $0.options = options } }
@@ -90,7 +90,7 @@ public final class XenStored: Sendable {
   }
 
   /// Starts xenstored again after `stop`, with an empty store.
-  public func launch() throws(XenStoredFailure) {
+  package func launch() throws(XenStoredFailure) {
     guard pid == 0 else { return }
     var ends: [Int32] = [-1, -1]
     let kind = Int32(SOCK_STREAM.rawValue | SOCK_CLOEXEC.rawValue)
@@ -113,12 +113,12 @@ public final class XenStored: Sendable {
   }
 
   /// Stops xenstored in its tracks, alive but silent.
-  public func pause() {
+  package func pause() {
     Glibc.kill(pid, SIGSTOP)
   }
 
   /// Lets a paused xenstored go on.
-  public func resume() {
+  package func resume() {
     Glibc.kill(pid, SIGCONT)
   }
 }
@@ -180,7 +180,7 @@ extension XenStored {
 
   /// What xenstored has received and sent so far, if it was started with `--trace`: a line each,
   /// such as `IN 0x55 20251121 10:51:14 UNWATCH (/path token )`.
-  public func trace() -> String { text(of: "/trace") }
+  package func trace() -> String { text(of: "/trace") }
 
   private func log() -> String { text(of: "/log") }
 

@@ -11,17 +11,17 @@ import Glibc
 import Synchronization
 
 /// What xenstored or the socket refused a test's own client.
-public struct WireError: Error, Sendable, CustomStringConvertible {
+package struct WireError: Error, Sendable, CustomStringConvertible {
   /// xenstored's name for it, such as `ENOENT`; or what the socket did.
-  public let name: String
+  package let name: String
   /// The request and its path.
-  public let request: String
+  package let request: String
   /// Both in one line.
-  public var description: String { "\(request): \(name)" }
+  package var description: String { "\(request): \(name)" }
 }
 
 /// One connection to xenstored as domain 0, by hand.
-public final class XenStoredWire: Sendable {
+package final class XenStoredWire: Sendable {
   enum Kind: UInt32 {
     case directory = 1
     case read = 2
@@ -42,7 +42,7 @@ public final class XenStoredWire: Sendable {
   private let socket: Mutex<Int32>
 
   /// Connects; waits at most ten seconds for any later answer.
-  public init(socketPath: String) throws(WireError) {
+  package init(socketPath: String) throws(WireError) {
     let descriptor = Glibc.socket(
       AF_UNIX, Int32(SOCK_STREAM.rawValue | SOCK_CLOEXEC.rawValue), 0)
     var address = sockaddr_un()
@@ -70,31 +70,31 @@ public final class XenStoredWire: Sendable {
   }
 
   /// The value of a node.
-  public func read(_ path: String, in transaction: UInt32 = 0) throws(WireError) -> String {
+  package func read(_ path: String, in transaction: UInt32 = 0) throws(WireError) -> String {
     String(decoding: try ask(.read, [path], transaction), as: UTF8.self)
   }
 
   /// The names of a node's children.
-  public func list(_ path: String, in transaction: UInt32 = 0) throws(WireError) -> [String] {
+  package func list(_ path: String, in transaction: UInt32 = 0) throws(WireError) -> [String] {
     try ask(.directory, [path], transaction).split(separator: 0).map {
       String(decoding: $0, as: UTF8.self)
     }
   }
 
   /// Sets a node's value.
-  public func write(
+  package func write(
     _ path: String, _ value: String, in transaction: UInt32 = 0
   ) throws(WireError) {
     _ = try ask(.write, Array("\(path)\0\(value)".utf8), path, transaction)
   }
 
   /// Makes a node.
-  public func makeDirectory(_ path: String, in transaction: UInt32 = 0) throws(WireError) {
+  package func makeDirectory(_ path: String, in transaction: UInt32 = 0) throws(WireError) {
     _ = try ask(.makeDirectory, [path], transaction)
   }
 
   /// Removes a node and what is below it; a missing one is no failure.
-  public func remove(_ path: String, in transaction: UInt32 = 0) throws(WireError) {
+  package func remove(_ path: String, in transaction: UInt32 = 0) throws(WireError) {
     do {
       _ = try ask(.remove, [path], transaction)
     } catch {
@@ -103,7 +103,7 @@ public final class XenStoredWire: Sendable {
   }
 
   /// The permissions of a node, such as `n0`, `r5`.
-  public func permissions(
+  package func permissions(
     of path: String, in transaction: UInt32 = 0
   ) throws(WireError) -> [String] {
     try ask(.getPermissions, [path], transaction).split(separator: 0).map {
@@ -112,24 +112,24 @@ public final class XenStoredWire: Sendable {
   }
 
   /// Sets the permissions of a node.
-  public func setPermissions(
+  package func setPermissions(
     _ permissions: [String], of path: String, in transaction: UInt32 = 0
   ) throws(WireError) {
     _ = try ask(.setPermissions, [path] + permissions, transaction)
   }
 
   /// Tells xenstored of a domain, as the toolstack does at its creation.
-  public func introduce(domain: Int) throws(WireError) {
+  package func introduce(domain: Int) throws(WireError) {
     _ = try ask(.introduce, ["\(domain)", "1", "1"], 0)
   }
 
   /// Tells xenstored that a domain is gone, as the toolstack does.
-  public func release(domain: Int) throws(WireError) {
+  package func release(domain: Int) throws(WireError) {
     _ = try ask(.release, ["\(domain)"], 0)
   }
 
   /// Begins a transaction; its number goes into the requests that belong to it.
-  public func beginTransaction() throws(WireError) -> UInt32 {
+  package func beginTransaction() throws(WireError) -> UInt32 {
     let text = String(decoding: try ask(.beginTransaction, [""], 0), as: UTF8.self)
     guard let number = UInt32(text.prefix { $0 != "\0" }) else {
       throw WireError(name: "odd answer \(text)", request: "begin a transaction")
@@ -138,7 +138,7 @@ public final class XenStoredWire: Sendable {
   }
 
   /// Ends a transaction; false if it was to be committed and conflicted with another writer.
-  public func endTransaction(_ transaction: UInt32, commit: Bool) throws(WireError) -> Bool {
+  package func endTransaction(_ transaction: UInt32, commit: Bool) throws(WireError) -> Bool {
     do {
       _ = try ask(.endTransaction, [commit ? "T" : "F"], transaction)
       return true
@@ -150,7 +150,7 @@ public final class XenStoredWire: Sendable {
 
   /// Runs `body` in transactions until one is committed; the number of attempts it took.
   @discardableResult
-  public func transaction(_ body: (UInt32) throws(WireError) -> Void) throws(WireError) -> Int {
+  package func transaction(_ body: (UInt32) throws(WireError) -> Void) throws(WireError) -> Int {
     for attempt in 1...10_000 {
       let transaction = try beginTransaction()
       do throws(WireError) {

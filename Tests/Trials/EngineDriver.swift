@@ -3,11 +3,11 @@
 // both: `UserTargetDriver` the engine in user space over simulated devices,
 // `KernelTargetDriver` the module in the kernel that runs.
 
-public import Target
+package import Target
 
 /// A disk of an engine under test, over a store (device 0) and a base (device 1) that the
 /// test can look into. The base holds stamp 1000 + n in sector n. One thread.
-public protocol EngineDriver: AnyObject {
+package protocol EngineDriver: AnyObject {
   /// The engine as its worker sees it; another one after `replaceWorker`.
   var engine: any TargetEngine { get }
   /// Makes a request, numbered in the order of making, and does not wait.
@@ -55,7 +55,7 @@ public protocol EngineDriver: AnyObject {
 }
 
 /// A request as a test makes it, in bytes.
-public enum DriverRequest: Sendable {
+package enum DriverRequest: Sendable {
   /// Offset, count.
   case read(UInt64, Int)
   /// Offset, bytes; forced: durable before it ends.

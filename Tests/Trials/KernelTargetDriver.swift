@@ -19,11 +19,11 @@ import DMU
 import DeviceMapper
 import Glibc
 import Posix
-public import Target
+package import Target
 import TestSupport
 
 /// The module in the kernel that runs, as the suites drive it. Needs root, and the lab.
-public final class KernelTargetDriver: EngineDriver {
+package final class KernelTargetDriver: EngineDriver {
   private let name: String
   private let sectors: Int
   private let block: Int
@@ -54,7 +54,7 @@ public final class KernelTargetDriver: EngineDriver {
 
   /// Makes the devices. `paths`: the store, of `2 * sectors + 64` sectors and four blocks at
   /// least, and the base. `hasCache`: they are devices to which the kernel sends flushes.
-  public init(
+  package init(
     name: String = "trial", sectors: Int, blockSize: UInt32,
     paths: [String] = ["/dev/ram0", "/dev/ram1"], hasCache: Bool = false
   ) throws {
@@ -125,7 +125,7 @@ public final class KernelTargetDriver: EngineDriver {
   }
 
   /// After a failure: lets what is under way fail, so that the process can end.
-  public func abandon() {
+  package func abandon() {
     do throws(DeviceMapperError) {
       for layer in layers { try layer.resume() }
       try device.resume()
@@ -141,7 +141,7 @@ public final class KernelTargetDriver: EngineDriver {
   }
 
   /// Takes everything away. Nothing may be under way.
-  public func close() throws {
+  package func close() throws {
     target = nil
     known = nil
     for buffer in buffers { buffer.deallocate() }
@@ -154,17 +154,17 @@ public final class KernelTargetDriver: EngineDriver {
   }
 
   /// The engine of the moment.
-  public var engine: any TargetEngine {
+  package var engine: any TargetEngine {
     guard let target else { fatalError("closed") }
     return target
   }
   /// On devices with a cache.
-  public var isOvertaken: Bool { hasCache }
+  package var isOvertaken: Bool { hasCache }
   /// Nobody counts them.
-  public var flushes: Int? { nil }
+  package var flushes: Int? { nil }
 
   /// Makes a request, or keeps it until a discard has ended.
-  public func submit(_ request: DriverRequest) -> Int {
+  package func submit(_ request: DriverRequest) -> Int {
     let number = results.count
     results.append(nil)
     var size = 0
@@ -246,12 +246,12 @@ public final class KernelTargetDriver: EngineDriver {
   }
 
   /// Its errno.
-  public func result(_ request: Int) -> Int32? { results[request] }
+  package func result(_ request: Int) -> Int32? { results[request] }
   /// Its bytes.
-  public func bytes(_ request: Int) -> [UInt8] { Array(buffers[request][..<expected[request]]) }
+  package func bytes(_ request: Int) -> [UInt8] { Array(buffers[request][..<expected[request]]) }
 
   /// The engine's, when there may be one.
-  public func nextFault() -> Fault? {
+  package func nextFault() -> Fault? {
     guard hasNews else { return nil }
     let fault = engine.nextFault()
     hasNews = fault != nil
@@ -259,13 +259,13 @@ public final class KernelTargetDriver: EngineDriver {
   }
 
   /// To the kernel's own threads.
-  public func giveWay() {
+  package func giveWay() {
     sched_yield()
     hasNews = true
   }
 
   /// Waits for an end or for a fault.
-  public func progress(patience: Int32) -> Bool {
+  package func progress(patience: Int32) -> Bool {
     if reap() { return true }
     guard patience > 0, let target else { return false }
     var wait = [
@@ -280,7 +280,7 @@ public final class KernelTargetDriver: EngineDriver {
   }
 
   /// Waits until nothing has happened for a while.
-  public func settle() {
+  package func settle() {
     var quiet = 0
     while quiet < 10 {
       quiet = reap() ? 0 : quiet + 1
@@ -297,9 +297,9 @@ public final class KernelTargetDriver: EngineDriver {
   }
 
   /// Suspends the devices below.
-  public func holdIO() { layer { try $0.suspend(flush: false, freeze: false) } }
+  package func holdIO() { layer { try $0.suspend(flush: false, freeze: false) } }
   /// Resumes them.
-  public func release() {
+  package func release() {
     layer { try $0.resume() }
     settle()
   }
@@ -316,24 +316,24 @@ public final class KernelTargetDriver: EngineDriver {
   }
 
   /// Another table below.
-  public func failIO(_ fails: Bool) {
+  package func failIO(_ fails: Bool) {
     for index in layers.indices {
       replaceLayer(index, fails ? "error" : "linear \(paths[index]) 0")
     }
   }
   /// By a store whose writes and flushes all fail. A memory disk has no cache, and the kernel sends
   /// it no flush that could fail.
-  public func failFlushes(_ fail: Bool) -> Bool {
+  package func failFlushes(_ fail: Bool) -> Bool {
     guard hasCache else { return false }
     replaceLayer(0, fail ? "flakey \(paths[0]) 0 0 1 1 error_writes" : "linear \(paths[0]) 0")
     return true
   }
   /// The worker's side of it.
-  public var isDegraded: Bool {
+  package var isDegraded: Bool {
     if case .degraded? = target?.health { true } else { false }
   }
   /// By a message to the device.
-  public func clearFailure() {
+  package func clearFailure() {
     do throws(DeviceMapperError) {
       _ = try device.message("clear_error")
     } catch {
@@ -342,7 +342,7 @@ public final class KernelTargetDriver: EngineDriver {
   }
 
   /// Past the page cache.
-  public func contents(_ device: UInt16) -> [UInt8] {
+  package func contents(_ device: UInt16) -> [UInt8] {
     let count = (device == 0 ? 2 * sectors + 64 : sectors) * 512
     let buffer = UnsafeMutableRawBufferPointer.allocate(byteCount: count, alignment: 4096)
     defer { buffer.deallocate() }
@@ -352,20 +352,20 @@ public final class KernelTargetDriver: EngineDriver {
   }
 
   /// Closes the node and opens it again.
-  public func replaceWorker() throws {
+  package func replaceWorker() throws {
     target = nil
     try start()
   }
 
   /// The questions go back to the core of device-mapper and come again.
-  public func suspend() throws {
+  package func suspend() throws {
     try device.suspend(flush: false, freeze: false)
     isResumed = true
     try device.resume()
   }
 
   /// Straight on the memory disk.
-  public func moveStore(from: UInt64, to: UInt64, sectors: Int) {
+  package func moveStore(from: UInt64, to: UInt64, sectors: Int) {
     let buffer = UnsafeMutableRawBufferPointer.allocate(
       byteCount: sectors * 512, alignment: 4096)
     defer { buffer.deallocate() }
@@ -380,7 +380,7 @@ public final class KernelTargetDriver: EngineDriver {
   }
 
   /// Another worker, whose marks start anew, invalidates everything.
-  public func renew() throws {
+  package func renew() throws {
     insist(
       discard == nil && held.isEmpty && results.allSatisfy { $0 != nil },
       "renewed with something under way")

@@ -11,19 +11,19 @@ import Target
 import TestSupport
 
 /// The rules, on a fresh disk of an engine. Each function throws what it found broken.
-public struct Rules {
+package struct Rules {
   /// Sectors of the disk that they want.
-  public static let sectors = 64
+  package static let sectors = 64
   /// Bytes of its blocks.
-  public static let blockSize: UInt32 = 4096
+  package static let blockSize: UInt32 = 4096
   /// Every rule, by the name that both suites print.
-  public static let all: [(name: String, check: @Sendable (Rules) throws -> Void)] =
+  package static let all: [(name: String, check: @Sendable (Rules) throws -> Void)] =
     mappingRules + flushRules + grantRules
 
   let driver: any EngineDriver
 
   /// Rules for a disk that was just made or renewed.
-  public init(_ driver: any EngineDriver) { self.driver = driver }
+  package init(_ driver: any EngineDriver) { self.driver = driver }
 
   var engine: any TargetEngine { driver.engine }
 

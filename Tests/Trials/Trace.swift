@@ -9,7 +9,7 @@ import Target
 import TestSupport
 
 /// What a guest asks, and what it has to find.
-public struct Trace: Sendable {
+package struct Trace: Sendable {
   private struct Step {
     var request: DriverRequest
     /// For a read: what it finds.
@@ -17,12 +17,12 @@ public struct Trace: Sendable {
   }
 
   /// The seed it follows from, with the disk's sectors and block size.
-  public let seed: UInt64
+  package let seed: UInt64
   private var steps: [Step] = []
   private var disk: [UInt64]
 
   /// A trace for a disk of so many sectors.
-  public init(seed: UInt64, sectors: Int, blockSize: UInt32) {
+  package init(seed: UInt64, sectors: Int, blockSize: UInt32) {
     self.seed = seed
     var random = SplitMix64(seed: seed)
     disk = (0..<sectors).map { UInt64(1000 + $0) }
@@ -68,20 +68,20 @@ public struct Trace: Sendable {
   }
 
   /// What may be counted of a run.
-  public struct Tally: Sendable {
+  package struct Tally: Sendable {
     /// Workers that died.
-    public var deaths = 0
+    package var deaths = 0
     /// Suspends.
-    public var suspends = 0
+    package var suspends = 0
     /// Requests, invalidations not counted.
-    public var requests = 0
+    package var requests = 0
     /// Nothing yet.
-    public init() {}
+    package init() {}
   }
 
   /// Runs it on a disk that was just made or renewed, and leaves it with nothing under way.
   /// Throws what was found broken.
-  public func run(on driver: any EngineDriver, tally: inout Tally) throws {
+  package func run(on driver: any EngineDriver, tally: inout Tally) throws {
     var run = try TraceRun(driver, seed: seed)
     do {
       for (number, step) in steps.enumerated() {
@@ -103,7 +103,7 @@ public struct Trace: Sendable {
 
 extension Trace: CustomStringConvertible {
   /// A line a request.
-  public var description: String {
+  package var description: String {
     steps.map { "  " + Self.line($0.request) }.joined(separator: "\n")
   }
 

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 /// What a trial found that ought not to be.
-public struct TrialBroken: Error, CustomStringConvertible {
+package struct TrialBroken: Error, CustomStringConvertible {
   /// In words, with the place in the suite where there is one.
-  public let description: String
+  package let description: String
 
   /// From its words.
-  public init(_ description: String) { self.description = description }
+  package init(_ description: String) { self.description = description }
 }
 
 /// Throws unless what holds.

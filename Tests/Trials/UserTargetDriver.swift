@@ -2,62 +2,62 @@
 // The engine in user space over simulated devices, moved by hand.
 
 import Glibc
-public import Posix
-public import Synchronization
-public import Target
-public import TestSupport
+package import Posix
+package import Synchronization
+package import Target
+package import TestSupport
 
 /// A store that counts its flushes.
-public final class CountingStore: ByteStore {
+package final class CountingStore: ByteStore {
   let inner: SimulatedDisk
   /// How often it was flushed.
-  public let flushes = Atomic<Int>(0)
+  package let flushes = Atomic<Int>(0)
   /// As it was made.
-  public let isWritable: Bool
+  package let isWritable: Bool
 
   /// Counts for a simulated disk.
-  public init(_ inner: SimulatedDisk, writable: Bool) {
+  package init(_ inner: SimulatedDisk, writable: Bool) {
     self.inner = inner
     isWritable = writable
   }
 
   /// What errors call it.
-  public var name: String { inner.name }
+  package var name: String { inner.name }
   /// Bytes.
-  public var size: UInt64 { inner.size }
+  package var size: UInt64 { inner.size }
   /// That of the disk.
-  public func identity() throws(IOError) -> StoreIdentity { inner.identity() }
+  package func identity() throws(IOError) -> StoreIdentity { inner.identity() }
   /// All.
-  public func allocatedBytes() throws(IOError) -> UInt64 { inner.allocatedBytes() }
+  package func allocatedBytes() throws(IOError) -> UInt64 { inner.allocatedBytes() }
   /// Reads.
-  public func read(_ buffer: UnsafeMutableRawBufferPointer, at offset: UInt64) throws(IOError) {
+  package func read(_ buffer: UnsafeMutableRawBufferPointer, at offset: UInt64) throws(IOError) {
     try inner.read(buffer, at: offset)
   }
   /// Writes.
-  public func write(_ buffer: UnsafeRawBufferPointer, at offset: UInt64) throws(IOError) {
+  package func write(_ buffer: UnsafeRawBufferPointer, at offset: UInt64) throws(IOError) {
     try inner.write(buffer, at: offset)
   }
   /// Zeroes.
-  public func zero(at offset: UInt64, count: UInt64) throws(IOError) {
+  package func zero(at offset: UInt64, count: UInt64) throws(IOError) {
     try inner.zero(at: offset, count: count)
   }
   /// Never longer.
-  public func resize(to size: UInt64) throws(IOError) { try inner.resize(to: size) }
+  package func resize(to size: UInt64) throws(IOError) { try inner.resize(to: size) }
   /// Flushes, and counts.
-  public func flush() throws(IOError) {
+  package func flush() throws(IOError) {
     flushes.add(1, ordering: .relaxed)
     try inner.flush()
   }
 }
 
 /// The engine in user space over simulated devices.
-public final class UserTargetDriver: EngineDriver, RequestOwner {
+package final class UserTargetDriver: EngineDriver, RequestOwner {
   /// The engine of the moment.
-  public private(set) var target: UserTarget
+  package private(set) var target: UserTarget
   /// What moves its I/O.
-  public private(set) var executor: SimulatedExecutor
+  package private(set) var executor: SimulatedExecutor
   /// The device that first writes go to.
-  public let store: CountingStore
+  package let store: CountingStore
   private let base: CountingStore
   private let sectors: Int
   private let blockSize: UInt32
@@ -76,11 +76,11 @@ public final class UserTargetDriver: EngineDriver, RequestOwner {
   private var isHeld = false
   private var owner: Int32 = -1
   /// Every completion, to notice one that comes twice.
-  public private(set) var completions: [Int] = []
+  package private(set) var completions: [Int] = []
 
   /// `sectors` of the disk; the base has as many unless told otherwise. `memory`: a file for
   /// the pending log, which `replaceWorker` needs; it stays the caller's.
-  public init(
+  package init(
     sectors: Int = 64, blockSize: UInt32 = 4096, baseSectors: Int? = nil, atOnce: Int = 0,
     readOnly: Bool = false, limits: TargetLimits = TargetLimits(), seed: UInt64 = 1,
     memory: Int32? = nil
@@ -121,14 +121,14 @@ public final class UserTargetDriver: EngineDriver, RequestOwner {
   }
 
   /// The engine of the moment.
-  public var engine: any TargetEngine { target }
+  package var engine: any TargetEngine { target }
   /// Of one block by another, never.
-  public var isOvertaken: Bool { false }
+  package var isOvertaken: Bool { false }
   /// Of the store.
-  public var flushes: Int? { store.flushes.load(ordering: .relaxed) }
+  package var flushes: Int? { store.flushes.load(ordering: .relaxed) }
 
   /// Makes a request.
-  public func submit(_ request: DriverRequest) -> Int {
+  package func submit(_ request: DriverRequest) -> Int {
     let number = results.count
     results.append(nil)
     var buffer = UnsafeMutableRawBufferPointer(start: nil, count: 0)
@@ -161,7 +161,7 @@ public final class UserTargetDriver: EngineDriver, RequestOwner {
   }
 
   /// Notes a completion.
-  public func completed(tag: UInt64, code: Int32) {
+  package func completed(tag: UInt64, code: Int32) {
     let number = Int(tag)
     guard again.remove(number) == nil else { return }
     precondition(results[number] == nil, "request \(tag) completed twice")
@@ -170,45 +170,45 @@ public final class UserTargetDriver: EngineDriver, RequestOwner {
   }
 
   /// Its errno.
-  public func result(_ request: Int) -> Int32? { results[request] }
+  package func result(_ request: Int) -> Int32? { results[request] }
   /// Its bytes.
-  public func bytes(_ request: Int) -> [UInt8] { Array(buffers[request]) }
+  package func bytes(_ request: Int) -> [UInt8] { Array(buffers[request]) }
   /// Runs the executor dry, unless it is held.
-  public func settle() { if !isHeld { while executor.step() {} } }
+  package func settle() { if !isHeld { while executor.step() {} } }
   /// The engine's.
-  public func nextFault() -> Fault? { target.nextFault() }
+  package func nextFault() -> Fault? { target.nextFault() }
   /// There are none.
-  public func giveWay() {}
+  package func giveWay() {}
   /// One step of the executor.
-  public func progress(patience: Int32) -> Bool { !isHeld && executor.step() }
+  package func progress(patience: Int32) -> Bool { !isHeld && executor.step() }
   /// Holds the executor.
-  public func holdIO() { isHeld = true }
+  package func holdIO() { isHeld = true }
   /// Lets it go, and dry.
-  public func release() {
+  package func release() {
     isHeld = false
     settle()
   }
   /// All, or none.
-  public func failIO(_ fails: Bool) { executor.manners.failing = fails ? 100 : 0 }
+  package func failIO(_ fails: Bool) { executor.manners.failing = fails ? 100 : 0 }
   /// All, or none.
-  public func failFlushes(_ fail: Bool) -> Bool {
+  package func failFlushes(_ fail: Bool) -> Bool {
     executor.manners.failingFlush = fail ? 100 : 0
     return true
   }
   /// The engine's own state.
-  public var isDegraded: Bool {
+  package var isDegraded: Bool {
     if case .degraded = target.health { true } else { false }
   }
   /// The engine's own way.
-  public func clearFailure() { target.clearFailure() }
+  package func clearFailure() { target.clearFailure() }
   /// Of the simulated disk.
-  public func contents(_ device: UInt16) -> [UInt8] {
+  package func contents(_ device: UInt16) -> [UInt8] {
     device == 0 ? store.inner.contents() : base.inner.contents()
   }
 
   /// The successor starts from the pending log. Its client makes again what was not
   /// acknowledged, and what it had made after that, since it cannot know how far that is.
-  public func replaceWorker() throws {
+  package func replaceWorker() throws {
     guard memory != nil else { preconditionFailure("no memory file was given") }
     executor.kill { work in if random.chance(50) { _ = work() } }
     executor = SimulatedExecutor(devices: [store, base], seed: random.next(), manners: manners)
@@ -230,10 +230,10 @@ public final class UserTargetDriver: EngineDriver, RequestOwner {
   }
 
   /// There is no such thing.
-  public func suspend() {}
+  package func suspend() {}
 
   /// Through the simulated disk.
-  public func moveStore(from: UInt64, to: UInt64, sectors: Int) {
+  package func moveStore(from: UInt64, to: UInt64, sectors: Int) {
     let buffer = UnsafeMutableRawBufferPointer.allocate(byteCount: sectors * 512, alignment: 8)
     defer { buffer.deallocate() }
     do throws(IOError) {
@@ -247,7 +247,7 @@ public final class UserTargetDriver: EngineDriver, RequestOwner {
   }
 
   /// An engine anew over the same devices.
-  public func renew() throws {
+  package func renew() throws {
     guard hasRepeated || target.outstanding == 0 && target.uncommitted().isEmpty else {
       fatalError("renewed with something under way")
     }

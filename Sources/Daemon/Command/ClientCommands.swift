@@ -5,7 +5,7 @@ internal import Posix
 import Glibc
 
 /// Commands over the control socket.
-public struct ClientCommands: Sendable {
+package struct ClientCommands: Sendable {
   /// How long a block script waits for a daemon that is just being started.
   static let patience = Duration.seconds(10)
   /// How long a block script waits in all; libxl kills it after 40 seconds.
@@ -15,7 +15,7 @@ public struct ClientCommands: Sendable {
 
   /// Commands to the daemon of a configuration file, or of a socket given by name. A file
   /// with errors is the daemon's trouble: then the socket is looked for at its usual place.
-  public init(configurationPath: String, socket: String?) {
+  package init(configurationPath: String, socket: String?) {
     if let socket {
       self.socket = socket
     } else {
@@ -28,7 +28,7 @@ public struct ClientCommands: Sendable {
   }
 
   /// Prints the disks, as a table or as JSON.
-  public func status(domain: String?, json: Bool) -> CommandStatus {
+  package func status(domain: String?, json: Bool) -> CommandStatus {
     run { () throws(DiskFailure) in
       let disks = try fetch(domain)
       CommandOutput.say(try ClientCommands.render(disks, json: json))
@@ -38,7 +38,7 @@ public struct ClientCommands: Sendable {
   }
 
   /// Prints the disks every two seconds, a terminal cleared before each. Ends with the daemon.
-  public func watch(domain: String?, json: Bool) -> CommandStatus {
+  package func watch(domain: String?, json: Bool) -> CommandStatus {
     run { () throws(DiskFailure) in
       while true {
         let text = try ClientCommands.render(try fetch(domain), json: json)
@@ -51,7 +51,7 @@ public struct ClientCommands: Sendable {
 
   /// Prints metrics of all disks, or replaces a file with them. A reader of the file sees the old
   /// text or the new one.
-  public func metrics(_ format: MetricsFormat, output: String?) -> CommandStatus {
+  package func metrics(_ format: MetricsFormat, output: String?) -> CommandStatus {
     run { () throws(DiskFailure) in
       let text = MetricsText.render(try fetchMetrics(nil), format)
       guard let output else {
@@ -72,7 +72,7 @@ public struct ClientCommands: Sendable {
   }
 
   /// Has the configuration read anew.
-  public func reload() -> CommandStatus {
+  package func reload() -> CommandStatus {
     run { () throws(DiskFailure) in
       _ = try ControlClient(path: socket).ask(ControlRequest(.reload), within: .seconds(10))
       return .done
@@ -81,7 +81,7 @@ public struct ClientCommands: Sendable {
 
   /// A block script's `add`. A daemon that is started again meanwhile is asked again.
   /// `boots`: the domain is known to boot.
-  public func add(_ path: String, boots: Bool) -> CommandStatus {
+  package func add(_ path: String, boots: Bool) -> CommandStatus {
     let end = ContinuousClock.now + ClientCommands.scriptLimit
     return run(withoutDaemon: " and attach the disk again") { () throws(DiskFailure) in
       while true {
@@ -102,7 +102,7 @@ public struct ClientCommands: Sendable {
   }
 
   /// A block script's `remove`: always done, for the daemon cleans up by what it sees.
-  public func remove(_ path: String) -> CommandStatus {
+  package func remove(_ path: String) -> CommandStatus {
     do throws(DiskFailure) {
       let client = try ControlClient(path: socket)
       _ = try client.ask(ControlRequest(.detach, path: path), within: .seconds(5))
@@ -113,7 +113,7 @@ public struct ClientCommands: Sendable {
   }
 
   /// Commits the pending logs of a store, or all for nil.
-  public func recover(_ store: String?, json: Bool) -> CommandStatus {
+  package func recover(_ store: String?, json: Bool) -> CommandStatus {
     run { () throws(DiskFailure) in
       let stores = try ask(ControlRequest(.recover, store: store), .seconds(300)).stores ?? []
       if json {
@@ -135,7 +135,7 @@ public struct ClientCommands: Sendable {
   }
 
   /// Gives up what a store's pending log holds. `confirmed`: without asking.
-  public func discard(_ store: String, confirmed: Bool, json: Bool) -> CommandStatus {
+  package func discard(_ store: String, confirmed: Bool, json: Bool) -> CommandStatus {
     run { () throws(DiskFailure) in
       let limit = Duration.seconds(10)
       guard let held = try ask(ControlRequest(.pending, store: store), limit).stores?.first else {
@@ -157,7 +157,7 @@ public struct ClientCommands: Sendable {
   }
 
   /// Says that the errors of a disk or a domain were seen to.
-  public func clear(_ target: String, json: Bool) -> CommandStatus {
+  package func clear(_ target: String, json: Bool) -> CommandStatus {
     run { () throws(DiskFailure) in
       let disks = try ask(ControlRequest(.clear, target: target), .seconds(15)).disks ?? []
       CommandOutput.say(try ClientCommands.render(disks, json: json))
@@ -166,7 +166,7 @@ public struct ClientCommands: Sendable {
   }
 
   /// Has failed attaches forgotten; all for nil.
-  public func forget(_ target: String?) -> CommandStatus {
+  package func forget(_ target: String?) -> CommandStatus {
     run { () throws(DiskFailure) in
       let count = try ask(ControlRequest(.forget, target: target), .seconds(10)).count ?? 0
       CommandOutput.say("forgot \(count) failed attach\(count == 1 ? "" : "es")\n")

@@ -5,7 +5,7 @@ internal import Posix
 import Glibc
 
 /// How a command ended, as its exit status.
-public enum CommandStatus: Int32, Sendable {
+package enum CommandStatus: Int32, Sendable {
   /// It did what it was asked.
   case done = 0
   /// It failed; the reason was printed.
@@ -17,9 +17,9 @@ public enum CommandStatus: Int32, Sendable {
 }
 
 /// Where commands print.
-public enum CommandOutput {
+package enum CommandOutput {
   /// Prints to stdout.
-  public static func say(_ text: String) { put(ForeignText.lines(text), 1) }
+  package static func say(_ text: String) { put(ForeignText.lines(text), 1) }
 
   /// Clears the terminal, if stdout is one.
   static func clear() {
@@ -28,7 +28,7 @@ public enum CommandOutput {
   }
 
   /// Prints a line to stderr.
-  public static func complain(_ line: String) { put(ForeignText.lines(line) + "\n", 2) }
+  package static func complain(_ line: String) { put(ForeignText.lines(line) + "\n", 2) }
 
   /// Whatever text is in it that came from elsewhere, a terminal is shown text and nothing else: the
   /// caller has seen to that.

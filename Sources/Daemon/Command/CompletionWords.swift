@@ -6,9 +6,9 @@ internal import Posix
 internal import WorkerLink
 
 /// Words for a shell to complete.
-public enum CompletionWords {
+package enum CompletionWords {
   /// What a word stands for.
-  public enum Kind: Sendable {
+  package enum Kind: Sendable {
     /// A domain that has a disk: number or name.
     case domain
     /// A domain, or a disk of one, as in `web:xvda`.
@@ -21,7 +21,7 @@ public enum CompletionWords {
 
   /// The words of a kind, as the daemon has them that the command line `words` names. None
   /// without a daemon, and for a user who may not ask it.
-  public static func offered(_ kind: Kind, commandLine words: [String]) -> [String] {
+  package static func offered(_ kind: Kind, commandLine words: [String]) -> [String] {
     let client = ClientCommands(
       configurationPath: words.value(after: "-c", "--config") ?? Configuration.defaultPath,
       socket: words.value(after: "--socket"))
@@ -48,7 +48,7 @@ public enum CompletionWords {
 
   /// What `text`, a spec that may be incomplete, can go on as: a format, an option of it and the
   /// values of that, or a path.
-  public static func specs(beginning text: String) -> [String] {
+  package static func specs(beginning text: String) -> [String] {
     let prefix = "dmu:"
     guard text.hasPrefix(prefix) else { return [prefix] }
     let parts = text.dropFirst(prefix.count).split(separator: ":", omittingEmptySubsequences: false)

@@ -10,18 +10,18 @@ internal import XenStore
 import Glibc
 
 /// Examines a host.
-public struct Doctor: Sendable {
+package struct Doctor: Sendable {
   /// What one check found.
-  public struct Finding: Sendable, Equatable {
+  package struct Finding: Sendable, Equatable {
     /// What was examined.
-    public let what: String
+    package let what: String
     /// What is wrong; nil when nothing is.
-    public let trouble: String?
+    package let trouble: String?
     /// What to do about it.
-    public let remedy: String
+    package let remedy: String
 
     /// How a finding with trouble begins.
-    public enum Kind: String, Sendable {
+    package enum Kind: String, Sendable {
       /// Something that disks need.
       case missing = "MISSING"
       /// A disk, or what is left of one.
@@ -31,7 +31,7 @@ public struct Doctor: Sendable {
     }
 
     /// What trouble is to be called.
-    public let kind: Kind
+    package let kind: Kind
 
     init(_ what: String, _ trouble: String?, remedy: String, _ kind: Kind = .missing) {
       self.what = what
@@ -57,14 +57,14 @@ public struct Doctor: Sendable {
   let root: String
 
   /// A doctor for the host, with the daemon of a configuration file or of a socket.
-  public init(configurationPath: String, socket: String?, root: String = "") {
+  package init(configurationPath: String, socket: String?, root: String = "") {
     self.configurationPath = configurationPath
     self.socket = socket
     self.root = root
   }
 
   /// Prints what was found.
-  public func examine() async -> CommandStatus {
+  package func examine() async -> CommandStatus {
     let findings = await findings()
     for finding in findings { CommandOutput.say(finding.text) }
     let bad = findings.count { $0.isBad }
@@ -74,7 +74,7 @@ public struct Doctor: Sendable {
   }
 
   /// Offers to remove what is left of disks that are no more, one by one.
-  public func clean() -> CommandStatus {
+  package func clean() -> CommandStatus {
     do throws(DiskFailure) {
       let leftovers = try ask(ControlRequest(.leftovers)).leftovers ?? []
       if leftovers.isEmpty { CommandOutput.say("nothing is left\n") }
@@ -106,7 +106,7 @@ public struct Doctor: Sendable {
   }
 
   /// Every check, in the order in which a disk comes to need it.
-  public func findings() async -> [Finding] {
+  package func findings() async -> [Finding] {
     var configuration = Configuration()
     var findings: [Finding] = [rights()]
     do throws(ConfigurationError) {

@@ -5,9 +5,9 @@ internal import Posix
 import Glibc
 
 /// Explains specs.
-public enum SpecCommand {
+package enum SpecCommand {
   /// Prints an explanation, or what is wrong. `configurationPath` says where stores are created.
-  public static func check(
+  package static func check(
     _ text: String, configurationPath: String = Configuration.defaultPath
   ) -> CommandStatus {
     if let line = DiskLine.Former(text) {

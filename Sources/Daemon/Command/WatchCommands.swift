@@ -7,7 +7,7 @@ import Glibc
 extension ClientCommands {
   /// Prints what disks do, again after each interval; a terminal is cleared before. `once`: one
   /// interval only. Ends with the daemon.
-  public func top(domain: String?, seconds: Int, once: Bool, json: Bool) -> CommandStatus {
+  package func top(domain: String?, seconds: Int, once: Bool, json: Bool) -> CommandStatus {
     run { () throws(DiskFailure) in
       var before = try fetchMetrics(domain)
       var last = ContinuousClock.now
@@ -36,7 +36,7 @@ extension ClientCommands {
 
   /// Shows what dmu-xend and the disk's workers have logged of a disk since the host booted, by
   /// journalctl(1), which takes this process's place. `since`: as journalctl's.
-  public func log(_ target: String, follow: Bool, since: String?) -> CommandStatus {
+  package func log(_ target: String, follow: Bool, since: String?) -> CommandStatus {
     run(withoutDaemon: " or name the disk by its numbers, as in 5-51712") {
       () throws(DiskFailure) in
       var disks: [DiskID] = []

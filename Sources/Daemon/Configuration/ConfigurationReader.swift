@@ -7,7 +7,7 @@ import Glibc
 
 extension Configuration {
   /// Reads a file. One that does not exist gives the defaults. Throws the first error.
-  public static func load(_ path: String) throws(ConfigurationError) -> Configuration {
+  package static func load(_ path: String) throws(ConfigurationError) -> Configuration {
     let text: String
     do {
       text = try TextFile.read(path)
@@ -20,7 +20,7 @@ extension Configuration {
   }
 
   /// Understands the text of a configuration file. Throws the first error, with its line.
-  public static func parse(
+  package static func parse(
     _ text: String, file: String
   ) throws(ConfigurationError) -> Configuration {
     let lines = ConfigurationLines(text)

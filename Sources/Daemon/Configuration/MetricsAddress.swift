@@ -4,7 +4,7 @@
 import Glibc
 
 /// An address for metrics.
-public enum MetricsAddress: Sendable, Equatable, CustomStringConvertible {
+package enum MetricsAddress: Sendable, Equatable, CustomStringConvertible {
   /// A Unix socket by its path.
   case unix(String)
   /// A loopback address, as a numeral, and a port.
@@ -40,7 +40,7 @@ public enum MetricsAddress: Sendable, Equatable, CustomStringConvertible {
   }
 
   /// As a configuration says it.
-  public var description: String {
+  package var description: String {
     switch self {
     case .unix(let path): path
     case .loopback(let host, let port): host.contains(":") ? "[\(host)]:\(port)" : "\(host):\(port)"

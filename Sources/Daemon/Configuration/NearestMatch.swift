@@ -2,9 +2,9 @@
 // "Did you mean ...?" for names that nobody knows.
 
 /// Finds the known name that a mistyped one was probably meant to be.
-public enum NearestMatch {
+package enum NearestMatch {
   /// The nearest known name, if one is near enough: a third of its letters may be wrong.
-  public static func find(_ name: String, among known: [String]) -> String? {
+  package static func find(_ name: String, among known: [String]) -> String? {
     let near = known.map { (name: $0, distance: distance(name, $0)) }
       .min { $0.distance < $1.distance }
     guard let near, near.distance <= max(1, near.name.count / 3) else { return nil }
@@ -12,7 +12,7 @@ public enum NearestMatch {
   }
 
   /// " (did you mean 'x'?)", or nothing.
-  public static func hint(for name: String, among known: [String]) -> String {
+  package static func hint(for name: String, among known: [String]) -> String {
     find(name, among: known).map { " (did you mean '\($0)'?)" } ?? ""
   }
 

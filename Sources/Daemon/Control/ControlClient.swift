@@ -6,12 +6,12 @@ internal import Posix
 import Glibc
 
 /// A connection to the daemon.
-public struct ControlClient: ~Copyable {
+package struct ControlClient: ~Copyable {
   private let socket: Descriptor
   private let path: String
 
   /// Connects. Throws `daemonNotRunning` when nobody listens, and the reason when one may not.
-  public init(path: String) throws(DiskFailure) {
+  package init(path: String) throws(DiskFailure) {
     do {
       socket = try UnixSocket.connect(to: path, kind: .stream)
     } catch {
@@ -26,7 +26,7 @@ public struct ControlClient: ~Copyable {
   }
 
   /// Connects to a daemon that may just be starting: tries for so long.
-  public static func connect(
+  package static func connect(
     path: String, patience: Duration
   ) throws(DiskFailure) -> ControlClient {
     let end = ContinuousClock.now + patience
@@ -42,7 +42,7 @@ public struct ControlClient: ~Copyable {
 
   /// Sends a request and waits for its reply, at most so long. Throws what the daemon
   /// answered when it is a failure.
-  public func ask(
+  package func ask(
     _ request: ControlRequest, within limit: Duration
   ) throws(DiskFailure) -> ControlReply {
     let bytes: [UInt8]

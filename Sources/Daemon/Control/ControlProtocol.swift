@@ -10,9 +10,9 @@ internal import FoundationEssentials
 internal import Posix
 
 /// What a client asks.
-public struct ControlRequest: Codable, Sendable, Equatable {
+package struct ControlRequest: Codable, Sendable, Equatable {
   /// The commands.
-  public enum Command: String, Codable, Sendable, CaseIterable {
+  package enum Command: String, Codable, Sendable, CaseIterable {
     /// Tell of the disks.
     case status
     /// The same with what is counted and measured of them. Where the kernel serves a disk, it
@@ -43,21 +43,21 @@ public struct ControlRequest: Codable, Sendable, Equatable {
   }
 
   /// What is wanted.
-  public var command: Command
+  package var command: Command
   /// For `status` and `metrics`: the domain by number or name; nil: all.
-  public var domain: String?
+  package var domain: String?
   /// For `attach` and `detach`: the backend's path in xenstore.
-  public var path: String?
+  package var path: String?
   /// For `attach`: whether the script knows that the domain boots.
-  public var boots: Bool?
+  package var boots: Bool?
   /// For `recover`, `pending` and `discard`: path of the store, or the log's key; nil: all.
-  public var store: String?
+  package var store: String?
   /// For `clear` and `forget`: "5", "web", "5-51712", "web:xvda"; nil: all. For `clean`: the
   /// name of a leftover.
-  public var target: String?
+  package var target: String?
 
   /// A request from its parts.
-  public init(
+  package init(
     _ command: Command, domain: String? = nil, path: String? = nil, boots: Bool? = nil,
     store: String? = nil, target: String? = nil
   ) {
@@ -71,66 +71,66 @@ public struct ControlRequest: Codable, Sendable, Equatable {
 }
 
 /// What the daemon answers.
-public struct ControlReply: Codable, Sendable, Equatable {
+package struct ControlReply: Codable, Sendable, Equatable {
   /// A device, in the words of the toolstack.
-  public struct Device: Codable, Sendable, Equatable {
+  package struct Device: Codable, Sendable, Equatable {
     /// Path of its node.
-    public var path: String
+    package var path: String
     /// "MAJOR:MINOR" in hexadecimal.
-    public var number: String
+    package var number: String
   }
 
   /// Whether it was done.
-  public var ok: Bool
+  package var ok: Bool
   /// Why not: one sentence.
-  public var error: String?
+  package var error: String?
   /// The kind of failure.
-  public var code: DiskFailure.Code?
+  package var code: DiskFailure.Code?
   /// For `status` and `metrics`.
-  public var disks: [DiskStatus]?
+  package var disks: [DiskStatus]?
   /// For `attach`.
-  public var device: Device?
+  package var device: Device?
   /// For `recover`, `pending` and `discard`.
-  public var stores: [RecoveredStore]?
+  package var stores: [RecoveredStore]?
   /// For `forget`: how many.
-  public var count: Int?
+  package var count: Int?
   /// For `leftovers`.
-  public var leftovers: [Leftover]?
+  package var leftovers: [Leftover]?
   /// For `version`.
-  public var version: String?
+  package var version: String?
   /// For `version`: the daemon's process id.
-  public var pid: Int32?
+  package var pid: Int32?
 
   /// Success with nothing to tell.
-  public static var done: ControlReply { ControlReply(ok: true) }
+  package static var done: ControlReply { ControlReply(ok: true) }
 
   /// A failure as a reply.
-  public static func failure(_ failure: DiskFailure) -> ControlReply {
+  package static func failure(_ failure: DiskFailure) -> ControlReply {
     ControlReply(ok: false, error: failure.sentence, code: failure.code)
   }
 }
 
 /// One JSON object as a line, without the newline.
-public enum ControlLine {
+package enum ControlLine {
   /// The longest request, in bytes. A reply may be longer.
-  public static let longestRequest = 16384
+  package static let longestRequest = 16384
 
   /// Writes a value.
-  public static func encode(_ value: some Encodable) throws -> [UInt8] {
+  package static func encode(_ value: some Encodable) throws -> [UInt8] {
     let encoder = JSONEncoder()
     encoder.outputFormatting = [.sortedKeys, .withoutEscapingSlashes]
     return Array(try encoder.encode(value))
   }
 
   /// Writes a value for people and scripts, over several lines.
-  public static func pretty(_ value: some Encodable) throws -> String {
+  package static func pretty(_ value: some Encodable) throws -> String {
     let encoder = JSONEncoder()
     encoder.outputFormatting = [.prettyPrinted, .sortedKeys, .withoutEscapingSlashes]
     return ForeignText.json(String(decoding: try encoder.encode(value), as: UTF8.self))
   }
 
   /// Reads a value.
-  public static func decode<Value: Decodable>(_ type: Value.Type, _ bytes: [UInt8]) throws -> Value
+  package static func decode<Value: Decodable>(_ type: Value.Type, _ bytes: [UInt8]) throws -> Value
   {
     try JSONDecoder().decode(type, from: Data(bytes))
   }

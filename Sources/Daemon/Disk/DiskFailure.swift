@@ -7,9 +7,9 @@ internal import Posix
 import Glibc
 
 /// A disk that failed, and why.
-public struct DiskFailure: Error, Sendable, Hashable, CustomStringConvertible {
+package struct DiskFailure: Error, Sendable, Hashable, CustomStringConvertible {
   /// What kind of trouble; for programs.
-  public enum Code: String, Sendable, Codable {
+  package enum Code: String, Sendable, Codable {
     /// The spec cannot be read.
     case malformed
     /// No worker knows the format, or one of its options.
@@ -43,18 +43,18 @@ public struct DiskFailure: Error, Sendable, Hashable, CustomStringConvertible {
   }
 
   /// The kind.
-  public let code: Code
+  package let code: Code
   /// One line, no final stop, at most 1000 characters.
-  public let sentence: String
+  package let sentence: String
 
   /// A failure from its parts.
-  public init(_ code: Code, _ sentence: String) {
+  package init(_ code: Code, _ sentence: String) {
     self.code = code
     self.sentence = ForeignText.shown(sentence, limit: 1000)
   }
 
   /// The sentence.
-  public var description: String { sentence }
+  package var description: String { sentence }
 }
 
 /// A disk that holds an image, for sentences.

@@ -2,20 +2,20 @@
 // Which disk: the domain that sees it and its number there, as in backend/vbd/D/V.
 
 /// Names one virtual disk of one domain.
-public struct DiskID: Hashable, Comparable, Sendable, CustomStringConvertible {
+package struct DiskID: Hashable, Comparable, Sendable, CustomStringConvertible {
   /// The domain that the disk belongs to.
-  public let domain: Int
+  package let domain: Int
   /// Its number in the domain: 51712 is xvda.
-  public let device: Int
+  package let device: Int
 
   /// A disk by its numbers.
-  public init(domain: Int, device: Int) {
+  package init(domain: Int, device: Int) {
     self.domain = domain
     self.device = device
   }
 
   /// "5-51712": the name in messages to the worker and of the disk's directory.
-  public init?(_ name: some StringProtocol) {
+  package init?(_ name: some StringProtocol) {
     let parts = name.split(separator: "-", omittingEmptySubsequences: false)
     guard parts.count == 2, let domain = DiskID.number(parts[0]),
       let device = DiskID.number(parts[1])
@@ -24,7 +24,7 @@ public struct DiskID: Hashable, Comparable, Sendable, CustomStringConvertible {
   }
 
   /// From a xenstore path that holds "backend/vbd/D/V", whatever comes before and after.
-  public init?(path: some StringProtocol) {
+  package init?(path: some StringProtocol) {
     let parts = path.split(separator: "/")
     guard
       let vbd = parts.indices.first(where: {
@@ -42,14 +42,14 @@ public struct DiskID: Hashable, Comparable, Sendable, CustomStringConvertible {
   }
 
   /// "backend/vbd/5/51712", below this domain's own path.
-  public var backendPath: String { "backend/vbd/\(domain)/\(device)" }
+  package var backendPath: String { "backend/vbd/\(domain)/\(device)" }
 
   /// "5-51712".
-  public var description: String { "\(domain)-\(device)" }
+  package var description: String { "\(domain)-\(device)" }
 
   /// The name that the number stands for: "xvda", "xvdb3", "hda1", "sda"; the number itself
   /// when it is none of these. Source: Xen's docs/man/xen-vbd-interface.7.
-  public var vdev: String {
+  package var vdev: String {
     func letters(_ index: Int) -> String {
       index < 26 ? letter(index) : letters(index / 26 - 1) + letter(index % 26)
     }
@@ -72,7 +72,7 @@ public struct DiskID: Hashable, Comparable, Sendable, CustomStringConvertible {
   }
 
   /// By domain, then by number.
-  public static func < (one: DiskID, other: DiskID) -> Bool {
+  package static func < (one: DiskID, other: DiskID) -> Bool {
     (one.domain, one.device) < (other.domain, other.device)
   }
 }

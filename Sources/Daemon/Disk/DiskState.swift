@@ -4,7 +4,7 @@
 // that touches the world is in Reconcile/.
 
 /// The states that everybody is told: `dmu/state` in xenstore, and status.
-public enum PublicState: String, Sendable, Codable, CaseIterable {
+package enum PublicState: String, Sendable, Codable, CaseIterable {
   /// On its way to being served, for the first time or with a new worker.
   case starting
   /// Served.
@@ -22,16 +22,16 @@ public enum PublicState: String, Sendable, Codable, CaseIterable {
 }
 
 /// What xenstore says of a disk.
-public struct WantedDisk: Sendable, Equatable {
+package struct WantedDisk: Sendable, Equatable {
   /// The params as they stand, beginning "dmu:".
-  public var params: String
+  package var params: String
   /// Whether the guest may only read.
-  public var readOnly: Bool
+  package var readOnly: Bool
   /// Whether the toolstack or the guest has begun to take the disk away.
-  public var going: Bool
+  package var going: Bool
 
   /// A wish from its parts.
-  public init(params: String, readOnly: Bool, going: Bool) {
+  package init(params: String, readOnly: Bool, going: Bool) {
     self.params = params
     self.readOnly = readOnly
     self.going = going
@@ -39,7 +39,7 @@ public struct WantedDisk: Sendable, Equatable {
 }
 
 /// Where a disk stands between "not there" and "served".
-public enum DiskPhase: Sendable {
+package enum DiskPhase: Sendable {
   /// Nothing is held.
   case idle
   /// Another disk that is going still holds the store.
@@ -59,35 +59,35 @@ public enum DiskPhase: Sendable {
   case stopping(Stuck?)
 
   /// Why a disk cannot go yet.
-  public struct Stuck: Sendable, Hashable {
+  package struct Stuck: Sendable, Hashable {
     /// The reason.
-    public var failure: DiskFailure
+    package var failure: DiskFailure
     /// When it is tried again.
-    public var retry: ContinuousClock.Instant
+    package var retry: ContinuousClock.Instant
 
     /// A reason and a time.
-    public init(_ failure: DiskFailure, retry: ContinuousClock.Instant) {
+    package init(_ failure: DiskFailure, retry: ContinuousClock.Instant) {
       self.failure = failure
       self.retry = retry
     }
   }
 
   /// What a worker that still serves reports.
-  public struct Trouble: Sendable, Hashable {
+  package struct Trouble: Sendable, Hashable {
     /// `degraded` or `noSpace`.
-    public var state: PublicState
+    package var state: PublicState
     /// The reason, one line.
-    public var error: String
+    package var error: String
 
     /// A report from its parts.
-    public init(state: PublicState, error: String) {
+    package init(state: PublicState, error: String) {
       self.state = state
       self.error = error
     }
   }
 
   /// What everybody is told.
-  public var publicState: PublicState {
+  package var publicState: PublicState {
     switch self {
     case .restarting(_, _, hasFailed: true): .failed
     case .idle, .waiting, .asking, .starting, .restarting: .starting
@@ -98,7 +98,7 @@ public enum DiskPhase: Sendable {
   }
 
   /// The reason that goes with the state, if there is one.
-  public var error: String? {
+  package var error: String? {
     switch self {
     case .serving(let trouble): trouble?.error
     case .failed(let failure, _): failure.sentence
@@ -115,7 +115,7 @@ public enum DiskPhase: Sendable {
 }
 
 /// The next step for a disk.
-public enum DiskStep: Sendable, Equatable {
+package enum DiskStep: Sendable, Equatable {
   /// Nothing now.
   case none
   /// Open, lock, start a worker, attach.
@@ -132,7 +132,7 @@ public enum DiskStep: Sendable, Equatable {
 
 extension DiskPhase {
   /// The step that leads from here to what is wanted (nil: the disk is not wanted).
-  public func step(
+  package func step(
     wanted: WantedDisk?, holderGone: Bool = false, now: ContinuousClock.Instant
   ) -> DiskStep {
     switch self {

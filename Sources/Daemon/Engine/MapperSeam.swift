@@ -2,56 +2,56 @@
 // Where the daemon touches the device-mapper: a seam with a real implementation and a
 // stand-in for tests, as the nbd driver's.
 
-public import DeviceMapper
-public import Posix
+package import DeviceMapper
+package import Posix
 internal import WorkerLink
 import Glibc
 
 /// What a device of the target `userspace` has to be made with.
-public struct MappedWish: Sendable {
+package struct MappedWish: Sendable {
   /// The disk, which names the device.
-  public var disk: DiskID
+  package var disk: DiskID
   /// Length in bytes.
-  public var size: UInt64
+  package var size: UInt64
   /// Bytes of a block.
-  public var blockSize: UInt32
+  package var blockSize: UInt32
   /// What it stands on, in the order of their numbers; the descriptors are lent.
-  public var backings: [ServedDevice.Backing]
+  package var backings: [ServedDevice.Backing]
   /// Whether the guest may only read.
-  public var readOnly: Bool
+  package var readOnly: Bool
 }
 
 /// What the kernel counts of a device since it was made.
-public struct MappedCounters: Sendable, Equatable {
+package struct MappedCounters: Sendable, Equatable {
   /// Read requests.
-  public var reads: UInt64 = 0
+  package var reads: UInt64 = 0
   /// Write requests.
-  public var writes: UInt64 = 0
+  package var writes: UInt64 = 0
   /// Discards; writes of zeroes are among the writes.
-  public var discards: UInt64 = 0
+  package var discards: UInt64 = 0
   /// Flushes that the worker was asked about: the module counts no others.
-  public var flushes: UInt64 = 0
+  package var flushes: UInt64 = 0
   /// Bytes that reads asked for.
-  public var bytesRead: UInt64 = 0
+  package var bytesRead: UInt64 = 0
   /// Bytes that writes brought.
-  public var bytesWritten: UInt64 = 0
+  package var bytesWritten: UInt64 = 0
   /// Milliseconds of all reads together.
-  public var reading: UInt64 = 0
+  package var reading: UInt64 = 0
   /// The same of writes.
-  public var writing: UInt64 = 0
+  package var writing: UInt64 = 0
   /// The same of discards.
-  public var discarding: UInt64 = 0
+  package var discarding: UInt64 = 0
   /// Placements that are not durable yet.
-  public var uncommitted: UInt64 = 0
+  package var uncommitted: UInt64 = 0
 
   /// Nothing yet.
-  public init() {}
+  package init() {}
 }
 
 /// Makes block devices of the target `userspace`, which a worker serves by their nodes. All
 /// calls block. Those of the device-mapper itself are made one at a time and never from a
 /// thread that a worker waits for.
-public protocol DeviceMapping: Sendable {
+package protocol DeviceMapping: Sendable {
   /// Whether the kernel has the target. Loads its module if that is installed.
   func isAvailable() throws(DeviceMapperError) -> Bool
   /// Makes a device: suspended, its node there for a worker. What is left of a start that came
@@ -98,9 +98,9 @@ public protocol DeviceMapping: Sendable {
 }
 
 /// The kernel's device-mapper.
-public struct KernelMapper: DeviceMapping {
+package struct KernelMapper: DeviceMapping {
   /// The mapper.
-  public init() {}
+  package init() {}
 
   private static let prefix = "dmu-"
 
@@ -115,10 +115,10 @@ public struct KernelMapper: DeviceMapping {
   }
 
   /// Asks the kernel for the target's version.
-  public func isAvailable() throws(DeviceMapperError) -> Bool { try ServedDevice.isAvailable() }
+  package func isAvailable() throws(DeviceMapperError) -> Bool { try ServedDevice.isAvailable() }
 
   /// Makes dmu-DOMAIN-DEVICE.
-  public func make(_ wish: MappedWish) throws(DeviceMapperError) -> DeviceNode {
+  package func make(_ wish: MappedWish) throws(DeviceMapperError) -> DeviceNode {
     let served = served(wish.disk)
     if try served.state(over: wish.backings) == .unfinished { try served.device.remove() }
     let number = try served.make(
@@ -127,20 +127,20 @@ public struct KernelMapper: DeviceMapping {
   }
 
   /// Opens /dev/dmu/dmu-DOMAIN-DEVICE.
-  public func openNode(_ disk: DiskID) throws(IOError) -> Descriptor {
+  package func openNode(_ disk: DiskID) throws(IOError) -> Descriptor {
     try Descriptor(path: "/dev/dmu/" + served(disk).device.name, flags: O_RDWR)
   }
 
   /// Resumes it for the first time.
-  public func start(_ disk: DiskID) throws(DeviceMapperError) { try served(disk).start() }
+  package func start(_ disk: DiskID) throws(DeviceMapperError) { try served(disk).start() }
 
   /// Compares name, identifier and table.
-  public func state(
+  package func state(
     _ disk: DiskID, over backings: [ServedDevice.Backing]
   ) throws(DeviceMapperError) -> ServedDevice.State { try served(disk).state(over: backings) }
 
   /// Compares name, identifier and number.
-  public func isAttached(
+  package func isAttached(
     _ disk: DiskID, _ node: DeviceNode
   ) throws(DeviceMapperError) -> Bool {
     let served = served(disk)
@@ -155,30 +155,30 @@ public struct KernelMapper: DeviceMapping {
   }
 
   /// Has the device's page cache written, and the device flushed.
-  public func flush(_ node: DeviceNode) throws(IOError) {
+  package func flush(_ node: DeviceNode) throws(IOError) {
     let device = try Descriptor(path: node.path, flags: O_RDONLY)
     guard fsync(device.raw) == 0 else { throw IOError.last("write out", node.path) }
   }
 
   /// Tells the target.
-  public func failFaults(_ disk: DiskID) throws(DeviceMapperError) {
+  package func failFaults(_ disk: DiskID) throws(DeviceMapperError) {
     let device = served(disk).device
     guard try device.information()?.hasLiveTable == true else { return }
     _ = try device.message("fail_faults")
   }
 
   /// The device-mapper's count.
-  public func users(_ disk: DiskID) throws(DeviceMapperError) -> Int {
+  package func users(_ disk: DiskID) throws(DeviceMapperError) -> Int {
     Int(try served(disk).device.information()?.openCount ?? 0)
   }
 
   /// Tells the target.
-  public func clear(_ disk: DiskID) throws(DeviceMapperError) {
+  package func clear(_ disk: DiskID) throws(DeviceMapperError) {
     _ = try served(disk).device.message("clear_error")
   }
 
   /// Removes it, and with it the loop devices that were made for it.
-  public func remove(_ disk: DiskID, deferred: Bool) throws(DeviceMapperError) {
+  package func remove(_ disk: DiskID, deferred: Bool) throws(DeviceMapperError) {
     do throws(DeviceMapperError) {
       try served(disk).device.remove(deferred: deferred)
     } catch {
@@ -188,7 +188,7 @@ public struct KernelMapper: DeviceMapping {
 
   /// Suspends the device, which ends what is under way, looks once more, and gives it a table of
   /// errors.
-  public func retire(
+  package func retire(
     _ disk: DiskID, _ node: DeviceNode, losing: Bool
   ) throws(DeviceMapperError) -> Bool {
     let device = served(disk).device
@@ -220,7 +220,7 @@ public struct KernelMapper: DeviceMapping {
   }
 
   /// Reads the target's status and the device's own counters.
-  public func counters(
+  package func counters(
     _ disk: DiskID, _ node: DeviceNode
   ) throws(DeviceMapperError) -> MappedCounters {
     var counters = MappedCounters()
@@ -247,17 +247,17 @@ public struct KernelMapper: DeviceMapping {
   }
 
   /// The device-mapper's own statistics.
-  public func latencies(_ disk: DiskID) throws(DeviceMapperError) -> LatencyHistogram {
+  package func latencies(_ disk: DiskID) throws(DeviceMapperError) -> LatencyHistogram {
     try served(disk).device.latencies()
   }
 
   /// Deletes them.
-  public func stopLatencies(_ disk: DiskID) throws(DeviceMapperError) {
+  package func stopLatencies(_ disk: DiskID) throws(DeviceMapperError) {
     try served(disk).device.stopLatencies()
   }
 
   /// Every device with our name and identifier.
-  public func devices() throws(DeviceMapperError) -> [DiskID: DeviceNode] {
+  package func devices() throws(DeviceMapperError) -> [DiskID: DeviceNode] {
     guard DeviceMapper.isAvailable else { return [:] }
     var found: [DiskID: DeviceNode] = [:]
     for (device, number) in try DeviceMapper.devices()

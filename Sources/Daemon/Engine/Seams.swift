@@ -4,11 +4,11 @@
 // machine without Xen and without the nbd driver.
 
 internal import Logging
-public import Posix
+package import Posix
 import Glibc
 
 /// Starts workers.
-public protocol WorkerLauncher: Sendable {
+package protocol WorkerLauncher: Sendable {
   /// Starts a worker for a disk with the listening end of its link, to run as this user where
   /// this process is root. Blocks. The process is a child of this one. Throws: the errno of
   /// posix_spawn(3) or unshare(2).
@@ -18,21 +18,21 @@ public protocol WorkerLauncher: Sendable {
 }
 
 /// What a device has to be made with.
-public struct DeviceWish: Sendable {
+package struct DeviceWish: Sendable {
   /// Length in bytes.
-  public var size: UInt64
+  package var size: UInt64
   /// NBD transmission flags of the worker.
-  public var flags: UInt16
+  package var flags: UInt16
   /// Time that one request may take, at least a second.
-  public var requestTimeout: Duration
+  package var requestTimeout: Duration
   /// Time that requests wait for a new worker.
-  public var deadConnectionTimeout: Duration
+  package var deadConnectionTimeout: Duration
   /// A name by which the device is known again.
-  public var identifier: String
+  package var identifier: String
 }
 
 /// By which way a device came to be.
-public enum DeviceKind: String, Sendable, Codable {
+package enum DeviceKind: String, Sendable, Codable {
   /// By the device-mapper's target `userspace`.
   case dm
   /// By the nbd driver.
@@ -40,20 +40,20 @@ public enum DeviceKind: String, Sendable, Codable {
 }
 
 /// A device that is attached.
-public struct DeviceNode: Sendable, Hashable {
+package struct DeviceNode: Sendable, Hashable {
   /// By which way.
-  public var kind: DeviceKind
+  package var kind: DeviceKind
   /// Its number among its kind.
-  public var index: UInt32
+  package var index: UInt32
   /// Path of its node.
-  public var path: String
+  package var path: String
   /// Major and minor number.
-  public var major: UInt32
+  package var major: UInt32
   /// Minor number.
-  public var minor: UInt32
+  package var minor: UInt32
 
   /// A node from its parts.
-  public init(
+  package init(
     kind: DeviceKind = .nbd, index: UInt32, path: String, major: UInt32, minor: UInt32
   ) {
     self.kind = kind
@@ -64,15 +64,15 @@ public struct DeviceNode: Sendable, Hashable {
   }
 
   /// Path of the node that the kernel names it by: "/dev/nbd0", "/dev/dm-3".
-  public var kernelPath: String { kind == .dm ? "/dev/dm-\(index)" : path }
+  package var kernelPath: String { kind == .dm ? "/dev/dm-\(index)" : path }
 
   /// "2b:20": as the toolstack wants `physical-device`.
-  public var hexadecimal: String { String(major, radix: 16) + ":" + String(minor, radix: 16) }
+  package var hexadecimal: String { String(major, radix: 16) + ":" + String(minor, radix: 16) }
 }
 
 /// Makes block devices that are served from a socket. All calls block, and may come from
 /// any thread.
-public protocol DeviceAttacher: Sendable {
+package protocol DeviceAttacher: Sendable {
   /// Makes a device of a connected socket whose other end serves NBD's transmission phase.
   /// The socket stays the caller's, who closes it.
   func attach(_ wish: DeviceWish, socket: Int32) throws(IOError) -> DeviceNode
@@ -92,12 +92,12 @@ public protocol DeviceAttacher: Sendable {
 }
 
 /// The kernel's nbd driver.
-public struct KernelAttacher: DeviceAttacher {
+package struct KernelAttacher: DeviceAttacher {
   /// The attacher.
-  public init() {}
+  package init() {}
 
   /// Connects a free /dev/nbdN.
-  public func attach(_ wish: DeviceWish, socket: Int32) throws(IOError) -> DeviceNode {
+  package func attach(_ wish: DeviceWish, socket: Int32) throws(IOError) -> DeviceNode {
     let configuration = NBDConfiguration(
       size: wish.size, blockSize: 512, flags: wish.flags,
       timeout: UInt64(wish.requestTimeout.components.seconds),
@@ -116,7 +116,7 @@ public struct KernelAttacher: DeviceAttacher {
   }
 
   /// Replaces the socket.
-  public func reattach(
+  package func reattach(
     _ node: DeviceNode, socket: Int32, identifier: String
   ) throws(IOError) {
     do {
@@ -127,14 +127,14 @@ public struct KernelAttacher: DeviceAttacher {
   }
 
   /// Disconnects the device.
-  public func detach(_ node: DeviceNode) throws(IOError) {
+  package func detach(_ node: DeviceNode) throws(IOError) {
     do {
       try NBDDevice.disconnect(node.index)
     } catch let error where error.code == EINVAL || error.code == ENOENT {}
   }
 
   /// Looks for the device in /sys, where a connected one has its owner's name.
-  public func isAttached(_ node: DeviceNode, identifier: String) throws(IOError) -> Bool {
+  package func isAttached(_ node: DeviceNode, identifier: String) throws(IOError) -> Bool {
     guard try NBDDevice.status()[node.index] == true else { return false }
     do {
       let name = try TextFile.read("/sys/block/nbd\(node.index)/backend")
@@ -145,7 +145,7 @@ public struct KernelAttacher: DeviceAttacher {
   }
 
   /// Every connected device that bears one of our names.
-  public func devices() throws(IOError) -> [(identifier: String, node: DeviceNode)] {
+  package func devices() throws(IOError) -> [(identifier: String, node: DeviceNode)] {
     guard try NBDDevice.isAvailable() else { return [] }
     var found: [(identifier: String, node: DeviceNode)] = []
     for (index, connected) in try NBDDevice.status() where connected {
@@ -160,7 +160,7 @@ public struct KernelAttacher: DeviceAttacher {
   }
 
   /// Looks for processes, mounts and devices on top of it.
-  public func isInUse(_ node: DeviceNode) throws(IOError) -> Bool {
+  package func isInUse(_ node: DeviceNode) throws(IOError) -> Bool {
     let name = "nbd\(node.index)"
     let holders = FileUsers.names(in: "/sys/block/\(name)/holders")
     if !holders.isEmpty { return true }
@@ -188,13 +188,13 @@ public struct KernelAttacher: DeviceAttacher {
 }
 
 /// Starts cowd.
-public struct ProcessLauncher: WorkerLauncher {
+package struct ProcessLauncher: WorkerLauncher {
   /// The launcher.
-  public init() {}
+  package init() {}
 
   /// Starts cowd with the link's listener as descriptor 3, and with nothing of this process's
   /// environment.
-  public func launch(
+  package func launch(
     disk: DiskID, listener: Int32, user: UInt32, configuration: Configuration
   ) throws(IOError) -> ProcessHandle {
     let isCaged = configuration.sandbox == .on
@@ -212,7 +212,7 @@ public struct ProcessLauncher: WorkerLauncher {
   }
 
   /// Where cowd is: as configured, else beside this program, else along PATH. Throws ENOENT.
-  public static func program(_ configuration: Configuration) throws(IOError) -> String {
+  package static func program(_ configuration: Configuration) throws(IOError) -> String {
     if !configuration.workerProgram.isEmpty {
       guard access(configuration.workerProgram, X_OK) == 0 else {
         throw IOError.last("start", configuration.workerProgram)

@@ -3,12 +3,12 @@
 // nbd driver. The end of the socket that the kernel would have is kept open here, and
 // whoever wants to can speak NBD on it. It says what it is in the path of its devices.
 
-public import Posix
+package import Posix
 import Glibc
 import Synchronization
 
 /// Keeps the kernel's ends of the sockets.
-public final class StandInAttacher: DeviceAttacher {
+package final class StandInAttacher: DeviceAttacher {
   private struct Device {
     var socket: Int32
     var identifier: String
@@ -22,15 +22,15 @@ public final class StandInAttacher: DeviceAttacher {
   private let state = Mutex(State())
   /// An attacher. Devices that it does not know count as there, as the kernel's are for a
   /// daemon that was started again.
-  public init() {}
+  package init() {}
 
   /// How many devices there are, and how often one was given another socket.
-  public var counts: (devices: Int, reattachments: Int) {
+  package var counts: (devices: Int, reattachments: Int) {
     state.withLock { ($0.devices.count, $0.reattached) }
   }
 
   /// A duplicate of the kernel's end of a device's socket; nil when there is no such device.
-  public func socket(of index: UInt32) throws(IOError) -> Descriptor? {
+  package func socket(of index: UInt32) throws(IOError) -> Descriptor? {
     try state.withLock { state throws(IOError) in
       guard let device = state.devices[index] else { return nil }
       return try StandInAttacher.duplicate(device.socket)
@@ -38,7 +38,7 @@ public final class StandInAttacher: DeviceAttacher {
   }
 
   /// Keeps the socket under the lowest free number.
-  public func attach(_ wish: DeviceWish, socket: Int32) throws(IOError) -> DeviceNode {
+  package func attach(_ wish: DeviceWish, socket: Int32) throws(IOError) -> DeviceNode {
     let kept = try StandInAttacher.duplicate(socket).release()
     return state.withLock { state in
       var index: UInt32 = 0
@@ -50,7 +50,7 @@ public final class StandInAttacher: DeviceAttacher {
   }
 
   /// Puts another socket in the place of the first.
-  public func reattach(
+  package func reattach(
     _ node: DeviceNode, socket: Int32, identifier: String
   ) throws(IOError) {
     let kept = try StandInAttacher.duplicate(socket).release()
@@ -65,19 +65,19 @@ public final class StandInAttacher: DeviceAttacher {
   }
 
   /// Closes the socket.
-  public func detach(_ node: DeviceNode) throws(IOError) {
+  package func detach(_ node: DeviceNode) throws(IOError) {
     let old = state.withLock { $0.devices.removeValue(forKey: node.index)?.socket }
     if let old { try Descriptor(owning: old).close() }
   }
 
   /// Whether it is kept here, or might be by another.
-  public func isAttached(_ node: DeviceNode, identifier: String) throws(IOError) -> Bool {
+  package func isAttached(_ node: DeviceNode, identifier: String) throws(IOError) -> Bool {
     let known = state.withLock { $0.devices[node.index] }
     return known.map { $0.identifier == identifier } ?? true
   }
 
   /// Everything that is kept.
-  public func devices() throws(IOError) -> [(identifier: String, node: DeviceNode)] {
+  package func devices() throws(IOError) -> [(identifier: String, node: DeviceNode)] {
     state.withLock { state in
       state.devices.map { index, device in
         (
@@ -89,7 +89,7 @@ public final class StandInAttacher: DeviceAttacher {
   }
 
   /// Nobody can open it.
-  public func isInUse(_ node: DeviceNode) throws(IOError) -> Bool { false }
+  package func isInUse(_ node: DeviceNode) throws(IOError) -> Bool { false }
 
   private static func duplicate(_ raw: Int32) throws(IOError) -> Descriptor {
     let copy = fcntl(raw, F_DUPFD_CLOEXEC, 3)

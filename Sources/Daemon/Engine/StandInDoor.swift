@@ -2,18 +2,18 @@
 // A door to the stand-in devices of a daemon in another process: whoever connects may have
 // the kernel's end of a device's socket, and speak NBD on it. For tests.
 
-public import Posix
+package import Posix
 internal import WorkerLink
 import Glibc
 
 /// Hands the sockets of stand-in devices out.
-public enum StandInDoor {
+package enum StandInDoor {
   /// The door's socket in a run directory.
-  public static func path(_ runDirectory: String) -> String { runDirectory + "/stand-in" }
+  package static func path(_ runDirectory: String) -> String { runDirectory + "/stand-in" }
 
   /// Opens the door, on a thread of its own. Throws: the errno of bind(2) or
   /// pthread_create(3).
-  public static func open(_ attacher: StandInAttacher, runDirectory: String) throws(IOError) {
+  package static func open(_ attacher: StandInAttacher, runDirectory: String) throws(IOError) {
     let listener = try UnixSocket.listen(at: path(runDirectory), kind: .packets)
     let opened = Opened(listener: listener, attacher: attacher)
     var thread = pthread_t()
@@ -30,7 +30,7 @@ public enum StandInDoor {
   }
 
   /// Asks for a device's socket. Throws: ENODEV when there is no such device.
-  public static func socket(
+  package static func socket(
     of index: UInt32, runDirectory: String
   ) throws(IOError) -> Descriptor {
     let (_, descriptors) = try ask(LinkMessage("socket", ["index": "\(index)"]), runDirectory)
@@ -39,7 +39,7 @@ public enum StandInDoor {
   }
 
   /// How many devices there are, and how often one was given another socket.
-  public static func counts(
+  package static func counts(
     runDirectory: String
   ) throws(IOError) -> (devices: Int, reattachments: Int) {
     let (message, _) = try ask(LinkMessage("counts"), runDirectory)

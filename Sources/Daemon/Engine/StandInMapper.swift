@@ -3,8 +3,8 @@
 // device is a file in a folder, so that it outlives the daemon as the kernel's do; the node
 // that a worker is given is one end of a pair of sockets, whose other end is kept here.
 
-public import DeviceMapper
-public import Posix
+package import DeviceMapper
+package import Posix
 import Glibc
 import Synchronization
 
@@ -13,7 +13,7 @@ import Synchronization
 /// open; DISK.uncommitted, so many placements are not durable; DISK.measured, the kernel measures
 /// latencies, and has counted what the file says; flush-hangs, a flush does not end
 /// as long as it is there; flush-fails, one fails.
-public final class StandInMapper: DeviceMapping {
+package final class StandInMapper: DeviceMapping {
   private let folder: String
   private let isThere: Bool
   /// The kernel's ends of the nodes that were opened last.
@@ -21,16 +21,16 @@ public final class StandInMapper: DeviceMapping {
 
   /// A mapper with its devices in a folder, which has to be there; without one it is as if the
   /// module were not installed.
-  public init(folder: String?) {
+  package init(folder: String?) {
     isThere = folder != nil
     self.folder = folder ?? ""
   }
 
   /// Whether there is a folder.
-  public func isAvailable() throws(DeviceMapperError) -> Bool { isThere }
+  package func isAvailable() throws(DeviceMapperError) -> Bool { isThere }
 
   /// Writes the device's file.
-  public func make(_ wish: MappedWish) throws(DeviceMapperError) -> DeviceNode {
+  package func make(_ wish: MappedWish) throws(DeviceMapperError) -> DeviceNode {
     guard access(path(wish.disk), F_OK) != 0 else {
       throw DeviceMapperError(EBUSY, "create", "\(wish.disk)")
     }
@@ -39,7 +39,7 @@ public final class StandInMapper: DeviceMapping {
   }
 
   /// Makes a pair of sockets, unless a worker has the last one.
-  public func openNode(_ disk: DiskID) throws(IOError) -> Descriptor {
+  package func openNode(_ disk: DiskID) throws(IOError) -> Descriptor {
     let pair = try UnixSocket.pair(.stream)
     let first = try pair.first.duplicate()
     let kept = PassedDescriptor(try pair.second.duplicate())
@@ -59,12 +59,12 @@ public final class StandInMapper: DeviceMapping {
   }
 
   /// Marks it as live.
-  public func start(_ disk: DiskID) throws(DeviceMapperError) {
+  package func start(_ disk: DiskID) throws(DeviceMapperError) {
     try write(disk, try text(disk).replacing("SUSPENDED", with: "LIVE"))
   }
 
   /// Compares the file.
-  public func state(
+  package func state(
     _ disk: DiskID, over backings: [ServedDevice.Backing]
   ) throws(DeviceMapperError) -> ServedDevice.State {
     guard access(path(disk), F_OK) == 0 else { return .absent }
@@ -75,7 +75,7 @@ public final class StandInMapper: DeviceMapping {
   }
 
   /// Whether its file is there, and says that it is in use.
-  public func isAttached(
+  package func isAttached(
     _ disk: DiskID, _ node: DeviceNode
   ) throws(DeviceMapperError) -> Bool {
     guard access(path(disk), F_OK) == 0, self.node(disk) == node else { return false }
@@ -83,7 +83,7 @@ public final class StandInMapper: DeviceMapping {
   }
 
   /// Waits for a worker, then leaves a mark that the device was flushed.
-  public func flush(_ node: DeviceNode) throws(IOError) {
+  package func flush(_ node: DeviceNode) throws(IOError) {
     let disk = DiskID(node.path.split(separator: "-", maxSplits: 2).last ?? "")
     while access(folder + "/flush-hangs", F_OK) == 0 || disk.map({ isWithoutWorker($0) }) ?? false {
       usleep(20_000)
@@ -103,22 +103,22 @@ public final class StandInMapper: DeviceMapping {
   }
 
   /// Whether the mark is there.
-  public func users(_ disk: DiskID) throws(DeviceMapperError) -> Int {
+  package func users(_ disk: DiskID) throws(DeviceMapperError) -> Int {
     access(path(disk) + ".open", F_OK) == 0 ? 1 : 0
   }
 
   /// Leaves a mark.
-  public func clear(_ disk: DiskID) throws(DeviceMapperError) {
+  package func clear(_ disk: DiskID) throws(DeviceMapperError) {
     do throws(IOError) { try TextFile.replace(folder + "/cleared", with: "\(disk)") } catch {
       throw DeviceMapperError(error.code, "write", error.subject)
     }
   }
 
   /// Nobody waits.
-  public func failFaults(_ disk: DiskID) throws(DeviceMapperError) {}
+  package func failFaults(_ disk: DiskID) throws(DeviceMapperError) {}
 
   /// Removes the file and ends the worker's socket.
-  public func remove(_ disk: DiskID, deferred: Bool) throws(DeviceMapperError) {
+  package func remove(_ disk: DiskID, deferred: Bool) throws(DeviceMapperError) {
     guard try users(disk) == 0 else { throw DeviceMapperError(EBUSY, "remove", "\(disk)") }
     guard unlink(path(disk)) == 0 || errno == ENOENT else {
       throw DeviceMapperError(errno, "remove", "\(disk)")
@@ -128,7 +128,7 @@ public final class StandInMapper: DeviceMapping {
   }
 
   /// Marks it as one of errors.
-  public func retire(
+  package func retire(
     _ disk: DiskID, _ node: DeviceNode, losing: Bool
   ) throws(DeviceMapperError) -> Bool {
     let held = try counters(disk, node).uncommitted
@@ -139,7 +139,7 @@ public final class StandInMapper: DeviceMapping {
   }
 
   /// Counts what the mark says.
-  public func counters(
+  package func counters(
     _ disk: DiskID, _ node: DeviceNode
   ) throws(DeviceMapperError) -> MappedCounters {
     var counters = MappedCounters()
@@ -154,7 +154,7 @@ public final class StandInMapper: DeviceMapping {
   }
 
   /// What the mark says, which is made when it is missing.
-  public func latencies(_ disk: DiskID) throws(DeviceMapperError) -> LatencyHistogram {
+  package func latencies(_ disk: DiskID) throws(DeviceMapperError) -> LatencyHistogram {
     let mark = path(disk) + ".measured"
     do throws(IOError) {
       guard access(mark, F_OK) == 0 else {
@@ -166,14 +166,14 @@ public final class StandInMapper: DeviceMapping {
   }
 
   /// Removes the mark.
-  public func stopLatencies(_ disk: DiskID) throws(DeviceMapperError) {
+  package func stopLatencies(_ disk: DiskID) throws(DeviceMapperError) {
     guard unlink(path(disk) + ".measured") == 0 || errno == ENOENT else {
       throw DeviceMapperError(errno, "remove the mark of", "\(disk)")
     }
   }
 
   /// Every file.
-  public func devices() throws(DeviceMapperError) -> [DiskID: DeviceNode] {
+  package func devices() throws(DeviceMapperError) -> [DiskID: DeviceNode] {
     guard isThere else { return [:] }
     do throws(IOError) {
       let disks = try DiskDirectory.named(in: folder)

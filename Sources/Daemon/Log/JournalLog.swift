@@ -2,28 +2,28 @@
 // The log, to stderr: under systemd with the journal's priorities, on a terminal with the
 // time. Facts follow the message as KEY=VALUE, in the order of their keys.
 
-public import Logging
+package import Logging
 internal import Posix
 import Glibc
 import Synchronization
 
 /// The least serious level that is logged, for the whole process.
-public enum LogLevel {
+package enum LogLevel {
   private static let stored = Mutex(Logger.Level.info)
 
   /// Read at every message, changed by a reload.
-  public static var current: Logger.Level {
+  package static var current: Logger.Level {
     get { stored.withLock { $0 } }
     set { stored.withLock { $0 = newValue } }
   }
 }
 
 /// Writes each message as one line.
-public struct JournalLog: LogHandler {
+package struct JournalLog: LogHandler {
   /// Facts that stand in every line.
-  public var metadata: Logger.Metadata = [:]
+  package var metadata: Logger.Metadata = [:]
   /// The level of the whole process: setting it here sets it everywhere.
-  public var logLevel: Logger.Level {
+  package var logLevel: Logger.Level {
     get { LogLevel.current }
     set { LogLevel.current = newValue }
   }
@@ -31,16 +31,16 @@ public struct JournalLog: LogHandler {
   private let isTerminal: Bool
 
   /// A handler that looks by itself whether a person is reading.
-  public init() { isTerminal = isatty(2) == 1 }
+  package init() { isTerminal = isatty(2) == 1 }
 
   /// Facts by key.
-  public subscript(metadataKey key: String) -> Logger.Metadata.Value? {
+  package subscript(metadataKey key: String) -> Logger.Metadata.Value? {
     get { metadata[key] }
     set { metadata[key] = newValue }
   }
 
   /// Writes one line, in one write(2), so that lines of several threads stay whole.
-  public func log(event: LogEvent) {
+  package func log(event: LogEvent) {
     var facts = metadata.merging(event.metadata ?? [:]) { $1 }
     if event.level > .debug {
       let key = "\(event.message) \(facts["disk"] ?? "")"

@@ -99,7 +99,7 @@ extension DiskStatus {
 
   /// Whether somebody means this disk: by its domain's number or name, by "5-51712", or by
   /// "5:xvda" or "web:xvda".
-  public func isMeant(by target: String) -> Bool {
+  package func isMeant(by target: String) -> Bool {
     var names = ["\(domain)", "\(domain)-\(number)", "\(domain):\(vdev)"]
     if let domainName { names += [domainName, "\(domainName):\(vdev)"] }
     return names.contains(target)

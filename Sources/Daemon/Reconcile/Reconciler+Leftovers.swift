@@ -9,13 +9,13 @@ internal import Posix
 internal import XenStore
 
 /// Something that is left of a disk.
-public struct Leftover: Codable, Sendable, Equatable {
+package struct Leftover: Codable, Sendable, Equatable {
   /// "device /dev/nbd3", "loop-device /dev/loop2", "worker 77", "log KEY", "nodes 5-51712": names it in `clean`.
-  public var name: String
+  package var name: String
   /// What it is, one line.
-  public var what: String
+  package var what: String
   /// What is lost with it; nil: nothing.
-  public var loses: String?
+  package var loses: String?
 }
 
 extension Reconciler {

@@ -113,15 +113,15 @@ extension Reconciler {
 }
 
 /// What became of one store's log.
-public struct RecoveredStore: Codable, Sendable, Equatable {
+package struct RecoveredStore: Codable, Sendable, Equatable {
   /// Path of the store.
-  public var store: String
+  package var store: String
   /// Placements that the log held.
-  public var placements: UInt64
+  package var placements: UInt64
   /// All that it held, in words.
-  public var holds: String
+  package var holds: String
   /// Why it still holds them; nil when it does not.
-  public var error: String?
+  package var error: String?
 
   init(store: String, placements: UInt64, holds: String, error: String?) {
     self.store = store

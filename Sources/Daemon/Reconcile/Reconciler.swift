@@ -14,7 +14,7 @@ internal import XenStore
 import Glibc
 
 /// Owns every disk.
-public actor Reconciler {
+package actor Reconciler {
   /// So many workers are started at the same time; the others wait their turn.
   static let startsAtOnce = 8
   /// A start that takes longer waits for something, and gives its turn to another.

@@ -10,28 +10,28 @@ internal import XenStore
 import Glibc
 
 /// dmu-xend.
-public struct Daemon: Sendable {
+package struct Daemon: Sendable {
   /// What a run needs besides its configuration; the defaults are the real things.
-  public struct Surroundings: Sendable {
+  package struct Surroundings: Sendable {
     /// Starts workers.
-    public var launcher: any WorkerLauncher = ProcessLauncher()
+    package var launcher: any WorkerLauncher = ProcessLauncher()
     /// Makes devices.
-    public var attacher: any DeviceAttacher = KernelAttacher()
+    package var attacher: any DeviceAttacher = KernelAttacher()
     /// Makes devices of the device-mapper.
-    public var mapper: any DeviceMapping = KernelMapper()
+    package var mapper: any DeviceMapping = KernelMapper()
     /// xenstored's socket; nil: where libxenstore finds it.
-    public var xenStoreSocket: String?
+    package var xenStoreSocket: String?
     /// The file that is locked so that there is one daemon on a host; nil: none, for a daemon
     /// that makes no devices.
-    public var hostLock: String? = "/run/dmu-xend.lock"
+    package var hostLock: String? = "/run/dmu-xend.lock"
     var standInDevices: StandInAttacher?
 
     /// The real things.
-    public init() {}
+    package init() {}
 
     /// Makes no devices, only keeps their sockets, and opens a door to them.
     /// With a folder there is a device-mapper, too, which keeps its devices there.
-    public mutating func standIn(mapperFolder: String?) {
+    package mutating func standIn(mapperFolder: String?) {
       let attacher = StandInAttacher()
       self.attacher = attacher
       mapper = StandInMapper(folder: mapperFolder)
@@ -45,7 +45,7 @@ public struct Daemon: Sendable {
   private let surroundings: Surroundings
 
   /// A daemon with the configuration of a file. Throws what is wrong with the file.
-  public init(
+  package init(
     configurationPath: String, surroundings: Surroundings = Surroundings()
   ) throws(ConfigurationError) {
     configuration = try Configuration.load(configurationPath)
@@ -54,7 +54,7 @@ public struct Daemon: Sendable {
   }
 
   /// Runs until a signal ends it. Workers and devices stay.
-  public func run() async throws {
+  package func run() async throws {
     let variables = ServiceManager.takeVariables()
     // Whoever reads the log may go away; that is no reason to end.
     signal(SIGPIPE, SIG_IGN)

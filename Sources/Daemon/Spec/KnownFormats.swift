@@ -2,17 +2,17 @@
 // The formats that this daemon's workers know, and their options. The daemon never reads
 // an image: it knows a format by name only.
 
-public import WorkerLink
+package import WorkerLink
 
 /// A format by name, with the options that a spec may give it.
-public struct KnownFormat: Sendable, Hashable {
+package struct KnownFormat: Sendable, Hashable {
   /// Its name in a spec.
-  public let name: String
+  package let name: String
   /// Its options: name and meaning.
-  public let options: [(name: String, meaning: String)]
+  package let options: [(name: String, meaning: String)]
   /// Bytes of a block that a store may be created with; nil: stores of this format are not
   /// created here.
-  public let blockSizes: ClosedRange<UInt32>?
+  package let blockSizes: ClosedRange<UInt32>?
 
   private static let baseFormat = (
     name: "base-format",
@@ -37,7 +37,7 @@ public struct KnownFormat: Sendable, Hashable {
   )
 
   /// All of them.
-  public static let all: [KnownFormat] = [
+  package static let all: [KnownFormat] = [
     KnownFormat(
       name: "dscow",
       options: [
@@ -65,33 +65,33 @@ public struct KnownFormat: Sendable, Hashable {
   ]
 
   /// The format of that name.
-  public static func named(_ name: String) -> KnownFormat? { all.first { $0.name == name } }
+  package static func named(_ name: String) -> KnownFormat? { all.first { $0.name == name } }
 
   /// Formats are equal by name.
-  public static func == (one: KnownFormat, other: KnownFormat) -> Bool { one.name == other.name }
+  package static func == (one: KnownFormat, other: KnownFormat) -> Bool { one.name == other.name }
 
   /// Hashes the name.
-  public func hash(into hasher: inout Hasher) { hasher.combine(name) }
+  package func hash(into hasher: inout Hasher) { hasher.combine(name) }
 }
 
 /// The options of a spec, understood.
-public struct FormatOptions: Sendable, Hashable {
+package struct FormatOptions: Sendable, Hashable {
   /// Bytes of a block of a store that is created; nil: the format's own choice.
-  public var blockSize: UInt32?
+  package var blockSize: UInt32?
   /// Whether to use a store although its base has changed.
-  public var force = false
+  package var force = false
   /// Whether a store that does not exist is created; nil: as the configuration says of its
   /// place.
-  public var create: Bool?
+  package var create: Bool?
   /// Name of the base's format; nil: what the store says.
-  public var baseFormat: String?
+  package var baseFormat: String?
   /// The directory below which bases have to lie that images name; nil: as the configuration says.
-  public var baseDirectory: String?
+  package var baseDirectory: String?
   /// By which way the kernel shall reach the disk; nil: what the configuration says.
-  public var transport: Transport?
+  package var transport: Transport?
 
   /// Understands the options of a spec. Throws: unknown format, unknown option, bad value.
-  public init(_ spec: Spec) throws(DiskFailure) {
+  package init(_ spec: Spec) throws(DiskFailure) {
     guard let format = KnownFormat.named(spec.format) else {
       throw .formatUnknown(spec.format)
     }
@@ -146,9 +146,9 @@ extension FormatOptions {
 }
 
 /// Numbers of bytes as people write them.
-public enum ByteCount {
+package enum ByteCount {
   /// "4096", "64K", "1M", "2G", "1T": powers of 1024. Nil for anything else.
-  public static func parse(_ text: String) -> UInt64? {
+  package static func parse(_ text: String) -> UInt64? {
     let units: [Character: UInt64] = [
       "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40,
     ]
@@ -163,7 +163,7 @@ public enum ByteCount {
   }
 
   /// "512", "4K", "1.5G": three or four digits and the unit.
-  public static func short(_ bytes: UInt64) -> String {
+  package static func short(_ bytes: UInt64) -> String {
     let units = ["", "K", "M", "G", "T", "P", "E"]
     var value = Double(bytes)
     var unit = 0

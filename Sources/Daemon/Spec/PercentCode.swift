@@ -2,9 +2,9 @@
 // Percent codes: how the characters that divide a spec stand inside a path.
 
 /// Writing and reading of percent-encoded text.
-public enum PercentCode {
+package enum PercentCode {
   /// What is wrong with a piece of encoded text.
-  public enum Fault: Error, Sendable, Hashable {
+  package enum Fault: Error, Sendable, Hashable {
     /// A character that must be written as a percent code stands as itself.
     case bare(Character)
     /// "%" without two hexadecimal digits after it; holds what was found.
@@ -16,7 +16,7 @@ public enum PercentCode {
   }
 
   /// The characters that divide a spec or a disk line and therefore need a code.
-  public static let reserved: Set<Character> = [":", ",", "%", "?", "&", "="]
+  package static let reserved: Set<Character> = [":", ",", "%", "?", "&", "="]
 
   /// The code of one byte: "%3A".
   static func code(_ byte: UInt8) -> String {
@@ -26,7 +26,7 @@ public enum PercentCode {
 
   /// Encodes what is reserved, and blanks and control characters, which would not survive
   /// a disk line.
-  public static func encode(_ text: String) -> String {
+  package static func encode(_ text: String) -> String {
     var result = ""
     for scalar in text.unicodeScalars {
       if scalar.value <= 0x20 || scalar.value == 0x7F || reserved.contains(Character(scalar)) {
@@ -39,7 +39,7 @@ public enum PercentCode {
   }
 
   /// Decodes. Throws the first thing that is wrong.
-  public static func decode(_ text: some StringProtocol) throws(Fault) -> String {
+  package static func decode(_ text: some StringProtocol) throws(Fault) -> String {
     var bytes: [UInt8] = []
     var rest = Array(text.utf8)[...]
     while let byte = rest.popFirst() {

@@ -10,37 +10,37 @@
 // - A spec that was parsed and written out again is equal to itself.
 
 /// What a disk is made of: a format, its options, a store, and perhaps a base.
-public struct Spec: Sendable, Hashable, CustomStringConvertible {
+package struct Spec: Sendable, Hashable, CustomStringConvertible {
   /// One option of a format.
-  public struct Option: Sendable, Hashable {
+  package struct Option: Sendable, Hashable {
     /// Its name.
-    public let name: String
+    package let name: String
     /// Its value, decoded.
-    public let value: String
+    package let value: String
 
     /// An option from its parts.
-    public init(name: String, value: String) {
+    package init(name: String, value: String) {
       self.name = name
       self.value = value
     }
   }
 
   /// How a spec begins.
-  public static let prefix = "dmu:"
+  package static let prefix = "dmu:"
   /// The longest path, in bytes. Source: PATH_MAX in linux/limits.h, less the final zero.
-  public static let longestPath = 4095
+  package static let longestPath = 4095
 
   /// The image format's name, as written; whether anybody knows it is not decided here.
-  public let format: String
+  package let format: String
   /// The options, in the order written, each name once.
-  public let options: [Option]
+  package let options: [Option]
   /// Absolute path of the store.
-  public let store: String
+  package let store: String
   /// Absolute path of the base, nil when the image is to name it.
-  public let base: String?
+  package let base: String?
 
   /// A spec from its parts.
-  public init(format: String, options: [Option] = [], store: String, base: String? = nil) {
+  package init(format: String, options: [Option] = [], store: String, base: String? = nil) {
     self.format = format
     self.options = options
     self.store = store
@@ -48,10 +48,10 @@ public struct Spec: Sendable, Hashable, CustomStringConvertible {
   }
 
   /// Whether a disk's `params` are meant for this daemon at all.
-  public static func isOurs(_ params: String) -> Bool { params.hasPrefix(prefix) }
+  package static func isOurs(_ params: String) -> Bool { params.hasPrefix(prefix) }
 
   /// Reads a spec. Throws the first thing that is wrong with it.
-  public init(_ text: String) throws(SpecError) {
+  package init(_ text: String) throws(SpecError) {
     guard Spec.isOurs(text) else { throw SpecError(text, .noPrefix) }
     let parts = text.dropFirst(Spec.prefix.count)
       .split(separator: ":", omittingEmptySubsequences: false)
@@ -66,12 +66,12 @@ public struct Spec: Sendable, Hashable, CustomStringConvertible {
   }
 
   /// The value of an option, nil when it is not given.
-  public func option(_ name: String) -> String? {
+  package func option(_ name: String) -> String? {
     options.first { $0.name == name }?.value
   }
 
   /// The spec as it is written in a disk line, percent codes and all.
-  public var description: String {
+  package var description: String {
     var text = Spec.prefix + format
     for (index, option) in options.enumerated() {
       text += (index == 0 ? "?" : "&") + option.name + "=" + PercentCode.encode(option.value)

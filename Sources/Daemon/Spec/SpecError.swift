@@ -4,9 +4,9 @@
 internal import Posix
 
 /// A spec that cannot be read, and why.
-public struct SpecError: Error, Sendable, Hashable, CustomStringConvertible {
+package struct SpecError: Error, Sendable, Hashable, CustomStringConvertible {
   /// Which of the two paths.
-  public enum Role: String, Sendable, Hashable {
+  package enum Role: String, Sendable, Hashable {
     /// The store.
     case store
     /// The base.
@@ -14,7 +14,7 @@ public struct SpecError: Error, Sendable, Hashable, CustomStringConvertible {
   }
 
   /// What is wrong.
-  public enum Reason: Sendable, Hashable {
+  package enum Reason: Sendable, Hashable {
     /// It does not begin with "dmu:".
     case noPrefix
     /// Nothing stands where the format should.
@@ -46,26 +46,26 @@ public struct SpecError: Error, Sendable, Hashable, CustomStringConvertible {
   }
 
   /// The spec as it was given.
-  public let text: String
+  package let text: String
   /// What is wrong with it.
-  public let reason: Reason
+  package let reason: Reason
 
   /// An error from its parts.
-  public init(_ text: String, _ reason: Reason) {
+  package init(_ text: String, _ reason: Reason) {
     self.text = text
     self.reason = reason
   }
 
   /// The shape that every spec has.
-  public static let shape = "dmu:FORMAT[?OPTION=VALUE]:STORE[:BASE]"
+  package static let shape = "dmu:FORMAT[?OPTION=VALUE]:STORE[:BASE]"
 
   /// The sentence: the spec, the reason, the remedy.
-  public var description: String {
+  package var description: String {
     "spec '\(ForeignText.shown(text))' is malformed: \(explanation): write \(SpecError.shape)"
   }
 
   /// The reason in words, without the spec.
-  public var explanation: String {
+  package var explanation: String {
     switch reason {
     case .noPrefix: "it does not begin with 'dmu:'"
     case .noFormat: "it names no format"

@@ -6,30 +6,30 @@ internal import WorkerLink
 
 /// Counts of a disk since its worker started or, with dm, since its device was made. What is not
 /// known is absent.
-public struct DiskActivity: Codable, Sendable, Hashable {
+package struct DiskActivity: Codable, Sendable, Hashable {
   /// Bytes that reads asked for.
-  public var bytesRead: UInt64?
+  package var bytesRead: UInt64?
   /// Bytes that writes brought.
-  public var bytesWritten: UInt64?
+  package var bytesWritten: UInt64?
   /// Discards and writes of zeroes.
-  public var discards: UInt64?
+  package var discards: UInt64?
   /// Nanoseconds of all reads together.
-  public var reading: UInt64?
+  package var reading: UInt64?
   /// The same of writes.
-  public var writing: UInt64?
+  package var writing: UInt64?
   /// The same of flushes.
-  public var flushing: UInt64?
+  package var flushing: UInt64?
   /// The same of discards and writes of zeroes.
-  public var discarding: UInt64?
+  package var discarding: UInt64?
   /// How long reads, writes and discards took.
-  public var latency: DiskLatency?
+  package var latency: DiskLatency?
   /// How long flushes took.
-  public var flushLatency: DiskLatency?
+  package var flushLatency: DiskLatency?
   /// How often a worker took the place of another since the daemon started.
-  public var restarts: UInt64 = 0
+  package var restarts: UInt64 = 0
 
   /// Nothing known.
-  public init() {}
+  package init() {}
 
   /// Takes what a worker has measured.
   mutating func take(_ times: ReportedTimes) {
@@ -52,11 +52,11 @@ public struct DiskActivity: Codable, Sendable, Hashable {
 }
 
 /// A histogram of latencies, as JSON has it.
-public struct DiskLatency: Codable, Sendable, Hashable {
+package struct DiskLatency: Codable, Sendable, Hashable {
   /// How many there were in each bucket, those above the last bound at the end.
-  public var counts: [UInt64]
+  package var counts: [UInt64]
   /// All of them together, in nanoseconds.
-  public var nanoseconds: UInt64
+  package var nanoseconds: UInt64
 
   init(_ histogram: LatencyHistogram) {
     counts = histogram.counts

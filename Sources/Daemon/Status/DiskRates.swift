@@ -5,35 +5,35 @@ internal import Posix
 
 /// Rates of a disk over an interval. What is not known is absent: a disk whose worker was replaced
 /// meanwhile begins to count anew.
-public struct DiskRates: Codable, Sendable, Hashable {
+package struct DiskRates: Codable, Sendable, Hashable {
   /// The domain that sees the disk.
-  public var domain: Int
+  package var domain: Int
   /// The domain's name.
-  public var domainName: String?
+  package var domainName: String?
   /// The disk's name in the domain.
-  public var vdev: String
+  package var vdev: String
   /// By which way the kernel reaches it.
-  public var transport: DeviceKind?
+  package var transport: DeviceKind?
   /// Where the disk stands.
-  public var state: PublicState
+  package var state: PublicState
   /// Read requests in a second.
-  public var reads: Double?
+  package var reads: Double?
   /// Write requests.
-  public var writes: Double?
+  package var writes: Double?
   /// Flush requests.
-  public var flushes: Double?
+  package var flushes: Double?
   /// Bytes read in a second.
-  public var bytesRead: Double?
+  package var bytesRead: Double?
   /// Bytes written.
-  public var bytesWritten: Double?
+  package var bytesWritten: Double?
   /// Mean latency of reads, writes and discards in seconds; absent without any.
-  public var latency: Double?
+  package var latency: Double?
   /// The latency in seconds that 99 of 100 of them stayed below.
-  public var latency99: Double?
+  package var latency99: Double?
 
   /// The rates of each disk of `now` since `before`, `seconds` apart; those in trouble first, then
   /// the busiest.
-  public static func between(
+  package static func between(
     _ before: [DiskStatus], _ now: [DiskStatus], seconds: Double
   ) -> [DiskRates] {
     let former = Dictionary(before.map { ($0.key, $0) }) { $1 }

@@ -14,7 +14,7 @@
 internal import Posix
 
 /// The format of metrics.
-public enum MetricsFormat: String, Sendable, CaseIterable {
+package enum MetricsFormat: String, Sendable, CaseIterable {
   /// Prometheus' text format.
   case prometheus
   /// OpenMetrics.
@@ -30,9 +30,9 @@ public enum MetricsFormat: String, Sendable, CaseIterable {
 }
 
 /// Renders metrics of all disks.
-public enum MetricsText {
+package enum MetricsText {
   /// The whole text.
-  public static func render(_ statuses: [DiskStatus], _ format: MetricsFormat) -> String {
+  package static func render(_ statuses: [DiskStatus], _ format: MetricsFormat) -> String {
     var text = MetricsWriter(format)
     let disks = MetricsText.disks(statuses)
     text.family("dmu_build_info", .gauge, "The version of dmu-xend, as a label; always 1.")

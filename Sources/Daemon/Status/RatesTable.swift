@@ -6,7 +6,7 @@ import Glibc
 internal import Posix
 
 /// Renders rates for people.
-public enum RatesTable {
+package enum RatesTable {
   private struct Column: Sendable {
     var heading: String
     /// Columns of a greater number go first where there is no room.
@@ -31,7 +31,8 @@ public enum RatesTable {
 
   /// The text, a newline at the end of each line. `width` and `height` of the terminal; nil: without
   /// bound.
-  public static func render(_ rates: [DiskRates], width: Int? = nil, height: Int? = nil) -> String {
+  package static func render(_ rates: [DiskRates], width: Int? = nil, height: Int? = nil) -> String
+  {
     guard !rates.isEmpty else { return "no disks\n" }
     let room = max(1, (height ?? .max) - 3)
     let shown = rates.count > room ? Array(rates.prefix(room)) : rates

@@ -5,7 +5,7 @@
 import Glibc
 
 /// Renders status for people.
-public enum StatusTable {
+package enum StatusTable {
   private static let headings = [
     "DOMAIN", "VDEV", "FORMAT", "STORE", "BASE", "DEVICE", "VIA", "SIZE", "ALLOCATED",
     "STATE", "WORKER", "SINCE",
@@ -13,7 +13,7 @@ public enum StatusTable {
   private static let right: Set<Int> = [7, 8]
 
   /// The whole text, a newline at the end of each line.
-  public static func render(_ disks: [DiskStatus]) -> String {
+  package static func render(_ disks: [DiskStatus]) -> String {
     guard !disks.isEmpty else { return "no disks\n" }
     let rows = [headings] + disks.map(row)
     let widths = headings.indices.map { column in

@@ -3,7 +3,7 @@
 // checksum of samples. The samples catch what keeps length and time: a device, or a file
 // that was restored with its times.
 
-public import Posix
+package import Posix
 
 extension Dscow {
   /// How many samples of the base are taken, and how many bytes each has.
@@ -12,7 +12,7 @@ extension Dscow {
 
   /// CRC-32C of the base: of 64 pieces of 4096 bytes spread evenly from its start to its
   /// end, or of all of it when it is no longer than they are.
-  public static func fingerprint(of base: any ByteStore) throws(IOError) -> UInt32 {
+  package static func fingerprint(of base: any ByteStore) throws(IOError) -> UInt32 {
     let size = base.size
     var sum = CRC32C()
     if size <= samples * sampleSize {
@@ -95,7 +95,7 @@ extension Dscow {
   }
 
   /// Whether two byte stores are the same file or device.
-  public static func same(
+  package static func same(
     _ one: any ByteStore, _ other: any ByteStore
   ) throws(ImageError) -> Bool {
     let (one, other) = (one.underlying, other.underlying)

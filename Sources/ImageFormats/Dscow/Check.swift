@@ -7,35 +7,35 @@
 // the places of blocks without a bit (a power cut came between a write and its commit).
 // Leftovers harm nobody; `repair` mends every kind but a store that is cut short.
 
-public import Posix
+package import Posix
 
 /// What a check found.
-public struct DscowCheck: Sendable {
+package struct DscowCheck: Sendable {
   /// One thing that is not as it should be.
-  public struct Finding: Sendable, Equatable {
+  package struct Finding: Sendable, Equatable {
     /// Whether it is damage; otherwise it is a leftover and harms nobody.
-    public let isDamage: Bool
+    package let isDamage: Bool
     /// Whether it is damage to a spare, which what is left makes up for: a power cut leaves that.
-    public var isSpare = false
+    package var isSpare = false
     /// One sentence without a final stop.
-    public let message: String
+    package let message: String
     /// Whether it was mended.
-    public var isRepaired = false
+    package var isRepaired = false
   }
 
   /// The header, when one copy holds.
-  public internal(set) var header: DscowHeader?
+  package internal(set) var header: DscowHeader?
   /// Everything found.
-  public internal(set) var findings: [Finding] = []
+  package internal(set) var findings: [Finding] = []
   /// Blocks with a place in the store.
-  public internal(set) var allocatedBlocks: UInt64 = 0
+  package internal(set) var allocatedBlocks: UInt64 = 0
   /// Blocks without one that take up space in it all the same; 0 where the store cannot tell.
-  public internal(set) var leakedBlocks: UInt64 = 0
+  package internal(set) var leakedBlocks: UInt64 = 0
 
   /// Whether damage is left.
-  public var isDamaged: Bool { findings.contains { $0.isDamage && !$0.isRepaired } }
+  package var isDamaged: Bool { findings.contains { $0.isDamage && !$0.isRepaired } }
   /// Whether leftovers are left.
-  public var hasLeftovers: Bool { findings.contains { !$0.isDamage && !$0.isRepaired } }
+  package var hasLeftovers: Bool { findings.contains { !$0.isDamage && !$0.isRepaired } }
 
   mutating func add(
     damage: Bool, _ message: String, repaired: Bool = false, spare: Bool = false
@@ -57,7 +57,7 @@ extension Dscow {
   ///   - base: compared with what the header says of it, unless nil.
   ///   - leaksOnly: a repair gives back space and leaves everything else.
   /// - Throws: `notThisFormat`, `unsupported`, `io`, `badRequest`. Damage is a finding.
-  public static func check(
+  package static func check(
     store: any ByteStore, base: (any ByteStore)? = nil, repair: Bool = false,
     leaksOnly: Bool = false
   ) throws(ImageError) -> DscowCheck {
@@ -87,7 +87,7 @@ extension Dscow {
 
   /// As `check`, in the words that are common to all formats: leftovers, and a spare that is
   /// damaged, are leaks. What was mended is counted as repaired and not again.
-  public static func report(
+  package static func report(
     store: any ByteStore, repair: Repair?
   ) throws(ImageError) -> CheckReport {
     let found = try check(store: store, repair: repair != nil, leaksOnly: repair == .leaks)
@@ -180,7 +180,7 @@ extension Dscow {
   /// Says where every block lives: runs in order, as long as they can be.
   ///
   /// - Throws: what `header(of:)` throws, or whatever `visit` throws.
-  public static func map(
+  package static func map(
     store: any ByteStore, visit: (Extent) -> Void
   ) throws(ImageError) -> DscowHeader {
     let (header, copies) = try Self.header(of: store)
@@ -221,7 +221,7 @@ extension Dscow {
   }
 
   /// How many blocks have a place in the store: reads the whole bitmap. Throws `io`.
-  public static func countBits(
+  package static func countBits(
     _ store: any ByteStore, _ header: DscowHeader
   ) throws(ImageError) -> UInt64 {
     try countBits(store, header, atMost: .max) ?? 0

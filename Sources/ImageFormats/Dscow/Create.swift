@@ -12,11 +12,11 @@
 // every instant one copy is valid.
 
 import Glibc
-public import Posix
+package import Posix
 
 extension Dscow {
   /// The block size unless asked otherwise.
-  public static let defaultBlockSize: UInt32 = 65536
+  package static let defaultBlockSize: UInt32 = 65536
 
   /// Makes a store.
   ///
@@ -29,7 +29,7 @@ extension Dscow {
   ///     512, the rest of which reads as zeroes.
   /// - Throws: `badRequest`, or `io` when the store or base fails.
   @discardableResult
-  public static func create(
+  package static func create(
     store: any ByteStore, base: (any ByteStore)?, baseName: String,
     blockSize: UInt32 = defaultBlockSize, size: UInt64? = nil, overwrite: Bool = false
   ) throws(ImageError) -> DscowHeader {
@@ -105,7 +105,7 @@ extension Dscow {
   /// The header of a store, from which the base's path can be had before there is a base.
   ///
   /// - Throws: `notThisFormat`, `unsupported`, `corrupt` or `io`.
-  public static func header(
+  package static func header(
     of store: any ByteStore, writable: Bool = false
   ) throws(ImageError) -> (header: DscowHeader, copies: DscowHeader.CopyState) {
     let size = DscowHeader.copySize
@@ -134,7 +134,7 @@ extension Dscow {
   ///   - force: take a base that has changed; when `writable`, the store is stamped with
   ///     it as it is now.
   /// - Throws: what `header(of:)` throws; `baseMissing`; `baseChanged`; `badRequest`.
-  public static func open(
+  package static func open(
     store: any ByteStore, base: (any ByteStore)?, writable: Bool, force: Bool = false
   ) throws(ImageError) -> Dscow {
     if writable, !store.isWritable {
@@ -209,7 +209,7 @@ extension Dscow {
   ///
   /// - Throws: what `header(of:)` throws, `badRequest`, `io`.
   @discardableResult
-  public static func accept(
+  package static func accept(
     store: any ByteStore, base: any ByteStore, baseName: String? = nil
   ) throws(ImageError) -> DscowHeader {
     let header = try header(of: store, writable: true).header

@@ -91,7 +91,7 @@ extension DscowHeader {
   }
 
   /// What is known of the copies beside the one that holds.
-  public enum CopyState: Sendable, Equatable {
+  package enum CopyState: Sendable, Equatable {
     /// Both say the same.
     case both
     /// This copy (0 or 1) is older than the other.

@@ -12,18 +12,18 @@
 //   fits 63 bits.
 
 /// What identifies the base that a store was made from.
-public struct DscowBase: Sendable, Equatable {
+package struct DscowBase: Sendable, Equatable {
   /// Its path, as it was given when the store was made.
-  public var path: String
+  package var path: String
   /// Its length in bytes.
-  public var size: UInt64
+  package var size: UInt64
   /// Its modification time in nanoseconds since 1970; 0 when that means nothing.
-  public var modified: UInt64
+  package var modified: UInt64
   /// CRC-32C of samples of its contents; see `Dscow.fingerprint`.
-  public var fingerprint: UInt32
+  package var fingerprint: UInt32
 
   /// A base from its parts.
-  public init(path: String, size: UInt64, modified: UInt64, fingerprint: UInt32) {
+  package init(path: String, size: UInt64, modified: UInt64, fingerprint: UInt32) {
     self.path = path
     self.size = size
     self.modified = modified
@@ -32,15 +32,15 @@ public struct DscowBase: Sendable, Equatable {
 }
 
 /// The header of a dscow store. Offsets and sizes are in bytes unless they say otherwise.
-public struct DscowHeader: Sendable, Equatable {
+package struct DscowHeader: Sendable, Equatable {
   /// Bytes of one of the two copies, which stand at the start of the store.
-  public static let copySize = 4096
+  package static let copySize = 4096
   /// The smallest block in bytes.
-  public static let smallestBlock: UInt32 = 4096
+  package static let smallestBlock: UInt32 = 4096
   /// The largest block in bytes.
-  public static let largestBlock: UInt32 = 4 << 20
+  package static let largestBlock: UInt32 = 4 << 20
   /// The largest disk in bytes: 64 TiB.
-  public static let largestDisk: UInt64 = 64 << 40
+  package static let largestDisk: UInt64 = 64 << 40
   /// The bitmap is read and written in pages of so many bytes.
   static let pageSize: UInt64 = 4096
   /// A compatible feature: the store's blocks are being written into its base, which therefore
@@ -56,21 +56,21 @@ public struct DscowHeader: Sendable, Equatable {
   static let bitmapBehind: UInt64 = 1
 
   /// Counts the header's changes: of two valid copies the one with the greater number holds.
-  public var sequence: UInt64
+  package var sequence: UInt64
   /// Features that a program need not know to use the store.
-  public var compatible: UInt64
+  package var compatible: UInt64
   /// Features that a program must know to write to the store.
-  public var readOnlyCompatible: UInt64
+  package var readOnlyCompatible: UInt64
   /// Length of the disk.
-  public let size: UInt64
+  package let size: UInt64
   /// Bytes of a block.
-  public let blockSize: UInt32
+  package let blockSize: UInt32
   /// Where block 0 lives in the store; block b lives b block sizes further on.
-  public let firstBlock: UInt64
+  package let firstBlock: UInt64
   /// Where the bitmap begins.
-  public let bitmapOffset: UInt64
+  package let bitmapOffset: UInt64
   /// The base, nil for a store that has none.
-  public var base: DscowBase?
+  package var base: DscowBase?
   /// Flags of the stamp.
   var stampFlags: UInt32 = 0
   /// CRC-32C of the samples of the base in blocks that the store does not have, while the store
@@ -80,9 +80,9 @@ public struct DscowHeader: Sendable, Equatable {
   var raw: [UInt8]
 
   /// How many blocks the disk has, the last of them perhaps in part.
-  public var blocks: UInt64 { (size - 1) / UInt64(blockSize) + 1 }
+  package var blocks: UInt64 { (size - 1) / UInt64(blockSize) + 1 }
   /// The bitmap's length in 32-bit words.
-  public var bitmapCount: UInt64 { (blocks + 31) / 32 }
+  package var bitmapCount: UInt64 { (blocks + 31) / 32 }
   /// The bitmap's length in bytes, whole pages.
   var bitmapBytes: UInt64 { (bitmapCount * 4 + Self.pageSize - 1) / Self.pageSize * Self.pageSize }
   /// Where the last block ends.
@@ -90,9 +90,9 @@ public struct DscowHeader: Sendable, Equatable {
   /// Whether the bitmap lies behind the blocks.
   var isBitmapBehind: Bool { bitmapOffset >= blocksEnd }
   /// The length that a store must have.
-  public var storeSize: UInt64 { max(blocksEnd, bitmapOffset + bitmapBytes) }
+  package var storeSize: UInt64 { max(blocksEnd, bitmapOffset + bitmapBytes) }
   /// Whether the store is being committed into its base.
-  public var isCommitting: Bool { compatible & Self.committing != 0 }
+  package var isCommitting: Bool { compatible & Self.committing != 0 }
 
   /// Lays out a disk. Throws `badRequest` for a size or block size outside the limits.
   init(size: UInt64, blockSize: UInt32, base: DscowBase?) throws(ImageError) {

@@ -13,23 +13,23 @@
 // - A block without a bit may have stale bytes at its place, from a write that a power cut
 //   kept from being committed. A placement is therefore always prepared in full.
 
-public import Posix
+package import Posix
 
 /// A dscow store that is open as a disk. Used from one thread; its plans run on any.
-public final class Dscow: ImageFormat {
+package final class Dscow: ImageFormat {
   /// The device number of the store in extents.
-  public static let storeDevice: UInt16 = 0
+  package static let storeDevice: UInt16 = 0
   /// The device number of the base in extents.
-  public static let baseDevice: UInt16 = 1
+  package static let baseDevice: UInt16 = 1
   /// A `find` looks at no more than so many bitmap pages.
   private static let pagesPerFind = 16
 
   /// The header, as it was when the store was opened.
-  public let header: DscowHeader
+  package let header: DscowHeader
   /// What was found of the header's two copies.
-  public let copies: DscowHeader.CopyState
+  package let copies: DscowHeader.CopyState
   /// Whether placements may be asked for.
-  public let isWritable: Bool
+  package let isWritable: Bool
 
   private let blocks: UInt64
   /// Blocks from this one on have nothing in the base and read as zeroes.
@@ -62,16 +62,16 @@ public final class Dscow: ImageFormat {
   }
 
   /// See `ImageFormat`.
-  public var devices: [any ByteStore]? { view?.devices }
+  package var devices: [any ByteStore]? { view?.devices }
   /// A store is made as long as it can become, its blocks apart from the rest.
-  public var isFixed: Bool { blockSize >= 4096 && header.firstBlock % 4096 == 0 }
+  package var isFixed: Bool { blockSize >= 4096 && header.firstBlock % 4096 == 0 }
   /// Length of the disk in bytes.
-  public var size: UInt64 { header.size }
+  package var size: UInt64 { header.size }
   /// Bytes of a block.
-  public var blockSize: UInt32 { header.blockSize }
+  package var blockSize: UInt32 { header.blockSize }
   /// Blocks with a place in the store. Exact while the part of the bitmap that is no hole has
   /// up to 32 MiB; beyond that the start is an estimate, from the space that the store takes.
-  public var allocatedBlocks: UInt64 { durableBlocks + pending.fresh }
+  package var allocatedBlocks: UInt64 { durableBlocks + pending.fresh }
 
   private func storePlace(_ block: UInt64) -> Place {
     let byte = header.firstBlock + block * UInt64(blockSize)
@@ -116,7 +116,7 @@ public final class Dscow: ImageFormat {
 
   /// Where a block lives for reading; see `ImageFormat`. Looks at 16 bitmap pages at most,
   /// so a run may go on after the extent.
-  public func find(_ block: UInt64, limit: UInt64) throws(ImageError) -> Extent {
+  package func find(_ block: UInt64, limit: UInt64) throws(ImageError) -> Extent {
     try check(BlockRange(block, 1))
     let end = block + min(max(limit, 1), blocks - block)
     var extent = try run(block, limit: end - block)
@@ -134,7 +134,7 @@ public final class Dscow: ImageFormat {
   }
 
   /// A place for a first write; see `ImageFormat`. The answer does not cross a bitmap page.
-  public func place(_ range: BlockRange, whole: Bool) throws(ImageError) -> Placement {
+  package func place(_ range: BlockRange, whole: Bool) throws(ImageError) -> Placement {
     try checkWritable()
     try check(range)
     let found = try run(range.first, limit: range.count)
@@ -148,7 +148,7 @@ public final class Dscow: ImageFormat {
   }
 
   /// A discard; see `ImageFormat`. The answer does not cross a bitmap page.
-  public func discard(
+  package func discard(
     _ range: BlockRange, zeroing: Bool
   ) throws(ImageError) -> DiscardAnswer {
     try checkWritable()
@@ -179,7 +179,7 @@ public final class Dscow: ImageFormat {
 
   /// The bitmap pages that make every placement up to a mark durable: one stage, since a
   /// bit never depends on another. Bits of later placements are not in it.
-  public func commitPlan(upTo mark: Mark) throws(ImageError) -> CommitPlan {
+  package func commitPlan(upTo mark: Mark) throws(ImageError) -> CommitPlan {
     var writes: [CommitPlan.Write] = []
     for (page, runs) in pending.runs(upTo: mark) {
       let bytes = try bitmap.bytes(ofPage: page, adding: runs)
@@ -189,27 +189,27 @@ public final class Dscow: ImageFormat {
   }
 
   /// The plan up to this mark has run.
-  public func committed(upTo mark: Mark) {
+  package func committed(upTo mark: Mark) {
     for (page, runs) in pending.runs(upTo: mark) { bitmap.set(runs, inPage: page) }
     durableBlocks += pending.remove { $0.mark <= mark }
   }
 
   /// A placement that came to nothing.
-  public func abandon(_ mark: Mark) {
+  package func abandon(_ mark: Mark) {
     // It may be a granted one that was never heard of.
     if step > 1 { lastMark = max(lastMark, mark) }
     pending.remove { $0.mark == mark }
   }
 
   /// The whole disk: a block's place is known before it is asked for.
-  public func grant() -> Grant? {
+  package func grant() -> Grant? {
     guard isWritable else { return nil }
     step = Grant.room
     return Grant(BlockRange(0, blocks), storePlace(0))
   }
 
   /// See `ImageFormat`. Throws `badRequest` for what is none of what was granted.
-  public func granted(_ extent: Extent) throws(ImageError) {
+  package func granted(_ extent: Extent) throws(ImageError) {
     try check(extent.blocks)
     guard step > 1, extent.place == storePlace(extent.blocks.first), extent.writable,
       extent.mark > 0
@@ -229,7 +229,7 @@ public final class Dscow: ImageFormat {
 
   /// Takes over the uncommitted placements of a former worker. Throws `badRequest` for one
   /// that this format cannot have made, and then has taken in none.
-  public func restore(_ extents: [Extent]) throws(ImageError) {
+  package func restore(_ extents: [Extent]) throws(ImageError) {
     try checkWritable()
     var runs: [DscowPending.Run] = []
     var mark: Mark = 1

@@ -7,7 +7,7 @@
 // cleared and the space is given back. While the mark is there every block in which the base
 // may have changed is in the store, so that the disk is right whatever was written.
 
-public import Posix
+package import Posix
 
 extension Dscow {
   /// Names another base, or none: the disk then shows that one wherever the store has nothing.
@@ -15,7 +15,7 @@ extension Dscow {
   ///
   /// - Throws: what `header(of:)` throws, `badRequest`, `io`.
   @discardableResult
-  public static func rename(
+  package static func rename(
     base: (any ByteStore)?, path: String?, of store: any ByteStore
   ) throws(ImageError) -> DscowHeader {
     var changed = try header(of: store, writable: true).header
@@ -32,7 +32,7 @@ extension Dscow {
 
   /// Marks a store as being committed into its base, and notes what of that the commit leaves
   /// alone. Throws what `header(of:)` throws, `io`.
-  public static func beginCommit(
+  package static func beginCommit(
     of store: any ByteStore, base: any ByteStore
   ) throws(ImageError) {
     var changed = try header(of: store, writable: true).header
@@ -47,7 +47,7 @@ extension Dscow {
 
   /// Takes back `beginCommit` when nothing of the base was written: a base that changes is
   /// noticed again. Throws what `header(of:)` throws, `io`.
-  public static func cancelCommit(of store: any ByteStore) throws(ImageError) {
+  package static func cancelCommit(of store: any ByteStore) throws(ImageError) {
     var changed = try header(of: store, writable: true).header
     changed.compatible &= ~DscowHeader.committing
     changed.stampFlags &= ~DscowHeader.hasUntouched
@@ -59,7 +59,7 @@ extension Dscow {
   /// base as it is, and with `emptying` has no block of its own any more.
   ///
   /// - Throws: what `header(of:)` throws, `io`.
-  public static func endCommit(
+  package static func endCommit(
     of store: any ByteStore, base: any ByteStore, emptying: Bool
   ) throws(ImageError) {
     var changed = try header(of: store, writable: true).header

@@ -7,14 +7,14 @@
 // where it fits, in the same two steps; then space is given back. At every instant one bitmap
 // and one size hold, together.
 
-public import Posix
+package import Posix
 
 extension Dscow {
   /// Gives the disk another length, rounded up to 512. What is new reads as zeroes.
   ///
   /// - Parameter base: the disk under it, when its header names one.
   /// - Throws: what `open` throws; `badRequest` for a length outside the limits, `io`.
-  public static func resize(
+  package static func resize(
     store: any ByteStore, base: (any ByteStore)?, to newSize: UInt64
   ) throws(ImageError) {
     let disk = try open(store: store, base: base, writable: true)

@@ -7,19 +7,19 @@
 
 internal import CPlugin
 import Glibc
-public import Posix
+package import Posix
 
 /// A disk whose blocks a plugin knows. Used from one thread.
-public final class PluginFormat: ImageFormat {
+package final class PluginFormat: ImageFormat {
   /// Length of the disk in bytes.
-  public let size: UInt64
+  package let size: UInt64
   /// Bytes of a block.
-  public let blockSize: UInt32
+  package let blockSize: UInt32
   /// The store, the base or nothing, and what the plugin reads out itself.
-  public let devices: [any ByteStore]?
+  package let devices: [any ByteStore]?
   /// Blocks that were placed since the image was opened: what there was before is the
   /// plugin's own.
-  public private(set) var allocatedBlocks: UInt64 = 0
+  package private(set) var allocatedBlocks: UInt64 = 0
 
   private let name: String
   private let plugin: UnsafePointer<dmu_plugin>
@@ -35,7 +35,7 @@ public final class PluginFormat: ImageFormat {
   ///   - name: what errors call the plugin.
   /// - Throws: `unsupported` for a plugin of another version or without a function that it
   ///   must have; `badRequest` for a disk that cannot be; `io` with what `open` answered.
-  public init(
+  package init(
     entry: UnsafeMutableRawPointer, name: String, store: any ByteStore,
     base: (any ByteStore)?, writable: Bool
   ) throws(ImageError) {
@@ -129,7 +129,7 @@ public final class PluginFormat: ImageFormat {
   }
 
   /// Where a block lives.
-  public func find(_ block: UInt64, limit: UInt64) throws(ImageError) -> Extent {
+  package func find(_ block: UInt64, limit: UInt64) throws(ImageError) -> Extent {
     guard block < blocks, let find = plugin.pointee.find else {
       throw ImageError(.badRequest, "block \(block) of a disk of \(blocks) blocks")
     }
@@ -141,7 +141,7 @@ public final class PluginFormat: ImageFormat {
   }
 
   /// A place for a first write.
-  public func place(_ range: BlockRange, whole: Bool) throws(ImageError) -> Placement {
+  package func place(_ range: BlockRange, whole: Bool) throws(ImageError) -> Placement {
     guard isWritable else { throw fail(EROFS, "write") }
     guard let place = plugin.pointee.place else {
       let found = try find(range.first, limit: range.count)
@@ -166,7 +166,7 @@ public final class PluginFormat: ImageFormat {
   }
 
   /// Zeroes what has a place, gives what must be zero one; a discard of the rest is nothing.
-  public func discard(
+  package func discard(
     _ range: BlockRange, zeroing: Bool
   ) throws(ImageError) -> DiscardAnswer {
     let found = try find(range.first, limit: range.count)
@@ -185,7 +185,7 @@ public final class PluginFormat: ImageFormat {
   }
 
   /// The plugin's plan.
-  public func commitPlan(upTo mark: Mark) throws(ImageError) -> CommitPlan {
+  package func commitPlan(upTo mark: Mark) throws(ImageError) -> CommitPlan {
     guard let make = plugin.pointee.plan else { return CommitPlan(upTo: mark, stages: []) }
     let draft = Draft()
     var plan = dmu_plan()
@@ -207,12 +207,12 @@ public final class PluginFormat: ImageFormat {
   }
 
   /// The plan has run.
-  public func committed(upTo mark: Mark) { plugin.pointee.committed?(state, mark) }
+  package func committed(upTo mark: Mark) { plugin.pointee.committed?(state, mark) }
   /// A placement came to nothing.
-  public func abandon(_ mark: Mark) { plugin.pointee.abandon?(state, mark) }
+  package func abandon(_ mark: Mark) { plugin.pointee.abandon?(state, mark) }
 
   /// Hands the placements of a former worker on; throws `badRequest` when the plugin takes none.
-  public func restore(_ extents: [Extent]) throws(ImageError) {
+  package func restore(_ extents: [Extent]) throws(ImageError) {
     guard !extents.isEmpty else { return }
     guard let restore = plugin.pointee.restore else {
       throw ImageError(.badRequest, "plugin \(name) cannot take up uncommitted placements")

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // Checking a qcow image of version 1, giving back what it does not use, and saying what it is.
 
-public import Posix
+package import Posix
 
 extension Qcow {
   /// Checks an image: that every table and cluster lies in the file, and no two share space.
   ///
   /// - Throws: what `QcowHeader.read(from:)` throws, `io`.
-  public static func check(store: any ByteStore) throws(ImageError) -> CheckReport {
+  package static func check(store: any ByteStore) throws(ImageError) -> CheckReport {
     try survey(store)
   }
 
@@ -16,7 +16,7 @@ extension Qcow {
   ///
   /// - Throws: what `check(store:)` throws.
   @discardableResult
-  public static func repair(
+  package static func repair(
     store: any ByteStore, _ what: Repair
   ) throws(ImageError) -> CheckReport {
     var report = try survey(store)
@@ -83,7 +83,7 @@ extension Qcow {
   /// What there is to say of an image, without its base.
   ///
   /// - Throws: what `QcowHeader.read(from:)` throws.
-  public static func info(of store: any ByteStore) throws(ImageError) -> ImageInfo {
+  package static func info(of store: any ByteStore) throws(ImageError) -> ImageInfo {
     let header = try QcowHeader.read(from: store)
     return ImageInfo(
       format: ImageKind.qcow.rawValue, size: header.size, clusterSize: header.clusterSize,

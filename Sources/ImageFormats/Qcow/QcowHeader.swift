@@ -6,24 +6,24 @@
 // bytes to 64 KiB; L2 tables of 512 bytes to 64 KiB; an L1 table of 32 MiB at most; no
 // encryption.
 
-public import Posix
+package import Posix
 
 /// The header of a qcow image. Offsets and sizes are in bytes.
-public struct QcowHeader: Sendable, Equatable {
+package struct QcowHeader: Sendable, Equatable {
   static let length = 48
   static let mostL1Entries: UInt64 = (32 << 20) / 8
   static let compressed: UInt64 = 1 << 63
 
   /// Length of the disk.
-  public var size: UInt64
+  package var size: UInt64
   /// The logarithm of the cluster size.
-  public var clusterBits: UInt8
+  package var clusterBits: UInt8
   /// The logarithm of an L2 table's entries.
-  public var l2Bits: UInt8
+  package var l2Bits: UInt8
   /// Where the L1 table begins.
-  public var l1Offset: UInt64
+  package var l1Offset: UInt64
   /// The base's path, nil when there is none.
-  public var basePath: String?
+  package var basePath: String?
   /// Where the header and a base's path that follows it end: nothing of the disk lies before.
   private(set) var end = UInt64(Self.length)
   /// The bytes of the base's path.
@@ -34,7 +34,7 @@ public struct QcowHeader: Sendable, Equatable {
   }
 
   /// Bytes of a cluster, which is the disk's block.
-  public var clusterSize: UInt64 { 1 << UInt64(clusterBits) }
+  package var clusterSize: UInt64 { 1 << UInt64(clusterBits) }
   var l2Entries: UInt64 { 1 << UInt64(l2Bits) }
   /// Entries of the L1 table.
   var l1Entries: UInt64 {
@@ -50,7 +50,7 @@ public struct QcowHeader: Sendable, Equatable {
   /// Reads the header of a store.
   ///
   /// - Throws: `notThisFormat`, `unsupported`, `corrupt` or `io`.
-  public static func read(from store: any ByteStore) throws(ImageError) -> QcowHeader {
+  package static func read(from store: any ByteStore) throws(ImageError) -> QcowHeader {
     let bytes = try io { () throws(IOError) in try store.read(at: 0, count: length) }
     func refuse(_ code: ImageError.Code, _ words: String) -> ImageError {
       ImageError(code, "store \(store.name): \(words)")

@@ -7,15 +7,15 @@
 // Commit: 1. new L2 tables with their entries; 2. entries of L2 tables that are there, and of
 // the L1 table. A power cut leaves at most space that nothing names.
 
-public import Posix
+package import Posix
 
 /// A qcow image of version 1 that is open as a disk. Used from one thread.
-public final class Qcow: ImageFormat {
+package final class Qcow: ImageFormat {
   private static let compressedDevice: UInt16 = 2
   private static let blocksPerFind: UInt64 = 65536
 
   /// The header, as it is now.
-  public internal(set) var header: QcowHeader
+  package internal(set) var header: QcowHeader
   let store: any ByteStore
   private let base: BaseView
   let cache: MetadataCache
@@ -126,13 +126,13 @@ public final class Qcow: ImageFormat {
   }
 
   /// Length of the disk in bytes.
-  public var size: UInt64 { header.size }
+  package var size: UInt64 { header.size }
   /// Bytes of a block: a cluster.
-  public var blockSize: UInt32 { UInt32(header.clusterSize) }
+  package var blockSize: UInt32 { UInt32(header.clusterSize) }
   /// See `ImageFormat`.
-  public var devices: [any ByteStore]? { base.devices }
+  package var devices: [any ByteStore]? { base.devices }
   /// Estimated from the space that the image takes.
-  public var allocatedBlocks: UInt64 { min(blockCount, durableBlocks + pending.placed) }
+  package var allocatedBlocks: UInt64 { min(blockCount, durableBlocks + pending.placed) }
 
   private func checkWritable() throws(ImageError) {
     guard isWritable else {
@@ -201,19 +201,19 @@ public final class Qcow: ImageFormat {
   }
 
   /// Where a block lives for reading; see `ImageFormat`.
-  public func find(_ block: UInt64, limit: UInt64) throws(ImageError) -> Extent {
+  package func find(_ block: UInt64, limit: UInt64) throws(ImageError) -> Extent {
     try merged(block, limit: limit, most: Self.blocksPerFind, run)
   }
 
   /// A place for a first write; see `ImageFormat`. The answer does not cross an L2 table.
-  public func place(_ range: BlockRange, whole: Bool) throws(ImageError) -> Placement {
+  package func place(_ range: BlockRange, whole: Bool) throws(ImageError) -> Placement {
     try checkWritable()
     try checkBounds(range)
     return try placement(of: try run(range.first, range.count), whole: whole, assign)
   }
 
   /// A discard; see `ImageFormat`. What is here is zeroed and keeps its place.
-  public func discard(
+  package func discard(
     _ range: BlockRange, zeroing: Bool
   ) throws(ImageError) -> DiscardAnswer {
     try checkWritable()
@@ -245,7 +245,7 @@ public final class Qcow: ImageFormat {
   }
 
   /// What makes every placement up to a mark durable; see the head of this file.
-  public func commitPlan(upTo mark: Mark) throws(ImageError) -> CommitPlan {
+  package func commitPlan(upTo mark: Mark) throws(ImageError) -> CommitPlan {
     let groups = pending.runs(upTo: mark)
     guard !groups.isEmpty else { return CommitPlan(upTo: mark, stages: []) }
     // Tables are no smaller than 512 bytes and begin at multiples of that.
@@ -283,7 +283,7 @@ public final class Qcow: ImageFormat {
   }
 
   /// The plan up to this mark has run.
-  public func committed(upTo mark: Mark) {
+  package func committed(upTo mark: Mark) {
     guard let plan = inFlight, plan.mark == mark else { return }
     inFlight = nil
     for index in plan.tables {
@@ -296,11 +296,11 @@ public final class Qcow: ImageFormat {
   }
 
   /// A placement that came to nothing: its space stays unused.
-  public func abandon(_ mark: Mark) { pending.remove { $0.mark == mark } }
+  package func abandon(_ mark: Mark) { pending.remove { $0.mark == mark } }
 
   /// Takes over the uncommitted placements of a former worker. Throws `badRequest` for one
   /// that this format cannot have made; the image must then not be used.
-  public func restore(_ extents: [Extent]) throws(ImageError) {
+  package func restore(_ extents: [Extent]) throws(ImageError) {
     try checkWritable()
     for extent in extents {
       try checkBounds(extent.blocks)
@@ -332,7 +332,7 @@ extension Qcow {
   ///   - base: the base's path.
   /// - Throws: `badRequest`, or `io` when the store fails.
   @discardableResult
-  public static func create(
+  package static func create(
     store: any ByteStore, size: UInt64, base: String? = nil
   ) throws(ImageError) -> QcowHeader {
     guard let size = roundedUp(size, to: 512), size > 0, size <= 1 << 50,
@@ -364,7 +364,7 @@ extension Qcow {
   ///
   /// - Parameter base: the base that the header names; one that is an image as `ImageStore`.
   /// - Throws: what `QcowHeader.read(from:)` throws; `baseMissing`; `badRequest`.
-  public static func open(
+  package static func open(
     store: any ByteStore, base: (any ByteStore)? = nil, writable: Bool
   ) throws(ImageError) -> Qcow {
     let header = try QcowHeader.read(from: store)

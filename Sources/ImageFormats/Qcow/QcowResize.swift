@@ -12,7 +12,7 @@ extension Qcow {
   /// Gives the disk another length, rounded up to 512.
   ///
   /// - Throws: `badRequest` when it cannot be that long or has uncommitted placements; `io`.
-  public func resize(to newSize: UInt64) throws(ImageError) {
+  package func resize(to newSize: UInt64) throws(ImageError) {
     guard isWritable, pending.isEmpty else {
       throw ImageError(.badRequest, "\(store.name) is in use or open for reading only")
     }

@@ -7,15 +7,15 @@
 import Posix
 
 /// A bitmap of a qcow2 image.
-public struct Qcow2Bitmap: Sendable, Equatable {
+package struct Qcow2Bitmap: Sendable, Equatable {
   /// Its name.
-  public var name: String
+  package var name: String
   /// Bytes that one bit speaks of.
-  public var granularity: UInt64
+  package var granularity: UInt64
   /// Whether it may miss changes.
-  public var inUse: Bool
+  package var inUse: Bool
   /// Whether it is kept up by those who can.
-  public var auto: Bool
+  package var auto: Bool
   var tableOffset: UInt64
   var tableEntries: UInt32
   /// Where its directory entry begins, from the start of the directory.

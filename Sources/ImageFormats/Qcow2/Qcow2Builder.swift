@@ -6,12 +6,12 @@
 //
 //   header | L1 table | clusters and L2 tables as they come | refcount table | refcounts
 
-public import Posix
+package import Posix
 
 /// Builds a qcow2 image. Clusters are placed in the order of the disk, by one thread at a time.
-public final class Qcow2Builder {
+package final class Qcow2Builder {
   /// The header of the image.
-  public private(set) var header: Qcow2Header
+  package private(set) var header: Qcow2Header
   private let store: any ByteStore
   private let dataFile: (any ByteStore)?
   private let l1Clusters: UInt64
@@ -28,14 +28,14 @@ public final class Qcow2Builder {
   private var packed: UInt64 = 0
 
   /// Where data goes: the image, or its data file.
-  public var data: any ByteStore { dataFile ?? store }
+  package var data: any ByteStore { dataFile ?? store }
   /// Clusters that the disk has.
-  public var clusters: UInt64 { (header.size + header.clusterSize - 1) / header.clusterSize }
+  package var clusters: UInt64 { (header.size + header.clusterSize - 1) / header.clusterSize }
 
   /// Begins an image in an empty file, or on a device.
   ///
   /// - Throws: `badRequest`, `io`.
-  public init(
+  package init(
     _ store: any ByteStore, size: UInt64, options: Qcow2Options, dataFile: (any ByteStore)?
   ) throws(ImageError) {
     header = try options.header(roundedUp(size, to: 512) ?? .max)
@@ -97,7 +97,7 @@ public final class Qcow2Builder {
   /// returned, at least one. The caller writes them, whole.
   ///
   /// - Throws: `io` when a table cannot be written.
-  public func place(
+  package func place(
     _ cluster: UInt64, count: UInt64
   ) throws(ImageError) -> (offset: UInt64, count: UInt64) {
     try turn(to: cluster)
@@ -113,7 +113,7 @@ public final class Qcow2Builder {
   /// Gives a place in the store to a compressed cluster of so many bytes.
   ///
   /// - Throws: `io` when a table cannot be written.
-  public func placeCompressed(_ cluster: UInt64, bytes: Int) throws(ImageError) -> UInt64 {
+  package func placeCompressed(_ cluster: UInt64, bytes: Int) throws(ImageError) -> UInt64 {
     try turn(to: cluster)
     if counts.isEmpty { counts = [UInt32](repeating: 1, count: Int(next)) }
     let size = header.clusterSize
@@ -140,7 +140,7 @@ public final class Qcow2Builder {
   /// Makes a run of clusters read as zeroes, whatever is below.
   ///
   /// - Throws: `io`; `unsupported` for version 2, which has no such clusters.
-  public func zero(_ cluster: UInt64, count: UInt64) throws(ImageError) {
+  package func zero(_ cluster: UInt64, count: UInt64) throws(ImageError) {
     guard header.version >= 3 else {
       throw ImageError(
         .unsupported, "a version 2 image cannot hide its base's data: ask for compat=1.1")
@@ -158,7 +158,7 @@ public final class Qcow2Builder {
   /// header is written after everything else has reached the medium, and is there on return.
   ///
   /// - Throws: `badRequest` for an image that is too large for its refcounts, `io`.
-  public func finish(durable: Bool) throws(ImageError) {
+  package func finish(durable: Bool) throws(ImageError) {
     try writeTable()
     try writeCounts()
     let bytes = try header.encoded()

@@ -11,14 +11,14 @@
 // those that touch together.
 
 import Glibc
-public import Posix
+package import Posix
 
 extension Qcow2 {
   /// Checks an image.
   ///
   /// - Throws: what `Qcow2Header.read(from:)` throws, `io`. What is wrong with tables is
   ///   reported, not thrown.
-  public static func check(store: any ByteStore) throws(ImageError) -> CheckReport {
+  package static func check(store: any ByteStore) throws(ImageError) -> CheckReport {
     try Qcow2Checker(store).run(repair: nil)
   }
 
@@ -27,7 +27,7 @@ extension Qcow2 {
   ///
   /// - Throws: what `check(store:)` throws; `corrupt` when it cannot be done.
   @discardableResult
-  public static func repair(
+  package static func repair(
     store: any ByteStore, _ what: Repair
   ) throws(ImageError) -> CheckReport {
     try Qcow2Checker(store).run(repair: what)

@@ -15,7 +15,7 @@
 // whole, so that a plan that failed half way can be made and run again. Sectors may tear:
 // no entry crosses one.
 
-public import Posix
+package import Posix
 
 /// Places of tables that a commit has to make, kept until a plan with them has run: a plan
 /// that failed may have made some of them reachable.
@@ -49,7 +49,7 @@ extension Qcow2 {
   private typealias Late = [(offset: UInt64, values: [UInt64])]
 
   /// What makes every placement up to a mark durable; see the head of this file.
-  public func commitPlan(upTo mark: Mark) throws(ImageError) -> CommitPlan {
+  package func commitPlan(upTo mark: Mark) throws(ImageError) -> CommitPlan {
     let groups = pending.runs(upTo: mark)
     guard !groups.isEmpty else {
       return CommitPlan(upTo: mark, stages: [])
@@ -283,7 +283,7 @@ extension Qcow2 {
   }
 
   /// The plan up to this mark has run.
-  public func committed(upTo mark: Mark) {
+  package func committed(upTo mark: Mark) {
     guard let plan = inFlight, plan.mark == mark else { return }
     inFlight = nil
     cache.unpin(sectors: plan.draft.sectors.keys, fresh: plan.draft.fresh, size: header.clusterSize)

@@ -8,14 +8,14 @@ import CZstd
 import Glibc
 
 /// Compresses clusters one after the other. Used from one thread.
-public final class Qcow2Compressor {
+package final class Qcow2Compressor {
   private let clusterSize: Int
   private let compression: Qcow2Compression
   private let stream: UnsafeMutablePointer<z_stream>
   private let context: OpaquePointer?
 
   /// Throws `io` (ENOMEM) when there is no memory.
-  public init(clusterSize: Int, compression: Qcow2Compression) throws(ImageError) {
+  package init(clusterSize: Int, compression: Qcow2Compression) throws(ImageError) {
     self.clusterSize = clusterSize
     self.compression = compression
     stream = .allocate(capacity: 1)
@@ -43,7 +43,7 @@ public final class Qcow2Compressor {
 
   /// Compresses one cluster into `output`, which has room for one; returns how many bytes it
   /// took, nil when the cluster gets no shorter.
-  public func compress(
+  package func compress(
     _ input: UnsafeRawBufferPointer, into output: UnsafeMutableRawBufferPointer
   ) -> Int? {
     let most = clusterSize - 1

@@ -6,10 +6,10 @@
 // qcow2 image.
 
 import Glibc
-public import Posix
+package import Posix
 
 /// How much of a new image is laid out at once.
-public enum Preallocation: String, Sendable {
+package enum Preallocation: String, Sendable {
   /// Nothing but the tables that an image must have.
   case off
   /// All tables: every cluster has a place, the file stays sparse.
@@ -21,30 +21,30 @@ public enum Preallocation: String, Sendable {
 }
 
 /// What a new qcow2 image shall be like.
-public struct Qcow2Options: Sendable {
+package struct Qcow2Options: Sendable {
   /// 2 or 3.
-  public var version: UInt32 = 3
+  package var version: UInt32 = 3
   /// Bytes of a cluster: a power of two from 512 to 2 MiB.
-  public var clusterSize: UInt64 = 65536
+  package var clusterSize: UInt64 = 65536
   /// Bits of a refcount: a power of two from 1 to 64; version 2 has 16.
-  public var refcountBits: UInt32 = 16
+  package var refcountBits: UInt32 = 16
   /// Whether others may write refcounts late.
-  public var lazyRefcounts = false
+  package var lazyRefcounts = false
   /// Whether there are subclusters.
-  public var extendedL2 = false
+  package var extendedL2 = false
   /// How clusters are compressed by those who do.
-  public var compression: Qcow2Compression = .zlib
+  package var compression: Qcow2Compression = .zlib
   /// How much is laid out at once.
-  public var preallocation: Preallocation = .off
+  package var preallocation: Preallocation = .off
   /// The base's path and the name of its format.
-  public var base: (path: String, format: String?)?
+  package var base: (path: String, format: String?)?
   /// The data file's path.
-  public var dataFile: String?
+  package var dataFile: String?
   /// Whether the data file shall be a raw image of the disk.
-  public var dataFileRaw = false
+  package var dataFileRaw = false
 
   /// The usual.
-  public init() {}
+  package init() {}
 
   func header(_ size: UInt64) throws(ImageError) -> Qcow2Header {
     func refuse(_ words: String) -> ImageError { ImageError(.badRequest, words) }
@@ -99,7 +99,7 @@ extension Qcow2 {
   ///   - size: length of the disk in bytes; is rounded up to 512.
   /// - Throws: `badRequest`, or `io` when a store fails.
   @discardableResult
-  public static func create(
+  package static func create(
     store: any ByteStore, size: UInt64, options: Qcow2Options = Qcow2Options(),
     dataFile: (any ByteStore)? = nil
   ) throws(ImageError) -> Qcow2Header {
@@ -187,7 +187,7 @@ extension Qcow2 {
   ///   - snapshot: the internal snapshot to open instead of the disk, by id or name; only for
   ///     reading.
   /// - Throws: what `Qcow2Header.read(from:)` throws; `baseMissing`; `badRequest`.
-  public static func open(
+  package static func open(
     store: any ByteStore, base: (any ByteStore)? = nil, dataFile: (any ByteStore)? = nil,
     writable: Bool, snapshot: String? = nil
   ) throws(ImageError) -> Qcow2 {
@@ -261,7 +261,7 @@ extension Qcow2 {
   }
 
   /// The internal snapshots.
-  public static func snapshots(
+  package static func snapshots(
     of store: any ByteStore
   ) throws(ImageError) -> [Qcow2Snapshot] {
     try Qcow2SnapshotTable(store, try Qcow2Header.read(from: store)).snapshots

@@ -2,7 +2,7 @@
 // Reading and writing the header of a qcow2 image, field by field.
 // Source: the qcow2 specification, sections "Header" and "Header extensions".
 
-public import Posix
+package import Posix
 
 extension Qcow2Header {
   private static let names: [(bit: UInt64, name: String)] = [
@@ -27,7 +27,7 @@ extension Qcow2Header {
   /// Reads the header of a store.
   ///
   /// - Throws: `notThisFormat`, `unsupported`, `corrupt` or `io`.
-  public static func read(from store: any ByteStore) throws(ImageError) -> Qcow2Header {
+  package static func read(from store: any ByteStore) throws(ImageError) -> Qcow2Header {
     do throws(ImageError) {
       let fixed = try io { () throws(IOError) in try store.read(at: 0, count: 112) }
       var header = try Qcow2Header(fixed: fixed)

@@ -10,7 +10,7 @@
 // - no incompatible feature is set that this program does not know.
 
 /// How compressed clusters are compressed.
-public enum Qcow2Compression: UInt8, Sendable {
+package enum Qcow2Compression: UInt8, Sendable {
   /// Raw deflate.
   case zlib = 0
   /// Zstandard.
@@ -18,47 +18,47 @@ public enum Qcow2Compression: UInt8, Sendable {
 }
 
 /// The bitmaps extension of a header.
-public struct Qcow2BitmapsExtension: Sendable, Equatable {
+package struct Qcow2BitmapsExtension: Sendable, Equatable {
   /// How many bitmaps there are.
-  public var count: UInt32
+  package var count: UInt32
   /// Bytes of their directory.
-  public var directorySize: UInt64
+  package var directorySize: UInt64
   /// Where it begins.
-  public var directoryOffset: UInt64
+  package var directoryOffset: UInt64
 }
 
 /// The header of a qcow2 image. Offsets and sizes are in bytes unless they say otherwise.
-public struct Qcow2Header: Sendable, Equatable {
+package struct Qcow2Header: Sendable, Equatable {
   /// "QFI" and 0xFB.
-  public static let magic: UInt32 = 0x5146_49FB
+  package static let magic: UInt32 = 0x5146_49FB
   /// Incompatible features.
-  public enum Incompatible {
+  package enum Incompatible {
     /// Refcounts may be wrong.
-    public static let dirty: UInt64 = 1
+    package static let dirty: UInt64 = 1
     /// Anything may be wrong; may not be written to.
-    public static let corrupt: UInt64 = 2
+    package static let corrupt: UInt64 = 2
     /// Data lives in a file of its own.
-    public static let dataFile: UInt64 = 4
+    package static let dataFile: UInt64 = 4
     /// Another compression than zlib.
-    public static let compression: UInt64 = 8
+    package static let compression: UInt64 = 8
     /// Subclusters.
-    public static let extendedL2: UInt64 = 16
+    package static let extendedL2: UInt64 = 16
     /// What this program knows.
-    public static let known: UInt64 = 31
+    package static let known: UInt64 = 31
   }
   /// Compatible features.
-  public enum Compatible {
+  package enum Compatible {
     /// Refcounts may be written late. This program does not make use of the leave.
-    public static let lazyRefcounts: UInt64 = 1
+    package static let lazyRefcounts: UInt64 = 1
   }
   /// Features that whoever does not know them clears before writing.
-  public enum Autoclear {
+  package enum Autoclear {
     /// The bitmaps are consistent.
-    public static let bitmaps: UInt64 = 1
+    package static let bitmaps: UInt64 = 1
     /// The data file is a raw image of the disk.
-    public static let rawDataFile: UInt64 = 2
+    package static let rawDataFile: UInt64 = 2
     /// What this program knows.
-    public static let known: UInt64 = 3
+    package static let known: UInt64 = 3
   }
   static let mostL1Entries: UInt64 = (32 << 20) / 8
   static let largestRefcountTable: UInt64 = 8 << 20
@@ -66,54 +66,54 @@ public struct Qcow2Header: Sendable, Equatable {
   static let longestPath = 1023
 
   /// 2 or 3.
-  public var version: UInt32 = 3
+  package var version: UInt32 = 3
   /// The logarithm of the cluster size.
-  public var clusterBits: UInt32 = 16
+  package var clusterBits: UInt32 = 16
   /// Length of the disk as the header says; `diskSize` is what counts.
-  public var size: UInt64 = 0
+  package var size: UInt64 = 0
   /// Entries of the active L1 table.
-  public var l1Size: UInt32 = 0
+  package var l1Size: UInt32 = 0
   /// Where the active L1 table begins.
-  public var l1Offset: UInt64 = 0
+  package var l1Offset: UInt64 = 0
   /// Where the refcount table begins.
-  public var refcountTableOffset: UInt64 = 0
+  package var refcountTableOffset: UInt64 = 0
   /// How many clusters it has.
-  public var refcountTableClusters: UInt32 = 0
+  package var refcountTableClusters: UInt32 = 0
   /// How many internal snapshots there are.
-  public var snapshotCount: UInt32 = 0
+  package var snapshotCount: UInt32 = 0
   /// Where their table begins.
-  public var snapshotsOffset: UInt64 = 0
+  package var snapshotsOffset: UInt64 = 0
   /// See `Incompatible`.
-  public var incompatible: UInt64 = 0
+  package var incompatible: UInt64 = 0
   /// See `Compatible`.
-  public var compatible: UInt64 = 0
+  package var compatible: UInt64 = 0
   /// See `Autoclear`.
-  public var autoclear: UInt64 = 0
+  package var autoclear: UInt64 = 0
   /// The logarithm of a refcount's width in bits.
-  public var refcountOrder: UInt32 = 4
+  package var refcountOrder: UInt32 = 4
   /// Bytes of the fixed part.
-  public var headerLength: UInt32 = 112
+  package var headerLength: UInt32 = 112
   /// How compressed clusters are compressed.
-  public var compression: Qcow2Compression = .zlib
+  package var compression: Qcow2Compression = .zlib
   /// The base's path, nil when there is none.
-  public var basePath: String?
+  package var basePath: String?
   /// The base's format by QEMU's name, if it is said.
-  public var baseFormat: String?
+  package var baseFormat: String?
   /// The data file's path, if it is said.
-  public var dataFilePath: String?
+  package var dataFilePath: String?
   /// The bitmaps, if there are any.
-  public var bitmaps: Qcow2BitmapsExtension?
+  package var bitmaps: Qcow2BitmapsExtension?
   /// Extensions that this program does not know: type and data.
-  public var unknownExtensions: [UInt32] = []
+  package var unknownExtensions: [UInt32] = []
 
   /// Bytes of a cluster.
-  public var clusterSize: UInt64 { 1 << UInt64(clusterBits) }
+  package var clusterSize: UInt64 { 1 << UInt64(clusterBits) }
   /// Length of the disk: whole sectors.
-  public var diskSize: UInt64 { size / 512 * 512 }
+  package var diskSize: UInt64 { size / 512 * 512 }
   /// Whether entries of L2 tables speak of subclusters.
-  public var hasSubclusters: Bool { incompatible & Incompatible.extendedL2 != 0 }
+  package var hasSubclusters: Bool { incompatible & Incompatible.extendedL2 != 0 }
   /// Whether data lives in a file of its own.
-  public var hasDataFile: Bool { incompatible & Incompatible.dataFile != 0 }
+  package var hasDataFile: Bool { incompatible & Incompatible.dataFile != 0 }
   /// Bytes of an L2 entry.
   var entrySize: UInt64 { hasSubclusters ? 16 : 8 }
   /// Entries of an L2 table.
@@ -121,7 +121,7 @@ public struct Qcow2Header: Sendable, Equatable {
   /// Blocks of a cluster.
   var subclusters: UInt64 { hasSubclusters ? 32 : 1 }
   /// Bytes of a block: a cluster, or a subcluster where there are such.
-  public var blockSize: UInt32 { UInt32(clusterSize / subclusters) }
+  package var blockSize: UInt32 { UInt32(clusterSize / subclusters) }
   /// Refcounts in one block of them.
   var refcountsPerBlock: UInt64 { (clusterSize * 8) >> UInt64(refcountOrder) }
   /// L1 entries that a disk needs.

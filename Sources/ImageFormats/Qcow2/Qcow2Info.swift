@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // A qcow2 image in words.
 
-public import Posix
+package import Posix
 
 extension Qcow2 {
   /// What there is to say of an image, without its base or data file.
   ///
   /// - Throws: what `Qcow2Header.read(from:)` throws.
-  public static func info(of store: any ByteStore) throws(ImageError) -> ImageInfo {
+  package static func info(of store: any ByteStore) throws(ImageError) -> ImageInfo {
     let header = try Qcow2Header.read(from: store)
     var details: [(name: String, value: String)] = [
       ("compat", header.version == 2 ? "0.10" : "1.1"),

@@ -12,27 +12,27 @@
 //   pending place.
 // - Space that a commit frees is given out only after that commit has run.
 
-public import Posix
+package import Posix
 
 /// A qcow2 image that is open as a disk. Used from one thread; its plans run on any.
-public final class Qcow2: ImageFormat {
+package final class Qcow2: ImageFormat {
   /// The device number of the data: the store, or the data file.
-  public static let dataDevice: UInt16 = 0
+  package static let dataDevice: UInt16 = 0
   /// The device number of the base as a whole.
-  public static let baseDevice: UInt16 = 1
+  package static let baseDevice: UInt16 = 1
   /// The device number of the compressed clusters.
-  public static let compressedDevice: UInt16 = 2
+  package static let compressedDevice: UInt16 = 2
   /// A `find` looks at no more tables.
   private static let tablesPerFind = 16
 
   /// The header, as it was when the image was opened, save what has been changed since.
-  public internal(set) var header: Qcow2Header
+  package internal(set) var header: Qcow2Header
   /// Whether placements may be asked for.
-  public let isWritable: Bool
+  package let isWritable: Bool
   /// Length of the disk in bytes.
-  public internal(set) var size: UInt64
+  package internal(set) var size: UInt64
   /// Bytes of a block.
-  public let blockSize: UInt32
+  package let blockSize: UInt32
 
   let store: any ByteStore
   let data: any ByteStore
@@ -117,10 +117,10 @@ public final class Qcow2: ImageFormat {
   }
 
   /// See `ImageFormat`.
-  public var devices: [any ByteStore]? { base.devices }
+  package var devices: [any ByteStore]? { base.devices }
   /// Estimated, when the image was opened, from the space that it takes; and what was placed
   /// since.
-  public var allocatedBlocks: UInt64 { min(blocks, durableBlocks + pending.placed) }
+  package var allocatedBlocks: UInt64 { min(blocks, durableBlocks + pending.placed) }
   var blocks: UInt64 { (size + UInt64(blockSize) - 1) / UInt64(blockSize) }
 
   func check(_ range: BlockRange) throws(ImageError) {
@@ -256,7 +256,7 @@ public final class Qcow2: ImageFormat {
 
   /// Where a block lives for reading; see `ImageFormat`. Looks at 16 tables at most, so a run
   /// may go on after the extent.
-  public func find(_ block: UInt64, limit: UInt64) throws(ImageError) -> Extent {
+  package func find(_ block: UInt64, limit: UInt64) throws(ImageError) -> Extent {
     try check(BlockRange(block, 1))
     let end = block + min(max(limit, 1), blocks - block)
     var extent = try run(block, limit: end - block)
@@ -286,7 +286,7 @@ public final class Qcow2: ImageFormat {
 
   /// A place for a first write; see `ImageFormat`. The answer does not cross an L2 table nor,
   /// where there are subclusters, a cluster.
-  public func place(_ range: BlockRange, whole: Bool) throws(ImageError) -> Placement {
+  package func place(_ range: BlockRange, whole: Bool) throws(ImageError) -> Placement {
     try checkWritable()
     try check(range)
     let found = try run(range.first, limit: range.count)
@@ -300,7 +300,7 @@ public final class Qcow2: ImageFormat {
   }
 
   /// A discard; see `ImageFormat`. What is here is zeroed and keeps its place.
-  public func discard(
+  package func discard(
     _ range: BlockRange, zeroing: Bool
   ) throws(ImageError) -> DiscardAnswer {
     try checkWritable()
@@ -430,7 +430,7 @@ public final class Qcow2: ImageFormat {
   }
 
   /// A placement that came to nothing.
-  public func abandon(_ mark: Mark) {
+  package func abandon(_ mark: Mark) {
     for run in pending.remove(where: { $0.mark == mark }) {
       release(run)
       guard header.hasSubclusters, !header.hasDataFile else { continue }
@@ -457,7 +457,7 @@ public final class Qcow2: ImageFormat {
 
   /// Takes over the uncommitted placements of a former worker. Throws `badRequest` for one
   /// that this format cannot have made; the image must then not be used.
-  public func restore(_ extents: [Extent]) throws(ImageError) {
+  package func restore(_ extents: [Extent]) throws(ImageError) {
     try checkWritable()
     for extent in extents {
       try check(extent.blocks)

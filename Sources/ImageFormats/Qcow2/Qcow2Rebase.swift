@@ -6,7 +6,7 @@
 // flushed; then what stands before it, header and extensions, which point to it. Everything
 // but a change in the length of the base's format is in the first sector.
 
-public import Posix
+package import Posix
 
 extension Qcow2 {
   private static let formatExtension: UInt32 = 0xE279_2ACA
@@ -16,7 +16,7 @@ extension Qcow2 {
   ///
   /// - Throws: what `Qcow2Header.read(from:)` throws; `badRequest` for a name that does not
   ///   fit; `io`.
-  public static func rename(
+  package static func rename(
     base: (path: String, format: String?)?, of store: any ByteStore
   ) throws(ImageError) {
     let header = try Qcow2Header.read(from: store)
@@ -88,7 +88,7 @@ extension Qcow2 {
   ///
   /// - Throws: `badRequest` when the image cannot be written or has uncommitted placements;
   ///   `io`.
-  public func empty() throws(ImageError) {
+  package func empty() throws(ImageError) {
     guard isWritable, pending.isEmpty else {
       throw ImageError(.badRequest, "\(store.name) is in use or open for reading only")
     }

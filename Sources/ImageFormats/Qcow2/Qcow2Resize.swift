@@ -17,7 +17,7 @@ extension Qcow2 {
   ///
   /// - Throws: `badRequest` when it cannot be that long, has uncommitted placements or, for
   ///   version 2, has snapshots; `io`.
-  public func resize(to newSize: UInt64) throws(ImageError) {
+  package func resize(to newSize: UInt64) throws(ImageError) {
     guard isWritable, pending.isEmpty else {
       throw ImageError(.badRequest, "\(store.name) is in use or open for reading only")
     }

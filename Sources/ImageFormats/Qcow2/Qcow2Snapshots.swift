@@ -6,17 +6,17 @@
 import Posix
 
 /// An internal snapshot of a qcow2 image.
-public struct Qcow2Snapshot: Sendable, Equatable {
+package struct Qcow2Snapshot: Sendable, Equatable {
   /// The unique name that programs use.
-  public var id: String
+  package var id: String
   /// The name that people use.
-  public var name: String
+  package var name: String
   /// When it was taken, in seconds since 1970.
-  public var seconds: UInt32
+  package var seconds: UInt32
   /// Bytes of the machine's state that lie behind the disk's.
-  public var stateSize: UInt64
+  package var stateSize: UInt64
   /// Length of the disk in bytes, as it was then.
-  public var diskSize: UInt64
+  package var diskSize: UInt64
   var l1Offset: UInt64
   var l1Size: UInt32
 }

@@ -6,7 +6,7 @@ import Posix
 extension Qcow2 {
   /// See `ImageFormat`: the L2 tables, the refcount blocks and what belongs to snapshots. The
   /// header, the L1 table and the refcount table are seen to when places are taken up.
-  public func usesForTables(_ ranges: [Range<UInt64>]) throws(ImageError) -> Bool {
+  package func usesForTables(_ ranges: [Range<UInt64>]) throws(ImageError) -> Bool {
     let sorted = ranges.sorted { $0.lowerBound < $1.lowerBound }
     func isHit(_ offset: UInt64, _ bytes: UInt64) -> Bool {
       guard bytes > 0 else { return false }

@@ -3,16 +3,16 @@
 // everything is there and may be written, so nothing is ever placed or committed. The page is
 // docs/formats/raw.md.
 
-public import Posix
+package import Posix
 
 /// A file or a device as a disk. As a store it has no base.
-public final class Raw: ImageFormat {
+package final class Raw: ImageFormat {
   /// Length of the disk in bytes: that of the store, rounded up to 512.
-  public let size: UInt64
+  package let size: UInt64
   /// Bytes of a block, which means nothing here but the unit of questions.
-  public let blockSize: UInt32 = 65536
+  package let blockSize: UInt32 = 65536
   /// It has nothing but blocks.
-  public let isFixed = true
+  package let isFixed = true
   private let isWritable: Bool
 
   private var blocks: UInt64 { (size + UInt64(blockSize) - 1) / UInt64(blockSize) }
@@ -20,7 +20,7 @@ public final class Raw: ImageFormat {
   /// Opens a file or a device.
   ///
   /// - Throws: `badRequest` when it is empty, too long, or shall be written and cannot.
-  public init(store: any ByteStore, writable: Bool) throws(ImageError) {
+  package init(store: any ByteStore, writable: Bool) throws(ImageError) {
     if writable, !store.isWritable {
       throw ImageError(.badRequest, "\(store.name) is open for reading only")
     }
@@ -32,7 +32,7 @@ public final class Raw: ImageFormat {
   }
 
   /// All of them: what a sparse file leaves out is its file system's to know.
-  public var allocatedBlocks: UInt64 { blocks }
+  package var allocatedBlocks: UInt64 { blocks }
 
   private func check(_ range: BlockRange) throws(ImageError) {
     guard range.count > 0, range.first < blocks, range.count <= blocks - range.first else {
@@ -47,20 +47,20 @@ public final class Raw: ImageFormat {
   }
 
   /// Where a block lives; see `ImageFormat`.
-  public func find(_ block: UInt64, limit: UInt64) throws(ImageError) -> Extent {
+  package func find(_ block: UInt64, limit: UInt64) throws(ImageError) -> Extent {
     try check(BlockRange(block, 1))
     return extent(BlockRange(block, min(max(limit, 1), blocks - block)))
   }
 
   /// Where the blocks are anyway.
-  public func place(_ blocks: BlockRange, whole: Bool) throws(ImageError) -> Placement {
+  package func place(_ blocks: BlockRange, whole: Bool) throws(ImageError) -> Placement {
     try checkWritable()
     try check(blocks)
     return Placement(extent(blocks))
   }
 
   /// Zeroed where they are.
-  public func discard(
+  package func discard(
     _ blocks: BlockRange, zeroing: Bool
   ) throws(ImageError) -> DiscardAnswer {
     try checkWritable()
@@ -75,14 +75,14 @@ public final class Raw: ImageFormat {
   }
 
   /// There is nothing to commit.
-  public func commitPlan(upTo mark: Mark) -> CommitPlan { CommitPlan(upTo: mark, stages: []) }
+  package func commitPlan(upTo mark: Mark) -> CommitPlan { CommitPlan(upTo: mark, stages: []) }
   /// There is nothing to commit.
-  public func committed(upTo mark: Mark) {}
+  package func committed(upTo mark: Mark) {}
   /// Nothing was placed.
-  public func abandon(_ mark: Mark) {}
+  package func abandon(_ mark: Mark) {}
 
   /// Throws `badRequest` for any extent: a raw image makes no placements.
-  public func restore(_ extents: [Extent]) throws(ImageError) {
+  package func restore(_ extents: [Extent]) throws(ImageError) {
     guard extents.isEmpty else {
       throw ImageError(.badRequest, "a raw disk has no uncommitted placements")
     }

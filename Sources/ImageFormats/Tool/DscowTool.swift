@@ -4,9 +4,9 @@
 import Posix
 
 /// The commands of dscow_tool. Each throws `ImageError`.
-public enum DscowTool {
+package enum DscowTool {
   /// How a command ends.
-  public enum Exit: Int32, Sendable {
+  package enum Exit: Int32, Sendable {
     /// Done; a checked store is clean.
     case done = 0
     /// The command could not be done.
@@ -41,7 +41,7 @@ public enum DscowTool {
 
   /// Makes a store, with the lines that describe it. `base` nil: a disk of zeroes. A store over
   /// an image is as long as the disk in that.
-  public static func create(
+  package static func create(
     store path: String, base basePath: String?, baseFormat: String? = nil, untrusted: Bool = false,
     blockSize: UInt64?, size: UInt64?, force: Bool
   ) throws(ImageError) -> String {
@@ -85,7 +85,7 @@ public enum DscowTool {
   }
 
   /// Describes a store.
-  public static func info(
+  package static func info(
     store path: String, json: Bool, evenInUse: Bool
   ) throws(ImageError) -> String {
     let store = try ImageFile.store(path, writable: false, evenInUse: evenInUse)
@@ -110,7 +110,7 @@ public enum DscowTool {
   }
 
   /// The state of a header's copies in words.
-  public static func describe(_ copies: DscowHeader.CopyState) -> String {
+  package static func describe(_ copies: DscowHeader.CopyState) -> String {
     switch copies {
     case .both: "both copies good"
     case .stale(let copy): "copy \(copy + 1) out of date"
@@ -140,7 +140,7 @@ public enum DscowTool {
   }
 
   /// Checks a store, with its base when a path is given.
-  public static func check(
+  package static func check(
     store path: String, base: String?, baseFormat: String? = nil, untrusted: Bool = false,
     repair: Bool, json: Bool, evenInUse: Bool
   ) throws(ImageError) -> (text: String, exit: Exit) {
@@ -186,7 +186,7 @@ public enum DscowTool {
   }
 
   /// Says where everything is, piece by piece to `print`.
-  public static func map(
+  package static func map(
     store path: String, json: Bool, evenInUse: Bool, print: (String) -> Void
   ) throws(ImageError) {
     let store = try ImageFile.store(path, writable: false, evenInUse: evenInUse)
@@ -232,7 +232,7 @@ public enum DscowTool {
 
   /// Stamps a store with its base as it is now: the one its header names, or another, whose
   /// path it then keeps.
-  public static func accept(
+  package static func accept(
     store path: String, base: String?, baseFormat: String? = nil, untrusted: Bool = false
   ) throws(ImageError) -> String {
     let store = try ImageFile.store(path, writable: true)

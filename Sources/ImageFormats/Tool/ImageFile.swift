@@ -3,13 +3,13 @@
 // running disk from each other's feet.
 
 import Glibc
-public import Posix
+package import Posix
 
 /// Opens what a tool works on.
-public enum ImageFile {
+package enum ImageFile {
   /// Opens a store and locks it: exclusively for writing, shared for reading, not at all with
   /// `evenInUse`. Throws `io`, `badRequest` when it is in use.
-  public static func store(
+  package static func store(
     _ path: String, writable: Bool, evenInUse: Bool = false
   ) throws(ImageError) -> FileStore {
     let file = try open(path, as: "store", writable: writable)
@@ -19,7 +19,7 @@ public enum ImageFile {
 
   /// Locks a store that is open. Throws `badRequest` when it is in use, or shall be written to
   /// and a disk's pending log for it is kept.
-  public static func lock(store: FileStore, exclusive: Bool) throws(ImageError) {
+  package static func lock(store: FileStore, exclusive: Bool) throws(ImageError) {
     let remedy = exclusive ? "" : ", or look at it while it changes (-U)"
     try lock(
       store, exclusive: exclusive,
@@ -29,7 +29,7 @@ public enum ImageFile {
 
   /// Refuses to write to a store, locked by the caller, for which a pending log is kept. Throws
   /// `badRequest`.
-  public static func refusePending(_ store: FileStore) throws(ImageError) {
+  package static func refusePending(_ store: FileStore) throws(ImageError) {
     let hindrance = try io { () throws(IOError) in
       try PendingRegistry.ofTools.hindrance(store)
     }
@@ -38,7 +38,7 @@ public enum ImageFile {
 
   /// Opens a base for reading, with a shared lock. Throws `io`, `badRequest` when somebody
   /// writes to it.
-  public static func base(_ path: String) throws(ImageError) -> FileStore {
+  package static func base(_ path: String) throws(ImageError) -> FileStore {
     let file = try open(path, as: "base", writable: false)
     try lock(base: file)
     return file
@@ -62,7 +62,7 @@ public enum ImageFile {
   }
 
   /// Opens without a lock.
-  public static func open(
+  package static func open(
     _ path: String, as role: String, writable: Bool
   ) throws(ImageError) -> FileStore {
     do throws(IOError) {
@@ -73,7 +73,7 @@ public enum ImageFile {
   }
 
   /// Why a path could not be opened, with a remedy. `ifMissing` is the remedy when nothing is there.
-  public static func failure(
+  package static func failure(
     _ error: IOError, toOpen path: String, as role: String, ifMissing remedy: String
   ) -> ImageError {
     if error.code == ENOENT {
@@ -89,7 +89,7 @@ public enum ImageFile {
 
   /// Makes a new file for a store, readable by its owner only; opens the file or device that
   /// is there already. Takes no lock. Returns whether it is new.
-  public static func create(_ path: String) throws(ImageError) -> (store: FileStore, isNew: Bool) {
+  package static func create(_ path: String) throws(ImageError) -> (store: FileStore, isNew: Bool) {
     let flags = O_RDWR | O_CREAT | O_EXCL
     do throws(IOError) {
       let file = try Descriptor(path: path, flags: flags, mode: 0o600)
@@ -102,10 +102,10 @@ public enum ImageFile {
 
   /// Takes back `create`. The error that led here is the one worth telling, so an error of
   /// unlink(2) is not.
-  public static func remove(_ path: String) { _ = unlink(path) }
+  package static func remove(_ path: String) { _ = unlink(path) }
 
   /// Makes the entry of a new file durable. Source: fsync(2).
-  public static func flushDirectory(of path: String) throws(ImageError) {
+  package static func flushDirectory(of path: String) throws(ImageError) {
     let parent = path.lastIndex(of: "/").map { String(path[...$0]) } ?? "."
     try io { () throws(IOError) in
       let directory = try Descriptor(path: parent, flags: O_RDONLY | O_DIRECTORY)
@@ -114,7 +114,7 @@ public enum ImageFile {
   }
 
   /// A path from the root on, its links as they are. Throws `io`.
-  public static func absolute(_ path: String) throws(ImageError) -> String {
+  package static func absolute(_ path: String) throws(ImageError) -> String {
     guard !path.hasPrefix("/") else { return path }
     guard let here = getcwd(nil, 0) else {
       throw ImageError(IOError.last("find the working directory"))
@@ -129,7 +129,7 @@ extension ImageFile {
   /// Reads a size: a number of bytes, decimal or hexadecimal ("0x"), or a decimal number, which may
   /// have a fraction, followed by K, M, G, T, P or E (powers of 1024; "KiB" and the like too). A
   /// fraction of a byte is dropped. nil for anything else.
-  public static func bytes(_ text: String) -> UInt64? {
+  package static func bytes(_ text: String) -> UInt64? {
     if text.lowercased().hasPrefix("0x") {
       let digits = text.dropFirst(2)
       return digits.allSatisfy(\.isHexDigit) ? UInt64(digits, radix: 16) : nil
@@ -160,6 +160,6 @@ extension ImageFile {
   }
 
   /// How sizes are written, for what is said to people about one that is none.
-  public static let sizeHelp =
+  package static let sizeHelp =
     "a number of bytes, or one like 512K, 1.5G or 2TiB (powers of 1024)"
 }

@@ -4,7 +4,7 @@
 internal import Posix
 
 /// A JSON value.
-public enum JSON: Sendable {
+package enum JSON: Sendable {
   /// A whole number.
   case number(UInt64)
   /// A string.
@@ -19,10 +19,10 @@ public enum JSON: Sendable {
   case object([(String, JSON)])
 
   /// A string, or null.
-  public static func text(_ text: String?) -> JSON { text.map { .string($0) } ?? .null }
+  package static func text(_ text: String?) -> JSON { text.map { .string($0) } ?? .null }
 
   /// The value on one line.
-  public var text: String {
+  package var text: String {
     switch self {
     case .number(let number): "\(number)"
     case .string(let string): Self.quoted(string)
@@ -34,7 +34,7 @@ public enum JSON: Sendable {
   }
 
   /// An object with a member a line.
-  public var lines: String {
+  package var lines: String {
     guard case .object(let members) = self else { return text }
     return "{\n  " + Self.members(members, separator: ",\n  ") + "\n}"
   }
@@ -62,7 +62,7 @@ public enum JSON: Sendable {
 
 extension JSON {
   /// The value over lines, each level four columns further in.
-  public var indented: String { indented("") }
+  package var indented: String { indented("") }
 
   private func indented(_ margin: String) -> String {
     let inner = margin + "    "

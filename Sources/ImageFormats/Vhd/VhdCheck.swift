@@ -2,13 +2,13 @@
 // Checking a VHD image, mending its footer and giving back what it does not use, and saying
 // what it is.
 
-public import Posix
+package import Posix
 
 extension Vhd {
   /// Checks an image: footers, and that no two blocks share space.
   ///
   /// - Throws: what `VhdHeader.read(from:)` throws, `io`.
-  public static func check(store: any ByteStore) throws(ImageError) -> CheckReport {
+  package static func check(store: any ByteStore) throws(ImageError) -> CheckReport {
     try survey(store).report
   }
 
@@ -18,7 +18,7 @@ extension Vhd {
   ///
   /// - Throws: what `check(store:)` throws.
   @discardableResult
-  public static func repair(
+  package static func repair(
     store: any ByteStore, _ what: Repair
   ) throws(ImageError) -> CheckReport {
     var (report, header, faults) = try survey(store)
@@ -111,7 +111,7 @@ extension Vhd {
   /// What there is to say of an image, without its base.
   ///
   /// - Throws: what `VhdHeader.read(from:)` throws.
-  public static func info(of store: any ByteStore) throws(ImageError) -> ImageInfo {
+  package static func info(of store: any ByteStore) throws(ImageError) -> ImageInfo {
     let header = try VhdHeader.read(from: store)
     var details: [(name: String, value: String)] = [
       ("type", "\(header.kind)"), ("creator", text(header.creator.prefix { $0 != 0 })),

@@ -4,7 +4,7 @@
 // Order of creation: what was there is made unreadable and that is flushed; the table is
 // written and flushed; then both copies of the footer.
 
-public import Posix
+package import Posix
 
 extension Vhd {
   /// Makes an image. Differencing when there is a base, else as `kind` says.
@@ -15,7 +15,7 @@ extension Vhd {
   ///   - base: the base's path and, when it is a VHD image itself, its identity.
   /// - Throws: `badRequest`, or `io` when the store fails.
   @discardableResult
-  public static func create(
+  package static func create(
     store: any ByteStore, size: UInt64, kind: VhdKind = .dynamic, blockSize: UInt64 = 2 << 20,
     uuid: [UInt8], timestamp: UInt32 = 0, base: (path: String, uuid: [UInt8])? = nil
   ) throws(ImageError) -> VhdHeader {
@@ -88,7 +88,7 @@ extension Vhd {
   ///   `ImageStore`.
   /// - Throws: what `VhdHeader.read(from:)` throws; `baseMissing`, `baseChanged`,
   ///   `badRequest`.
-  public static func open(
+  package static func open(
     store: any ByteStore, base: (any ByteStore)? = nil, writable: Bool
   ) throws(ImageError) -> Vhd {
     let header = try VhdHeader.read(from: store)

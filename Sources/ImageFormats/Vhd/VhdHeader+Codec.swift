@@ -3,7 +3,7 @@
 // Source: Microsoft, "Virtual Hard Disk Image Format Specification", 2006; sizes as QEMU and
 // blktap understand them (creators that count in bytes, and those that count in cylinders).
 
-public import Posix
+package import Posix
 
 extension VhdHeader {
   private static let cookie = Array("conectix".utf8)
@@ -91,7 +91,7 @@ extension VhdHeader {
   /// Reads the header of a store.
   ///
   /// - Throws: `notThisFormat`, `unsupported`, `corrupt` or `io`.
-  public static func read(from store: any ByteStore) throws(ImageError) -> VhdHeader {
+  package static func read(from store: any ByteStore) throws(ImageError) -> VhdHeader {
     guard let footer = try footer(of: store) else {
       throw ImageError(.notThisFormat, "store \(store.name): no VHD image: it has no footer")
     }

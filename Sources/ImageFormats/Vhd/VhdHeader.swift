@@ -10,7 +10,7 @@
 //   for each block, of 2^24 at most, begins at a sector and lies within the file.
 
 /// What a VHD image is.
-public enum VhdKind: UInt32, Sendable {
+package enum VhdKind: UInt32, Sendable {
   /// The disk's bytes, and a footer.
   case fixed = 2
   /// Blocks where they are needed.
@@ -58,7 +58,7 @@ struct VhdBatmap: Sendable, Equatable {
 }
 
 /// The footer of a VHD image and its dynamic header, if it has one. Sizes are in bytes.
-public struct VhdHeader: Sendable, Equatable {
+package struct VhdHeader: Sendable, Equatable {
   static let footerSize: UInt64 = 512
   static let dynamicSize: UInt64 = 1024
   static let largestDisk: UInt64 = 1 << 50
@@ -67,35 +67,35 @@ public struct VhdHeader: Sendable, Equatable {
   static let unused: UInt32 = .max
 
   /// What it is.
-  public var kind: VhdKind
+  package var kind: VhdKind
   /// Length of the disk.
-  public var size: UInt64
+  package var size: UInt64
   /// Sixteen bytes that tell images apart.
-  public var uuid: [UInt8]
+  package var uuid: [UInt8]
   /// Who made it, four bytes.
-  public var creator: [UInt8]
+  package var creator: [UInt8]
   /// The version of who made it. Of `tap` it says whether there is a batmap.
-  public var creatorVersion: UInt32 = VhdBatmap.unpromised
+  package var creatorVersion: UInt32 = VhdBatmap.unpromised
   /// Seconds since 2000.
-  public var timestamp: UInt32
+  package var timestamp: UInt32
   /// Where the table of blocks begins; 0 in a fixed image.
-  public var tableOffset: UInt64 = 0
+  package var tableOffset: UInt64 = 0
   /// Entries of the table.
-  public var tableEntries: UInt32 = 0
+  package var tableEntries: UInt32 = 0
   /// Bytes of a block of the table.
-  public var tableBlock: UInt64 = 0
+  package var tableBlock: UInt64 = 0
   /// Where the dynamic header begins.
-  public var headerOffset: UInt64 = 0
+  package var headerOffset: UInt64 = 0
   /// The base's identity; zeroes when it has none.
-  public var baseUUID = [UInt8](repeating: 0, count: 16)
+  package var baseUUID = [UInt8](repeating: 0, count: 16)
   /// The base's paths, of a differencing image, the preferred one first.
-  public var basePaths: [String] = []
+  package var basePaths: [String] = []
   /// The first of the base's paths.
-  public var basePath: String? { basePaths.first }
+  package var basePath: String? { basePaths.first }
   /// Whether the base has no identity: it is raw then, whatever it begins with.
-  public var isBaseRaw: Bool { kind == .differencing && baseUUID.allSatisfy { $0 == 0 } }
+  package var isBaseRaw: Bool { kind == .differencing && baseUUID.allSatisfy { $0 == 0 } }
   /// The base's format by name: a base with an identity is a VHD image.
-  public var baseFormat: String? {
+  package var baseFormat: String? {
     guard kind == .differencing else { return nil }
     return (isBaseRaw ? ImageKind.raw : .vhd).rawValue
   }
@@ -139,7 +139,7 @@ public struct VhdHeader: Sendable, Equatable {
   var bitmapSize: UInt64 { (tableBlock / 512 / 8 + 511) / 512 * 512 }
   /// Bytes of a block of the disk. In a fixed image a power of two that divides the disk, so
   /// that no block reaches into the footer.
-  public var blockSize: UInt32 {
+  package var blockSize: UInt32 {
     guard kind == .fixed else { return UInt32(tableBlock) }
     return UInt32(1 << min(16, size.trailingZeroBitCount))
   }

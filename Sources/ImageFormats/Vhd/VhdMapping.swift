@@ -16,17 +16,17 @@
 // whose length is fixed (a device) stands in its last sector, and blocks end before it. No block
 // lies over a header, a table, a locator, a batmap or another block: such an image is refused.
 
-public import Posix
+package import Posix
 
 /// A VHD image that is open as a disk. Used from one thread; its plans run on any.
-public final class Vhd: ImageFormat {
+package final class Vhd: ImageFormat {
   /// The device number of the store, of the base, and of the mixed blocks.
   private static let mixedDevice: UInt16 = 2
   private static let blocksPerFind: UInt64 = 4096
   private typealias Run = PendingPlacements.Run
 
   /// The header, as it is now.
-  public internal(set) var header: VhdHeader
+  package internal(set) var header: VhdHeader
   let store: any ByteStore
   private let base: BaseView
   let cache: MetadataCache
@@ -66,15 +66,15 @@ public final class Vhd: ImageFormat {
   }
 
   /// Length of the disk in bytes.
-  public var size: UInt64 { header.size }
+  package var size: UInt64 { header.size }
   /// Bytes of a block.
-  public var blockSize: UInt32 { header.blockSize }
+  package var blockSize: UInt32 { header.blockSize }
   /// See `ImageFormat`.
-  public var devices: [any ByteStore]? { base.devices }
+  package var devices: [any ByteStore]? { base.devices }
   /// A fixed one; the footer behind its disk is not written.
-  public var isFixed: Bool { header.kind == .fixed }
+  package var isFixed: Bool { header.kind == .fixed }
   /// Estimated from the space that the image takes, save for a fixed one.
-  public var allocatedBlocks: UInt64 {
+  package var allocatedBlocks: UInt64 {
     let all = (size + UInt64(blockSize) - 1) / UInt64(blockSize)
     return isFixed ? all : min(all, durableBlocks + pending.placed)
   }
@@ -175,19 +175,19 @@ public final class Vhd: ImageFormat {
   }
 
   /// Where a block lives for reading; see `ImageFormat`.
-  public func find(_ block: UInt64, limit: UInt64) throws(ImageError) -> Extent {
+  package func find(_ block: UInt64, limit: UInt64) throws(ImageError) -> Extent {
     try merged(block, limit: limit, most: Self.blocksPerFind, run)
   }
 
   /// A place for a first write, of one block; see `ImageFormat`.
-  public func place(_ range: BlockRange, whole: Bool) throws(ImageError) -> Placement {
+  package func place(_ range: BlockRange, whole: Bool) throws(ImageError) -> Placement {
     try checkWritable()
     try checkBounds(range)
     return try placement(of: try run(range.first, range.count), whole: whole, assign)
   }
 
   /// A discard; see `ImageFormat`. What is here is zeroed and keeps its place.
-  public func discard(
+  package func discard(
     _ range: BlockRange, zeroing: Bool
   ) throws(ImageError) -> DiscardAnswer {
     try checkWritable()
@@ -239,7 +239,7 @@ public final class Vhd: ImageFormat {
   var footerOffset: UInt64 { max(end, (store.size - VhdHeader.footerSize) / 512 * 512) }
 
   /// What makes every placement up to a mark durable; see the head of this file.
-  public func commitPlan(upTo mark: Mark) throws(ImageError) -> CommitPlan {
+  package func commitPlan(upTo mark: Mark) throws(ImageError) -> CommitPlan {
     let groups = pending.runs(upTo: mark)
     guard !groups.isEmpty else { return CommitPlan(upTo: mark, stages: []) }
     var draft = CommitDraft(cache, clusterSize: 512)
@@ -266,7 +266,7 @@ public final class Vhd: ImageFormat {
   }
 
   /// The plan up to this mark has run.
-  public func committed(upTo mark: Mark) {
+  package func committed(upTo mark: Mark) {
     guard let plan = inFlight, plan.mark == mark else { return }
     inFlight = nil
     if let footer = plan.footer, footer == footerOffset { footerPlace = footer }
@@ -278,11 +278,11 @@ public final class Vhd: ImageFormat {
   }
 
   /// A placement that came to nothing: its space is lost until the image is opened again.
-  public func abandon(_ mark: Mark) { pending.remove { $0.mark == mark } }
+  package func abandon(_ mark: Mark) { pending.remove { $0.mark == mark } }
 
   /// Takes over the uncommitted placements of a former worker. Throws `badRequest` for one
   /// that this format cannot have made; the image must then not be used.
-  public func restore(_ extents: [Extent]) throws(ImageError) {
+  package func restore(_ extents: [Extent]) throws(ImageError) {
     try checkWritable()
     for extent in extents {
       try checkBounds(extent.blocks)

@@ -2,7 +2,7 @@
 // Checking a VMDK image, making both copies of its tables alike and giving back what it does
 // not use, and saying what it is.
 
-public import Posix
+package import Posix
 
 extension Vmdk {
   /// Checks an image: that every table and grain lies in its file, and no two share space.
@@ -11,7 +11,7 @@ extension Vmdk {
   ///
   /// - Parameter extents: the files that `VmdkLayout.extentPaths` names, in that order.
   /// - Throws: what `VmdkLayout.read(from:)` throws, `badRequest`, `io`.
-  public static func check(
+  package static func check(
     store: any ByteStore, extents: [any ByteStore] = []
   ) throws(ImageError) -> CheckReport {
     try run(store, extents, repairing: false)
@@ -22,7 +22,7 @@ extension Vmdk {
   ///
   /// - Throws: what `check(store:extents:)` throws.
   @discardableResult
-  public static func repair(
+  package static func repair(
     store: any ByteStore, extents: [any ByteStore] = [], _ what: Repair
   ) throws(ImageError) -> CheckReport {
     try run(store, extents, repairing: true)
@@ -52,7 +52,7 @@ extension Vmdk {
   /// What there is to say of an image, without its base and extents.
   ///
   /// - Throws: what `VmdkLayout.read(from:)` throws.
-  public static func info(of store: any ByteStore) throws(ImageError) -> ImageInfo {
+  package static func info(of store: any ByteStore) throws(ImageError) -> ImageInfo {
     let layout = try VmdkLayout.read(from: store)
     let descriptor = layout.descriptor
     var details: [(name: String, value: String)] = [

@@ -5,10 +5,10 @@
 // out and flushed; then the descriptor is written, and in an image of one file its header last.
 // All grain tables are made at once, as QEMU and VMware make them: neither adds any later.
 
-public import Posix
+package import Posix
 
 /// The kinds of VMDK image that can be made, by VMware's and QEMU's names.
-public enum VmdkSubformat: String, Sendable, CaseIterable {
+package enum VmdkSubformat: String, Sendable, CaseIterable {
   /// Grains in one file, with the descriptor in it.
   case monolithicSparse
   /// A descriptor, and a file of the disk's bytes.
@@ -24,22 +24,22 @@ public enum VmdkSubformat: String, Sendable, CaseIterable {
 }
 
 /// What a new VMDK image shall be like.
-public struct VmdkOptions: Sendable {
+package struct VmdkOptions: Sendable {
   /// The kind.
-  public var subformat: VmdkSubformat = .monolithicSparse
+  package var subformat: VmdkSubformat = .monolithicSparse
   /// The base's path and its content ID, from `Vmdk.contentID(of:)`.
-  public var base: (path: String, contentID: UInt32)?
+  package var base: (path: String, contentID: UInt32)?
   /// The image's own name, without folders: extents are named after it.
-  public var name = "disk.vmdk"
+  package var name = "disk.vmdk"
   /// The adapter that the disk is meant for: `ide`, `lsilogic`, `buslogic` or `legacyESX`.
-  public var adapter = "ide"
+  package var adapter = "ide"
 
   /// The usual.
-  public init() {}
+  package init() {}
 
   /// The names of the files that `Vmdk.create` wants beside the store, for a disk's length in
   /// bytes, in the image's folder.
-  public func extentNames(size: UInt64) -> [String] {
+  package func extentNames(size: UInt64) -> [String] {
     let stem = name.hasSuffix(".vmdk") ? String(name.dropLast(5)) : name
     switch subformat {
     case .monolithicSparse, .streamOptimized: return []
@@ -116,7 +116,7 @@ extension Vmdk {
   ///     they hold is lost.
   /// - Throws: `badRequest`, or `io` when a store fails.
   @discardableResult
-  public static func create(
+  package static func create(
     store: any ByteStore, size: UInt64, options: VmdkOptions = VmdkOptions(),
     extents: [any ByteStore] = []
   ) throws(ImageError) -> VmdkDescriptor {
@@ -198,7 +198,7 @@ extension Vmdk {
   /// The content ID of an image: what an image over it has to remember.
   ///
   /// - Throws: what `VmdkLayout.read(from:)` throws.
-  public static func contentID(of store: any ByteStore) throws(ImageError) -> UInt32 {
+  package static func contentID(of store: any ByteStore) throws(ImageError) -> UInt32 {
     try VmdkLayout.read(from: store).descriptor.contentID
   }
 
@@ -207,7 +207,7 @@ extension Vmdk {
   ///
   /// - Throws: what `VmdkLayout.read(from:)` throws; `unsupported` when the overlay's descriptor
   ///   has no room for it.
-  public static func beginCommit(
+  package static func beginCommit(
     of store: any ByteStore, into base: any ByteStore
   ) throws(ImageError) -> UInt32 {
     let below = try VmdkLayout.read(from: base)
@@ -227,7 +227,7 @@ extension Vmdk {
   /// - Parameter store: the overlay, open for writing.
   /// - Throws: what `VmdkLayout.read(from:)` throws; `unsupported` when the new content ID does
   ///   not fit where the old one stands.
-  public static func adopt(
+  package static func adopt(
     base: any ByteStore, of store: any ByteStore
   ) throws(ImageError) {
     try VmdkLayout.read(from: store).adopt(parentContentID: contentID(of: base), in: store)

@@ -9,9 +9,9 @@
 import Posix
 
 /// One extent of a VMDK disk, as the descriptor has it.
-public struct VmdkExtentLine: Sendable, Equatable {
+package struct VmdkExtentLine: Sendable, Equatable {
   /// How an extent's bytes are kept.
-  public enum Kind: String, Sendable {
+  package enum Kind: String, Sendable {
     /// The disk's bytes, from an offset of the file on.
     case flat = "FLAT"
     /// The same, by ESX.
@@ -25,15 +25,15 @@ public struct VmdkExtentLine: Sendable, Equatable {
   }
 
   /// Whether writes are allowed.
-  public var isWritable: Bool
+  package var isWritable: Bool
   /// Length in sectors of 512 bytes.
-  public var sectors: UInt64
+  package var sectors: UInt64
   /// How its bytes are kept.
-  public var kind: Kind
+  package var kind: Kind
   /// The file, as the descriptor names it; empty for `zero`.
-  public var path: String
+  package var path: String
   /// Where a flat extent begins in its file, in sectors.
-  public var offset: UInt64 = 0
+  package var offset: UInt64 = 0
 
   /// The line.
   var text: String {
@@ -47,7 +47,7 @@ public struct VmdkExtentLine: Sendable, Equatable {
 }
 
 /// What the descriptor of a VMDK image says.
-public struct VmdkDescriptor: Sendable, Equatable {
+package struct VmdkDescriptor: Sendable, Equatable {
   /// The first comment, without blanks and in small letters.
   private static let start = Array("#diskdescriptorfile".utf8)
   private static let byteOrderMark: [UInt8] = [0xEF, 0xBB, 0xBF]
@@ -59,15 +59,15 @@ public struct VmdkDescriptor: Sendable, Equatable {
   static let noParent: UInt32 = .max
 
   /// Changes whenever the contents may have.
-  public var contentID: UInt32
+  package var contentID: UInt32
   /// The base's, when this image was made; all ones without a base.
-  public var parentContentID = Self.noParent
+  package var parentContentID = Self.noParent
   /// What kind of image it says it is.
-  public var createType: String
+  package var createType: String
   /// The base's path.
-  public var basePath: String?
+  package var basePath: String?
   /// The extents in the order of the disk.
-  public var extents: [VmdkExtentLine] = []
+  package var extents: [VmdkExtentLine] = []
   /// What else it says: lines of `ddb.` and others, as they stand.
   var otherLines: [String] = []
   /// Where the digits of the content ID stand in the text.
@@ -76,7 +76,7 @@ public struct VmdkDescriptor: Sendable, Equatable {
   var parentDigits: Range<Int> = 0..<0
 
   /// Length of the disk in bytes.
-  public var size: UInt64 { extents.reduce(0) { $0 + $1.sectors * 512 } }
+  package var size: UInt64 { extents.reduce(0) { $0 + $1.sectors * 512 } }
 
   init(contentID: UInt32, createType: String) {
     self.contentID = contentID

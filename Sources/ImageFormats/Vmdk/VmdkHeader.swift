@@ -9,7 +9,7 @@
 import Posix
 
 /// The header of a sparse extent. Places and lengths are in sectors of 512 bytes.
-public struct VmdkHeader: Sendable, Equatable {
+package struct VmdkHeader: Sendable, Equatable {
   /// Flags of a hosted sparse extent.
   enum Flag {
     static let newlines: UInt32 = 1
@@ -28,14 +28,14 @@ public struct VmdkHeader: Sendable, Equatable {
   static let mostSectors: UInt64 = 1 << 32
 
   /// Whether it is ESX's kind.
-  public var isESX = false
+  package var isESX = false
   /// 1 to 3.
-  public var version: UInt32 = 1
+  package var version: UInt32 = 1
   var flags: UInt32 = Flag.newlines | Flag.redundant
   /// Length of the extent.
-  public var capacity: UInt64
+  package var capacity: UInt64
   /// Length of a grain.
-  public var grain: UInt64 = 128
+  package var grain: UInt64 = 128
   /// Where the descriptor is, 0 for none.
   var descriptorOffset: UInt64 = 0
   var descriptorSectors: UInt64 = 0
@@ -49,7 +49,7 @@ public struct VmdkHeader: Sendable, Equatable {
   var overhead: UInt64 = 128
 
   /// Whether grains are compressed: then nothing is ever written in place.
-  public var isCompressed: Bool { flags & Flag.compressed != 0 }
+  package var isCompressed: Bool { flags & Flag.compressed != 0 }
   /// Whether an entry of 1 means a grain of zeroes.
   var hasZeroGrains: Bool { flags & Flag.zeroGrains != 0 }
   /// Entries of the directory.

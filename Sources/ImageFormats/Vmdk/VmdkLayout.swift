@@ -2,35 +2,35 @@
 // What a VMDK image is made of: its descriptor, wherever that stands, and the files of its
 // extents. The image's store is either text alone, or a sparse extent with the text in it.
 
-public import Posix
+package import Posix
 
 /// An image that has been looked at, and whose extents are not open yet.
-public struct VmdkLayout: Sendable {
+package struct VmdkLayout: Sendable {
   /// The descriptor; made up where the store is a sparse extent without one.
-  public internal(set) var descriptor: VmdkDescriptor
+  package internal(set) var descriptor: VmdkDescriptor
   /// The header, when the store is itself the only extent.
-  public let header: VmdkHeader?
+  package let header: VmdkHeader?
   /// Where the descriptor stands in the store, and how many bytes there are for it; nil when
   /// it was made up.
   let place: (offset: UInt64, count: UInt64)?
 
   /// Length of the disk in bytes.
-  public var size: UInt64 { header.map { $0.capacity * 512 } ?? descriptor.size }
+  package var size: UInt64 { header.map { $0.capacity * 512 } ?? descriptor.size }
   /// The files of the extents that have one, in the disk's order: what `Vmdk.open` wants
   /// beside the store. Relative ones are meant from the image's folder.
-  public var extentPaths: [String] {
+  package var extentPaths: [String] {
     header != nil ? [] : descriptor.extents.filter { $0.kind != .zero }.map(\.path)
   }
 
   /// Whether bytes at the start of a store are a VMDK image's.
-  public static func isMagic(_ bytes: [UInt8]) -> Bool {
+  package static func isMagic(_ bytes: [UInt8]) -> Bool {
     VmdkHeader.isMagic(bytes) || VmdkDescriptor.isDescriptor(bytes)
   }
 
   /// Looks at a store.
   ///
   /// - Throws: `notThisFormat`, `unsupported`, `corrupt` or `io`.
-  public static func read(from store: any ByteStore) throws(ImageError) -> VmdkLayout {
+  package static func read(from store: any ByteStore) throws(ImageError) -> VmdkLayout {
     let start = try io { () throws(IOError) in try store.read(at: 0, count: 512) }
     guard isMagic(start) else {
       throw ImageError(.notThisFormat, "store \(store.name): no VMDK image")

@@ -9,10 +9,10 @@
 // there, in both copies, and of the directories. A power cut leaves at most space that nothing
 // names, and copies that differ in what no flush had confirmed.
 
-public import Posix
+package import Posix
 
 /// A VMDK image that is open as a disk. Used from one thread; its plans run on any.
-public final class Vmdk: ImageFormat {
+package final class Vmdk: ImageFormat {
   private static let blocksPerFind: UInt64 = 65536
   private static let groupBlocks: UInt64 = 4096
 
@@ -50,11 +50,11 @@ public final class Vmdk: ImageFormat {
   }
 
   /// What the image is made of, as it was when it was opened.
-  public let layout: VmdkLayout
+  package let layout: VmdkLayout
   /// Length of the disk in bytes.
-  public internal(set) var size: UInt64
+  package internal(set) var size: UInt64
   /// Bytes of a block: a grain, where writing is possible.
-  public let blockSize: UInt32
+  package let blockSize: UInt32
   let store: any ByteStore
   /// The sparse extents as one store, or the only one.
   let primary: any ByteStore
@@ -93,13 +93,13 @@ public final class Vmdk: ImageFormat {
   }
 
   /// See `ImageFormat`.
-  public var devices: [any ByteStore]? { base.devices }
+  package var devices: [any ByteStore]? { base.devices }
   /// Estimated from the space that the image takes.
-  public var allocatedBlocks: UInt64 {
+  package var allocatedBlocks: UInt64 {
     min(blockCount, durableBytes / UInt64(blockSize) + pending.placed)
   }
   /// A flat one, whose extents begin at pages.
-  public var isFixed: Bool {
+  package var isFixed: Bool {
     sparse.isEmpty
       && pieces.allSatisfy { piece in
         if case .flat(_, let sector) = piece.kind { return sector % 8 == 0 }
@@ -226,19 +226,19 @@ public final class Vmdk: ImageFormat {
   }
 
   /// Where a block lives for reading; see `ImageFormat`.
-  public func find(_ block: UInt64, limit: UInt64) throws(ImageError) -> Extent {
+  package func find(_ block: UInt64, limit: UInt64) throws(ImageError) -> Extent {
     try merged(block, limit: limit, most: Self.blocksPerFind, run)
   }
 
   /// A place for a first write; see `ImageFormat`.
-  public func place(_ range: BlockRange, whole: Bool) throws(ImageError) -> Placement {
+  package func place(_ range: BlockRange, whole: Bool) throws(ImageError) -> Placement {
     try checkWritable()
     try checkBounds(range)
     return try placement(of: try run(range.first, range.count), whole: whole, assign)
   }
 
   /// A discard; see `ImageFormat`. What is here is zeroed and keeps its place.
-  public func discard(
+  package func discard(
     _ range: BlockRange, zeroing: Bool
   ) throws(ImageError) -> DiscardAnswer {
     try checkWritable()
@@ -287,7 +287,7 @@ public final class Vmdk: ImageFormat {
   // MARK: Commit
 
   /// What makes every placement up to a mark durable; see the head of this file.
-  public func commitPlan(upTo mark: Mark) throws(ImageError) -> CommitPlan {
+  package func commitPlan(upTo mark: Mark) throws(ImageError) -> CommitPlan {
     let groups = pending.runs(upTo: mark)
     guard !groups.isEmpty else { return CommitPlan(upTo: mark, stages: []) }
     var plan = InFlight(mark: mark, draft: CommitDraft(cache, clusterSize: 512))
@@ -347,7 +347,7 @@ public final class Vmdk: ImageFormat {
   }
 
   /// The plan up to this mark has run.
-  public func committed(upTo mark: Mark) {
+  package func committed(upTo mark: Mark) {
     guard let plan = inFlight, plan.mark == mark else { return }
     inFlight = nil
     cache.unpin(sectors: plan.draft.sectors.keys, fresh: plan.draft.fresh, size: 512)
@@ -356,11 +356,11 @@ public final class Vmdk: ImageFormat {
   }
 
   /// A placement that came to nothing: its space stays unused.
-  public func abandon(_ mark: Mark) { pending.remove { $0.mark == mark } }
+  package func abandon(_ mark: Mark) { pending.remove { $0.mark == mark } }
 
   /// Takes over the uncommitted placements of a former worker. Throws `badRequest` for one
   /// that this format cannot have made; the image must then not be used.
-  public func restore(_ extents: [Extent]) throws(ImageError) {
+  package func restore(_ extents: [Extent]) throws(ImageError) {
     try checkWritable()
     for extent in extents {
       try checkBounds(extent.blocks)

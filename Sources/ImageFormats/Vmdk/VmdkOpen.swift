@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Opening a VMDK image: its extents become devices and tables of grains.
 
-public import Posix
+package import Posix
 
 /// The extents of an image, open, and how the disk is cut into blocks.
 struct VmdkParts {
@@ -185,7 +185,7 @@ extension Vmdk {
   ///   - contentID: this one, not a random one.
   /// - Throws: what `VmdkLayout.read(from:)` throws; `baseMissing`, `baseChanged`,
   ///   `badRequest`; `unsupported` for writing to a stream-optimized or ESX image.
-  public static func open(
+  package static func open(
     store: any ByteStore, extents: [any ByteStore] = [], base: (any ByteStore)? = nil,
     writable: Bool, contentID: UInt32? = nil
   ) throws(ImageError) -> Vmdk {

@@ -16,7 +16,7 @@ extension Vmdk {
   /// Gives the disk another length, rounded up to 512. Only the last extent changes.
   ///
   /// - Throws: `badRequest` when it cannot be that long or has uncommitted placements; `io`.
-  public func resize(to newSize: UInt64) throws(ImageError) {
+  package func resize(to newSize: UInt64) throws(ImageError) {
     guard isWritable, pending.isEmpty, let last = pieces.last else {
       throw ImageError(.badRequest, "\(store.name) is in use or open for reading only")
     }

@@ -2,10 +2,10 @@
 // Two stores behind a VMDK disk: several sparse extents as one range of bytes, so that first
 // writes have one device to go to; and the compressed grains of one.
 
-public import Posix
+package import Posix
 
 /// Several stores as one, each beginning at a multiple of a power of two.
-public protocol JoinedStore: ByteStore {
+package protocol JoinedStore: ByteStore {
   /// The stores.
   var parts: [any ByteStore] { get }
   /// Store i begins at byte i << bits.

@@ -5,12 +5,12 @@
 
 import CZlib
 import Glibc
-public import Posix
+package import Posix
 
 /// Makes a stream-optimized image. Used from one thread; `compressed(_:)` from any.
-public final class VmdkStreamWriter {
+package final class VmdkStreamWriter {
   /// Bytes of a grain.
-  public static let grainBytes = 65536
+  package static let grainBytes = 65536
   private enum Marker: UInt32 {
     case end = 0
     case table = 1
@@ -31,7 +31,7 @@ public final class VmdkStreamWriter {
   /// Begins an image of a disk's length in bytes, a multiple of 512.
   ///
   /// - Throws: `badRequest`, or `io` when the store fails.
-  public convenience init(
+  package convenience init(
     store: any ByteStore, size: UInt64, options: VmdkOptions
   ) throws(ImageError) {
     var options = options
@@ -70,7 +70,7 @@ public final class VmdkStreamWriter {
   /// A grain's bytes, compressed; nil for one of zeroes, which is left out.
   ///
   /// - Parameter grain: 65536 bytes; the disk's last grain filled up with zeroes.
-  public static func compressed(_ grain: [UInt8]) -> [UInt8]? {
+  package static func compressed(_ grain: [UInt8]) -> [UInt8]? {
     precondition(grain.count == grainBytes, "a grain has 65536 bytes")
     guard grain.contains(where: { $0 != 0 }) else { return nil }
     var output = [UInt8](repeating: 0, count: Int(compressBound(uLong(grain.count))))
@@ -83,7 +83,7 @@ public final class VmdkStreamWriter {
   /// Adds a grain by its number. Numbers rise; what is left out is zero.
   ///
   /// - Throws: `badRequest` for a number out of order, `io`.
-  public func append(_ number: UInt64, compressed data: [UInt8]) throws(ImageError) {
+  package func append(_ number: UInt64, compressed data: [UInt8]) throws(ImageError) {
     guard number >= next, number < grains, !isFinished, !data.isEmpty else {
       throw ImageError(.badRequest, "grain \(number) of \(grains) after grain \(next)")
     }
@@ -100,7 +100,7 @@ public final class VmdkStreamWriter {
   /// Writes what ends the image, and flushes.
   ///
   /// - Throws: `io`.
-  public func finish() throws(ImageError) {
+  package func finish() throws(ImageError) {
     guard !isFinished else { return }
     try moveTo(table: header.tables)
     isFinished = true
