@@ -138,7 +138,9 @@ let package = Package(
     tests("TargetTests", ["Target", "TargetTrials", "DMU", "Posix", "TestSupport"]),
     tests(
       "WorkerTests", ["Worker", "Target", "ImageFormats", "WorkerLink", "Posix", "TestSupport"]),
-    tests("DaemonTests", ["Daemon", "WorkerLink", "Posix", "TestSupport", logging]),
+    tests(
+      "DaemonTests",
+      ["Daemon", "DeviceMapper", "WorkerLink", "XenStore", "Posix", "TestSupport", logging]),
   ],
   cLanguageStandard: .gnu11,
   cxxLanguageStandard: .cxx17

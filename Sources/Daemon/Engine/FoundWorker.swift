@@ -7,17 +7,14 @@ internal import Posix
 import Glibc
 
 /// A worker that was found among the processes.
-struct FoundWorker: Sendable {
-  let process: ProcessHandle
+struct FoundWorker: WorkerAtLarge {
+  /// The process, of which more is known than of any.
+  private let handle: ProcessHandle
+  var process: any HostProcess { handle }
   /// The disk that its link was made for.
   let disk: DiskID
   /// Where its link was bound. Nobody may be reached there any more.
   let link: String
-
-  /// The directory that the daemon which started it kept for the disk.
-  var directory: DiskDirectory {
-    DiskDirectory(path: String(link.dropLast("/link".count)))
-  }
 
   /// Every supervised worker. Blocks.
   static func all() throws(IOError) -> [FoundWorker] {
@@ -30,7 +27,7 @@ struct FoundWorker: Sendable {
           let disk = DiskID(link.split(separator: "/").dropLast().last ?? "")
         else { continue }
         do throws(IOError) {
-          found.append(FoundWorker(process: try ProcessHandle(pid: pid), disk: disk, link: link))
+          found.append(FoundWorker(handle: try ProcessHandle(pid: pid), disk: disk, link: link))
         } catch {
           // It has just ended.
           guard error.code == ESRCH || error.code == ENOENT else { throw error }

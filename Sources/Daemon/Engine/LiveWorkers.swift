@@ -13,9 +13,9 @@ final class LiveWorkers: Sendable {
 
   /// Makes a worker; nobody looks meanwhile.
   func start(
-    _ body: () throws(IOError) -> ProcessHandle
-  ) throws(IOError) -> ProcessHandle {
-    let result = pids.withLock { pids -> Result<ProcessHandle, IOError> in
+    _ body: () throws(IOError) -> any HostProcess
+  ) throws(IOError) -> any HostProcess {
+    let result = pids.withLock { pids -> Result<any HostProcess, IOError> in
       do throws(IOError) {
         let process = try body()
         pids.insert(process.pid)

@@ -93,6 +93,8 @@ package protocol DeviceMapping: Sendable {
   func latencies(_ disk: DiskID) throws(DeviceMapperError) -> LatencyHistogram
   /// Ends the measuring; none is no error.
   func stopLatencies(_ disk: DiskID) throws(DeviceMapperError)
+  /// Removes the marks of loop devices that are no more (LoopMarks).
+  func sweepMarks() throws(IOError)
   /// Every device that a daemon like this one has made.
   func devices() throws(DeviceMapperError) -> [DiskID: DeviceNode]
 }
@@ -255,6 +257,9 @@ package struct KernelMapper: DeviceMapping {
   package func stopLatencies(_ disk: DiskID) throws(DeviceMapperError) {
     try served(disk).device.stopLatencies()
   }
+
+  /// Those of this host.
+  package func sweepMarks() throws(IOError) { try LoopMarks.host.sweep() }
 
   /// Every device with our name and identifier.
   package func devices() throws(DeviceMapperError) -> [DiskID: DeviceNode] {

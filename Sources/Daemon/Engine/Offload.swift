@@ -8,7 +8,7 @@ import Synchronization
 
 /// Runs blocking work. Threads are made as they are needed: what hangs has a thread to itself, and
 /// whatever comes next has another.
-final class Offload: Sendable {
+final class Offload: Offloading {
   private struct State {
     var jobs: [@Sendable () -> Void] = []
     var idle = 0
@@ -28,7 +28,7 @@ final class Offload: Sendable {
     bell = Bell()
   }
 
-  /// Runs the work on a thread and waits for it without blocking the caller's.
+  /// Runs the work on a thread.
   func run<Value: Sendable, Failure: Error>(
     _ work: @escaping @Sendable () throws(Failure) -> Value
   ) async throws(Failure) -> Value {
@@ -141,9 +141,8 @@ final class Ended: Sendable {
   }
 
   /// Waits for the end, at most so long. Whether it has come.
-  func wait(_ limit: Duration) async -> Bool {
-    let clock = Task { [self] in
-      try await Task.sleep(for: limit)
+  func wait(_ limit: Duration, _ scheduler: any Scheduling) async -> Bool {
+    let clock = scheduler.after(limit) { [self] in
       state.withLock { $0.waiter.take() }?.resume(returning: false)
     }
     defer { clock.cancel() }

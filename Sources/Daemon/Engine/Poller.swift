@@ -13,12 +13,7 @@ import Glibc
 import Synchronization
 
 /// Watches descriptors for input.
-final class Poller: Sendable {
-  /// Names one watched descriptor.
-  struct Registration: Hashable, Sendable {
-    fileprivate let number: UInt64
-  }
-
+final class Poller: Polling {
   private struct Entry {
     let raw: Int32
     let handler: @Sendable () -> Bool
@@ -45,10 +40,8 @@ final class Poller: Sendable {
     try DetachedThread.start(stackSize: 256 << 10) { [self] in run() }
   }
 
-  /// Calls the handler whenever there is input or the other end has gone, until it returns
-  /// false.
   @discardableResult
-  func add(_ raw: Int32, _ handler: @escaping @Sendable () -> Bool) -> Registration {
+  func add(_ raw: Int32, _ handler: @escaping @Sendable () -> Bool) -> PollRegistration {
     let number = state.withLock { state in
       defer { state.next += 1 }
       state.entries[state.next] = Entry(raw: raw, handler: handler)
@@ -56,11 +49,10 @@ final class Poller: Sendable {
       return state.next
     }
     wake()
-    return Registration(number: number)
+    return PollRegistration(number: number)
   }
 
-  /// Ends a registration, before its descriptor is closed. Twice is once.
-  func remove(_ registration: Registration) {
+  func remove(_ registration: PollRegistration) {
     let present = state.withLock { state in
       state.changed = true
       return state.entries.removeValue(forKey: registration.number) != nil
@@ -98,7 +90,7 @@ final class Poller: Sendable {
       for (item, number) in zip(list[1...], numbers) where item.revents != 0 {
         // Taken at this moment: it may have been removed since the list was made.
         guard let entry = state.withLock({ $0.entries[number] }) else { continue }
-        if !entry.handler() { remove(Registration(number: number)) }
+        if !entry.handler() { remove(PollRegistration(number: number)) }
       }
     }
   }

@@ -14,7 +14,7 @@ package protocol WorkerLauncher: Sendable {
   /// posix_spawn(3) or unshare(2).
   func launch(
     disk: DiskID, listener: Int32, user: UInt32, configuration: Configuration
-  ) throws(IOError) -> ProcessHandle
+  ) throws(IOError) -> any HostProcess
 }
 
 /// What a device has to be made with.
@@ -196,7 +196,7 @@ package struct ProcessLauncher: WorkerLauncher {
   /// environment.
   package func launch(
     disk: DiskID, listener: Int32, user: UInt32, configuration: Configuration
-  ) throws(IOError) -> ProcessHandle {
+  ) throws(IOError) -> any HostProcess {
     let isCaged = configuration.sandbox == .on
     var command = Command(
       try ProcessLauncher.program(configuration),

@@ -172,6 +172,9 @@ package final class StandInMapper: DeviceMapping {
     }
   }
 
+  /// It makes none.
+  package func sweepMarks() throws(IOError) {}
+
   /// Every file.
   package func devices() throws(DeviceMapperError) -> [DiskID: DeviceNode] {
     guard isThere else { return [:] }

@@ -8,7 +8,7 @@ import Synchronization
 
 /// A process with a link. It may be a child of ours, or of a daemon before us.
 final class Worker: Sendable {
-  let process: ProcessHandle
+  let process: any HostProcess
   let channel: WorkerChannel
 
   private struct State {
@@ -17,15 +17,17 @@ final class Worker: Sendable {
     var next: UInt64 = 1
   }
   private let state = Mutex(State())
+  private let scheduler: any Scheduling
 
   /// Follows a process. `onEnd` is called once, on the poller's thread, with how it ended.
   init(
-    process: ProcessHandle, channel: WorkerChannel, poller: Poller, live: LiveWorkers,
+    process: any HostProcess, channel: WorkerChannel, host: Host, live: LiveWorkers,
     onEnd: @escaping @Sendable (String) -> Void
   ) {
     self.process = process
     self.channel = channel
-    poller.add(process.raw) { [self] in
+    scheduler = host.scheduler
+    host.poller.add(process.raw) { [self] in
       live.remove(process.pid)
       let how = Worker.collect(process)
       let waiters = state.withLock { state in
@@ -48,8 +50,7 @@ final class Worker: Sendable {
       defer { state.next += 1 }
       return state.next
     }
-    let clock = Task { [self] in
-      try await Task.sleep(for: limit)
+    let clock = scheduler.after(limit) { [self] in
       let waiter = state.withLock { $0.waiters.removeValue(forKey: number) }
       waiter?.resume(returning: false)
     }
@@ -72,7 +73,7 @@ final class Worker: Sendable {
 
   /// Collects a child so that no zombie stays. A process of an earlier daemon is not ours to
   /// collect: then nobody knows how it ended.
-  private static func collect(_ process: ProcessHandle) -> String {
+  private static func collect(_ process: any HostProcess) -> String {
     do {
       return try process.reap().map { "\($0)" } ?? "unknown"
     } catch { return "unknown (it was started by an earlier daemon)" }

@@ -62,21 +62,23 @@ final class WorkerChannel: Sendable {
     /// Pings since the worker was heard last.
     var unanswered = 0
     var reason: String?
-    var registration: Poller.Registration?
+    var registration: PollRegistration?
   }
 
   /// The news, for one consumer; ends with `.closed`.
   let news: AsyncStream<WorkerNews>
 
   private let link: LinkConnection
-  private let poller: Poller
+  private let poller: any Polling
+  private let scheduler: any Scheduling
   private let tell: AsyncStream<WorkerNews>.Continuation
   private let state = Mutex(State())
 
   /// Takes over a link.
-  init(_ link: LinkConnection, poller: Poller) {
+  init(_ link: LinkConnection, host: Host) {
     self.link = link
-    self.poller = poller
+    poller = host.poller
+    scheduler = host.scheduler
     (news, tell) = AsyncStream.makeStream(bufferingPolicy: .bufferingNewest(64))
     let registration = poller.add(link.raw) { [self] in receive() }
     state.withLock { $0.registration = registration }
@@ -113,8 +115,7 @@ final class WorkerChannel: Sendable {
       defer { state.next += 1 }
       return state.next
     }
-    let clock = Task { [self] in
-      try await Task.sleep(for: limit)
+    let clock = scheduler.after(limit) { [self] in
       end(number, .failure(.overdue))
     }
     defer { clock.cancel() }

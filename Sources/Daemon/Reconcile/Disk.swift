@@ -86,7 +86,7 @@ final class Disk {
   /// Its worker has not answered and is being killed.
   var isBeingReplaced = false
   /// A worker of an earlier daemon, or one that does not answer, that could not be killed yet. It has the store's lock.
-  var lingering: ProcessHandle?
+  var lingering: (any HostProcess)?
   /// The worker's link when it is not in the directory: it was found, not started.
   var linkPath: String?
 
@@ -105,6 +105,8 @@ final class Disk {
   var busy = false
   var timer: Task<Void, Never>?
   var waiters: [UInt64: CheckedContinuation<Result<DeviceNode, DiskFailure>, Never>] = [:]
+  /// Waiters from this number on have come after the last look at xenstore.
+  var firstUnseen: UInt64 = 0
   /// What was written to xenstore last.
   var published: DiskNodes?
 
@@ -195,11 +197,12 @@ final class Disk {
   }
 
   /// What is remembered with the store's log.
-  func pendingInfo(why: String? = nil) -> PendingInfo {
+  /// `now`: Unix time.
+  func pendingInfo(why: String? = nil, now: Int64) -> PendingInfo {
     PendingInfo(
       store: spec?.store ?? "", params: params, disk: id, vdev: vdev, domainName: domainName,
       files: allowed, device: device?.kind == .dm ? device?.path : nil, why: why,
-      since: Reconciler.unixTime)
+      since: now)
   }
 
   /// Why nothing can be done with the store yet: its former worker cannot be killed.

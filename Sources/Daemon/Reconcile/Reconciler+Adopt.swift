@@ -26,11 +26,11 @@ extension Reconciler {
     }
     formerWorkers = Set(workers)
     adopting = Set(found)
-    for id in found { Task { await self.adopt(id) } }
+    for id in found { scheduler.start { await self.adopt(id) } }
     // A disk whose files are on a file system that hangs is taken over when that answers; the
     // others do not wait for it.
-    let end = ContinuousClock.now + Reconciler.adoptionTime
-    while !adopting.isEmpty, ContinuousClock.now < end { await pause(.milliseconds(10)) }
+    let end = scheduler.now + Reconciler.adoptionTime
+    while !adopting.isEmpty, scheduler.now < end { await pause(.milliseconds(10)) }
     for id in adopting {
       log.error(
         "a disk's files do not answer: it is taken over when they do", metadata: ["disk": "\(id)"])
@@ -62,55 +62,70 @@ extension Reconciler {
     } catch { log.error("cannot end a recovery", metadata: ["error": "\(error)"]) }
   }
 
+  /// Takes over one disk, as soon as the host lets it: what fails is tried again, later and later. The
+  /// disk is known from the beginning, so that meanwhile nobody starts it or ends its device.
   private func adopt(_ id: DiskID) async {
-    let directory = DiskDirectory(configuration, id)
-    let disk = Disk(id, configuration: configuration, now: Reconciler.unixTime)
+    let disk = Disk(id, configuration: configuration, now: scheduler.unixTime)
     disk.busy = true
-    defer {
-      adopting.remove(id)
-      adopted(disk)
-    }
-    let log = log(for: disk)
-    do throws(IOError) {
-      let record = try await offload.run { () throws(IOError) in try directory.load() }
-      guard let record, let device = record.device, let spec = Reconciler.spec(record.params)
-      else {
-        // It was not yet served, or its file was not written to the end.
-        try await end(record, directory)
-        try await offload.run { () throws(IOError) in try directory.remove() }
-        return
-      }
-      disk.params = record.params
-      disk.spec = spec
-      disk.readOnly = record.readOnly
-      disk.vdev = record.vdev
-      disk.allowed = record.files
-      disk.identities = record.identities
-      disk.isComplete = record.isComplete
-      disk.since = record.since
-      guard try await isAttached(disk, device) else {
-        log.error("the device has gone", metadata: ["device": "\(device.path)"])
-        try await takeOldLog(disk, record, directory)
-        if try await linger(disk, record, directory) {
-          table[id] = disk
-          return
+    table[id] = disk
+    var attempt = 0
+    while !ending {
+      disk.activity = disk.activity ?? "it is taken over from an earlier daemon"
+      do throws(IOError) {
+        try await takeOver(disk)
+        break
+      } catch {
+        let reason = "cannot take the disk over: \(error) (it is tried again)"
+        if disk.activity != reason {
+          disk.activity = reason
+          log(for: disk).error("cannot take the disk over", metadata: ["error": "\(error)"])
         }
-        try await offload.run { () throws(IOError) in try directory.remove() }
-        return
+        await pause(Reconciler.patience(attempt))
+        attempt += 1
       }
-      disk.device = device
-      table[id] = disk
-      if await !takeOver(disk, record) {
-        _ = try await linger(disk, record, directory)
-        try await takeOldLog(disk, record, directory)
-        disk.phase = .restarting(at: .now, why: "an earlier daemon has left it without one")
-        log.error("the worker is gone and is replaced", metadata: ["worker": "\(record.worker)"])
-      }
-    } catch {
-      table[id] = disk
-      disk.phase = .failed(DiskFailure(error), attached: disk.device != nil)
-      log.error("cannot take the disk over", metadata: ["error": "\(error)"])
     }
+    disk.activity = nil
+    adopting.remove(id)
+    disk.due = true
+    adopted(disk)
+  }
+
+  /// One attempt. Afterwards the disk is served, has a device and waits for a worker, waits for a
+  /// worker to end, or holds nothing.
+  private func takeOver(_ disk: Disk) async throws(IOError) {
+    let directory = DiskDirectory(configuration, disk.id)
+    let log = log(for: disk)
+    let record = try await offload.run { () throws(IOError) in try directory.load() }
+    guard let record, let device = record.device, let spec = Reconciler.spec(record.params)
+    else {
+      // It was not yet served, or its file was not written to the end.
+      try await end(record, directory)
+      return try await offload.run { () throws(IOError) in try directory.remove() }
+    }
+    disk.params = record.params
+    disk.spec = spec
+    disk.readOnly = record.readOnly
+    disk.vdev = record.vdev
+    disk.allowed = record.files
+    disk.identities = record.identities
+    disk.isComplete = record.isComplete
+    disk.since = record.since
+    guard try await isAttached(disk, device) else {
+      log.error("the device has gone", metadata: ["device": "\(device.path)"])
+      try await takeOldLog(disk, record, directory)
+      if try await linger(disk, record, directory) { return }
+      try await offload.run { () throws(IOError) in try directory.remove() }
+      release(disk)
+      disk.spec = nil
+      return
+    }
+    disk.device = device
+    guard await !takeOver(disk, record) else { return }
+    _ = try await linger(disk, record, directory)
+    try await takeOldLog(disk, record, directory)
+    disk.phase = .restarting(
+      at: scheduler.now, why: "an earlier daemon has left it without one")
+    log.error("the worker is gone and is replaced", metadata: ["worker": "\(record.worker)"])
   }
 
   /// A disk is taken over, or not there. Its worker may have spoken meanwhile: steps are taken only
@@ -132,9 +147,10 @@ extension Reconciler {
     } catch {
       guard error.code == EBUSY else { throw error }
     }
-    disk.lingering = try await offload.run { () throws(IOError) -> ProcessHandle? in
+    let processes = host.processes
+    disk.lingering = try await offload.run { () throws(IOError) -> (any HostProcess)? in
       do throws(IOError) {
-        return try ProcessHandle(pid: record.worker, startTime: record.workerStart)
+        return try processes.process(record.worker, startTime: record.workerStart)
       } catch {
         if error.code == ESRCH || error.code == ENOENT { return nil }
         throw error
@@ -142,7 +158,7 @@ extension Reconciler {
     }
     guard let failure = disk.lingers else { return false }
     log(for: disk).error("a former worker lives on", metadata: ["reason": "\(failure)"])
-    disk.phase = .stopping(DiskPhase.Stuck(failure, retry: .now))
+    disk.phase = .stopping(DiskPhase.Stuck(failure, retry: scheduler.now))
     return true
   }
 
@@ -174,9 +190,10 @@ extension Reconciler {
     let path = record.link ?? DiskDirectory(configuration, disk.id).link
     let log = log(for: disk)
     do {
+      let processes = host.processes
       let (process, user, link) = try await offload.run { () throws(IOError) in
-        let process = try ProcessHandle(pid: record.worker, startTime: record.workerStart)
-        return (process, try process.user(), try LinkConnection(path: path))
+        let process = try processes.process(record.worker, startTime: record.workerStart)
+        return (process, try process.user(), try processes.link(at: path))
       }
       users.note(disk, user)
       disk.linkPath = record.link
@@ -332,43 +349,25 @@ extension Reconciler {
       users: configuration.workerUsers,
       others: formerWorkers.subtracting([record?.worker ?? 0])
         .union(table.values.compactMap { $0.worker?.process.pid }), live: liveWorkers)
-    let log = log
+    let (processes, log) = (host.processes, log)
     try await offload.run { () throws(IOError) in
-      try remains.end(log)
-      let link: LinkConnection
-      do throws(IOError) { link = try LinkConnection(path: directory.link) } catch {
-        switch error.code {
-        case ENOENT, ECONNREFUSED: return
-        case ETIMEDOUT: throw IOError(EBUSY, "end", "the worker at \(directory.link)")
-        default: throw error
-        }
-      }
-      do throws(LinkError) {
-        try link.send(.stop)
-        // Whoever has the link may never read it: all disks wait for this one.
-        let limit = ContinuousClock.now + .seconds(10)
-        while ContinuousClock.now < limit {
-          if case .end = try link.receive(milliseconds: 1000) { return }
-        }
-      } catch {
-        // Gone in the middle of a word is gone, too.
-        if case .io = error { return }
-      }
-      throw IOError(EBUSY, "end", "the worker at \(directory.link)")
+      try processes.end(remains, log)
+      try processes.endListener(at: directory.link)
     }
   }
 
   private func end(_ record: DiskRecord) async throws(IOError) {
+    let host = host
     try await offload.run { () throws(IOError) in
-      let process: ProcessHandle
+      let process: any HostProcess
       do throws(IOError) {
-        process = try ProcessHandle(pid: record.worker, startTime: record.workerStart)
+        process = try host.processes.process(record.worker, startTime: record.workerStart)
       } catch {
         if error.code == ESRCH || error.code == ENOENT { return }
         throw error
       }
       try process.send(SIGKILL)
-      for _ in 0..<500 where !process.hasEnded { usleep(10_000) }
+      for _ in 0..<500 where !process.hasEnded { host.scheduler.block(for: .milliseconds(10)) }
       guard process.hasEnded else { throw IOError(EBUSY, "end", "process \(record.worker)") }
       // A child of ours when the earlier daemon lived in this very process.
       do throws(IOError) { _ = try process.reap() } catch {

@@ -15,7 +15,7 @@ extension Reconciler {
     guard takesWaiters else { return .failure(.ending) }
     let limit = configuration.attachTimeout
     if table[id] == nil {
-      table[id] = Disk(id, configuration: configuration, now: Reconciler.unixTime)
+      table[id] = Disk(id, configuration: configuration, now: scheduler.unixTime)
     }
     if let disk = table[id] {
       disk.released = false
@@ -28,10 +28,7 @@ extension Reconciler {
     guard let disk = table[id] else { return .failure(.ending) }
     let number = nextWaiter
     nextWaiter += 1
-    let clock = Task { [weak self] in
-      do { try await Task.sleep(for: limit) } catch { return }
-      await self?.overdue(id, number, limit)
-    }
+    let clock = scheduler.after(limit) { [weak self] in await self?.overdue(id, number, limit) }
     defer { clock.cancel() }
     return await withCheckedContinuation { continuation in
       disk.waiters[number] = continuation
@@ -85,13 +82,13 @@ extension Reconciler {
       disk.backOff.reset()
       // The admin has read why it failed: its images may name other files now.
       disk.isComplete = false
-      enter(disk, attached ? .restarting(at: .now) : .idle)
+      enter(disk, attached ? .restarting(at: scheduler.now) : .idle)
       mark(disk.id)
     }
     for disk in table.values {
       if case .stopping(_?) = disk.phase { hurry(disk) }
     }
-    Task { await recoverAll() }
+    scheduler.start { await self.recoverAll() }
   }
 
   /// What is known of the disks of a domain, by number or name, or of all, of attaches that
@@ -122,7 +119,7 @@ extension Reconciler {
     var status = DiskStatus(
       domain: id.domain, vdev: disk.vdev, number: id.device, state: disk.phase.publicState,
       since: disk.since, readOnly: disk.readOnly,
-      restarts: disk.backOff.recent(at: .now))
+      restarts: disk.backOff.recent(at: scheduler.now))
     status.domainName = disk.domainName
     status.format = disk.spec?.format
     status.store = disk.spec?.store
@@ -246,7 +243,7 @@ extension Reconciler {
     // Whoever is in the middle of a step may finish it, within reason: what is not finished
     // is ended and begun anew by the next daemon.
     for _ in 0..<300 where table.values.contains(where: \.busy) {
-      do { try await Task.sleep(for: .milliseconds(10)) } catch { break }
+      do { try await scheduler.sleep(for: .milliseconds(10)) } catch { break }
     }
     await announce("stopped")
     for disk in table.values {
@@ -257,6 +254,14 @@ extension Reconciler {
 }
 
 extension DiskPhase {
+  /// Whether a worker that does not answer is in the way.
+  var needsWorker: Bool {
+    switch self {
+    case .serving, .stopping(_?): true
+    default: false
+    }
+  }
+
   /// Whether a worker serves, whatever the trouble.
   var isServing: Bool {
     if case .serving = self { return true }

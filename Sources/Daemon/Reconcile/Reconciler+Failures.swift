@@ -77,7 +77,7 @@ extension Reconciler {
 
   private func saveFailures() {
     let (path, list, log) = (failuresPath, failures, log)
-    Task { [offload] in
+    scheduler.start { [offload] in
       do {
         let text = String(decoding: try ControlLine.encode(list), as: UTF8.self)
         try await offload.run { () throws(IOError) in try TextFile.replace(path, with: text) }

@@ -57,7 +57,7 @@ extension Reconciler {
     }
   }
 
-  /// Devices of ours that no disk of the table has.
+  /// Devices of ours that no disk of the table has, and none that is being taken over.
   func foundDevices() async -> [(DiskID, DeviceNode)] {
     var found: [(DiskID, DeviceNode)] = []
     let (attacher, mapper) = (attacher, mapper)
@@ -76,7 +76,7 @@ extension Reconciler {
       log.error("cannot look for devices of the device-mapper", metadata: ["error": "\(error)"])
     }
     let known = Set(table.values.compactMap(\.device))
-    return found.filter { !known.contains($0.1) }
+    return found.filter { !known.contains($0.1) && !adopting.contains($0.0) }
   }
 
   /// Whether a device was made and never brought into use.
@@ -97,7 +97,7 @@ extension Reconciler {
   private func adopt(
     _ id: DiskID, _ device: DeviceNode, _ sight: Sight, _ wanted: WantedDisk, _ spec: Spec
   ) async {
-    let disk = Disk(id, configuration: configuration, now: Reconciler.unixTime)
+    let disk = Disk(id, configuration: configuration, now: scheduler.unixTime)
     disk.sight = sight
     disk.params = wanted.params
     disk.spec = spec
@@ -114,7 +114,7 @@ extension Reconciler {
     do throws(DiskFailure) {
       try await blocking { () throws(IOError) in try directory.make() }
       guard let worker = try await find(disk, spec) else {
-        disk.phase = .restarting(at: .now, why: "no worker of it was found")
+        disk.phase = .restarting(at: scheduler.now, why: "no worker of it was found")
         return
       }
       var record = DiskRecord(
@@ -141,19 +141,19 @@ extension Reconciler {
   }
 
   /// The worker that serves a disk, if one runs.
-  private func find(_ disk: Disk, _ spec: Spec) async throws(DiskFailure) -> FoundWorker? {
-    let id = disk.id
+  private func find(_ disk: Disk, _ spec: Spec) async throws(DiskFailure) -> (any WorkerAtLarge)? {
+    let (id, processes) = (disk.id, host.processes)
     return try await blocking { () throws(IOError) in
       var status = stat()
       guard stat(spec.store, &status) == 0 else { return nil }
       let identity = FileIdentity(status)
-      return try FoundWorker.all().first { $0.disk == id && $0.has(identity) }
+      return try processes.workers().first { $0.disk == id && $0.has(identity) }
     }
   }
 
   /// Ends a worker that cannot be spoken to. What it could not commit is in its log, which has
   /// no name any more and gets one.
-  private func replace(_ worker: FoundWorker, of disk: Disk) async throws(DiskFailure) {
+  private func replace(_ worker: any WorkerAtLarge, of disk: Disk) async throws(DiskFailure) {
     let (limit, registry) = (configuration.stopTimeout, configuration.registry)
     let (store, readOnly) = (disk.spec?.store ?? "", disk.readOnly)
     let hasEnded = try await blocking { () throws(IOError) in
@@ -168,7 +168,7 @@ extension Reconciler {
         "the worker (process \(worker.process.pid)) of an earlier daemon cannot be killed: it waits"
           + " for a device or file system that hangs; run 'dmu-xen reload' when that answers")
     }
-    disk.phase = .restarting(at: .now, why: "the link of its former worker was lost")
+    disk.phase = .restarting(at: scheduler.now, why: "the link of its former worker was lost")
   }
 
   // MARK: - Strays

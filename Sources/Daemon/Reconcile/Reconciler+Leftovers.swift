@@ -128,7 +128,8 @@ extension Reconciler {
   /// device wants udev to probe it.
   func sweepLoopMarks() async {
     do throws(IOError) {
-      try await offload.run { () throws(IOError) in try LoopMarks.host.sweep() }
+      let mapper = mapper
+      try await offload.run { () throws(IOError) in try mapper.sweepMarks() }
     } catch {
       log.warning(
         "marks of loop devices are left: udev will not probe what gets these devices next",
@@ -138,10 +139,11 @@ extension Reconciler {
 
   /// Workers whose links were made for disks of this daemon's run directory, or for devices that
   /// are ours, and that no disk has.
-  private func strayWorkers() async throws(DiskFailure) -> [FoundWorker] {
+  private func strayWorkers() async throws(DiskFailure) -> [any WorkerAtLarge] {
     let known = Set((Array(table.values) + recovering.values).compactMap { $0.worker?.process.pid })
     let run = configuration.runDirectory
-    let found = try await blocking { () throws(IOError) in try FoundWorker.all() }
+    let processes = host.processes
+    let found = try await blocking { () throws(IOError) in try processes.workers() }
     return found.filter { !known.contains($0.process.pid) && $0.link.hasPrefix(run + "/") }
   }
 }

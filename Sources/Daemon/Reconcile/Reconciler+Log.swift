@@ -165,7 +165,7 @@ extension Reconciler {
   /// Writes whose the log is.
   func describeLog(_ disk: Disk) async throws(DiskFailure) {
     guard let entry = disk.entry else { return }
-    var info = disk.pendingInfo()
+    var info = disk.pendingInfo(now: scheduler.unixTime)
     let written = disk.files.filter { $0.key.need.writable }.map(\.value)
     do throws(IOError) {
       for image in written { info.others.append(try PendingRegistry.key(of: image.file)) }
@@ -234,7 +234,7 @@ extension Reconciler {
   /// Leaves a log to whoever takes the store up next, or removes it when it holds nothing.
   func keepLog(_ disk: Disk, why: String) async {
     guard let entry = disk.entry else { return }
-    let info = disk.pendingInfo(why: why)
+    let info = disk.pendingInfo(why: why, now: scheduler.unixTime)
     do throws(DiskFailure) {
       let summary = try await blocking { () throws(IOError) in
         let summary = try entry.summary()
@@ -306,7 +306,7 @@ extension Reconciler {
         "nobody knows whose the pending log \(entry.path) is: attach the disk whose store it is, or"
           + " give it up with 'dmu-xen discard-pending \(entry.key)'")
     }
-    let disk = Disk(info.disk, configuration: configuration, now: Reconciler.unixTime)
+    let disk = Disk(info.disk, configuration: configuration, now: scheduler.unixTime)
     disk.directoryPath = configuration.recoveryDirectory + "/" + entry.key
     disk.params = info.params
     disk.spec = spec

@@ -85,7 +85,7 @@ extension Reconciler {
   /// Gives the node to the worker and waits until it has told the whole mapping.
   private func handNode(_ disk: Disk) async throws(DiskFailure) {
     guard let worker = disk.worker else { return }
-    let (mapper, id) = (mapper, disk.id)
+    let (mapper, id, scheduler) = (mapper, disk.id, scheduler)
     let node = try await offload.run { () throws(DiskFailure) in
       // The last worker's descriptor goes a moment after its process, or is still on its way.
       var attempts = 100
@@ -93,7 +93,7 @@ extension Reconciler {
         do throws(IOError) { return PassedDescriptor(try mapper.openNode(id)) } catch {
           guard error.code == EBUSY, attempts > 0 else { throw DiskFailure.node(error) }
           attempts -= 1
-          usleep(50_000)
+          scheduler.block(for: .milliseconds(50))
         }
       }
     }
@@ -245,8 +245,8 @@ extension Reconciler {
     } else {
       flush = DeviceFlush()
       disk.flush = flush
-      let (mapper, flushing, id) = (mapper, flushing, disk.id)
-      Task { [weak self] in
+      let (mapper, flushing, id) = (mapper, host.flushing, disk.id)
+      scheduler.start { [weak self] in
         let result = await flushing.run { () -> IOError? in
           do throws(IOError) {
             try mapper.flush(device)
@@ -257,7 +257,7 @@ extension Reconciler {
         await self?.flushed(id)
       }
     }
-    guard await flush.ended.wait(configuration.stopTimeout) else {
+    guard await flush.ended.wait(configuration.stopTimeout, scheduler) else {
       return DiskFailure(
         .device,
         "the device \(device.path) is not written out: it waits for a device or file system below it"

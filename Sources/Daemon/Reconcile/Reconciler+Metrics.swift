@@ -9,7 +9,7 @@ internal import Posix
 extension Reconciler {
   /// As `status`, with what was measured.
   func metrics(domain: String?) async throws(DiskFailure) -> [DiskStatus] {
-    measuredAt = .now
+    measuredAt = scheduler.now
     var disks = try await status(domain: domain, isDetailed: true)
     for index in disks.indices where disks[index].transport == .dm {
       let id = DiskID(domain: disks[index].domain, device: disks[index].number)
@@ -30,7 +30,7 @@ extension Reconciler {
 
   /// Ends the measuring when nobody has asked for long, also what an earlier daemon began.
   func endMeasuring() async {
-    guard let last = measuredAt, last + configuration.measuringTime < .now else { return }
+    guard let last = measuredAt, last + configuration.measuringTime < scheduler.now else { return }
     measuredAt = nil
     let mapper = mapper
     for disk in Array(table.values) where disk.device?.kind == .dm {

@@ -30,11 +30,11 @@ extension Reconciler {
     var result = RecoveredStore(
       store: store, placements: held, holds: "\(held) placements in its device", error: nil)
     hurry(disk)
-    let end = ContinuousClock.now + configuration.stopTimeout + .seconds(10)
-    while ContinuousClock.now < end {
+    let end = scheduler.now + configuration.stopTimeout + .seconds(10)
+    while scheduler.now < end {
       await pause(.milliseconds(100))
       guard table[disk.id] === disk, case .stopping(let stuck) = disk.phase else { return result }
-      guard let stuck, !disk.busy, stuck.retry > .now else { continue }
+      guard let stuck, !disk.busy, stuck.retry > scheduler.now else { continue }
       result.error = stuck.failure.sentence
       return result
     }
@@ -82,7 +82,7 @@ extension Reconciler {
     }
     disk.pending = nil
     disk.backOff.reset()
-    enter(disk, .restarting(at: .now))
+    enter(disk, .restarting(at: scheduler.now))
     mark(disk.id)
     return lost
   }

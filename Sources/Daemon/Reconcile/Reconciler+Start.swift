@@ -134,7 +134,7 @@ extension Reconciler {
           throw .failed(failure)
         }
         disk.activity = "waiting for another program to let go of the \(role.rawValue)"
-        do { try await Task.sleep(for: .milliseconds(100)) } catch { throw .failed(.gone) }
+        do { try await scheduler.sleep(for: .milliseconds(100)) } catch { throw .failed(.gone) }
         guard await isStillWanted(disk) else { throw .unwanted }
       }
     }
@@ -253,7 +253,8 @@ extension Reconciler {
       return .storeIsBase(path, of: users.map(\.holder).sorted { $0.id < $1.id })
     }
     guard last else { return nil }
-    let programs = await offload.run { FileUsers.programs(of: identity) }
+    let processes = host.processes
+    let programs = await offload.run { processes.programs(using: identity) }
     return .inUseElsewhere(role, path, programs)
   }
 
@@ -263,7 +264,7 @@ extension Reconciler {
     do throws(XenStoreError) {
       guard let sight = try await view.look(holder.id) else { return }
       holder.sight = sight
-      if holder.isAbandoned(sight, now: Reconciler.unixTime) {
+      if holder.isAbandoned(sight, now: scheduler.unixTime) {
         log(for: holder).warning(
           "the disk of this domain itself was never connected and lets go of its store")
         holder.released = true
@@ -346,16 +347,22 @@ extension Reconciler {
     await keepLog(disk, why: failure?.sentence ?? "the disk waits for its store")
     disk.entry = nil
     if let stuck = await closeFiles(disk) { return stuck }
-    let directory = disk.directory(configuration)
-    let unfinished = disk.newStore
-    do throws(IOError) {
-      try await offload.run { () throws(IOError) in
+    if let stuck = await cleanUp(disk) { return stuck }
+    release(disk)
+    return nil
+  }
+
+  /// Removes the disk's directory, and a store that was made for it and never served. Why that is
+  /// not possible yet, if so.
+  func cleanUp(_ disk: Disk) async -> DiskFailure? {
+    let (directory, unfinished) = (disk.directory(configuration), disk.newStore)
+    do throws(DiskFailure) {
+      try await blocking { () throws(IOError) in
         try directory.remove()
         if let unfinished { try Images.remove(unfinished) }
       }
-    } catch { log(for: disk).error("cannot clean up", metadata: ["error": "\(error)"]) }
-    release(disk)
-    return nil
+      return nil
+    } catch { return error }
   }
 
   /// Drops the descriptors; the locks go with the last of them.

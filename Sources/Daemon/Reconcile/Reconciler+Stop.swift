@@ -41,12 +41,6 @@ extension Reconciler {
     disk.timer?.cancel()
     disk.activity = nil
     if let stuck = await takeDown(disk) { return keepStopping(disk, stuck) }
-    let directory = disk.directory(configuration)
-    do throws(IOError) {
-      try await offload.run { () throws(IOError) in try directory.remove() }
-    } catch {
-      log(for: disk).error("cannot clean up", metadata: ["error": "\(error)"])
-    }
     release(disk)
     disk.spec = nil
     disk.orphaned = false
@@ -63,7 +57,8 @@ extension Reconciler {
     if let stuck = await stopWorker(disk) { return stuck }
     if let stuck = await endLog(disk) { return stuck }
     disk.entry = nil
-    return await closeFiles(disk)
+    if let stuck = await closeFiles(disk) { return stuck }
+    return await cleanUp(disk)
   }
 
   /// Closes everything that the disk has open, on another thread: the last close of a block device
@@ -81,10 +76,10 @@ extension Reconciler {
       images = []
       (disk.store, disk.base, disk.files, disk.backings) = (nil, nil, [:], [])
       disk.pending = nil
-      let (flushing, log, remains) = (flushing, log(for: disk), remains(of: disk))
-      Task {
-        let failure = await flushing.run { () -> IOError? in
-          do throws(IOError) { try remains.end(log) } catch {
+      let (host, log, remains) = (host, log(for: disk), remains(of: disk))
+      scheduler.start {
+        let failure = await host.flushing.run { () -> IOError? in
+          do throws(IOError) { try host.processes.end(remains, log) } catch {
             _ = held.close()
             return error
           }
@@ -96,7 +91,7 @@ extension Reconciler {
         ended.set()
       }
     }
-    guard await ended.wait(configuration.stopTimeout) else {
+    guard await ended.wait(configuration.stopTimeout, scheduler) else {
       return DiskFailure(
         .device,
         "its base or another of its files cannot be closed: a device or file system hangs; the disk"
@@ -106,17 +101,22 @@ extension Reconciler {
     return nil
   }
 
+  /// How long to wait before something is tried again that has failed so often before.
+  static func patience(_ attempts: Int) -> Duration {
+    let waits: [Duration] = [.seconds(1), .seconds(2), .seconds(5), .seconds(10), .seconds(30)]
+    return waits[min(attempts, waits.count - 1)]
+  }
+
   /// Goes on being `stopping`, with the reason, and tries again later and later.
   func keepStopping(_ disk: Disk, _ failure: DiskFailure) {
-    let waits: [Duration] = [.seconds(1), .seconds(2), .seconds(5), .seconds(10), .seconds(30)]
-    let wait = waits[min(disk.stuckCount, waits.count - 1)]
+    let wait = Reconciler.patience(disk.stuckCount)
     var isNews = true
     if case .stopping(let before?) = disk.phase { isNews = before.failure != failure }
     if isNews || disk.stuckCount == 0 {
       log(for: disk).error("the disk cannot go yet", metadata: ["reason": "\(failure)"])
     }
     disk.stuckCount += 1
-    let retry = ContinuousClock.now + wait
+    let retry = scheduler.now + wait
     enter(disk, .stopping(DiskPhase.Stuck(failure, retry: retry)))
     wake(disk, after: wait)
   }
@@ -124,7 +124,7 @@ extension Reconciler {
   /// Tries at once what a disk that cannot go waits to try.
   func hurry(_ disk: Disk) {
     if case .stopping(var stuck?) = disk.phase {
-      stuck.retry = .now
+      stuck.retry = scheduler.now
       disk.phase = .stopping(stuck)
     }
     mark(disk.id)
@@ -186,6 +186,6 @@ extension Reconciler {
 
   /// Sleeps; a task that is cancelled only hurries, and lets others on.
   func pause(_ time: Duration) async {
-    do { try await Task.sleep(for: time) } catch { await Task.yield() }
+    do { try await scheduler.sleep(for: time) } catch { await Task.yield() }
   }
 }

@@ -120,23 +120,23 @@ extension Reconciler {
     let (remains, log) = (remains(of: disk), log(for: disk))
     disk.linkPath = nil
     disk.verdict = nil
-    let (launcher, configuration, id) = (launcher, configuration, disk.id)
+    let (host, configuration, id) = (host, configuration, disk.id)
     let live = liveWorkers
     let user = try users.take(disk, configuration.workerUsers)
     let (process, link) = try await offload.run { () throws(DiskFailure) in
       do throws(IOError) {
-        try remains.end(log)
+        try host.processes.end(remains, log)
         try DescriptorReserve.check()
         // It is there, unless somebody has wiped the run directory.
         try directory.make()
         try directory.removeLink()
         let listener = try UnixSocket.listen(at: directory.link, kind: .packets)
         let process = try live.start { () throws(IOError) in
-          try launcher.launch(
+          try host.launcher.launch(
             disk: id, listener: listener.raw, user: user, configuration: configuration)
         }
         do throws(IOError) {
-          return (process, try LinkConnection(path: directory.link))
+          return (process, try host.processes.link(at: directory.link))
         } catch {
           try process.send(SIGKILL)
           // Collected, or it would stay as a zombie.
@@ -152,21 +152,21 @@ extension Reconciler {
   }
 
   /// Takes a process as the disk's worker.
-  func follow(_ disk: Disk, _ process: ProcessHandle, _ link: LinkConnection) -> Worker {
+  func follow(_ disk: Disk, _ process: any HostProcess, _ link: LinkConnection) -> Worker {
     disk.generation += 1
     let (id, generation) = (disk.id, disk.generation)
-    let channel = WorkerChannel(link, poller: poller)
+    let channel = WorkerChannel(link, host: host)
     let live = liveWorkers
     live.insert(process.pid)
     let worker = Worker(
-      process: process, channel: channel, poller: poller, live: live
-    ) { [weak self] how in
+      process: process, channel: channel, host: host, live: live
+    ) { [weak self, scheduler] how in
       channel.closeAfterLastWords()
-      Task { await self?.ended(id, generation, how) }
+      scheduler.start { [weak self] in await self?.ended(id, generation, how) }
     }
     disk.worker = worker
     disk.former = FormerWorker(pid: process.pid, startTime: process.startTime)
-    Task { [weak self] in
+    scheduler.start { [weak self] in
       for await news in channel.news { await self?.hear(id, generation, news) }
     }
     watchHearts()
@@ -260,14 +260,15 @@ extension Reconciler {
   private func watchHearts() {
     guard !isWatchingHearts else { return }
     isWatchingHearts = true
-    Task { [weak self] in
+    scheduler.start { [weak self, scheduler] in
       while let pause = await self?.beat() {
-        do { try await Task.sleep(for: pause) } catch { return }
+        do { try await scheduler.sleep(for: pause) } catch { return }
       }
     }
   }
 
-  /// Asks every worker that serves, and replaces those that have not answered three times.
+  /// Asks every worker that serves or that a device needs in order to go, and replaces those that
+  /// have not answered three times.
   /// Answers when to ask again; nil: never.
   private func beat() -> Duration? {
     guard !ending else { return nil }
@@ -275,26 +276,28 @@ extension Reconciler {
     // A reload may change it.
     guard pause != .zero else { return .seconds(10) }
     for disk in table.values {
-      guard case .serving = disk.phase, !disk.busy, let worker = disk.worker, worker.ended == nil,
+      guard disk.phase.needsWorker, !disk.busy, let worker = disk.worker, worker.ended == nil,
         worker.channel.ping() >= 3
       else { continue }
-      Task { await replaceSilent(disk, worker, pause * 3) }
+      let id = disk.id
+      scheduler.start { await self.replaceSilent(id, worker, pause * 3) }
     }
     return pause
   }
 
   /// Replaces a worker that does not answer.
-  private func replaceSilent(_ disk: Disk, _ worker: Worker, _ silence: Duration) async {
-    guard disk.worker === worker, !disk.isBeingReplaced else { return }
+  private func replaceSilent(_ id: DiskID, _ worker: Worker, _ silence: Duration) async {
+    guard let disk = table[id], disk.worker === worker, !disk.isBeingReplaced else { return }
     disk.isBeingReplaced = true
     defer { disk.isBeingReplaced = false }
-    let (id, generation) = (disk.id, disk.generation)
+    let generation = disk.generation
     let why = "it has not answered for \(silence.components.seconds) seconds"
     let isKilled = await replace(worker, of: disk, why)
     guard !isKilled, let disk = current(id, generation) else { return }
     // It waits in the kernel, and has the store until that answers.
     disk.lingering = worker.process
-    died(disk, why)
+    // One that is on its way out tells of it and waits.
+    if case .serving = disk.phase { died(disk, why) }
   }
 
   // MARK: - Replacing
@@ -305,7 +308,7 @@ extension Reconciler {
     disk.worker = nil
     disk.generation += 1
     disk.socketLost = false
-    let now = ContinuousClock.now
+    let now = scheduler.now
     if let delay = disk.backOff.next(at: now) {
       log(for: disk).error(
         "the worker died and is replaced", metadata: ["reason": "\(why)", "in": "\(delay)"])
@@ -323,7 +326,7 @@ extension Reconciler {
   /// Starts a new worker for a device that is there.
   func restart(_ disk: Disk) async {
     if let failure = disk.lingers {
-      return enter(disk, .restarting(at: .now + .seconds(2), why: failure.sentence))
+      return enter(disk, .restarting(at: scheduler.now + .seconds(2), why: failure.sentence))
     }
     do throws(DiskFailure) {
       try await reopen(disk)
@@ -361,7 +364,8 @@ extension Reconciler {
         (disk.identities.store, disk.identities.base) = (store.identity, base?.identity)
       case .missing: throw .storeNotMade(spec, "its disk was in use")
       case .locked(let role, let identity):
-        let programs = await offload.run { FileUsers.programs(of: identity) }
+        let processes = host.processes
+        let programs = await offload.run { processes.programs(using: identity) }
         throw .inUseElsewhere(role, role == .store ? spec.store : spec.base ?? "", programs)
       }
     }
@@ -395,15 +399,12 @@ extension Reconciler {
     let waits = BackOff.delays
     disk.socketRetries = min(disk.socketRetries + 1, waits.count - 1)
     do throws(DiskFailure) {
-      do { try await Task.sleep(for: waits[disk.socketRetries - 1]) } catch { return }
+      do { try await scheduler.sleep(for: waits[disk.socketRetries - 1]) } catch { return }
       try await replaceSocketOnce(disk)
       log(for: disk).notice("the device got a new socket")
       let retries = disk.socketRetries
       let id = disk.id
-      Task { [weak self] in
-        do { try await Task.sleep(for: .seconds(5)) } catch { return }
-        await self?.socketHeld(id, retries)
-      }
+      _ = scheduler.after(.seconds(5)) { [weak self] in await self?.socketHeld(id, retries) }
     } catch {
       disk.socketLost = true
       log(for: disk).error("cannot replace the socket", metadata: ["error": "\(error)"])

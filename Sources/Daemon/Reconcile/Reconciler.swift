@@ -24,17 +24,8 @@ package actor Reconciler {
 
   var configuration: Configuration
   let configurationPath: String
-  let view: XenStoreView
-  let launcher: any WorkerLauncher
-  let attacher: any DeviceAttacher
-  let mapper: any DeviceMapping
+  let host: Host
   let manager: ServiceManager?
-  let poller: Poller
-  let offload = Offload()
-  /// The device-mapper's library takes one call at a time.
-  let mapping = Offload(threads: 1)
-  /// Flushes of devices that are about to go may hang for as long as what is below them.
-  let flushing = Offload(threads: 32)
   let log: Logger
   var table: [DiskID: Disk] = [:]
   /// The users that workers run as.
@@ -57,7 +48,7 @@ package actor Reconciler {
   var takesWaiters = true
   var isWatchingHearts = false
   /// When metrics were asked for last, or this daemon started; nil: the kernel measures nothing.
-  var measuredAt: ContinuousClock.Instant? = .now
+  var measuredAt: ContinuousClock.Instant?
   /// Disks of an earlier daemon that are being taken over.
   var adopting: Set<DiskID> = []
   private var nextTurn: UInt64 = 0
@@ -69,20 +60,24 @@ package actor Reconciler {
   private var isAnnouncing = false
 
   init(
-    configuration: Configuration, configurationPath: String, view: XenStoreView,
-    launcher: any WorkerLauncher, attacher: any DeviceAttacher, mapper: any DeviceMapping,
+    configuration: Configuration, configurationPath: String, host: Host,
     manager: ServiceManager?, log: Logger
-  ) throws(IOError) {
+  ) {
     self.configuration = configuration
     self.configurationPath = configurationPath
-    self.view = view
-    self.launcher = launcher
-    self.attacher = attacher
-    self.mapper = mapper
+    self.host = host
     self.manager = manager
     self.log = log
-    poller = try Poller()
+    measuredAt = host.scheduler.now
   }
+
+  // For short: the parts of the host that are asked most.
+  nonisolated var scheduler: any Scheduling { host.scheduler }
+  nonisolated var view: any StoreView { host.view }
+  nonisolated var attacher: any DeviceAttacher { host.attacher }
+  nonisolated var mapper: any DeviceMapping { host.mapper }
+  nonisolated var offload: any Offloading { host.offload }
+  nonisolated var mapping: any Offloading { host.mapping }
 
   /// The log with a disk's name in every line.
   func log(for disk: Disk) -> Logger {
@@ -100,12 +95,12 @@ package actor Reconciler {
   func mark(_ id: DiskID) {
     guard !ending else { return }
     let disk =
-      table[id] ?? Disk(id, configuration: configuration, now: Reconciler.unixTime)
+      table[id] ?? Disk(id, configuration: configuration, now: scheduler.unixTime)
     table[id] = disk
     disk.due = true
     guard !disk.busy else { return }
     disk.busy = true
-    Task { await drive(id) }
+    scheduler.start { await self.drive(id) }
   }
 
   /// Looks at everything at once and marks the disks for which something has changed.
@@ -146,6 +141,7 @@ package actor Reconciler {
     guard let disk = table[id] else { return }
     while disk.due, !ending {
       disk.due = false
+      let waiter = nextWaiter
       do throws(XenStoreError) {
         guard let sight = try await view.look(id) else {
           disk.due = await storeForgotUs()
@@ -153,6 +149,7 @@ package actor Reconciler {
           continue
         }
         disk.sight = sight
+        disk.firstUnseen = waiter
         if sight.exists { disk.orphaned = false }
         if let vdev = sight.vdev { disk.vdev = vdev }
         // The entry was made anew, or somebody has written in our nodes.
@@ -176,7 +173,7 @@ package actor Reconciler {
   }
 
   private func takeStep(_ disk: Disk) async {
-    let now = ContinuousClock.now
+    let now = scheduler.now
     let step = disk.phase.step(
       wanted: disk.wanted, holderGone: holderIsGone(disk.phase), now: now)
     switch step {
@@ -213,10 +210,7 @@ package actor Reconciler {
   func wake(_ disk: Disk, after delay: Duration) {
     disk.timer?.cancel()
     let id = disk.id
-    disk.timer = Task { [weak self] in
-      do { try await Task.sleep(for: delay) } catch { return }
-      await self?.mark(id)
-    }
+    disk.timer = scheduler.after(delay) { [weak self] in await self?.mark(id) }
   }
 
   /// Runs one of the starts when it is its turn.
@@ -229,10 +223,7 @@ package actor Reconciler {
     nextTurn += 1
     let turn = nextTurn
     turns.insert(turn)
-    let clock = Task { [weak self] in
-      do { try await Task.sleep(for: Reconciler.turnTime) } catch { return }
-      await self?.giveOn(turn)
-    }
+    let clock = scheduler.after(Reconciler.turnTime) { [weak self] in await self?.giveOn(turn) }
     await body()
     clock.cancel()
     giveOn(turn)
@@ -279,7 +270,7 @@ package actor Reconciler {
     disk.phase = phase
     if case .idle = phase { return }
     if before != phase.publicState {
-      disk.since = Reconciler.unixTime
+      disk.since = scheduler.unixTime
       disk.isUnsaved = true
       var facts: Logger.Metadata = ["state": "\(phase.publicState.rawValue)"]
       if let error = phase.error { facts["error"] = "\(error)" }
@@ -292,16 +283,21 @@ package actor Reconciler {
     settle(disk)
   }
 
-  /// Answers those who wait for a disk that has come to rest.
+  /// Answers those who wait for a disk that has come to rest. Who came after the last look at
+  /// xenstore may wait for another disk of the same number: the next look tells.
   func settle(_ disk: Disk) {
     guard !disk.waiters.isEmpty else { return }
+    let answer: Result<DeviceNode, DiskFailure>
     switch disk.phase {
     case .serving:
-      guard let device = disk.device else { return }
-      for waiter in disk.waiters.values { waiter.resume(returning: .success(device)) }
-      disk.waiters = [:]
-    case .failed(let failure, _): refuseWaiters(disk, failure)
+      guard let device = disk.device, disk.wanted != nil else { return }
+      answer = .success(device)
+    case .failed(let failure, _): answer = .failure(failure)
     default: return
+    }
+    for (number, waiter) in disk.waiters where number < disk.firstUnseen {
+      disk.waiters[number] = nil
+      waiter.resume(returning: answer)
     }
   }
 
@@ -370,9 +366,6 @@ package actor Reconciler {
     isAnnouncing = false
     if isForgotten, state == "running" { _ = await storeForgotUs() }
   }
-
-  /// Seconds since 1970.
-  static var unixTime: Int64 { Int64(time(nil)) }
 }
 
 extension Disk {

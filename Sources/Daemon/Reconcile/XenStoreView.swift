@@ -53,7 +53,7 @@ struct DiskNodes: Sendable, Equatable {
 }
 
 /// The daemon's window on xenstore.
-struct XenStoreView: Sendable {
+struct XenStoreView: StoreView {
   /// Where the disks are, below this domain's own path.
   static let root = "backend/vbd"
   /// Where the daemon tells of itself, below this domain's own path.

@@ -87,10 +87,12 @@ package struct Daemon: Sendable {
     }
     let client = try XenStoreClient(wish)
     defer { client.close() }
-    let reconciler = try Reconciler(
-      configuration: configuration, configurationPath: configurationPath,
-      view: XenStoreView(client: client), launcher: surroundings.launcher,
-      attacher: surroundings.attacher, mapper: surroundings.mapper, manager: manager, log: log)
+    let host = Host(
+      poller: try Poller(), view: XenStoreView(client: client), launcher: surroundings.launcher,
+      attacher: surroundings.attacher, mapper: surroundings.mapper)
+    let reconciler = Reconciler(
+      configuration: configuration, configurationPath: configurationPath, host: host,
+      manager: manager, log: log)
     // Before anybody can ask for a disk: what is there already must be known.
     try await reconciler.adopt()
     let recovery = Task { await reconciler.recoverAll() }
