@@ -16,17 +16,22 @@ extension Reconciler {
   /// commits the logs that nobody uses any more.
   func adopt() async throws(IOError) {
     let configuration = configuration
-    let (found, workers) = try await offload.run { () throws(IOError) -> ([DiskID], [Int32]) in
+    let found = try await offload.run { () throws(IOError) -> [(DiskID, DiskRecord?)] in
       try PendingEntry.prepare(configuration.registry)
-      let found = try DiskDirectory.all(configuration)
-      let records = try found.map { id throws(IOError) in
-        try DiskDirectory(configuration, id).load()
+      return try DiskDirectory.all(configuration).map { id throws(IOError) in
+        (id, try DiskDirectory(configuration, id).load())
       }
-      return (found, records.compactMap { $0?.worker })
     }
-    formerWorkers = Set(workers)
-    adopting = Set(found)
-    for id in found { scheduler.start { await self.adopt(id) } }
+    formerWorkers = Set(found.compactMap { $0.1?.worker })
+    adopting = Set(found.map(\.0))
+    for (id, record) in found {
+      let disk = Disk(id, configuration: configuration, now: scheduler.unixTime)
+      disk.busy = true
+      // Its worker may write into it.
+      disk.entry = record?.pending.map { PendingEntry(configuration.registry, $0) }
+      table[id] = disk
+      scheduler.start { await self.adopt(id) }
+    }
     // A disk whose files are on a file system that hangs is taken over when that answers; the
     // others do not wait for it.
     let end = scheduler.now + Reconciler.adoptionTime
@@ -63,11 +68,10 @@ extension Reconciler {
   }
 
   /// Takes over one disk, as soon as the host lets it: what fails is tried again, later and later. The
-  /// disk is known from the beginning, so that meanwhile nobody starts it or ends its device.
+  /// disk is known from the beginning, so that meanwhile nobody starts it, ends its device or removes
+  /// its log.
   private func adopt(_ id: DiskID) async {
-    let disk = Disk(id, configuration: configuration, now: scheduler.unixTime)
-    disk.busy = true
-    table[id] = disk
+    guard let disk = table[id] else { return }
     var attempt = 0
     while !ending {
       disk.activity = disk.activity ?? "it is taken over from an earlier daemon"
@@ -88,6 +92,8 @@ extension Reconciler {
     adopting.remove(id)
     disk.due = true
     adopted(disk)
+    // A log that it has left is none of those that were seen to at the start.
+    if hasRecovered { await recoverAll() }
   }
 
   /// One attempt. Afterwards the disk is served, has a device and waits for a worker, waits for a
@@ -227,18 +233,22 @@ extension Reconciler {
       disk.socketLost = !report.attached
       disk.phase = .serving(DiskPhase.Trouble(report))
       log.info("took the worker over", metadata: ["worker": "\(record.worker)"])
+      // It may have ended meanwhile.
+      await checkWorker(disk)
       return true
     } catch {
       let reason = (error as? WorkerSilence)?.words ?? "\(error)"
       log.warning("cannot take the worker over", metadata: ["reason": "\(reason)"])
       disk.worker?.channel.close()
       let (device, allowed, identities) = (disk.device, disk.allowed, disk.identities)
+      let entry = disk.entry
       let isComplete = disk.isComplete
       release(disk)
       disk.isComplete = isComplete
       disk.device = device
       disk.allowed = allowed
       disk.identities = identities
+      disk.entry = entry
       disk.former = FormerWorker(pid: record.worker, startTime: record.workerStart)
       return false
     }

@@ -379,6 +379,7 @@ extension Reconciler {
 
   /// Tries once to commit every log that an earlier daemon has left; those that hold nothing go.
   func recoverAll() async {
+    hasRecovered = true
     let registry = configuration.registry
     do throws(DiskFailure) {
       let entries = try await blocking { () throws(IOError) in try PendingEntry.all(registry) }

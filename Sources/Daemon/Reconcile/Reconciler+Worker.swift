@@ -338,10 +338,10 @@ extension Reconciler {
       enter(disk, .serving(DiskPhase.Trouble(disk.report)))
       await checkWorker(disk)
     } catch {
-      if let worker = disk.worker {
-        do throws(IOError) { _ = try await worker.kill() } catch {
-          log(for: disk).error("cannot kill the worker", metadata: ["error": "\(error)"])
-        }
+      if let worker = disk.worker, let stuck = await killWorker(disk, worker) {
+        // It has the store until that answers.
+        disk.lingering = worker.process
+        log(for: disk).error("a worker lives on", metadata: ["reason": "\(stuck)"])
       }
       died(disk, error.sentence, hasFailed: true)
     }

@@ -51,6 +51,8 @@ package actor Reconciler {
   var measuredAt: ContinuousClock.Instant?
   /// Disks of an earlier daemon that are being taken over.
   var adopting: Set<DiskID> = []
+  /// The logs that an earlier daemon has left were seen to.
+  var hasRecovered = false
   private var nextTurn: UInt64 = 0
   /// Turns that are taken and not given on yet.
   private var turns: Set<UInt64> = []

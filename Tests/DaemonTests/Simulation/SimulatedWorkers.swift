@@ -31,7 +31,9 @@ final class SimulatedWorker: @unchecked Sendable {  // One thread.
   private var isKilled = false
   private var listener: PassedDescriptor?
   private var connection: LinkConnection?
-  private var registrations: [PollRegistration] = []
+  private var listening: PollRegistration?
+  private var linked: PollRegistration?
+  private var served: PollRegistration?
   private var files: [LinkRole: PassedDescriptor] = [:]
   private var asked: [(need: FileNeed, file: PassedDescriptor)] = []
   private var wanted: [FileNeed] = []
@@ -49,7 +51,7 @@ final class SimulatedWorker: @unchecked Sendable {  // One thread.
     end = try ends.first.duplicate()
     life = PassedDescriptor(try ends.second.duplicate())
     self.listener = PassedDescriptor(try SimulatedWorker.copy(listener))
-    watch(listener: true)
+    if let raw = self.listener?.raw { listening = watch(raw) { [self] in try accept() } }
   }
 
   static func copy(_ raw: Int32) throws(IOError) -> Descriptor {
@@ -71,7 +73,13 @@ final class SimulatedWorker: @unchecked Sendable {  // One thread.
   /// What it waited for in the kernel has answered.
   func unwedge() {
     isWedged = false
-    if isKilled { finish(.signalled(SIGKILL)) }
+    guard status == nil else { return }
+    if isKilled { return finish(.signalled(SIGKILL)) }
+    // It looks again at what it did not look at meanwhile.
+    forget(&listening)
+    forget(&linked)
+    if let raw = listener?.raw { listening = watch(raw) { [self] in try accept() } }
+    if let connection { linked = watch(connection.raw) { [self] in try receive(connection) } }
   }
 
   /// Ends it; nil: after it has committed.
@@ -80,12 +88,12 @@ final class SimulatedWorker: @unchecked Sendable {  // One thread.
     if how == nil { commit() }
     status = how ?? .exited(0)
     host.note("worker \(pid) of \(disk) ends: \(status.map { "\($0)" } ?? "")")
-    for registration in registrations { host.poller.remove(registration) }
-    registrations = []
+    forget(&listening)
     listener = nil
-    connection = nil
-    node = nil
+    drop()
+    forget(&served)
     socket = nil
+    node = nil
     life = nil
     (files, asked) = ([:], [])
   }
@@ -115,7 +123,9 @@ final class SimulatedWorker: @unchecked Sendable {  // One thread.
   }
 
   /// Whether it serves a device by a socket.
-  var servesSocket: Bool { status == nil && socket != nil && order?.readOnly == false }
+  var servesSocket: Bool {
+    status == nil && !isWedged && socket != nil && order?.readOnly == false
+  }
   var servesNode: Bool { status == nil && node != nil }
   var store: String { order?.storePath ?? "" }
 
@@ -138,6 +148,7 @@ final class SimulatedWorker: @unchecked Sendable {  // One thread.
   /// The kernel drops its end.
   func loseSocket() {
     guard socket != nil, status == nil else { return }
+    forget(&served)
     socket = nil
     send(.detached)
   }
@@ -165,33 +176,43 @@ final class SimulatedWorker: @unchecked Sendable {  // One thread.
 
   // MARK: The link
 
-  private func watch(listener isListener: Bool) {
-    guard let raw = isListener ? listener?.raw : connection?.raw else { return }
-    registrations.append(
-      host.poller.add(raw) { [self] in
-        guard status == nil, !isWedged else { return false }
-        do {
-          return isListener ? try accept() : try receive()
-        } catch {
-          host.note("worker \(pid) of \(disk): \(error)")
-          return false
-        }
-      })
+  /// A descriptor is watched no longer than it is open: its number comes again.
+  private func forget(_ registration: inout PollRegistration?) {
+    if let registration { host.poller.remove(registration) }
+    registration = nil
+  }
+
+  private func watch(_ raw: Int32, _ handle: @escaping @Sendable () throws -> Bool)
+    -> PollRegistration
+  {
+    host.poller.add(raw) { [self] in
+      guard status == nil, !isWedged else { return false }
+      do { return try handle() } catch {
+        host.note("worker \(pid) of \(disk): \(error)")
+        return false
+      }
+    }
+  }
+
+  private func drop() {
+    forget(&linked)
+    connection = nil
   }
 
   private func accept() throws -> Bool {
     guard let raw = listener?.raw, let new = try UnixSocket.accept(from: raw) else { return true }
-    connection = LinkConnection(new)
-    watch(listener: false)
+    drop()
+    let link = LinkConnection(new)
+    connection = link
+    linked = watch(link.raw) { [self] in try receive(link) }
     return true
   }
 
-  private func receive() throws -> Bool {
-    guard let connection else { return false }
-    switch try connection.receive() {
+  private func receive(_ link: LinkConnection) throws -> Bool {
+    switch try link.receive() {
     case .none: return true
     case .end:
-      if self.connection === connection { self.connection = nil }
+      drop()
       return false
     case .message(let message, let descriptors):
       let order = try WorkerOrder(message)
@@ -206,9 +227,7 @@ final class SimulatedWorker: @unchecked Sendable {  // One thread.
 
   private func send(_ report: WorkerReport, lending lent: [LinkRole: Int32] = [:]) {
     guard status == nil, let connection, !isMute else { return }
-    do throws(LinkError) { try connection.send(report, lending: lent) } catch {
-      self.connection = nil
-    }
+    do throws(LinkError) { try connection.send(report, lending: lent) } catch { drop() }
   }
 
   private func obey(_ order: WorkerOrder, _ descriptors: LinkDescriptors) {
@@ -259,13 +278,13 @@ final class SimulatedWorker: @unchecked Sendable {  // One thread.
 
   private func attach(_ descriptors: LinkDescriptors) {
     if let new = descriptors.take(.nbd) {
+      forget(&served)
       let raw = new.raw
       socket = PassedDescriptor(new)
-      registrations.append(
-        host.poller.add(raw) { [self] in
-          if self.socket?.raw == raw { loseSocket() }
-          return false
-        })
+      served = watch(raw) { [self] in
+        loseSocket()
+        return false
+      }
       return
     }
     guard let new = descriptors.take(.node) else { return }

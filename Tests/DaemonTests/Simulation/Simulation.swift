@@ -189,7 +189,7 @@ final class Simulation: @unchecked Sendable {  // One thread.
     let end = timeline.elapsed + time
     while host.violation == nil {
       steps += 1
-      guard steps < 500_000 else {
+      guard steps < 200_000 else {
         return host.violated("it does not come to rest: \(parts) of tasks, descriptors and timers")
       }
       if timeline.random.chance(10), dispatch() { continue }
