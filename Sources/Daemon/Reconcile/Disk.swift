@@ -167,9 +167,28 @@ final class Disk {
     spec?.base ?? allowed.first { $0.need.role == "base" }?.path
   }
 
-  /// Whether it has a file or device open as something else than its store.
+  /// The store that is its own, open or not: a device may stand on it while no worker is there and an
+  /// earlier daemon's descriptors are gone.
+  var ownStore: FileIdentity? { store?.identity ?? identities.store }
+
+  /// Whether a file or device is its own as something else than its store.
   func uses(_ identity: FileIdentity) -> Bool {
-    base?.identity == identity || files.values.contains { $0.identity == identity }
+    (base?.identity ?? identities.base) == identity
+      || files.values.contains { $0.identity == identity }
+      || allowed.contains { $0.identity == identity }
+  }
+
+  /// Takes over what an earlier daemon has written down.
+  func recall(_ record: DiskRecord, _ registry: PendingRegistry) {
+    params = record.params
+    spec = Reconciler.spec(record.params)
+    readOnly = record.readOnly
+    vdev = record.vdev
+    allowed = record.files
+    identities = record.identities
+    isComplete = record.isComplete
+    since = record.since
+    entry = record.pending.map { PendingEntry(registry, $0) }
   }
 
   /// What has to be remembered; nil before there is a worker.

@@ -27,8 +27,8 @@ extension Reconciler {
     for (id, record) in found {
       let disk = Disk(id, configuration: configuration, now: scheduler.unixTime)
       disk.busy = true
-      // Its worker may write into it.
-      disk.entry = record?.pending.map { PendingEntry(configuration.registry, $0) }
+      // Its log and its files are nobody else's.
+      if let record { disk.recall(record, configuration.registry) }
       table[id] = disk
       scheduler.start { await self.adopt(id) }
     }
@@ -90,8 +90,10 @@ extension Reconciler {
     }
     disk.activity = nil
     adopting.remove(id)
-    disk.due = true
+    // One that holds nothing is taken up, if it is wanted, when devices of no disk have gone.
+    if case .idle = disk.phase, !disk.due { table[id] = nil }
     adopted(disk)
+    wakeThoseWaiting(for: id)
     // A log that it has left is none of those that were seen to at the start.
     if hasRecovered { await recoverAll() }
   }
@@ -102,20 +104,16 @@ extension Reconciler {
     let directory = DiskDirectory(configuration, disk.id)
     let log = log(for: disk)
     let record = try await offload.run { () throws(IOError) in try directory.load() }
-    guard let record, let device = record.device, let spec = Reconciler.spec(record.params)
+    guard let record, let device = record.device, Reconciler.spec(record.params) != nil
     else {
       // It was not yet served, or its file was not written to the end.
       try await end(record, directory)
-      return try await offload.run { () throws(IOError) in try directory.remove() }
+      try await offload.run { () throws(IOError) in try directory.remove() }
+      release(disk)
+      disk.spec = nil
+      return
     }
-    disk.params = record.params
-    disk.spec = spec
-    disk.readOnly = record.readOnly
-    disk.vdev = record.vdev
-    disk.allowed = record.files
-    disk.identities = record.identities
-    disk.isComplete = record.isComplete
-    disk.since = record.since
+    disk.recall(record, configuration.registry)
     guard try await isAttached(disk, device) else {
       log.error("the device has gone", metadata: ["device": "\(device.path)"])
       try await takeOldLog(disk, record, directory)

@@ -76,7 +76,14 @@ extension Reconciler {
       log.error("cannot look for devices of the device-mapper", metadata: ["error": "\(error)"])
     }
     let known = Set(table.values.compactMap(\.device))
-    return found.filter { !known.contains($0.1) && !adopting.contains($0.0) }
+    return found.filter { !known.contains($0.1) && isStray($0.0, $0.1) }
+  }
+
+  /// Whether a device may be of no disk. One that comes or goes just now is its disk's, which has it
+  /// not yet or no more; one of the device-mapper is found by the disk's name alone.
+  private func isStray(_ id: DiskID, _ device: DeviceNode) -> Bool {
+    guard let disk = table[id] else { return true }
+    return !disk.busy && disk.device != device && device.kind == .nbd
   }
 
   /// Whether a device was made and never brought into use.
@@ -200,6 +207,8 @@ extension Reconciler {
 
   /// Ends a device of no disk.
   func end(_ stray: StrayDevice) async {
+    // Looking has taken its time.
+    guard isStray(stray.disk, stray.node) else { return }
     log.warning("ends a device of no disk", metadata: ["device": "\(stray.node.path)"])
     let (attacher, mapper, device, id) = (attacher, mapper, stray.node, stray.disk)
     do {

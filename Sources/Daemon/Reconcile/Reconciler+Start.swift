@@ -123,7 +123,7 @@ extension Reconciler {
         try await mayCreate(disk, spec)
         create = true
       case .locked(let role, let identity):
-        guard !recovering.values.contains(where: { $0.store?.identity == identity }) else {
+        guard !recovering.values.contains(where: { $0.ownStore == identity }) else {
           disk.activity = "the store's pending log is being committed"
           await pause(.milliseconds(100))
           guard await isStillWanted(disk) else { throw .unwanted }
@@ -147,9 +147,9 @@ extension Reconciler {
     let others = Array(table.values) + recovering.values
     for other in others where other !== disk {
       let isShared = disk.readOnly && other.readOnly
-      if other.store?.identity == store.identity, !isShared { return (.store, store.identity) }
+      if other.ownStore == store.identity, !isShared { return (.store, store.identity) }
       if !disk.readOnly, other.uses(store.identity) { return (.store, store.identity) }
-      if let base, !other.readOnly, other.store?.identity == base.identity {
+      if let base, !other.readOnly, other.ownStore == base.identity {
         return (.base, base.identity)
       }
     }
@@ -236,10 +236,10 @@ extension Reconciler {
     _ disk: Disk, _ spec: Spec, _ role: SpecError.Role, _ identity: FileIdentity, last: Bool
   ) async throws(StartStop) -> DiskFailure? {
     let path = role == .store ? spec.store : spec.base ?? ""
-    let holders = table.values.filter { $0 !== disk && $0.store?.identity == identity }
+    let holders = table.values.filter { $0 !== disk && $0.ownStore == identity }
     for holder in holders {
       await lookAgain(holder)
-      guard table[holder.id] === holder, holder.store?.identity == identity else { return nil }
+      guard table[holder.id] === holder, holder.ownStore == identity else { return nil }
       guard holder.isLeaving else { continue }
       hurry(holder)
       throw .heldBack(holder.id)

@@ -102,7 +102,7 @@ extension Reconciler {
     }
     let isClash = others.contains { other in
       guard other !== disk else { return false }
-      if other.store?.identity == image.identity { return need.writable || !other.readOnly }
+      if other.ownStore == image.identity { return need.writable || !other.readOnly }
       return need.writable && other.uses(image.identity)
     }
     guard !isClash else { throw .fileInUse(need.role, file.path) }

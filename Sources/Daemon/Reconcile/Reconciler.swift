@@ -203,7 +203,7 @@ package actor Reconciler {
 
   private func holderIsGone(_ phase: DiskPhase) -> Bool {
     guard case .waiting(let holder) = phase else { return false }
-    guard let other = table[holder], other.store != nil else { return true }
+    guard let other = table[holder], other.ownStore != nil else { return true }
     // One that has come back to life is not waited for: starting says that it is in use.
     return !other.isLeaving
   }
