@@ -75,8 +75,8 @@ fuzz: build ## hostile images for every format, a minute for each target (20 min
 	@lab/prerequisites test
 	fuzz/run --seconds 60
 
-soak: build ## the seeded suites for longer, with other seeds: DMU_DEPTH=10 times `make test`
-	@lab/prerequisites check test kernel
+soak: dist ## the seeded suites for longer, with other seeds: DMU_DEPTH=10 times `make test`
+	@lab/prerequisites check test kernel xen
 	@lab/kernel/prepare >/dev/null
 	Tests/soak $(BIN)
 
