@@ -236,11 +236,18 @@ void dmu_flush_suspend(struct dmu_device *dev)
 	wait_event(dev->wait, READ_ONCE(dev->flush.state) != DMU_FLUSH_DEVICES);
 }
 
-/* FLUSH_DONE (error 0) or FAIL: -ENOENT when no such flush was asked about. */
+/* So many placements are dropped before others have the lock. */
+#define DMU_DROPS	256
+
+/*
+ * FLUSH_DONE (error 0) or FAIL: -ENOENT when no such flush was asked about. The caller has
+ * dev->answer_mutex. Sleeps.
+ */
 int dmu_flush_answer(struct dmu_device *dev, u64 id, int error)
 {
 	struct dmu_flush *flush = &dev->flush;
 	struct dmu_placement *placement;
+	unsigned int dropped = 0;
 
 	spin_lock_irq(&dev->lock);
 	if (flush->state != DMU_FLUSH_ASKED || flush->id != id) {
@@ -253,6 +260,12 @@ int dmu_flush_answer(struct dmu_device *dev, u64 id, int error)
 	while (!error && dmu_flush_uncommitted(dev)) {
 		placement = list_first_entry(&dev->placements, struct dmu_placement, list);
 		dmu_placed_drop(dev, placement);
+		/* There may be hundreds of thousands. Nobody else answers, and no flush begins. */
+		if (++dropped % DMU_DROPS)
+			continue;
+		spin_unlock_irq(&dev->lock);
+		cond_resched();
+		spin_lock_irq(&dev->lock);
 	}
 	flush->uncommitted = jiffies;
 	WRITE_ONCE(dev->index_looked, 0);	/* there is more to forget */
