@@ -27,7 +27,10 @@ void dmu_flush_late(struct work_struct *work);
 /* Process; takes lock; no request is left. Waits for the devices, under a flush of our own. */
 void dmu_flush_suspend(struct dmu_device *dev);
 
-/* Process; takes lock. FLUSH_DONE (0) or FAIL (a negative errno): -ENOENT without a question. */
+/*
+ * Process, under answer_mutex; takes lock, lets go of it on its way; sleeps. FLUSH_DONE (0) or
+ * FAIL (a negative errno): -ENOENT without a question.
+ */
 int dmu_flush_answer(struct dmu_device *dev, u64 id, int error);
 
 /* Process: the work that turns the epoch for those invalidations that wait. */
