@@ -392,7 +392,10 @@ final class Simulation: @unchecked Sendable {  // One thread.
 
   private func mutate() {
     guard let mutant else { return }
-    timeline.after(.seconds(2)) { [unowned self] in self.mutate() }
+    // A disk waits for some tenths of a second.
+    timeline.after(mutant == .lostWake ? .milliseconds(100) : .seconds(2)) { [unowned self] in
+      self.mutate()
+    }
     guard let running, running.life.isOpen else { return }
     let reconciler = running.reconciler
     running.scheduler.start { [unowned self] in
