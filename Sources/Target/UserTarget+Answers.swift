@@ -6,14 +6,10 @@ import Glibc
 import Posix
 
 extension UserTarget {
-  /// Fault numbers hold the slot in the low bits, so that an answer finds it at once.
-  private static let slotBits: UInt64 = 16
-
   func nextFaultID(_ index: Int) -> FaultID {
     lastFault += 1
-    let id = lastFault << UserTarget.slotBits | UInt64(index)
-    slots[index].fault = id
-    slots[index].state = .fault
+    let id = lastFault << RequestTable.slotBits | UInt64(index)
+    requests.ask(index, id)
     return id
   }
 
@@ -49,10 +45,7 @@ extension UserTarget {
   }
 
   private func waiting(_ id: FaultID) throws(AnswerRefusal) -> Int {
-    let index = Int(id & (1 << UserTarget.slotBits - 1))
-    guard id != 0, index < slotsUsed, slots[index].fault == id, slots[index].state == .fault else {
-      throw .unknownFault(id)
-    }
+    guard let index = requests.asker(id) else { throw .unknownFault(id) }
     return index
   }
 
@@ -85,11 +78,13 @@ extension UserTarget {
     let index = try waiting(id)
     let extent = placement.extent
     try check(extent)
-    guard extent.blocks.first == slots[index].holdFirst else { throw .badBlocks(extent.blocks) }
-    switch slots[index].operation {
+    guard extent.blocks.first == locks.blocks(of: index).first else {
+      throw .badBlocks(extent.blocks)
+    }
+    switch requests[index].pointee.operation {
     case .read, .status: try takeRead(index, placement, isTemporary)
     case .write: try takeWrite(index, placement, isTemporary)
-    case .zero where !slots[index].isWhole: try takeWrite(index, placement, isTemporary)
+    case .zero where !requests[index].pointee.isWhole: try takeWrite(index, placement, isTemporary)
     case .zero, .discard: try takeDiscard(index, placement, isTemporary)
     case .flush: throw .unknownFault(id)
     }
@@ -107,16 +102,17 @@ extension UserTarget {
     if !isTemporary {
       guard agrees(run) else { throw .overlap(extent.blocks) }
     }
-    let asked = slots[index].holdEnd
-    slots[index].fault = 0
-    release(index)
+    let asked = locks.blocks(of: index).end
+    requests.endFault(index)
+    locks.release(index)
     if !isTemporary { learn(run, except: index) }
     // The answer itself serves this request, whether or not the map has kept it; but only the
     // blocks that were asked for, since those beyond may be in the hands of a write whose
     // data is not at their place yet.
     run.end = min(run.end, asked)
-    slots[index].state = .ready
-    if isInvalidating(run.first, run.end) || moveRead(index, run) { makeReady(index) }
+    if locks.isInvalidating(run.first, run.end) || moveRead(index, run) {
+      requests.makeReady(index)
+    }
   }
 
   private func takeWrite(
@@ -141,12 +137,12 @@ extension UserTarget {
       guard !isTemporary else { throw .badMark(extent.mark) }
     }
     let isNew = extent.mark != 0 || copies
-    guard !isNew || extent.blocks.end <= slots[index].holdEnd else {
+    guard !isNew || extent.blocks.end <= locks.blocks(of: index).end else {
       throw .badBlocks(extent.blocks)
     }
     guard agrees(run(extent)) else { throw .overlap(extent.blocks) }
-    slots[index].copies = copies
-    slots[index].source = source
+    requests[index].pointee.copies = copies
+    requests[index].pointee.source = source
     accept(index, run(extent), isTemporary)
   }
 
@@ -158,7 +154,7 @@ extension UserTarget {
     if case .device(let device, _) = extent.place {
       guard extent.writable, executor.isWritable(device) else { throw .badDevice(device) }
     }
-    guard extent.blocks.end <= slots[index].holdEnd else { throw .badBlocks(extent.blocks) }
+    guard extent.blocks.end <= locks.blocks(of: index).end else { throw .badBlocks(extent.blocks) }
     if extent.mark != 0 {
       try check(mark: extent.mark)
       guard !isTemporary else { throw .badMark(extent.mark) }
@@ -168,12 +164,12 @@ extension UserTarget {
   }
 
   private func accept(_ index: Int, _ run: Run, _ isTemporary: Bool) {
-    slots[index].fault = 0
-    slots[index].placement = run
-    slots[index].isTemporary = isTemporary
-    slots[index].isAnswered = true
+    requests.endFault(index)
+    requests[index].pointee.placement = run
+    requests[index].pointee.isTemporary = isTemporary
+    requests[index].pointee.isAnswered = true
     highestMark = max(highestMark, run.mark)
-    makeReady(index)
+    requests.makeReady(index)
   }
 
   /// Whether a run contradicts no uncommitted mapping. A new placement of a block that is
@@ -199,7 +195,7 @@ extension UserTarget {
   func learn(_ run: Run, except index: Int) {
     var first = run.first
     while first < run.end {
-      if let end = heldByWrite(first, except: index) {
+      if let end = locks.writerEnd(first, except: index) {
         first = end
         continue
       }
@@ -207,13 +203,7 @@ extension UserTarget {
         first = known.end
         continue
       }
-      var end = run.end
-      for position in 0..<holdCount
-      where !holds[position].isRead && holds[position].slot != Int32(index)
-        && holds[position].first > first
-      {
-        end = min(end, holds[position].first)
-      }
+      var end = locks.nextWriter(first, run.end, except: index)
       var next = first
       while next < end, let known = map.findOrNext(next), known.first < end {
         if known.mark > map.committed { end = known.first } else { next = known.end }
@@ -227,21 +217,13 @@ extension UserTarget {
     }
   }
 
-  private func heldByWrite(_ block: UInt64, except index: Int) -> UInt64? {
-    for position in 0..<holdCount
-    where !holds[position].isRead && holds[position].slot != Int32(index)
-      && holds[position].first <= block && block < holds[position].end
-    {
-      return holds[position].end
-    }
-    return nil
-  }
-
   private func prime(_ extent: Extent) throws(AnswerRefusal) {
     try check(extent)
     guard extent.mark == 0 else { throw .badMark(extent.mark) }
     let run = run(extent)
-    guard agrees(run), !isInvalidating(run.first, run.end) else { throw .overlap(extent.blocks) }
+    guard agrees(run), !locks.isInvalidating(run.first, run.end) else {
+      throw .overlap(extent.blocks)
+    }
     learn(run, except: -1)
   }
 
@@ -249,28 +231,27 @@ extension UserTarget {
 
   private func done(_ id: FaultID, _ count: UInt64) throws(AnswerRefusal) {
     let index = try waiting(id)
-    let slot = slots + index
+    let slot = requests[index]
     let isDiscard =
       slot.pointee.operation == .discard
       || (slot.pointee.operation == .zero && slot.pointee.isWhole)
     guard isDiscard else { throw .unknownFault(id) }
-    let range = BlockRange(slot.pointee.holdFirst, count)
-    guard count > 0, count <= slot.pointee.holdEnd - slot.pointee.holdFirst else {
-      throw .badBlocks(range)
-    }
-    slot.pointee.fault = 0
+    let asked = locks.blocks(of: index)
+    let range = BlockRange(asked.first, count)
+    guard count > 0, count <= asked.end - asked.first else { throw .badBlocks(range) }
+    requests.endFault(index)
     slot.pointee.cursor = pieceEnd(slot.pointee, before: range.end)
     letGo(index)
-    makeReady(index)
+    requests.makeReady(index)
   }
 
   private func fail(_ id: FaultID, _ code: Int32) throws(AnswerRefusal) {
     let code = code > 0 ? code : EIO
     if id == rounds.fault, id != 0 { return try flushAnswered(id, code) }
     let index = try waiting(id)
-    slots[index].fault = 0
-    if slots[index].operation == .read || slots[index].operation == .status {
-      release(index)
+    requests.endFault(index)
+    if requests[index].pointee.isRead {
+      locks.release(index)
     } else {
       letGo(index)
     }
@@ -278,16 +259,6 @@ extension UserTarget {
   }
 
   // MARK: Invalidation
-
-  func isInvalidating(_ block: UInt64) -> Bool {
-    for range in invalidations where range.contains(block) { return true }
-    return false
-  }
-
-  func isInvalidating(_ first: UInt64, _ end: UInt64) -> Bool {
-    for range in invalidations where range.first < end && first < range.end { return true }
-    return false
-  }
 
   private func invalidate(_ range: BlockRange) throws(AnswerRefusal) {
     guard range.count > 0, range.first < blocks, range.count <= blocks - range.first else {
@@ -299,39 +270,20 @@ extension UserTarget {
       guard known.mark <= map.committed else { throw .overlap(range) }
       block = known.end
     }
-    for position in 0..<holdCount
-    where !holds[position].isRead && holds[position].first < range.end
-      && range.first < holds[position].end
-    {
-      let slot = slots + Int(holds[position].slot)
-      let isPlacing = slot.pointee.placement.mark != 0 || slot.pointee.isAnswered
-      if slot.pointee.fault == 0, isPlacing { throw .overlap(range) }
+    for position in 0..<locks.count {
+      let hold = locks[position]
+      guard !hold.isRead, hold.first < range.end, range.first < hold.end else { continue }
+      let slot = requests[Int(hold.slot)]
+      guard slot.pointee.placement.mark == 0, !slot.pointee.isAnswered else {
+        throw .overlap(range)
+      }
     }
     map.remove(range.first, range.end)
-    if isBusy(range) { invalidations.append(range) } else { faults.append(.invalidateDone(range)) }
-  }
-
-  /// Whether backing I/O is under way for blocks of a range.
-  private func isBusy(_ range: BlockRange) -> Bool {
-    let first = range.first << shift
-    let end = range.end << shift
-    for position in 0..<orderCount {
-      let slot = slots + Int(order[position].slot)
-      guard slot.pointee.state == .io else { continue }
-      // A copy reads and writes the whole of its block.
-      let from = (slot.pointee.cursor >> shift) << shift
-      let to = ((slot.pointee.pieceEnd + UInt64(blockSize) - 1) >> shift) << shift
-      if from < end && first < to { return true }
-    }
-    return false
+    if locks.invalidate(range) { faults.append(.invalidateDone(range)) }
   }
 
   /// An operation has ended: tell of the invalidations that waited for it.
   func settleInvalidations() {
-    let (busy, done) = (invalidations.filter(isBusy), invalidations.filter { !isBusy($0) })
-    guard !done.isEmpty else { return }
-    invalidations = busy
-    for range in done { faults.append(.invalidateDone(range)) }
-    wake(Slot.Wait.invalidation)
+    for range in locks.endInvalidations() { faults.append(.invalidateDone(range)) }
   }
 }

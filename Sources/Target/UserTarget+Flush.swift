@@ -75,9 +75,7 @@ extension UserTarget {
   func submitFlush(_ request: TargetRequest, _ owner: Int32) -> Int32? {
     if log.flushFailed != 0 { return EIO }
     if rounds.phase == .idle, !rounds.dirty, recordedMark <= map.committed { return 0 }
-    guard let index = takeSlot() else { return ENOMEM }
-    fill(index, request, owner, 0)
-    slots[index].state = .flushing
+    guard let index = requests.admitFlush(request, owner: owner) else { return ENOMEM }
     joinFlush(index)
     drain()
     return nil
@@ -99,8 +97,8 @@ extension UserTarget {
     }
     rounds.mark = recordedMark > map.committed ? recordedMark : 0
     rounds.placing = 0
-    for position in 0..<holdCount {
-      let mark = slots[Int(holds[position].slot)].placement.mark
+    for position in 0..<locks.count {
+      let mark = requests[Int(locks[position].slot)].pointee.placement.mark
       if mark != 0, mark <= rounds.mark { rounds.placing += 1 }
     }
     rounds.phase = .placing
@@ -181,9 +179,9 @@ extension UserTarget {
     rounds.current.removeAll(keepingCapacity: true)
     for index in ended { complete(Int(index), code) }
     if code == 0 {
-      wake(Slot.Wait.room)
+      requests.wake(.room)
     } else {
-      fail(waitingFor: Slot.Wait.room, code)
+      requests.fail(waitingFor: .room, code)
     }
     startFlushRound()
   }

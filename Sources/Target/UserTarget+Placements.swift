@@ -15,7 +15,7 @@ extension UserTarget {
       return false
     }
     guard log.makeRoom(for: reserved + 1) else {
-      park(index, for: Slot.Wait.room)
+      requests.park(index, for: .room)
       rounds.wantsRoom = true
       startFlushRound()
       return false
@@ -26,10 +26,12 @@ extension UserTarget {
 
   /// Begins what an answer has asked for. The slot holds its blocks.
   func begin(_ index: Int) {
-    let slot = slots + index
-    if !invalidations.isEmpty, isInvalidating(slot.pointee.holdFirst, slot.pointee.placement.end) {
+    let slot = requests[index]
+    if locks.hasInvalidations,
+      locks.isInvalidating(locks.blocks(of: index).first, slot.pointee.placement.end)
+    {
       slot.pointee.isAnswered = true
-      park(index, for: Slot.Wait.invalidation)
+      requests.park(index, for: .invalidation)
       return
     }
     slot.pointee.isAnswered = false
@@ -48,7 +50,7 @@ extension UserTarget {
   }
 
   private func beginZeroing(_ index: Int) {
-    let slot = slots + index
+    let slot = requests[index]
     let run = slot.pointee.placement
     slot.pointee.pieceEnd = pieceEnd(slot.pointee, before: run.end)
     if run.isZero {
@@ -62,10 +64,10 @@ extension UserTarget {
   }
 
   private func beginCopy(_ index: Int) {
-    let slot = slots + index
+    let slot = requests[index]
     guard let scratch = takeScratch() else {
       slot.pointee.isAnswered = true
-      park(index, for: Slot.Wait.scratch)
+      requests.park(index, for: .scratch)
       return
     }
     slot.pointee.scratch = scratch
@@ -83,7 +85,7 @@ extension UserTarget {
   /// Puts the next piece of a block together. The block is held and has no mapping of its own
   /// yet, so nobody sees how far it has come.
   private func copyPiece(_ index: Int) {
-    let slot = slots + index
+    let slot = requests[index]
     let run = slot.pointee.placement
     let length = blockLength(run.first)
     let first = slot.pointee.copied
@@ -131,7 +133,7 @@ extension UserTarget {
 
   /// Zeroes what comes before or after the write, where there is nothing to copy.
   private func zeroGap(_ index: Int, end: UInt64) {
-    let slot = slots + index
+    let slot = requests[index]
     let run = slot.pointee.placement
     slot.pointee.copyEnd = end
     let first = slot.pointee.copied
@@ -143,7 +145,7 @@ extension UserTarget {
 
   /// Lays the write over a piece of the copy and writes the piece.
   func overlay(_ index: Int) {
-    let slot = slots + index
+    let slot = requests[index]
     guard let scratch = slot.pointee.scratch else { preconditionFailure("a copy without room") }
     let run = slot.pointee.placement
     let (first, end) = (slot.pointee.copied, slot.pointee.copyEnd)
@@ -174,7 +176,7 @@ extension UserTarget {
 
   /// A piece is at its new place.
   func copiedPiece(_ index: Int) {
-    slots[index].copied = slots[index].copyEnd
+    requests[index].pointee.copied = requests[index].pointee.copyEnd
     copyPiece(index)
   }
 
@@ -188,7 +190,7 @@ extension UserTarget {
 
   /// The data of a placement is written: from now on it is the mapping.
   func placed(_ index: Int) {
-    let slot = slots + index
+    let slot = requests[index]
     let run = slot.pointee.placement
     if !slot.pointee.isTemporary {
       if run.mark != 0 {
@@ -199,7 +201,7 @@ extension UserTarget {
         recordedMark = max(recordedMark, run.mark)
         map.set(run)
         if trouble.space != 0 { spaceFound() }
-      } else if !isInvalidating(run.first, run.end) {
+      } else if !locks.isInvalidating(run.first, run.end) {
         learn(run, except: index)
       }
     }
@@ -210,12 +212,12 @@ extension UserTarget {
       rounds.wantsRoom = true
       startFlushRound()
     }
-    makeReady(index)
+    requests.makeReady(index)
   }
 
   /// A placement came to nothing.
   func abandon(_ index: Int, _ code: Int32) {
-    let run = slots[index].placement
+    let run = requests[index].pointee.placement
     if run.mark != 0 {
       faults.append(.mapError(block: run.first, mark: run.mark, code: code))
     }
@@ -225,19 +227,18 @@ extension UserTarget {
 
   /// Lets go of the blocks, the room in the log and the buffer.
   func letGo(_ index: Int) {
-    let slot = slots + index
+    let slot = requests[index]
     slot.pointee.placement = Run(first: 0, end: 0, place: Run.zero, mark: 0, writable: false)
     slot.pointee.isAnswered = false
     slot.pointee.isTemporary = false
     slot.pointee.copies = false
-    let operation = slot.pointee.operation
-    if operation != .read, operation != .status { reserved -= 1 }
+    if !slot.pointee.isRead { reserved -= 1 }
     if let scratch = slot.pointee.scratch {
       scratchFree.append(scratch)
       slot.pointee.scratch = nil
-      wake(Slot.Wait.scratch)
+      requests.wake(.scratch)
     }
-    release(index)
+    locks.release(index)
   }
 
   private func takeScratch() -> UnsafeMutableRawPointer? {

@@ -14,12 +14,9 @@ extension UserTarget {
 
   /// Takes a ready slot as far as it can go.
   func step(_ index: Int) {
-    let slot = slots + index
-    guard slot.pointee.state == .ready else { return }
-    if !failed.isEmpty, let code = failed.removeValue(forKey: Int32(index)) {
-      finish(index, code)
-      return
-    }
+    let slot = requests[index]
+    let code = requests.takeFailure(index)
+    guard code == 0 else { return finish(index, code) }
     if slot.pointee.isAnswered {
       begin(index)
       return
@@ -29,11 +26,11 @@ extension UserTarget {
 
   /// From the cursor on.
   func proceed(_ index: Int) {
-    let slot = slots + index
+    let slot = requests[index]
     while slot.pointee.cursor < slot.pointee.end {
       let block = slot.pointee.cursor >> shift
-      if !invalidations.isEmpty, isInvalidating(block) {
-        park(index, for: Slot.Wait.invalidation)
+      if locks.hasInvalidations, locks.isInvalidating(block) {
+        requests.park(index, for: .invalidation)
         return
       }
       let goesOn: Bool
@@ -62,7 +59,7 @@ extension UserTarget {
 
   /// Reads a piece from where it lives. True when the request may go on at once.
   func moveRead(_ index: Int, _ run: Run) -> Bool {
-    let slot = slots + index
+    let slot = requests[index]
     let end = pieceEnd(slot.pointee, before: run.end)
     if slot.pointee.operation == .status {
       return tellStatus(index, run, end)
@@ -84,15 +81,12 @@ extension UserTarget {
 
   /// A read of a block that nothing is known of: ask, or wait for who asks already.
   func askRead(_ index: Int, _ block: UInt64) -> Bool {
-    if let holder = holder(of: block) {
-      park(index, for: holder)
-      return false
-    }
-    let slot = slots + index
+    if locks.parks(index, at: block) { return false }
+    let slot = requests[index]
     let last = (slot.pointee.end - 1) >> shift
-    var end = nextHold(block, last + 1)
+    var end = locks.nextHeld(block, last + 1)
     if let next = map.findOrNext(block) { end = min(end, next.first) }
-    hold(index, block, end)
+    locks.hold(index, block, end)
     let id = nextFaultID(index)
     raise(.read(id, blocks: BlockRange(block, end - block)))
     return false
@@ -105,7 +99,7 @@ extension UserTarget {
 
   /// Writes a piece to where it may be written.
   func moveWrite(_ index: Int, _ run: Run) -> Bool {
-    let slot = slots + index
+    let slot = requests[index]
     let end = pieceEnd(slot.pointee, before: run.end)
     slot.pointee.pieceEnd = end
     return proceedAfter(index, put(index, run, end, .piece))
@@ -114,7 +108,7 @@ extension UserTarget {
   /// Writes the request's bytes from the cursor up to `end` to a run; zeroes for a request
   /// that zeroes.
   func put(_ index: Int, _ run: Run, _ end: UInt64, _ phase: Slot.Phase) -> Progress {
-    let slot = slots + index
+    let slot = requests[index]
     let length = Int(end - slot.pointee.cursor)
     let to = address(run, slot.pointee.cursor)
     guard slot.pointee.operation == .write, let buffer = slot.pointee.buffer else {
@@ -127,12 +121,9 @@ extension UserTarget {
 
   /// A write to a block that may not be written where it is.
   func askWrite(_ index: Int, _ block: UInt64) -> Bool {
-    if let holder = holder(of: block) {
-      park(index, for: holder)
-      return false
-    }
+    if locks.parks(index, at: block) { return false }
     guard keepRoom(index) else { return false }
-    let slot = slots + index
+    let slot = requests[index]
     let end = slot.pointee.end
     // The last block of the disk may be short, and is covered whole up to the disk's end.
     let covered = end == size ? blocks : end >> shift
@@ -141,21 +132,21 @@ extension UserTarget {
     // Zeroes over whole blocks are a discard fault; what is left of them here is in part.
     let isWhole = slot.pointee.operation == .write && isAligned && block < covered
     if isWhole {
-      last = nextHold(block, covered)
+      last = locks.nextHeld(block, covered)
       if let run = map.findOrNext(block) {
         // A run of its own kind only: what is mapped writable needs no answer.
         if run.first > block { last = min(last, run.first) } else { last = min(last, run.end) }
       }
     }
     slot.pointee.isWhole = isWhole
-    hold(index, block, last)
+    locks.hold(index, block, last)
     let id = nextFaultID(index)
     raise(.write(id, blocks: BlockRange(block, last - block), whole: isWhole))
     return false
   }
 
   private func stepZero(_ index: Int, _ block: UInt64) -> Bool {
-    let slot = slots + index
+    let slot = requests[index]
     let covered = slot.pointee.end == size ? blocks : slot.pointee.end >> shift
     let isAligned = slot.pointee.cursor & (UInt64(blockSize) - 1) == 0
     if isAligned, block < covered { return askDiscard(index, block, covered) }
@@ -174,7 +165,7 @@ extension UserTarget {
   }
 
   private func stepDiscard(_ index: Int, _ block: UInt64) -> Bool {
-    let slot = slots + index
+    let slot = requests[index]
     let covered = slot.pointee.end == size ? blocks : slot.pointee.end >> shift
     let isAligned = slot.pointee.cursor & (UInt64(blockSize) - 1) == 0
     if isAligned, block < covered { return askDiscard(index, block, covered) }
@@ -184,16 +175,13 @@ extension UserTarget {
   }
 
   private func askDiscard(_ index: Int, _ block: UInt64, _ covered: UInt64) -> Bool {
-    if let holder = holder(of: block) {
-      park(index, for: holder)
-      return false
-    }
+    if locks.parks(index, at: block) { return false }
     guard keepRoom(index) else { return false }
-    let last = nextHold(block, covered)
-    slots[index].isWhole = true
-    hold(index, block, last)
+    let last = locks.nextHeld(block, covered)
+    requests[index].pointee.isWhole = true
+    locks.hold(index, block, last)
     let id = nextFaultID(index)
-    let zeroing = slots[index].operation == .zero
+    let zeroing = requests[index].pointee.operation == .zero
     raise(.discard(id, blocks: BlockRange(block, last - block), zeroing: zeroing))
     return false
   }
@@ -208,14 +196,14 @@ extension UserTarget {
     var io = BackingIO(
       operation, device: device, offset: offset, count: count, buffer: buffer,
       token: UInt32(index))
-    slots[index].device = device
-    slots[index].phase = phase
+    requests[index].pointee.device = device
+    requests[index].pointee.phase = phase
     if operation != .read { rounds.dirty = true }
     while io.count > 0 {
       let done = atOnce ? executor.attempt(io) : -Int(EAGAIN)
       if done <= 0 {
         guard done == -Int(EAGAIN) else { return .failed(Int32(-done)) }
-        slots[index].state = .io
+        requests.startIO(index)
         executor.start(io)
         return .pending
       }
@@ -230,8 +218,8 @@ extension UserTarget {
   private func proceedAfter(_ index: Int, _ progress: Progress) -> Bool {
     switch progress {
     case .done:
-      slots[index].cursor = slots[index].pieceEnd
-      if slots[index].isProbe { spaceFound() }
+      requests[index].pointee.cursor = requests[index].pointee.pieceEnd
+      if requests[index].pointee.isProbe { spaceFound() }
       return true
     case .pending: return false
     case .failed(let code):
@@ -246,12 +234,11 @@ extension UserTarget {
       deviceFlushed(code)
     } else {
       let index = Int(token)
-      precondition(slots[index].state == .io, "an operation that nobody started has ended")
-      slots[index].state = .ready
-      if slots[index].operation != .read { rounds.dirty = true }
+      requests.endIO(index)
+      if requests[index].pointee.operation != .read { rounds.dirty = true }
       resume(index, code)
       // What goes on with its next piece still reaches its old place.
-      if !invalidations.isEmpty { settleInvalidations() }
+      if locks.hasInvalidations { settleInvalidations() }
     }
     drain()
   }
@@ -261,12 +248,12 @@ extension UserTarget {
       failIO(index, code)
       return
     }
-    switch slots[index].phase {
+    switch requests[index].pointee.phase {
     case .piece:
-      slots[index].cursor = slots[index].pieceEnd
-      if slots[index].isProbe { spaceFound() }
+      requests[index].pointee.cursor = requests[index].pointee.pieceEnd
+      if requests[index].pointee.isProbe { spaceFound() }
       // Through the queue, so that a long request does not shut out the others.
-      makeReady(index)
+      requests.makeReady(index)
     case .copyRead: overlay(index)
     case .copyWrite: copiedPiece(index)
     case .placedWrite, .zeroing: placed(index)
@@ -277,16 +264,17 @@ extension UserTarget {
   /// its place comes to nothing, and it asks anew.
   func failIO(_ index: Int, _ code: Int32) {
     let mayWait = note(code, index)
-    if slots[index].holdFirst < slots[index].holdEnd { abandon(index, code) }
+    if locks.isHolding(index) { abandon(index, code) }
     guard mayWait else { return finish(index, code) }
-    slots[index].isProbe = false
-    park(index, for: Slot.Wait.space)
+    requests[index].pointee.isProbe = false
+    requests.park(index, for: .space)
   }
 
   /// Counts a failure. Whether its request waits for space.
   private func note(_ code: Int32, _ index: Int) -> Bool {
-    let isRead = slots[index].operation == .read || slots[index].phase == .copyRead
-    let device = slots[index].device
+    let isRead =
+      requests[index].pointee.operation == .read || requests[index].pointee.phase == .copyRead
+    let device = requests[index].pointee.device
     if !isRead, SpacePolicy.isShortage(code) || code == EFBIG {
       trouble.noteShortage(code)
     } else {
@@ -305,7 +293,7 @@ extension UserTarget {
 
   /// Adds what lies before `end` to the request's list; the request ends when it is full.
   private func tellStatus(_ index: Int, _ run: Run, _ end: UInt64) -> Bool {
-    let slot = slots + index
+    let slot = requests[index]
     guard let buffer = slot.pointee.buffer else { preconditionFailure("a status without a list") }
     let list = buffer.assumingMemoryBound(to: StatusList.self)
     while slot.pointee.cursor < end {

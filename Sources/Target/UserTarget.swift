@@ -101,23 +101,13 @@ package final class UserTarget: TargetEngine {
     }
   }
   let map: ExtentMap
-  let slots: UnsafeMutablePointer<Slot>
-  var slotsUsed = 0
-  var freeSlots: [Int32] = []
+  let requests: RequestTable
   /// Requests under way.
-  package internal(set) var outstanding = 0
-  let order: UnsafeMutablePointer<Order>
-  var orderCount = 0
-  let holds: UnsafeMutablePointer<Hold>
-  var holdCount = 0
-  var lastSequence: UInt64 = 0
+  package var outstanding: Int { requests.count }
+  let locks: BlockLocks
+  /// Holds on blocks.
+  var holdCount: Int { locks.count }
   var lastFault: UInt64 = 0
-  var ready: [Int32] = []
-  var isDraining = false
-  var parked: [Int32] = []
-  /// Slots that are ready only to fail with this errno.
-  var failed: [Int32: Int32] = [:]
-  var invalidations: [BlockRange] = []
   var faults: [Fault] = []
   var faultsTaken = 0
   var owners: [(any RequestOwner)?] = []
@@ -149,9 +139,8 @@ package final class UserTarget: TargetEngine {
     sectorShift = shift - 9
     blocks = (size + UInt64(blockSize) - 1) >> shift
     map = ExtentMap(sectorShift: sectorShift, cap: limits.extents)
-    slots = .allocate(capacity: limits.requests)
-    order = .allocate(capacity: limits.requests)
-    holds = .allocate(capacity: limits.requests)
+    requests = RequestTable(capacity: limits.requests)
+    locks = BlockLocks(requests, shift: shift, capacity: limits.requests)
     map.committed = log.committed
     for extent in log.extents() {
       map.set(run(extent))
@@ -164,9 +153,6 @@ package final class UserTarget: TargetEngine {
 
   deinit {
     for pointer in scratchFree { pointer.deallocate() }
-    slots.deallocate()
-    order.deallocate()
-    holds.deallocate()
   }
 
   /// Placements that are not committed, in the log.
@@ -241,17 +227,15 @@ package final class UserTarget: TargetEngine {
     }
     var cursor = request.offset
     if request.operation.rawValue <= TargetRequest.Operation.write.rawValue, !request.isForced,
-      orderCount == 0 || !isContended(request)
+      requests.isIdle || !isContended(request)
     {
       cursor = serveAtOnce(request)
       if cursor == request.offset + request.count { return 0 }
     }
-    guard let index = takeSlot() else {
+    guard requests.admit(request, owner: owner, cursor: cursor) else {
       counters.errors += 1
       return ENOMEM
     }
-    fill(index, request, owner, cursor)
-    enter(index)
     drain()
     return nil
   }
@@ -280,12 +264,9 @@ package final class UserTarget: TargetEngine {
   }
 
   private func isContended(_ request: TargetRequest) -> Bool {
-    if !invalidations.isEmpty { return true }
-    let mine = Order(
-      offset: request.offset, end: request.offset + request.count, sequence: 0, slot: 0,
-      isRead: request.operation == .read)
-    for index in 0..<orderCount where order[index].conflicts(mine) { return true }
-    return false
+    if locks.hasInvalidations { return true }
+    return requests.isContended(
+      request.offset, request.offset + request.count, isRead: request.operation == .read)
   }
 
   /// Does what can be done without waiting and without asking: how far it came.
@@ -319,7 +300,7 @@ package final class UserTarget: TargetEngine {
 
   /// Whether a range is known, without asking anybody, to read as zeroes.
   func isHole(offset: UInt64, count: UInt64) -> Bool {
-    guard orderCount == 0, count > 0, let run = map.find(offset >> shift),
+    guard requests.isIdle, count > 0, let run = map.find(offset >> shift),
       (offset + count - 1) >> shift < run.end
     else { return false }
     return run.isZero || address(run, offset) >= executor.end(run.device)
