@@ -7,28 +7,13 @@ import Posix
 
 extension UserTarget {
   func nextFaultID(_ index: Int) -> FaultID {
-    lastFault += 1
-    let id = lastFault << RequestTable.slotBits | UInt64(index)
+    let id = faults.number(slot: index)
     requests.ask(index, id)
     return id
   }
 
-  func raise(_ fault: Fault) {
-    counters.faults += 1
-    faults.append(fault)
-  }
-
   /// The next fault that the worker has not seen yet.
-  package func nextFault() -> Fault? {
-    guard faultsTaken < faults.count else { return nil }
-    let fault = faults[faultsTaken]
-    faultsTaken += 1
-    if faultsTaken == faults.count {
-      faults.removeAll(keepingCapacity: true)
-      faultsTaken = 0
-    }
-    return fault
-  }
+  package func nextFault() -> Fault? { faults.next() }
 
   /// Takes an answer. Throws what is wrong with it, and then nothing has changed.
   package func answer(_ answer: Answer) throws(AnswerRefusal) {
@@ -38,7 +23,7 @@ extension UserTarget {
     case .prime(let extent): try prime(extent)
     case .done(let id, let count): try done(id, count)
     case .fail(let id, let code): try fail(id, code)
-    case .flushDone(let id): try flushAnswered(id, 0)
+    case .flushDone(let id): settle(try rounds.answered(id, 0))
     case .invalidate(let range): try invalidate(range)
     }
     drain()
@@ -247,7 +232,7 @@ extension UserTarget {
 
   private func fail(_ id: FaultID, _ code: Int32) throws(AnswerRefusal) {
     let code = code > 0 ? code : EIO
-    if id == rounds.fault, id != 0 { return try flushAnswered(id, code) }
+    if rounds.isAsking(id) { return settle(try rounds.answered(id, code)) }
     let index = try waiting(id)
     requests.endFault(index)
     if requests[index].pointee.isRead {
@@ -279,11 +264,11 @@ extension UserTarget {
       }
     }
     map.remove(range.first, range.end)
-    if locks.invalidate(range) { faults.append(.invalidateDone(range)) }
+    if locks.invalidate(range) { faults.tell(.invalidateDone(range)) }
   }
 
   /// An operation has ended: tell of the invalidations that waited for it.
   func settleInvalidations() {
-    for range in locks.endInvalidations() { faults.append(.invalidateDone(range)) }
+    for range in locks.endInvalidations() { faults.tell(.invalidateDone(range)) }
   }
 }

@@ -16,8 +16,8 @@ extension UserTarget {
     }
     guard log.makeRoom(for: reserved + 1) else {
       requests.park(index, for: .room)
-      rounds.wantsRoom = true
-      startFlushRound()
+      rounds.wantRoom()
+      startRound()
       return false
     }
     reserved += 1
@@ -72,7 +72,7 @@ extension UserTarget {
     }
     slot.pointee.scratch = scratch
     slot.pointee.copied = 0
-    counters.copies += 1
+    counted.copies += 1
     slot.pointee.pieceEnd = pieceEnd(slot.pointee, before: slot.pointee.placement.end)
     copyPiece(index)
   }
@@ -207,10 +207,10 @@ extension UserTarget {
     }
     slot.pointee.cursor = slot.pointee.pieceEnd
     letGo(index)
-    settlePlacement(run.mark)
+    settle(rounds.written(run.mark))
     if log.count >= PendingLog.maximumCapacity * 3 / 4, log.flushFailed == 0 {
-      rounds.wantsRoom = true
-      startFlushRound()
+      rounds.wantRoom()
+      startRound()
     }
     requests.makeReady(index)
   }
@@ -219,10 +219,10 @@ extension UserTarget {
   func abandon(_ index: Int, _ code: Int32) {
     let run = requests[index].pointee.placement
     if run.mark != 0 {
-      faults.append(.mapError(block: run.first, mark: run.mark, code: code))
+      faults.tell(.mapError(block: run.first, mark: run.mark, code: code))
     }
     letGo(index)
-    settlePlacement(run.mark)
+    settle(rounds.written(run.mark))
   }
 
   /// Lets go of the blocks, the room in the log and the buffer.

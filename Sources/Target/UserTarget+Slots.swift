@@ -52,7 +52,8 @@ extension UserTarget {
     requests.leave(index)
     if code == 0, requests[index].pointee.isForced {
       requests.awaitFlush(index)
-      joinFlush(index)
+      rounds.join(index)
+      startRound()
       return
     }
     complete(index, code)
@@ -63,7 +64,11 @@ extension UserTarget {
     let owner = requests[index].pointee.owner
     let tag = requests[index].pointee.tag
     requests.free(index)
-    if code != 0 { counters.errors += 1 }
-    if owner >= 0 { owners[Int(owner)]?.completed(tag: tag, code: code) } else { told(tag, code) }
+    if code != 0 { counted.errors += 1 }
+    if owner >= 0 {
+      owners[Int(owner)]?.completed(tag: tag, code: code)
+    } else {
+      rounds.tell(tag, code)
+    }
   }
 }

@@ -88,7 +88,7 @@ extension UserTarget {
     if let next = map.findOrNext(block) { end = min(end, next.first) }
     locks.hold(index, block, end)
     let id = nextFaultID(index)
-    raise(.read(id, blocks: BlockRange(block, end - block)))
+    faults.ask(.read(id, blocks: BlockRange(block, end - block)))
     return false
   }
 
@@ -141,7 +141,7 @@ extension UserTarget {
     slot.pointee.isWhole = isWhole
     locks.hold(index, block, last)
     let id = nextFaultID(index)
-    raise(.write(id, blocks: BlockRange(block, last - block), whole: isWhole))
+    faults.ask(.write(id, blocks: BlockRange(block, last - block), whole: isWhole))
     return false
   }
 
@@ -182,7 +182,7 @@ extension UserTarget {
     locks.hold(index, block, last)
     let id = nextFaultID(index)
     let zeroing = requests[index].pointee.operation == .zero
-    raise(.discard(id, blocks: BlockRange(block, last - block), zeroing: zeroing))
+    faults.ask(.discard(id, blocks: BlockRange(block, last - block), zeroing: zeroing))
     return false
   }
 
@@ -198,7 +198,7 @@ extension UserTarget {
       token: UInt32(index))
     requests[index].pointee.device = device
     requests[index].pointee.phase = phase
-    if operation != .read { rounds.dirty = true }
+    if operation != .read { rounds.noteWrite() }
     while io.count > 0 {
       let done = atOnce ? executor.attempt(io) : -Int(EAGAIN)
       if done <= 0 {
@@ -231,11 +231,11 @@ extension UserTarget {
   /// A backing operation that was started has ended.
   func operationEnded(_ token: UInt32, _ code: Int32) {
     if token == FlushRounds.token {
-      deviceFlushed(code)
+      settle(rounds.deviceFlushed(code))
     } else {
       let index = Int(token)
       requests.endIO(index)
-      if requests[index].pointee.operation != .read { rounds.dirty = true }
+      if requests[index].pointee.operation != .read { rounds.noteWrite() }
       resume(index, code)
       // What goes on with its next piece still reaches its old place.
       if locks.hasInvalidations { settleInvalidations() }

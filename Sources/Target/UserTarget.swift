@@ -89,7 +89,12 @@ package final class UserTarget: TargetEngine {
   // MARK: What changes
 
   /// Counts since the start.
-  package internal(set) var counters = Counters()
+  package var counters: Counters {
+    var all = counted
+    all.faults = faults.asked
+    return all
+  }
+  var counted = Counters()
   /// How the disk is.
   package internal(set) var health = Health.ready
   var trouble = DiskTrouble()
@@ -107,9 +112,7 @@ package final class UserTarget: TargetEngine {
   let locks: BlockLocks
   /// Holds on blocks.
   var holdCount: Int { locks.count }
-  var lastFault: UInt64 = 0
-  var faults: [Fault] = []
-  var faultsTaken = 0
+  let faults = FaultQueue()
   var owners: [(any RequestOwner)?] = []
   var scratchFree: [UnsafeMutableRawPointer] = []
   var scratchUsed = 0
@@ -119,7 +122,7 @@ package final class UserTarget: TargetEngine {
   var reserved = 0
   var highestMark: Mark = 0
   var recordedMark: Mark = 0
-  var rounds = FlushRounds()
+  let rounds: FlushRounds
 
   /// A target of a disk of `size` bytes. Placements in the log are mapped at once. Throws
   /// when the log holds what cannot be of this disk. `executor` has at least the store.
@@ -141,6 +144,7 @@ package final class UserTarget: TargetEngine {
     map = ExtentMap(sectorShift: sectorShift, cap: limits.extents)
     requests = RequestTable(capacity: limits.requests)
     locks = BlockLocks(requests, shift: shift, capacity: limits.requests)
+    rounds = FlushRounds(log: log, map: map, executor: executor, faults: faults)
     map.committed = log.committed
     for extent in log.extents() {
       map.set(run(extent))
@@ -222,7 +226,7 @@ package final class UserTarget: TargetEngine {
     count(request)
     if request.operation == .flush { return submitFlush(request, owner) }
     if let code = refusal(request) {
-      if code != 0 { counters.errors += 1 }
+      if code != 0 { counted.errors += 1 }
       return code
     }
     var cursor = request.offset
@@ -233,7 +237,7 @@ package final class UserTarget: TargetEngine {
       if cursor == request.offset + request.count { return 0 }
     }
     guard requests.admit(request, owner: owner, cursor: cursor) else {
-      counters.errors += 1
+      counted.errors += 1
       return ENOMEM
     }
     drain()
@@ -243,13 +247,13 @@ package final class UserTarget: TargetEngine {
   private func count(_ request: TargetRequest) {
     switch request.operation {
     case .read:
-      counters.reads += 1
-      counters.bytesRead += request.count
+      counted.reads += 1
+      counted.bytesRead += request.count
     case .write:
-      counters.writes += 1
-      counters.bytesWritten += request.count
-    case .discard, .zero: counters.discards += 1
-    case .flush: counters.flushes += 1
+      counted.writes += 1
+      counted.bytesWritten += request.count
+    case .discard, .zero: counted.discards += 1
+    case .flush: counted.flushes += 1
     case .status: break
     }
   }
@@ -287,7 +291,7 @@ package final class UserTarget: TargetEngine {
         continue
       }
       guard isRead || run.writable else { return cursor }
-      if !isRead { rounds.dirty = true }
+      if !isRead { rounds.noteWrite() }
       let done = executor.attempt(
         BackingIO(
           isRead ? .read : .write, device: run.device, offset: address(run, cursor),
