@@ -147,7 +147,6 @@ final class FlushRounds {
   func deviceFlushed(_ code: Int32) -> End? {
     precondition(phase == .device, "a flush that nobody started has ended")
     log.endFlush(code)
-    if code != 0 { log.failFlush(code) }
     return log.flushFailed == 0 ? askCommit() : end(EIO)
   }
 

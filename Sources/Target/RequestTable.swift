@@ -80,40 +80,6 @@ struct Slot {
   /// Whether the request changes nothing.
   @inline(__always)
   var isRead: Bool { operation == .read || operation == .status }
-
-  // The placement under way.
-
-  /// What the backing operation under way is for.
-  enum Phase: UInt8 {
-    /// A piece of the request at a place that is mapped, or answered for once.
-    case piece
-    /// Reading a piece of what a partial write does not cover.
-    case copyRead
-    /// Writing a piece of a block that is put together.
-    case copyWrite
-    /// Writing a placement that the request covers.
-    case placedWrite
-    /// Zeroing a placement or a discarded range.
-    case zeroing
-  }
-  var phase = Phase.piece
-  /// The device of the backing operation that was begun last.
-  var device: UInt16 = 0
-  /// A write fault asked for whole blocks.
-  var isWhole = false
-  /// The fault was answered and the placement is to be begun.
-  var isAnswered = false
-  /// The placement is used once and not remembered.
-  var isTemporary = false
-  /// The placement under way and what precedes it.
-  var placement = Run(first: 0, end: 0, place: Run.zero, mark: 0, writable: false)
-  var copies = false
-  var source: UInt64 = Run.zero
-  /// A piece of a block that is put together.
-  var scratch: UnsafeMutableRawPointer?
-  /// The piece, in bytes of the block: everything before it is at its new place.
-  var copied: UInt64 = 0
-  var copyEnd: UInt64 = 0
 }
 
 /// What a parked slot waits for.

@@ -64,7 +64,7 @@ extension PendingLog {
     let all = try Rounds()
     let rounds = all.rounds
     // A former worker may have written.
-    #expect(!rounds.isClean(recorded: 0) && !rounds.wantsRound)
+    #expect(!rounds.isClean(recorded: 0) && !rounds.wantsRound && !rounds.isAsking(0))
     rounds.join(3)
     #expect(rounds.wantsRound)
     #expect(rounds.start(recorded: 0, unwritten: 9) == nil)
@@ -103,6 +103,7 @@ extension PendingLog {
     #expect(all.map.committed == 0 && all.log.count == 2)
     #expect(try rounds.answered(id, 0) == FlushRounds.End(slots: [0, 1], code: 0, commit: 0))
     #expect(all.map.committed == 2 && all.log.extents().map(\.mark) == [3])
+    #expect(!rounds.isAsking(id))
     #expect(throws: AnswerRefusal.unknownFault(id)) { try rounds.answered(id, 0) }
     // What came in the middle of the flush is dirt for the next.
     #expect(!rounds.isClean(recorded: 3))

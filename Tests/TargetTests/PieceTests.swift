@@ -162,7 +162,7 @@ import Testing
       while executor.step() {}
     }
     #expect(owner.codes == [Int32](repeating: 0, count: 32))
-    #expect(target.scratchUsed * target.scratchSize <= 2 << 20)
+    #expect(target.scratchBytes <= 2 << 20)
   }
 
   private final class Replies: RequestOwner {
