@@ -57,7 +57,7 @@ final class Placer {
   }
 
   /// How far a placement has come.
-  enum Outcome {
+  enum Outcome: Equatable {
     /// A backing operation is under way, or the slot is parked.
     case waits
     /// All data is written: to be recorded.

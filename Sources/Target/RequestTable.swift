@@ -122,7 +122,8 @@ final class RequestTable {
   private let capacity: Int
   private let slots: UnsafeMutablePointer<Slot>
   private var used = 0
-  private var freeSlots: [Int32] = []
+  private let freeSlots: UnsafeMutablePointer<Int32>
+  private var freeCount = 0
   private let order: UnsafeMutablePointer<Order>
   private var orderCount = 0
   private var lastSequence: UInt64 = 0
@@ -140,11 +141,13 @@ final class RequestTable {
     self.capacity = capacity
     slots = .allocate(capacity: capacity)
     order = .allocate(capacity: capacity)
+    freeSlots = .allocate(capacity: capacity)
   }
 
   deinit {
     slots.deallocate()
     order.deallocate()
+    freeSlots.deallocate()
   }
 
   /// A request under way. The pointer is good for the table's life; the slot belongs to the
@@ -158,8 +161,9 @@ final class RequestTable {
     _ request: TargetRequest, _ owner: Int32, _ cursor: UInt64, _ state: Slot.State
   ) -> Int? {
     let index: Int
-    if let free = freeSlots.popLast() {
-      index = Int(free)
+    if freeCount > 0 {
+      freeCount -= 1
+      index = Int(freeSlots[freeCount])
     } else {
       guard used < capacity else { return nil }
       index = used
@@ -254,7 +258,8 @@ final class RequestTable {
   /// Gives a slot back. The request has left the order.
   func free(_ index: Int) {
     slots[index].state = .free
-    freeSlots.append(Int32(index))
+    freeSlots[freeCount] = Int32(index)
+    freeCount += 1
     count -= 1
   }
 

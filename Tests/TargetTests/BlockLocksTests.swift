@@ -112,14 +112,15 @@ private struct LockWalk {
   mutating func check() {
     let except = random.below(25) - 1
     let writers = holder.map { slot in slot.flatMap { isRead($0) || $0 == except ? nil : $0 } }
-    for block in 0..<Int(Self.blocks) {
+    let wrong = holder.indices.filter { block in
       let end = writers[block].map { writer in
-        (block..<Int(Self.blocks)).first { holder[$0] != writer } ?? Int(Self.blocks)
+        (block..<holder.count).first { holder[$0] != writer } ?? holder.count
       }
-      #expect(locks.writerEnd(UInt64(block), except: except) == end.map { UInt64($0) })
       let isInvalidating = invalidating.contains { $0.contains(UInt64(block)) }
-      #expect(locks.isInvalidating(UInt64(block)) == isInvalidating)
+      return locks.writerEnd(UInt64(block), except: except) != end.map { UInt64($0) }
+        || locks.isInvalidating(UInt64(block)) != isInvalidating
     }
+    #expect(wrong.isEmpty)
     let first = random.below(Int(Self.blocks))
     let end = first + 1 + random.below(10)
     if writers[first] == nil {
@@ -135,9 +136,8 @@ private struct LockWalk {
     #expect(locks.hasInvalidations == !invalidating.isEmpty)
     let holders = Set(holder.compactMap { $0 })
     #expect(locks.count == holders.count)
-    for index in 0..<24 {
-      #expect(locks.isHolding(index) == holders.contains(index))
-      guard locks.isHolding(index) else { continue }
+    #expect((0..<24).filter(locks.isHolding) == holders.sorted())
+    for index in holders {
       let blocks = locks.blocks(of: index)
       let held = holder.indices.filter { holder[$0] == index }
       #expect(held.first == Int(blocks.first) && held.count == Int(blocks.end - blocks.first))
@@ -147,7 +147,7 @@ private struct LockWalk {
 }
 
 @Suite struct BlockLocksTests {
-  @Test(arguments: Depth.seeds(40)) func agreesWithATable(seed: UInt64) {
+  @Test(arguments: Depth.seeds(20)) func agreesWithATable(seed: UInt64) {
     var walk = LockWalk(seed: seed)
     for _ in 0..<300 {
       switch walk.random.below(10) {

@@ -242,7 +242,7 @@ private struct RequestWalk {
 }
 
 @Suite struct RequestTableTests {
-  @Test(arguments: Depth.seeds(60)) func agreesWithAList(seed: UInt64) {
+  @Test(arguments: Depth.seeds(30)) func agreesWithAList(seed: UInt64) {
     var walk = RequestWalk(seed: seed)
     for _ in 0..<500 {
       switch walk.random.below(10) {
