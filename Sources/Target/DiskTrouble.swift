@@ -4,6 +4,17 @@
 
 import Glibc
 
+/// How a disk is, as its engine knows it.
+package enum DiskHealth: Sendable, Equatable {
+  /// All is well.
+  case ready
+  /// The store has no space for new blocks; goes by itself once it has. `isWaiting`: writes
+  /// wait for space, otherwise they fail.
+  case noSpace(Int32, isWaiting: Bool)
+  /// Something failed with this errno; an admin has to act.
+  case degraded(Int32, String)
+}
+
 /// How an engine treats a write that finds no space.
 package struct SpacePolicy: Sendable, Equatable {
   /// Whether the write waits for space; otherwise it fails at once with ENOSPC.
@@ -36,10 +47,15 @@ package struct DiskTrouble {
     var last: Int32 = 0
   }
 
+  /// What is said while a failed flush stands.
+  package static let flushReason =
+    "a flush of the store has failed, so writes may be lost: see to the store, then run"
+    + " 'dmu-xen clear'"
+
   /// The errno of a failed flush, which stands until an admin acts.
   var flushFailed: Int32 = 0
   /// Why flushes have failed, and what to do.
-  var flushReason = ""
+  var flushReason = DiskTrouble.flushReason
   /// The errno of a commit that failed short of that, until one succeeds.
   var commitFailed: Int32 = 0
   /// The errno of the last write that found no space, until one finds some.
@@ -102,7 +118,7 @@ package struct DiskTrouble {
   var isPassing: Bool { space != 0 || !devices.isEmpty }
 
   /// How the disk is: a flush that failed before everything else, then a guest that waits.
-  var health: UserTarget.Health {
+  var health: DiskHealth {
     if flushFailed != 0 { return .degraded(flushFailed, flushReason) }
     if space != 0 {
       return .noSpace(space, isWaiting: waits && !spaceExpired)

@@ -21,7 +21,7 @@ final class HealthWatch {
   private let requests: RequestTable
   private var trouble = DiskTrouble()
   /// How the disk is.
-  private(set) var health = UserTarget.Health.ready
+  private(set) var health = DiskHealth.ready
   /// What becomes of a write that finds no space.
   var space = SpacePolicy(waits: false) {
     didSet {
@@ -39,7 +39,6 @@ final class HealthWatch {
   /// Has the health follow from what is known.
   private func refresh() {
     trouble.flushFailed = log.flushFailed
-    trouble.flushReason = UserTarget.flushReason
     health = trouble.health
   }
 

@@ -220,7 +220,7 @@ extension KernelTarget {
   /// Every flush fails with this errno from now on; 0: they may be tried again.
   func noteFlushes(_ code: Int32) {
     trouble.flushReason =
-      UserTarget.flushReason + " (by hand: `dmsetup message DEVICE 0 clear_error`)"
+      DiskTrouble.flushReason + " (by hand: `dmsetup message DEVICE 0 clear_error`)"
     trouble.flushFailed = code
     health = trouble.health
   }

@@ -31,7 +31,7 @@ package final class KernelTarget: TargetEngine {
   /// Why the node is of no use any more.
   package internal(set) var failure: IOError?
   /// How the disk is.
-  package internal(set) var health = UserTarget.Health.ready
+  package internal(set) var health = DiskHealth.ready
   var trouble = DiskTrouble()
   /// What becomes of a write that finds no space.
   package var space = SpacePolicy(waits: false) {

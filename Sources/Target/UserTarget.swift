@@ -25,7 +25,8 @@
 // They call each other down this chain, and nobody calls UserTarget:
 //
 //     RequestTable, FaultQueue ◄ BlockLocks ◄ Mappings ◄ Placer ◄ RequestSteps ◄ UserTarget
-//                              ◄ FlushRounds ◄ DeviceIO ◄─┘
+//                              ◄ FlushRounds ◄ DeviceIO ◄─┘           │
+//                              ◄ HealthWatch ◄────────────────────────┘
 //
 // Invariants:
 // - One thread. Nothing here is locked.
@@ -39,44 +40,6 @@ import Glibc
 
 /// The contract in user space: one disk over its backing devices.
 package final class UserTarget: TargetEngine {
-  /// What has happened since the start.
-  package struct Counters: Sendable, Equatable {
-    /// Requests of each kind.
-    package var reads: UInt64 = 0
-    /// Write requests.
-    package var writes: UInt64 = 0
-    /// Flush requests, forced writes not included.
-    package var flushes: UInt64 = 0
-    /// Discards and write-zeroes.
-    package var discards: UInt64 = 0
-    /// Bytes that reads asked for.
-    package var bytesRead: UInt64 = 0
-    /// Bytes that writes brought.
-    package var bytesWritten: UInt64 = 0
-    /// Questions to the worker, flushes included.
-    package var faults: UInt64 = 0
-    /// Blocks that were put together from a copy and a write.
-    package var copies: UInt64 = 0
-    /// Requests that failed.
-    package var errors: UInt64 = 0
-  }
-
-  /// How the disk is.
-  package enum Health: Sendable, Equatable {
-    /// All is well.
-    case ready
-    /// The store has no space for new blocks; goes by itself once it has. `isWaiting`: writes
-    /// wait for space, otherwise they fail.
-    case noSpace(Int32, isWaiting: Bool)
-    /// Something failed with this errno; an admin has to act.
-    case degraded(Int32, String)
-  }
-
-  /// What is said while a failed flush stands.
-  package static let flushReason =
-    "a flush of the store has failed, so writes may be lost: see to the store, then run"
-    + " 'dmu-xen clear'"
-
   // MARK: What is known from the start
 
   /// Bytes of a block.
@@ -101,7 +64,7 @@ package final class UserTarget: TargetEngine {
   private let placer: Placer
   private let watch: HealthWatch
   private let steps: RequestSteps
-  private var counted = Counters()
+  private var counted = TargetCounters()
   private var owners: [(any RequestOwner)?] = []
 
   /// A target of a disk of `size` bytes. Placements in the log are mapped at once. Throws
@@ -136,7 +99,7 @@ package final class UserTarget: TargetEngine {
   /// Blocks, the last of which may be short.
   var blocks: UInt64 { geometry.blocks }
   /// Counts since the start.
-  package var counters: Counters {
+  package var counters: TargetCounters {
     var all = counted
     all.faults = faults.asked
     all.copies = placer.copies
@@ -161,7 +124,7 @@ package final class UserTarget: TargetEngine {
   // MARK: How the disk is
 
   /// How the disk is.
-  package var health: Health { watch.health }
+  package var health: DiskHealth { watch.health }
   /// What becomes of a write that finds no space.
   package var space: SpacePolicy {
     get { watch.space }

@@ -268,7 +268,7 @@ extension DiskReport {
 
 extension Condition {
   /// How an engine is.
-  init(_ health: UserTarget.Health) {
+  init(_ health: DiskHealth) {
     switch health {
     case .ready: self = .ready
     case .noSpace(let code, let isWaiting):

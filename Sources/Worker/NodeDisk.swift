@@ -158,7 +158,7 @@ final class NodeDisk {
     guard let failed = pending?.flushFailed, failed != 0 else {
       return worker.condition.worse(Condition(target.health))
     }
-    return Condition(.degraded(failed, UserTarget.flushReason))
+    return Condition(.degraded(failed, DiskTrouble.flushReason))
   }
 
   /// A disk in trouble looks from time to time whether it is over; any other sleeps.
