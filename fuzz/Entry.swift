@@ -16,7 +16,7 @@ private let target: FuzzTarget = {
   if name == "link-report" { return .link(LinkHarness()) }
   let parts = name.split(separator: "-", maxSplits: 1).map(String.init)
   guard parts.count == 2, let effort = Effort(rawValue: parts[0]),
-    let kind = ImageKind(rawValue: parts[1])
+    let kind = DiskFormats.all.named(parts[1])
   else { fatalError("DMU_FUZZ is head-, read- or use-FORMAT, or link-report, not '\(name)'") }
   return .image(Harness(kind: kind, effort: effort), Mutator(kind: kind))
 }()

@@ -30,7 +30,7 @@ struct Harness {
 
   func use(_ bytes: [UInt8]) {
     let store = FuzzStore("hostile", bytes)
-    attempt { _ = try ImageKind.probe(store) }
+    attempt { _ = try DiskFormats.all.probe(store) }
     guard effort != .head else {
       attempt { try ask(try open(store).image) }
       // The same at the start of a sparse file, as long as any header may ask for.
@@ -45,7 +45,7 @@ struct Harness {
     }
     if writes {
       check(store)
-      mend(store)
+      check(store, .all)
     }
   }
 
@@ -102,31 +102,12 @@ struct Harness {
     read(engine)
   }
 
-  private func check(_ store: FuzzStore) {
+  private func check(_ store: FuzzStore, _ repair: Repair? = nil) {
     attempt {
-      switch kind {
-      case .raw: break
-      case .dscow: _ = try Dscow.check(store: store)
-      case .qcow2:
-        _ = try Qcow2.check(store: store)
-        _ = try Qcow2.snapshots(of: store)
-      case .qcow: _ = try Qcow.check(store: store)
-      case .vhd: _ = try Vhd.check(store: store)
-      case .vmdk: _ = try Vmdk.check(store: store, extents: try extents(store))
-      }
-    }
-  }
-
-  private func mend(_ store: FuzzStore) {
-    attempt {
-      switch kind {
-      case .raw: break
-      case .dscow: _ = try Dscow.check(store: store, repair: true)
-      case .qcow: _ = try Qcow.repair(store: store, .all)
-      case .qcow2: _ = try Qcow2.repair(store: store, .all)
-      case .vhd: _ = try Vhd.repair(store: store, .all)
-      case .vmdk: _ = try Vmdk.repair(store: store, extents: try extents(store), .all)
-      }
+      let format = kind.format
+      let files = format.checksFiles ? try extents(store) : []
+      _ = try format.check(store, files: files, repair: repair)
+      if repair == nil { _ = try format.snapshots(of: store) }
     }
   }
 }

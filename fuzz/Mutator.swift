@@ -81,7 +81,7 @@ struct Mutator {
     }
   }
 
-  private var isLittle: Bool { kind == .dscow || kind.rawValue == "vmdk" }
+  private var isLittle: Bool { kind == .dscow || kind == .vmdk }
 
   private func number(_ data: UnsafeMutablePointer<UInt8>, _ offset: Int, _ width: Int) -> UInt64 {
     var value: UInt64 = 0

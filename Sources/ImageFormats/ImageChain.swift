@@ -6,25 +6,6 @@
 import Glibc
 package import Posix
 
-/// The formats that are built in, by the names that images and `qemu-img` give them.
-package enum ImageKind: String, Sendable, CaseIterable {
-  /// A file or device as it is.
-  case raw
-  /// The project's own.
-  case dscow
-  /// Version 1 of qcow.
-  case qcow
-  /// Versions 2 and 3 of qcow.
-  case qcow2
-  /// VHD, which QEMU calls vpc.
-  case vhd = "vpc"
-  /// VMware's.
-  case vmdk
-
-  /// The names by which a format may be given: the raw values, and `vhd` for `vpc`.
-  package static var names: [String] { (allCases.map(\.rawValue) + ["vhd"]).sorted() }
-}
-
 /// Opens images with what is under them.
 package enum ImageChain {
   /// A path that stands in an image.
@@ -77,15 +58,16 @@ package enum ImageChain {
   ///   - resolve: opens paths for reading (a data file of a writable image: for writing).
   ///   - contentID: what the image shall bear instead of a random one, where opening it for
   ///     writing renews that (VMDK).
+  ///   - formats: those that there are.
   /// - Throws: what the formats throw; `corrupt` for a loop or too long a chain.
   package static func open(
     _ store: any ByteStore, kind: ImageKind? = nil, baseKind: ImageKind? = nil,
     writable: Bool, depth: Int = usualDepth, force: Bool = false, snapshot: String? = nil,
-    contentID: UInt32? = nil, resolve: Resolver
+    contentID: UInt32? = nil, among formats: DiskFormats = .all, resolve: Resolver
   ) throws(ImageError) -> any ImageFormat {
     let how = How(
       writable: writable, force: force, snapshot: snapshot, contentID: contentID,
-      baseKind: baseKind)
+      baseKind: baseKind, formats: formats)
     return try open(
       store, FormatStatement(kind), how, above: [], depth: depth, resolve: resolve
     ).image
@@ -98,6 +80,7 @@ package enum ImageChain {
     var snapshot: String?
     var contentID: UInt32?
     var baseKind: ImageKind?
+    var formats: DiskFormats
   }
 
   /// A base with everything under it as a flat byte store: what an image is made over.
@@ -108,9 +91,10 @@ package enum ImageChain {
   /// - Throws: as `open`.
   package static func base(
     _ base: any ByteStore, kind: ImageKind? = nil, of store: any ByteStore,
-    depth: Int = usualDepth, resolve: Resolver
+    depth: Int = usualDepth, among formats: DiskFormats = .all, resolve: Resolver
   ) throws(ImageError) -> any ByteStore {
-    try flat(base, FormatStatement(kind), above: [store], depth: depth, resolve: resolve)
+    try flat(
+      base, FormatStatement(kind), formats, above: [store], depth: depth, resolve: resolve)
   }
 
   /// An image that is open, and the base it was opened with.
@@ -124,51 +108,46 @@ package enum ImageChain {
       throw ImageError(
         .unsupported, "more than \(depth) images in a row, down to \(store.name): merge some")
     }
-    let decision = try FormatDecision.decide(statement, of: store)
-    let names = try ImageLayer.names(in: store, kind: decision.kind)
-    func base() throws(ImageError) -> (any ByteStore)? {
-      guard let below = try openBase(of: store, names, decision, resolve) else { return nil }
-      return try flat(
-        below, FormatStatement(how.baseKind, named: names.baseFormat), above: above + [store],
-        depth: depth, resolve: resolve)
+    let decision = try FormatDecision.decide(statement, of: store, among: how.formats)
+    var parts = try parts(
+      store, decision, baseKind: how.baseKind, how.formats, above: above, depth: depth,
+      resolve: resolve)
+    parts.writable = how.writable
+    parts.force = how.force
+    parts.snapshot = how.snapshot
+    parts.contentID = how.contentID
+    return (try decision.kind.format.opened(parts), parts.base)
+  }
+
+  /// Opens what an image names and everything under it, not the image itself. Throws as `open`.
+  package static func parts(
+    _ store: any ByteStore, _ decision: FormatDecision, baseKind: ImageKind? = nil,
+    among formats: DiskFormats = .all, resolve: Resolver
+  ) throws(ImageError) -> ImageParts {
+    try parts(
+      store, decision, baseKind: baseKind, formats, above: [], depth: usualDepth,
+      resolve: resolve)
+  }
+
+  private static func parts(
+    _ store: any ByteStore, _ decision: FormatDecision, baseKind: ImageKind?,
+    _ formats: DiskFormats, above: [any ByteStore], depth: Int, resolve: Resolver
+  ) throws(ImageError) -> ImageParts {
+    let names = try decision.kind.format.names(in: store)
+    var parts = ImageParts(store)
+    parts.files = try files(of: store, names, decision, above: above, resolve)
+    if let below = try openBase(of: store, names, decision, resolve) {
+      parts.base = try flat(
+        below, FormatStatement(baseKind, named: names.baseFormat), formats,
+        above: above + [store], depth: depth, resolve: resolve)
     }
-    switch decision.kind {
-    case .raw: return (try Raw(store: store, writable: how.writable), nil)
-    case .dscow:
-      let base = try base()
-      return (
-        try Dscow.open(store: store, base: base, writable: how.writable, force: how.force), base
-      )
-    case .qcow:
-      let base = try base()
-      return (try Qcow.open(store: store, base: base, writable: how.writable), base)
-    case .vhd:
-      let base = try base()
-      return (try Vhd.open(store: store, base: base, writable: how.writable), base)
-    case .vmdk:
-      let layout = try VmdkLayout.read(from: store)
-      let extents = try extents(of: store, layout, decision, above: above, resolve)
-      let base = try base()
-      let image = try Vmdk.open(
-        store: store, extents: extents, base: base, writable: how.writable,
-        contentID: how.contentID)
-      return (image, base)
-    case .qcow2:
-      let data = try dataFile(of: store, names, decision, resolve)
-      let base = try base()
-      return (
-        try Qcow2.open(
-          store: store, base: base, dataFile: data, writable: how.writable,
-          snapshot: how.snapshot),
-        base
-      )
-    }
+    return parts
   }
 
   /// Opens the base that an image names, by the first of its paths that leads somewhere; nil
   /// when it names none.
   static func openBase(
-    of store: any ByteStore, _ names: ImageLayer.Names, _ decision: FormatDecision,
+    of store: any ByteStore, _ names: ImageNames, _ decision: FormatDecision,
     _ resolve: Resolver
   ) throws(ImageError) -> (any ByteStore)? {
     guard let first = names.base else { return nil }
@@ -186,59 +165,48 @@ package enum ImageChain {
     throw failure ?? ImageError(.baseMissing, "store \(store.name) names no base")
   }
 
-  /// The files of a VMDK image's extents. None may be the image, one above it, or another
-  /// extent.
-  static func extents(
-    of store: any ByteStore, _ layout: VmdkLayout, _ decision: FormatDecision,
+  /// Opens the files that hold an image's data where that is not the store. No extent may be the
+  /// image, one above it, or another extent.
+  static func files(
+    of store: any ByteStore, _ names: ImageNames, _ decision: FormatDecision,
     above: [any ByteStore], _ resolve: Resolver
   ) throws(ImageError) -> [any ByteStore] {
-    var extents: [any ByteStore] = []
-    var isFlat: [Bool] = []
-    for line in layout.descriptor.extents where layout.header == nil && line.kind != .zero {
-      try decision.checkMayName(line.path, store)
-      let file = try resolve(Request(role: .extent, path: line.path, from: store.name))
-      let flat = line.kind == .flat || line.kind == .vmfs
-      for other in above + [store] {
+    var files: [any ByteStore] = []
+    for named in names.files {
+      guard let path = named.path else {
+        throw ImageError(.baseMissing, "store \(store.name) does not name its data file")
+      }
+      try decision.checkMayName(path, store)
+      let file = try resolve(Request(role: named.role, path: path, from: store.name))
+      for other in above + [store] where named.role == .extent {
         guard try !Dscow.same(other, file) else {
-          throw ImageError(.corrupt, "store \(store.name): its extent \(line.path) is itself")
+          throw ImageError(.corrupt, "store \(store.name): its extent \(path) is itself")
         }
       }
-      // Flat extents may be parts of one file.
-      for (other, otherIsFlat) in zip(extents, isFlat) where !(flat && otherIsFlat) {
+      for (other, its) in zip(files, names.files) where !(named.isShared && its.isShared) {
         guard try !Dscow.same(other, file) else {
-          throw ImageError(.corrupt, "store \(store.name): two extents are \(line.path)")
+          throw ImageError(.corrupt, "store \(store.name): two extents are \(path)")
         }
       }
-      extents.append(file)
-      isFlat.append(flat)
+      files.append(file)
     }
-    return extents
-  }
-
-  static func dataFile(
-    of store: any ByteStore, _ names: ImageLayer.Names, _ decision: FormatDecision,
-    _ resolve: Resolver
-  ) throws(ImageError) -> (any ByteStore)? {
-    guard names.hasDataFile else { return nil }
-    guard let path = names.dataFile else {
-      throw ImageError(.baseMissing, "store \(store.name) does not name its data file")
-    }
-    try decision.checkMayName(path, store)
-    return try resolve(Request(role: .dataFile, path: path, from: store.name))
+    return files
   }
 
   /// A base as a flat byte store.
   private static func flat(
-    _ store: any ByteStore, _ statement: FormatStatement, above: [any ByteStore], depth: Int,
-    resolve: Resolver
+    _ store: any ByteStore, _ statement: FormatStatement, _ formats: DiskFormats,
+    above: [any ByteStore], depth: Int, resolve: Resolver
   ) throws(ImageError) -> any ByteStore {
     for upper in above {
       guard try !Dscow.same(upper, store) else {
         throw ImageError(.corrupt, "store \(store.name) is, through others, its own base")
       }
     }
-    guard try FormatDecision.decide(statement, of: store).kind != .raw else { return store }
-    let opened = try open(store, statement, How(), above: above, depth: depth, resolve: resolve)
+    let decision = try FormatDecision.decide(statement, of: store, among: formats)
+    guard decision.kind != .raw else { return store }
+    let opened = try open(
+      store, statement, How(formats: formats), above: above, depth: depth, resolve: resolve)
     return ImageStore(alone: opened.image, store: store, base: opened.base)
   }
 }

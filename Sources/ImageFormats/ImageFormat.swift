@@ -143,6 +143,13 @@ package protocol ImageFormat: AnyObject {
 
   /// Placements that a former worker made and did not commit, in the order of their marks.
   func restore(_ extents: [Extent]) throws(ImageError)
+
+  /// Gives the disk another length, rounded up to 512. Nothing may be uncommitted, and no target
+  /// may serve the disk.
+  ///
+  /// - Throws: `badRequest` when it cannot be that long, `unsupported` when it can have no other
+  ///   length; `io`.
+  func resize(to newSize: UInt64) throws(ImageError)
 }
 
 extension ImageFormat {
@@ -152,11 +159,48 @@ extension ImageFormat {
   package var isFixed: Bool { false }
   /// Other programs put tables behind whatever the file holds, placements included.
   package func usesForTables(_ ranges: [Range<UInt64>]) throws(ImageError) -> Bool { false }
+  /// It cannot.
+  package func resize(to newSize: UInt64) throws(ImageError) {
+    throw ImageError(
+      .unsupported, "a disk of \(size) bytes cannot be given another length: convert it")
+  }
   /// Every first write is asked for.
   package func grant() -> Grant? { nil }
   /// Nothing was granted.
   package func granted(_ extent: Extent) throws(ImageError) {
     throw ImageError(
       .badRequest, "blocks \(extent.blocks.first)+\(extent.blocks.count) were not granted")
+  }
+}
+
+/// An image that is only read: all that it has to know is where its blocks are.
+package protocol ReadOnlyImage: ImageFormat {}
+
+extension ReadOnlyImage {
+  private var refusal: ImageError {
+    ImageError(.badRequest, "the store is open for reading only")
+  }
+
+  /// All of them.
+  package var allocatedBlocks: UInt64 { blockCount }
+  /// Throws `badRequest`.
+  package func place(_ blocks: BlockRange, whole: Bool) throws(ImageError) -> Placement {
+    throw refusal
+  }
+  /// Throws `badRequest`.
+  package func discard(
+    _ blocks: BlockRange, zeroing: Bool
+  ) throws(ImageError) -> DiscardAnswer { throw refusal }
+  /// There is nothing to commit.
+  package func commitPlan(upTo mark: Mark) throws(ImageError) -> CommitPlan {
+    CommitPlan(upTo: mark, stages: [])
+  }
+  /// There is nothing to commit.
+  package func committed(upTo mark: Mark) {}
+  /// Nothing was placed.
+  package func abandon(_ mark: Mark) {}
+  /// Throws `badRequest` for any extent: it makes no placements.
+  package func restore(_ extents: [Extent]) throws(ImageError) {
+    guard extents.isEmpty else { throw refusal }
   }
 }

@@ -3,8 +3,7 @@
 // the image below. Whoever copies, compares or draws a chain asks its layers one by one.
 //
 // Each is opened over a stand-in for everything below, which is longer than any disk: an extent
-// in device 1 then means that the image has nothing there. This is the one place where a kind
-// of image is told from another to open it so.
+// in device 1 then means that the image has nothing there.
 
 package import Posix
 
@@ -77,20 +76,12 @@ package final class ImageLayer {
     self.store = store
     self.kind = kind
     let under = Below(below)
-    switch kind {
-    case .raw: format = try Raw(store: store, writable: writable)
-    case .dscow: format = try Dscow.open(alone: store, over: below, writable: writable)
-    case .vhd: format = try Vhd.open(alone: store, over: below, under, writable: writable)
-    case .qcow2:
-      format = try Qcow2.open(
-        alone: store, over: under, dataFile: files.first, writable: writable, snapshot: snapshot)
-    case .qcow:
-      format = try Qcow(
-        store: store, base: under, header: try .read(from: store), writable: writable)
-    case .vmdk:
-      format = try Vmdk.open(
-        alone: store, extents: files, over: below, under, writable: writable)
-    }
+    var parts = ImageParts(store)
+    parts.files = files
+    parts.base = below
+    parts.writable = writable
+    parts.snapshot = snapshot
+    format = try kind.format.opened(parts, over: under)
     devices = format.devices ?? [store, under]
   }
 
@@ -117,44 +108,6 @@ package final class ImageLayer {
       // A flat part of a disk is as good as the image's own file.
       let isPlain = device == 0 || !(store is CompressedStore || store is VhdMixedBlocks)
       return (isPlain ? .data(store, place) : .made(store, place), count)
-    }
-  }
-
-  /// What an image's header says of other files.
-  package struct Names: Sendable, Equatable {
-    /// The base's path, as it stands there.
-    package var base: String?
-    /// Other paths of it, in the order in which they are tried.
-    package var otherBases: [String] = []
-    /// The base's format by name.
-    package var baseFormat: String?
-    /// Whether the data has a file of its own.
-    package var hasDataFile = false
-    /// Its path.
-    package var dataFile: String?
-  }
-
-  /// What the header of an image says of other files.
-  package static func names(
-    in store: any ByteStore, kind: ImageKind
-  ) throws(ImageError) -> Names {
-    switch kind {
-    case .raw: return Names()
-    case .dscow: return Names(base: try Dscow.header(of: store).header.base?.path)
-    case .vhd:
-      let header = try VhdHeader.read(from: store)
-      return Names(
-        base: header.basePath, otherBases: Array(header.basePaths.dropFirst()),
-        baseFormat: header.baseFormat)
-    case .qcow: return Names(base: try QcowHeader.read(from: store).basePath)
-    case .vmdk:
-      let base = try VmdkLayout.read(from: store).descriptor.basePath
-      return Names(base: base, baseFormat: base == nil ? nil : ImageKind.vmdk.rawValue)
-    case .qcow2:
-      let header = try Qcow2Header.read(from: store)
-      return Names(
-        base: header.basePath, baseFormat: header.baseFormat, hasDataFile: header.hasDataFile,
-        dataFile: header.dataFilePath)
     }
   }
 }

@@ -54,40 +54,43 @@ package final class LayerChain {
   /// nobody is asked for when `over` is given: the image is then read over that chain.
   package static func open(
     _ store: any ByteStore, kind: ImageKind? = nil, baseKind: ImageKind? = nil,
-    snapshot: String? = nil, depth: Int = ImageChain.usualDepth, resolve: ImageChain.Resolver
+    snapshot: String? = nil, depth: Int = ImageChain.usualDepth,
+    among formats: DiskFormats = .all, resolve: ImageChain.Resolver
   ) throws(ImageError) -> LayerChain {
     LayerChain(
       try layers(
-        store, FormatStatement(kind), baseKind, snapshot: snapshot, above: [], depth: depth,
-        resolve: resolve))
+        store, FormatStatement(kind), baseKind, formats, snapshot: snapshot, above: [],
+        depth: depth, resolve: resolve))
   }
 
   /// Opens everything under an image that names its base; nil when it names none.
   package static func below(
     _ store: any ByteStore, _ decision: FormatDecision, baseKind: ImageKind? = nil,
-    resolve: ImageChain.Resolver
+    among formats: DiskFormats = .all, resolve: ImageChain.Resolver
   ) throws(ImageError) -> LayerChain? {
     let layers = try base(
-      of: store, try ImageLayer.names(in: store, kind: decision.kind), decision, baseKind,
-      above: [], depth: ImageChain.usualDepth, resolve: resolve)
+      of: store, try decision.kind.format.names(in: store), decision, baseKind, formats, above: [],
+      depth: ImageChain.usualDepth, resolve: resolve)
     return layers.isEmpty ? nil : LayerChain(layers)
   }
 
   private static func layers(
     _ store: any ByteStore, _ statement: FormatStatement, _ baseKind: ImageKind?,
-    snapshot: String?, above: [any ByteStore], depth: Int, resolve: ImageChain.Resolver
+    _ formats: DiskFormats, snapshot: String?, above: [any ByteStore], depth: Int,
+    resolve: ImageChain.Resolver
   ) throws(ImageError) -> [ImageLayer] {
     guard above.count < depth else {
       throw ImageError(
         .unsupported, "more than \(depth) images in a row, down to \(store.name): merge some")
     }
-    let decision = try FormatDecision.decide(statement, of: store)
-    let names = try ImageLayer.names(in: store, kind: decision.kind)
+    let decision = try FormatDecision.decide(statement, of: store, among: formats)
+    let names = try decision.kind.format.names(in: store)
     let below = try base(
-      of: store, names, decision, baseKind, above: above, depth: depth, resolve: resolve)
+      of: store, names, decision, baseKind, formats, above: above, depth: depth,
+      resolve: resolve)
     let top = try ImageLayer(
       store, kind: decision.kind, below: below.isEmpty ? nil : LayerChain(below).flat(),
-      files: try files(of: store, decision, above: above, resolve: resolve),
+      files: try ImageChain.files(of: store, names, decision, above: above, resolve),
       snapshot: snapshot)
     return [top] + below
   }
@@ -101,17 +104,14 @@ package final class LayerChain {
     of store: any ByteStore, _ decision: FormatDecision, above: [any ByteStore] = [],
     resolve: ImageChain.Resolver
   ) throws(ImageError) -> [any ByteStore] {
-    if decision.kind == .vmdk {
-      return try ImageChain.extents(
-        of: store, try .read(from: store), decision, above: above, resolve)
-    }
-    let names = try ImageLayer.names(in: store, kind: decision.kind)
-    return try ImageChain.dataFile(of: store, names, decision, resolve).map { [$0] } ?? []
+    try ImageChain.files(
+      of: store, try decision.kind.format.names(in: store), decision, above: above, resolve)
   }
 
   private static func base(
-    of store: any ByteStore, _ names: ImageLayer.Names, _ decision: FormatDecision,
-    _ baseKind: ImageKind?, above: [any ByteStore], depth: Int, resolve: ImageChain.Resolver
+    of store: any ByteStore, _ names: ImageNames, _ decision: FormatDecision,
+    _ baseKind: ImageKind?, _ formats: DiskFormats, above: [any ByteStore], depth: Int,
+    resolve: ImageChain.Resolver
   ) throws(ImageError) -> [ImageLayer] {
     guard let below = try ImageChain.openBase(of: store, names, decision, resolve) else {
       return []
@@ -122,7 +122,7 @@ package final class LayerChain {
       }
     }
     return try layers(
-      below, FormatStatement(baseKind, named: names.baseFormat), nil, snapshot: nil,
+      below, FormatStatement(baseKind, named: names.baseFormat), nil, formats, snapshot: nil,
       above: above + [store], depth: depth, resolve: resolve)
   }
 

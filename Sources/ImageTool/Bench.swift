@@ -97,8 +97,8 @@ private final class BenchJob: @unchecked Sendable {
     }
     let store = try request.source.open(writable: true)
     let image = try ImageChain.open(
-      store, kind: try ImageSource.kind(named: request.source.format),
-      baseKind: try request.source.baseKind(), writable: true,
+      store, kind: try request.source.kind(), baseKind: try request.source.baseKind(),
+      writable: true, among: request.source.formats,
       resolve: ImageSource.resolver(
         writing: [store.name], untrusted: request.source.untrusted))
     opened = image

@@ -20,13 +20,14 @@ extension ImageTool {
     let store = try source.open(writable: true)
     let decision = try source.decision(of: store)
     let kind = decision.kind
-    let names = try ImageLayer.names(in: store, kind: kind)
+    let format = kind.format
+    let names = try format.names(in: store)
     guard let path = names.base else {
       throw ImageError(.badRequest, "\(source.path) has no base to commit into")
     }
     try decision.checkMayName(path, store)
-    try Kinds.refuseSnapshots(store, kind, "committed into its base")
-    try Kinds.checkCommit(store, kind, keep: keep)
+    try format.refuseSnapshots(store, "committed into its base")
+    if !keep { try format.checkCanEmpty(store) }
     guard !source.untrusted else {
       throw ImageChain.Request(role: .base, path: path, from: store.name).refusal
     }
@@ -35,15 +36,16 @@ extension ImageTool {
       throw ImageError(.corrupt, "\(source.path) is its own base")
     }
     let below = try FormatDecision.decide(
-      FormatStatement(try source.baseKind(), named: names.baseFormat), of: base)
+      FormatStatement(try source.baseKind(), named: names.baseFormat), of: base,
+      among: source.formats)
     guard !below.isGuessed else {
       throw ImageError(
         .unsupported,
-        "base \(base.name) begins like an image of format \(below.kind.rawValue), but nobody says "
+        "base \(base.name) begins like an image of format \(below.kind), but nobody says "
           + "that it is one: give its format with --base-format")
     }
     try commit(
-      store, kind, into: base, below.kind, keep: keep, progress: progress,
+      store, kind, into: base, below.kind, keep: keep, progress: progress, among: source.formats,
       resolve: ImageSource.resolver(writing: [store.name, base.name], untrusted: false))
     progress.finish()
     if !quiet { output.put("Image committed.\n") }
@@ -52,11 +54,13 @@ extension ImageTool {
   /// As the other, for stores that are open and locked.
   static func commit(
     _ store: any ByteStore, _ kind: ImageKind, into base: any ByteStore, _ baseKind: ImageKind,
-    keep: Bool, progress: Progress, resolve: ImageChain.Resolver
+    keep: Bool, progress: Progress, among formats: DiskFormats = .all,
+    resolve: ImageChain.Resolver
   ) throws(ImageError) {
     func disk() throws(ImageError) -> any ByteStore {
       baseKind == .raw
-        ? base : try LayerChain.open(base, kind: baseKind, resolve: resolve).flat()
+        ? base
+        : try LayerChain.open(base, kind: baseKind, among: formats, resolve: resolve).flat()
     }
     let files = try LayerChain.files(
       of: store, FormatDecision(kind: kind), resolve: resolve)
@@ -69,37 +73,41 @@ extension ImageTool {
         "base \(base.name) is a device of \(base.size) bytes, and \(store.name) has \(top.size): "
           + "make the device longer, or the image shorter")
     }
-    try Kinds.beginCommit(store, kind, base: try disk())
+    try kind.format.beginCommit(of: store, into: try disk())
     var hasWritten = false
     do throws(ImageError) {
       try fillBase(
-        base, baseKind, from: top, of: store, kind, isShort: isShort, progress, resolve,
+        base, baseKind, from: top, of: store, kind, isShort: isShort, progress, formats, resolve,
         &hasWritten)
     } catch {
       // A base that was not written yet is as the image knows it.
-      if !hasWritten { try Kinds.cancelCommit(store, kind) }
+      if !hasWritten { try kind.format.cancelCommit(of: store) }
       throw error
     }
-    try Kinds.endCommit(store, kind, files: files, base: try disk(), keep: keep)
+    var parts = ImageParts(store)
+    parts.files = files
+    parts.base = try disk()
+    try kind.format.endCommit(parts, emptying: !keep)
   }
 
   /// Writes what an image has of its own into its base, which is durable then. `hasWritten`:
   /// whether the base may differ from what it was.
   private static func fillBase(
     _ base: any ByteStore, _ baseKind: ImageKind, from top: ImageLayer, of store: any ByteStore,
-    _ kind: ImageKind, isShort: Bool, _ progress: Progress, _ resolve: ImageChain.Resolver,
-    _ hasWritten: inout Bool
+    _ kind: ImageKind, isShort: Bool, _ progress: Progress, _ formats: DiskFormats,
+    _ resolve: ImageChain.Resolver, _ hasWritten: inout Bool
   ) throws(ImageError) {
-    let next = try Kinds.nextContentID(of: base, for: store, kind)
+    let next = try kind.format.nextContentID(of: base, for: store)
     if isShort {
       hasWritten = true
       try Kinds.resize(
-        base, FormatDecision(kind: baseKind), to: top.size, contentID: next, resolve: resolve)
+        base, FormatDecision(kind: baseKind), among: formats, to: top.size, contentID: next,
+        resolve: resolve)
     }
     let target = try ImageChain.open(
-      base, kind: baseKind, writable: true, contentID: next, resolve: resolve)
+      base, kind: baseKind, writable: true, contentID: next, among: formats, resolve: resolve)
     hasWritten = true
-    try Kinds.adopt(base: base, of: store, kind)
+    try kind.format.adopt(base: base, of: store)
     let writer = ImageWriter(target, store: base, devices: target.devices ?? [base])
     try copyOwn(top, writer, progress)
     try writer.commit()
@@ -154,22 +162,23 @@ extension ImageTool {
     let store = try source.open(writable: true)
     let decision = try source.decision(of: store)
     let kind = decision.kind
-    try Kinds.checkRebase(store, kind)
-    if !unsafe { try Kinds.refuseSnapshots(store, kind, "given another base") }
-    if let path = try ImageLayer.names(in: store, kind: kind).base {
+    let format = kind.format
+    try format.checkCanRebase(store)
+    if !unsafe { try format.refuseSnapshots(store, "given another base") }
+    if let path = try format.names(in: store).base {
       try decision.checkMayName(path, store)
     }
-    var new: (path: String, kind: ImageKind, file: any ByteStore, disk: any ByteStore)?
+    var new: NewImage.Base?
     if let path {
       do throws(ImageError) {
         new = try openBase(
-          path, baseFormat, for: source.path, kind: kind, untrusted: source.untrusted)
+          path, baseFormat, for: source.path, kind: kind, untrusted: source.untrusted,
+          among: source.formats)
       } catch {
         // A name alone need not lead anywhere yet, where the image keeps no more than that.
-        guard unsafe, kind == .qcow2, baseFormat != nil, error.cause?.code == ENOENT else {
-          throw error
-        }
-        return try Qcow2.rename(base: (path, baseFormat), of: store)
+        guard unsafe, format.keepsBaseNameOnly, baseFormat != nil, error.cause?.code == ENOENT
+        else { throw error }
+        return try format.rename(base: NamedBase(path: path, format: baseFormat), of: store)
       }
     }
     if let new, try Dscow.same(new.file, store) {
@@ -178,7 +187,8 @@ extension ImageTool {
     let resolve = ImageSource.resolver(writing: [store.name], untrusted: source.untrusted)
     try rebase(
       store, kind, onto: new.map { ($0.path, $0.kind, $0.disk) }, format: baseFormat,
-      oldKind: try source.baseKind(), unsafe: unsafe, progress: progress, resolve: resolve)
+      oldKind: try source.baseKind(), unsafe: unsafe, progress: progress, among: source.formats,
+      resolve: resolve)
     progress.finish()
   }
 
@@ -186,19 +196,22 @@ extension ImageTool {
   static func rebase(
     _ store: any ByteStore, _ kind: ImageKind,
     onto new: (path: String, kind: ImageKind, disk: any ByteStore)?, format: String?,
-    oldKind: ImageKind? = nil, unsafe: Bool, progress: Progress, resolve: ImageChain.Resolver
+    oldKind: ImageKind? = nil, unsafe: Bool, progress: Progress,
+    among formats: DiskFormats = .all, resolve: ImageChain.Resolver
   ) throws(ImageError) {
-    if !unsafe { try inherit(store, kind, oldKind, new?.disk, progress, resolve) }
-    try Kinds.rename(base: new, of: store, kind, format: format)
+    if !unsafe { try inherit(store, kind, oldKind, new?.disk, progress, formats, resolve) }
+    let base = new.map { NamedBase(path: $0.path, format: format ?? $0.kind.name, disk: $0.disk) }
+    try kind.format.rename(base: base, of: store)
   }
 
   /// Copies into an image what it shows of its base and would not show of another.
   private static func inherit(
     _ store: any ByteStore, _ kind: ImageKind, _ baseKind: ImageKind?, _ new: (any ByteStore)?,
-    _ progress: Progress, _ resolve: ImageChain.Resolver
+    _ progress: Progress, _ formats: DiskFormats, _ resolve: ImageChain.Resolver
   ) throws(ImageError) {
     let old = try LayerChain.below(
-      store, FormatDecision(kind: kind), baseKind: baseKind, resolve: resolve)?.flat()
+      store, FormatDecision(kind: kind), baseKind: baseKind, among: formats, resolve: resolve
+    )?.flat()
     let image = try ImageLayer(
       store, kind: kind, below: old,
       files: try LayerChain.files(

@@ -55,8 +55,10 @@ extension ImageTool {
   /// Converts an image.
   package static func convert(_ request: ConvertRequest) throws(ImageError) {
     let chain = try request.source.chain(snapshot: request.snapshot)
-    let kind = try ImageSource.kind(named: request.format)
-    guard !request.compress || kind == .qcow2, !(request.compress && request.intoExisting) else {
+    let formats = request.source.formats
+    let kind = try formats.stated(request.format)
+    guard !request.compress || kind.format.canCompress, !(request.compress && request.intoExisting)
+    else {
       throw ImageError(
         .badRequest,
         "-c: only a new qcow2 image is compressed: say -O qcow2, without -n")
@@ -66,7 +68,8 @@ extension ImageTool {
     let baseFormat = request.baseFormat ?? options.take("backing_fmt")
     let base = try basePath.map { path throws(ImageError) in
       try openBase(
-        path, baseFormat, for: request.target, kind: kind, untrusted: request.source.untrusted)
+        path, baseFormat, for: request.target, kind: kind, untrusted: request.source.untrusted,
+        among: formats)
     }
     let wanted = try options.bytes("size")
     let size = wanted ?? chain.size

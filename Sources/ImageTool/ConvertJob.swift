@@ -65,7 +65,7 @@ final class ConvertJob: @unchecked Sendable {
       let file = base.file
       under = DiskReader(
         try LayerChain.open(
-          file, kind: base.kind,
+          file, kind: base.kind, among: request.source.formats,
           resolve: ImageSource.resolver(untrusted: request.source.untrusted)))
     }
     reader = DiskReader(chain)

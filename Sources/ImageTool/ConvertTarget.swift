@@ -63,9 +63,7 @@ extension Kinds {
       return try RawTarget(image, request, files, much)
     }
     if image.kind == .qcow2, !request.intoExisting {
-      var options = try image.options.qcow2()
-      try image.options.checkAllUsed()
-      options.base = image.base.map { ($0.path, $0.kind.rawValue) }
+      let options = try Qcow2Format.options(of: image)
       let data = try options.dataFile.map { path throws(ImageError) in
         try files.make(ImageSource.beside(request.target, path))
       }
@@ -74,7 +72,7 @@ extension Kinds {
     }
     if image.kind == .vmdk, !request.intoExisting {
       var options = image.options
-      let vmdk = try vmdkOptions(image, &options, name: request.target)
+      let vmdk = try VmdkFormat.options(of: image, &options, name: request.target)
       if vmdk.subformat == .streamOptimized {
         try options.checkAllUsed()
         return StreamTarget(
@@ -83,7 +81,7 @@ extension Kinds {
       }
     }
     if !request.intoExisting {
-      try create(image, in: files.store) { path throws(ImageError) in
+      try image.kind.format.create(image, in: files.store) { path throws(ImageError) in
         try files.make(ImageSource.beside(request.target, path))
       }
     }
@@ -282,8 +280,9 @@ private final class WrittenTarget: ConvertTarget {
   ) throws(ImageError) {
     wantsZeroes = image.base != nil || (request.intoExisting && !request.targetIsZero)
     let disk = image.base?.disk
-    let opened = try ImageChain.open(files.store, kind: image.kind, writable: true) {
-      asked throws(ImageError) in
+    let opened = try ImageChain.open(
+      files.store, kind: image.kind, writable: true, among: request.source.formats
+    ) { asked throws(ImageError) in
       // The base is open already, and may be locked.
       if asked.role == .base, let disk, disk is FileStore { return disk }
       let path = ImageSource.beside(asked.from, asked.path)

@@ -26,6 +26,8 @@ extension ImageTool {
     package var quiet = false
     /// Whether no file that the base names is opened.
     package var untrusted = false
+    /// The formats that there are.
+    package var formats = DiskFormats.all
 
     /// A request for an image at a path.
     package init(path: String) { self.path = path }
@@ -35,13 +37,14 @@ extension ImageTool {
   package static func create(
     _ request: CreateRequest, to output: Output
   ) throws(ImageError) {
-    let kind = try ImageSource.kind(named: request.format)
+    let kind = try request.formats.stated(request.format)
     var options = try ImageOptions(request.options, for: kind)
     let basePath = request.base ?? options.take("backing_file")
     let baseFormat = request.baseFormat ?? options.take("backing_fmt")
     let base = try basePath.map { path throws(ImageError) in
       try openBase(
-        path, baseFormat, for: request.path, kind: kind, untrusted: request.untrusted)
+        path, baseFormat, for: request.path, kind: kind, untrusted: request.untrusted,
+        among: request.formats)
     }
     let sizeOption = try options.bytes("size")
     guard let size = request.size ?? sizeOption ?? base?.disk.size else {
@@ -57,8 +60,8 @@ extension ImageTool {
       throw error
     }
     guard !request.quiet else { return }
-    output.put("Made '\(request.path)', format=\(kind.rawValue) size=\(size)")
-    if let base { output.put(" base=\(base.path) base-format=\(base.kind.rawValue)") }
+    output.put("Made '\(request.path)', format=\(kind.name) size=\(size)")
+    if let base { output.put(" base=\(base.path) base-format=\(base.kind.name)") }
     output.put("\n")
   }
 
@@ -77,7 +80,7 @@ extension ImageTool {
     }
     defer { made = fresh }
     let store = try open(path)
-    try Kinds.create(image, in: store) { file throws(ImageError) in
+    try image.kind.format.create(image, in: store) { file throws(ImageError) in
       try open(ImageSource.beside(path, file))
     }
     for path in fresh { try ImageFile.flushDirectory(of: path) }
@@ -86,23 +89,22 @@ extension ImageTool {
   /// Opens a base, whose path stands, or shall stand, in an image. `untrusted`: no file that the
   /// base names is opened.
   static func openBase(
-    _ path: String, _ format: String?, for image: String, kind: ImageKind, untrusted: Bool
-  ) throws(ImageError) -> (
-    path: String, kind: ImageKind, file: any ByteStore, disk: any ByteStore
-  ) {
+    _ path: String, _ format: String?, for image: String, kind: ImageKind, untrusted: Bool,
+    among formats: DiskFormats
+  ) throws(ImageError) -> NewImage.Base {
     guard let format else {
       throw ImageError(
         .badRequest,
         "base \(path): backing file given without its format, and guesses are not written down: "
           + "say which it has (-F raw, -F qcow2, ...)")
     }
-    let known: ImageKind = try ImageSource.kind(named: format)
+    let known = try formats.stated(format)
     let real = ImageSource.beside(image, path)
     let file = try ImageFile.base(real)
     let chain = try LayerChain.open(
-      file, kind: known, resolve: ImageSource.resolver(untrusted: untrusted))
-    // dscow stores are opened by daemons too, from wherever those are.
-    let name = kind == .dscow ? try ImageFile.absolute(real) : path
+      file, kind: known, among: formats, resolve: ImageSource.resolver(untrusted: untrusted))
+    // What daemons open they open from wherever they are.
+    let name = kind.format.wantsAbsoluteBase ? try ImageFile.absolute(real) : path
     return (name, known, file, chain.flat())
   }
 
@@ -120,7 +122,7 @@ extension ImageTool {
     }
     let store = try source.open(writable: true)
     let decision = try source.decision(of: store)
-    let old = try Kinds.info(store, decision.kind).size
+    let old = try decision.kind.format.info(of: store).size
     let (size, overflow): (UInt64, Bool)
     switch sign {
     case "+": (size, overflow) = old.addingReportingOverflow(amount)
@@ -137,7 +139,7 @@ extension ImageTool {
           + "say --shrink if nothing there is needed")
     }
     try Kinds.resize(
-      store, decision, baseKind: try source.baseKind(), to: size,
+      store, decision, baseKind: try source.baseKind(), among: source.formats, to: size,
       resolve: ImageSource.resolver(writing: [store.name], untrusted: source.untrusted))
     if !quiet { output.put("Image resized.\n") }
   }
@@ -147,7 +149,7 @@ extension ImageTool {
     _ source: ImageSource, json: Bool, to output: Output
   ) throws(ImageError) {
     let store = try source.open()
-    let snapshots = try Kinds.snapshots(store, try source.decision(of: store).kind)
+    let snapshots = try source.decision(of: store).kind.format.snapshots(of: store)
     if json {
       output.put(JSON.array(snapshots.map(snapshot)).indented + "\n")
     } else if !snapshots.isEmpty {

@@ -177,7 +177,7 @@ private struct Picture {
     text(title, 40, size: 18, weight: "bold", to: output)
     let allocated = totals[2...].reduce(0, +)
     text(
-      "\(chain.layers[0].kind.rawValue), a disk of \(Words.size(chain.size)), "
+      "\(chain.layers[0].kind.name), a disk of \(Words.size(chain.size)), "
         + "\(Words.size(allocated)) of it somewhere; \(extents) extents in this image", 62,
       size: 12, to: output)
     text("The disk: \(Words.size(diskCell)) a cell", upper - 8, size: 12, to: output)

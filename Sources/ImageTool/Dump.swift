@@ -24,7 +24,7 @@ extension ImageTool {
     let store = try source.open()
     let decision = try source.decision(of: store)
     let kind = decision.kind
-    let names = try ImageLayer.names(in: store, kind: kind)
+    let names = try kind.format.names(in: store)
     let image = try ImageLayer(
       store, kind: kind, below: nil,
       files: try LayerChain.files(
@@ -40,7 +40,7 @@ extension ImageTool {
     }
     let writer = try XMLWriter(path)
     try writer.comment(
-      " dmu-img: format=\(kind.rawValue) size=\(image.size)"
+      " dmu-img: format=\(kind.name) size=\(image.size)"
         + (names.base.map { " base=\(percent($0))" } ?? "") + " ")
     try writer.start(
       "superblock",
@@ -75,7 +75,7 @@ extension ImageTool {
 
   /// The runs of data that an image has of its own, as long as they can be.
   private static func runs(
-    of image: ImageLayer, _ names: ImageLayer.Names,
+    of image: ImageLayer, _ names: ImageNames,
     visit: (Mapped) throws(ImageError) -> Void
   ) throws(ImageError) {
     var last: Mapped?
@@ -128,7 +128,7 @@ extension ImageTool {
     _ path: String, data: ImageSource, into target: String, format: String, base: String?,
     baseFormat: String?
   ) throws(ImageError) {
-    let kind = try ImageSource.kind(named: format)
+    let kind = try data.formats.stated(format)
     let blocks = try data.open()
     let reader = try XMLReader(path)
     var size: UInt64?
@@ -150,7 +150,8 @@ extension ImageTool {
       throw reader.refuse("the disk's length is not said: write <!-- dmu-img: size=BYTES -->")
     }
     let under = try base.map { path throws(ImageError) in
-      try openBase(path, baseFormat, for: target, kind: kind, untrusted: data.untrusted)
+      try openBase(
+        path, baseFormat, for: target, kind: kind, untrusted: data.untrusted, among: data.formats)
     }
     var request = ConvertRequest(data, target: target)
     request.format = format
@@ -158,10 +159,10 @@ extension ImageTool {
     do throws(ImageError) {
       let image = NewImage(
         kind: kind, size: size, base: under, options: try ImageOptions([], for: kind))
-      try Kinds.create(image, in: files.store) { path throws(ImageError) in
+      try kind.format.create(image, in: files.store) { path throws(ImageError) in
         try files.make(ImageSource.beside(target, path))
       }
-      try fill(image, files, from: reader, blocks, unit: unit)
+      try fill(image, files, from: reader, blocks, unit: unit, among: data.formats)
       try files.publish(durable: true)
     } catch {
       files.abandon()
@@ -179,11 +180,12 @@ extension ImageTool {
   /// Copies the blocks of every mapping to their places.
   private static func fill(
     _ image: NewImage, _ files: TargetFiles, from reader: XMLReader, _ blocks: FileStore,
-    unit: UInt64
+    unit: UInt64, among formats: DiskFormats
   ) throws(ImageError) {
     let disk = image.base?.disk
-    let opened = try ImageChain.open(files.store, kind: image.kind, writable: true) {
-      asked throws(ImageError) in
+    let opened = try ImageChain.open(
+      files.store, kind: image.kind, writable: true, among: formats
+    ) { asked throws(ImageError) in
       if asked.role == .base, let disk, disk is FileStore { return disk }
       if let made = files.made[ImageSource.beside(asked.from, asked.path)] { return made }
       // The base, which the command names.

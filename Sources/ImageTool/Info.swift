@@ -48,9 +48,11 @@ extension ImageTool {
       guard !source.untrusted else {
         throw ImageChain.Request(role: .base, path: base, from: path).refusal
       }
-      return ImageSource(
+      var below = ImageSource(
         ImageSource.beside(path, base), format: source.baseFormat ?? info.baseFormat,
         evenInUse: evenInUse)
+      below.formats = source.formats
+      return below
     }
 
     /// What only this format has to say.
@@ -124,8 +126,8 @@ extension ImageTool {
     let allocated = try toolIO { () throws(IOError) in try store.allocatedBytes() }
     return Described(
       path: source.path, store: store, decision: decision,
-      info: try Kinds.info(store, decision.kind), allocated: allocated,
-      snapshots: try Kinds.snapshots(store, decision.kind))
+      info: try decision.kind.format.info(of: store), allocated: allocated,
+      snapshots: try decision.kind.format.snapshots(of: store))
   }
 
   /// How a check ends.
@@ -154,7 +156,7 @@ extension ImageTool {
     }
     guard var report = try check(repair) else {
       throw ImageError(
-        .unsupported, "\(source.path): a \(kind.rawValue) image has nothing to check")
+        .unsupported, "\(source.path): a \(kind.name) image has nothing to check")
     }
     let found = report
     if repair != nil, report.repaired > 0 {
@@ -224,7 +226,7 @@ extension ImageTool {
     add("corruptions-fixed", found.corruptions - min(found.corruptions, report.corruptions))
     add("leaks-fixed", found.leaks - min(found.leaks, report.leaks))
     members.append(("filename", .string(path)))
-    members.append(("format", .string(kind.rawValue)))
+    members.append(("format", .string(kind.name)))
     if !report.problems.isEmpty {
       members.append(("problems", .array(report.problems.map { .string($0) })))
     }

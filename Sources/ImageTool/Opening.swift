@@ -17,6 +17,8 @@ package struct ImageSource: Sendable {
   package var evenInUse: Bool
   /// Whether no file that it, or an image under it, names is opened.
   package var untrusted: Bool
+  /// The formats that there are.
+  package var formats = DiskFormats.all
 
   /// A file as a command names it.
   package init(
@@ -37,35 +39,26 @@ package struct ImageSource: Sendable {
 
   /// Its format: the one that was named, or the one that its first bytes say.
   func decision(of store: any ByteStore) throws(ImageError) -> FormatDecision {
-    try .decide(FormatStatement(try Self.kind(named: format)), of: store)
+    try .decide(FormatStatement(try kind()), of: store, among: formats)
   }
 
-  /// The format of its base, if that was named.
-  func baseKind() throws(ImageError) -> ImageKind? { try Self.kind(named: baseFormat) }
+  /// Its format, if that was named. Throws `badRequest` for one that is not known.
+  func kind() throws(ImageError) -> ImageKind? { try kind(format) }
+
+  /// The format of its base, if that was named. Throws as `kind`.
+  func baseKind() throws(ImageError) -> ImageKind? { try kind(baseFormat) }
+
+  private func kind(_ name: String?) throws(ImageError) -> ImageKind? {
+    guard let name else { return nil }
+    return try formats.stated(name)
+  }
 
   /// Opens it for reading with everything under it.
   func chain(snapshot: String? = nil) throws(ImageError) -> LayerChain {
     let store = try open()
     return try LayerChain.open(
-      store, kind: try Self.kind(named: format), baseKind: try baseKind(), snapshot: snapshot,
+      store, kind: try kind(), baseKind: try baseKind(), snapshot: snapshot, among: formats,
       resolve: ImageSource.resolver(evenInUse: evenInUse, untrusted: untrusted))
-  }
-
-  /// A format by name, if there is one. Throws `badRequest` for one that is not known.
-  static func kind(named name: String?) throws(ImageError) -> ImageKind? {
-    guard let name else { return nil }
-    let known: ImageKind = try kind(named: name)
-    return known
-  }
-
-  /// A format by name. Throws `badRequest` for one that is not known.
-  package static func kind(named name: String) throws(ImageError) -> ImageKind {
-    if name == "vhd" { return .vhd }
-    guard let kind = ImageKind(rawValue: name) else {
-      let known = ImageKind.allCases.map(\.rawValue).joined(separator: ", ")
-      throw ImageError(.badRequest, "format '\(name)' is unknown: use one of \(known)")
-    }
-    return kind
   }
 
   /// Opens the paths that stand in images: relative ones from the image's folder. The files

@@ -4,38 +4,14 @@
 package import ImageFormats
 
 extension ImageOptions {
-  /// An option by its name, and its values where they are few.
-  package typealias Known = (name: String, values: [String])
-
-  private static let switches = ["on", "off"]
-
   /// The options that every format has, for `qemu-img`'s users: those of -b, -F and the size.
   package static let common: [Known] = [
-    ("backing_file", []), ("backing_fmt", ImageKind.names), ("size", []),
+    ("backing_file", []), ("backing_fmt", DiskFormats.all.names), ("size", []),
   ]
 
-  /// The further options that a new image of a format may be given. The readers in `Kinds` are the
+  /// The further options that a new image of a format may be given. What the format reads is the
   /// authority; a test compares.
-  package static func known(of kind: ImageKind) -> [Known] {
-    switch kind {
-    case .raw: [("preallocation", ["off", "falloc", "full"])]
-    case .dscow: [("block_size", [])]
-    case .qcow: []
-    case .qcow2:
-      [
-        ("compat", ["v2", "v3"]), ("cluster_size", []), ("compression_type", ["zlib", "zstd"]),
-        ("data_file", []), ("data_file_raw", switches), ("extended_l2", switches),
-        ("lazy_refcounts", switches),
-        ("preallocation", ["off", "metadata", "falloc", "full"]), ("refcount_bits", []),
-      ]
-    case .vhd: [("subformat", ["dynamic", "fixed"]), ("block_size", [])]
-    case .vmdk:
-      [
-        ("subformat", VmdkSubformat.allCases.map(\.rawValue)),
-        ("adapter_type", ["ide", "lsilogic", "buslogic", "legacyESX"]),
-      ]
-    }
-  }
+  package static func known(of kind: ImageKind) -> [Known] { kind.format.options }
 
   /// What `text`, a list as after -o that may be incomplete, can go on as.
   package static func completions(of text: String, for kind: ImageKind) -> [String] {

@@ -28,14 +28,13 @@ package struct ImageRequest: Sendable, Equatable {
   package init() {}
 }
 
-/// A format by its name: every kind of image that the library knows, and "vhd" for what QEMU
-/// calls vpc.
+/// A format by the name that specs give it: every one that the library knows.
 package struct FormatName: Sendable, Equatable {
   /// The kind of image.
   package let kind: ImageKind
 
   /// The names of all formats.
-  package static let all = ImageKind.allCases.map { FormatName($0).name }.sorted()
+  package static let all = DiskFormats.all.kinds.map { FormatName($0).name }.sorted()
 
   /// A format by its kind.
   package init(_ kind: ImageKind) {
@@ -48,9 +47,7 @@ package struct FormatName: Sendable, Equatable {
     self.kind = kind
   }
 
-  static func kind(_ name: String) -> ImageKind? {
-    name == "vhd" ? .vhd : ImageKind(rawValue: name)
-  }
+  static func kind(_ name: String) -> ImageKind? { DiskFormats.all.named(name) }
 
   /// `remark` follows the names that there are.
   static func unknown(_ name: String, _ remark: String = "") -> WorkerError {
@@ -60,7 +57,7 @@ package struct FormatName: Sendable, Equatable {
   }
 
   /// The name that people give it.
-  package var name: String { kind == .vhd ? "vhd" : kind.rawValue }
+  package var name: String { kind.format.specName }
 }
 
 /// A disk cannot be served: why, for programs and for people.

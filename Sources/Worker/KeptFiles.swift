@@ -33,11 +33,7 @@ struct KeptFiles {
     let kind = FormatName.kind(options.format)
     (store, base) = try imaging { () throws(ImageError) in
       let store = try Self.open(options.store, as: "store", writable: !options.readOnly) {
-        switch kind {
-        case nil: "make it first"
-        case .dscow: "make it with 'dscow_tool -c \(options.store) BASE'"
-        case let kind?: "make it with 'qemu-img create -f \(kind.rawValue)'"
-        }
+        kind?.format.howToMake(options.store) ?? "make it first"
       }
       if !isLocked { try Self.lock(store, as: "store", writable: !options.readOnly) }
       guard let path = options.base else { return (store, nil) }

@@ -125,60 +125,21 @@ package struct OpenImage {
     guard let path = request.basePath else {
       throw ImageError(.badRequest, "store \(store.name) cannot be made without a base")
     }
-    guard name.kind == .dscow || name.kind == .qcow2 else {
+    let format = name.kind.format
+    guard format.makesStores else {
+      let others = DiskFormats.all.kinds.map(\.format).filter { $0.makesStores }.map { $0.specName }
       throw ImageError(
         .badRequest,
         "store \(store.name) does not exist, and stores of format \(name.name) are not made here:"
-          + " make it with 'qemu-img create', or use dscow or qcow2")
+          + " make it with 'qemu-img create', or use \(others.joined(separator: " or "))")
     }
-    guard try !isMade(name, store) else { return }
+    guard try !format.isMade(store) else { return }
     let file = try opener(base(of: store, named: path, request))
     let base = try ImageChain.base(
       file, kind: request.baseFormat?.kind, of: store, depth: request.depth, resolve: resolve)
-    if name.kind == .dscow {
-      try Dscow.create(
-        store: store, base: base, baseName: path,
-        blockSize: request.blockSize ?? Dscow.defaultBlockSize)
-      return
-    }
-    let head = try imageIO { () throws(IOError) in try store.read(at: 0, count: 512) }
-    guard head.allSatisfy({ $0 == 0 }) else {
-      throw ImageError(.badRequest, "\(store.name) is not empty: choose another store")
-    }
-    var options = Qcow2Options()
-    if let size = request.blockSize { options.clusterSize = UInt64(size) }
-    // What is only guessed is not written down.
-    let decision = try FormatDecision.decide(FormatStatement(request.baseFormat?.kind), of: file)
-    guard !decision.isGuessed else {
-      throw ImageError(
-        .badRequest,
-        "base \(path) begins like an image of format \(decision.kind.rawValue), and nobody says "
-          + "that it is one: give base-format=\(decision.kind.rawValue), or base-format=raw")
-    }
-    options.base = (path, decision.kind.rawValue)
-    try Qcow2.create(store: store, size: base.size, options: options)
+    try format.make(
+      NewStore(
+        store, basePath: path, baseFile: file, baseKind: request.baseFormat?.kind, base: base,
+        blockSize: request.blockSize))
   }
-
-  private static func isMade(
-    _ name: FormatName, _ store: any ByteStore
-  ) throws(ImageError) -> Bool {
-    guard store.size > 0 else { return false }
-    do throws(ImageError) {
-      if name.kind == .dscow {
-        _ = try Dscow.header(of: store)
-      } else {
-        _ = try Qcow2Header.read(from: store)
-      }
-      return true
-    } catch {
-      // Not made yet, or only in part: making refuses what is not its own.
-      guard error.code == .notThisFormat || error.code == .corrupt else { throw error }
-      return false
-    }
-  }
-}
-
-/// A failed system call as an image's error.
-func imageIO<R>(_ body: () throws(IOError) -> R) throws(ImageError) -> R {
-  do throws(IOError) { return try body() } catch { throw ImageError(error) }
 }

@@ -9,13 +9,13 @@ import Posix
 
 extension CompletionKind {
   /// The names of formats.
-  static let formats = CompletionKind.list(ImageKind.names)
+  static let formats = CompletionKind.list(DiskFormats.all.names)
   /// NAME=VALUE,NAME=VALUE of the format that the command line gives for the new image.
   static let formatOptions = CompletionKind.custom { words, index, _ in
     // `create -f FORMAT`, `convert -O FORMAT`; both are raw otherwise.
     let option = words.contains("convert") ? "-O" : "-f"
     let name = words.value(after: option) ?? "raw"
-    guard let kind = ImageKind(rawValue: name == "vhd" ? "vpc" : name) else { return [] }
+    guard let kind = DiskFormats.all.named(name) else { return [] }
     return ImageOptions.completions(
       of: words.indices.contains(index) ? words[index] : "", for: kind)
   }

@@ -36,7 +36,7 @@ struct BaseFormat: ParsableArguments {
   @Option(
     name: [.customShort("F"), .customLong("base-format")],
     help: "The base's format; unless given, its first bytes say, and it may name no file.",
-    completion: .list(ImageKind.names))
+    completion: .list(DiskFormats.all.names))
   var baseFormat: String?
   @Flag(help: "Refuse to open any file that the store or the base names.")
   var untrusted = false

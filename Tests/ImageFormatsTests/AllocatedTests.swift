@@ -13,7 +13,7 @@ import Testing
       let made = try judge.open("disk.img", writable: true)
       try Dscow.create(store: made, base: nil, baseName: "", size: 64 << 20, overwrite: true)
     } else {
-      try judge.must("qemu-img", "create", "-q", "-f", kind.rawValue, "disk.img", "64M")
+      try judge.must("qemu-img", "create", "-q", "-f", kind.name, "disk.img", "64M")
     }
     let store = try judge.open("disk.img", writable: true)
     let format = try judge.chain(store, kind: kind, writable: true)

@@ -34,7 +34,7 @@ import Testing
   // MARK: The table
 
   @Test func stated() throws {
-    for kind in ImageKind.allCases {
+    for kind in DiskFormats.all.kinds {
       for store in [try Self.naming(), MemoryStore("store", size: 512)] {
         let found = try FormatDecision.decide(FormatStatement(kind), of: store)
         #expect(found == FormatDecision(kind: kind))
@@ -142,7 +142,7 @@ import Testing
     for (name, bytes, offset) in Self.foreign {
       let store = MemoryStore("store", bytes: Self.padded(bytes, at: offset))
       for body in [
-        { _ = try ImageKind.probe(store) },
+        { _ = try DiskFormats.all.probe(store) },
         { _ = try ImageChain.open(store, writable: false) { _ in store } },
         { _ = try LayerChain.open(store) { _ in store } },
       ] {
@@ -156,7 +156,7 @@ import Testing
     }
     // Text that begins like one is none.
     let text = MemoryStore("text", bytes: Self.padded(Array("BZh9 is a name".utf8)))
-    #expect(try ImageKind.probe(text) == .raw)
+    #expect(try DiskFormats.all.probe(text) == .raw)
   }
 
   /// A damaged header is that, not a raw disk.

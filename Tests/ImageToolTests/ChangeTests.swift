@@ -153,7 +153,7 @@ extension LayerChain {
     do {
       let source = try FileStore(path: bench.path("b"), writable: false)
       let file = try FileStore(path: bench.path("top"), writable: true)
-      let kind = try ImageKind.probe(file)
+      let kind = try DiskFormats.all.probe(file)
       let image = try ImageChain.open(
         file, kind: kind, writable: true,
         resolve: ImageSource.resolver(writing: [file.name], untrusted: false))
@@ -195,7 +195,7 @@ extension LayerChain {
       #expect(try left.contents() == shown, "seed \(seed)")
       #expect(try left.check().corruptions == 0, "seed \(seed)")
       if !done { try rebase(left) }
-      #expect(try ImageLayer.names(in: left.top, kind: kind).base == "other")
+      #expect(try kind.format.names(in: left.top).base == "other")
       #expect(try left.contents() == shown, "seed \(seed)")
       #expect(try left.check().corruptions == 0)
     }

@@ -7,21 +7,21 @@ import Testing
 
 @Suite struct OptionWordsTests {
   /// The refusal of an unknown option names those that there are.
-  @Test(arguments: ImageKind.allCases) func namesAreThoseThatAreTaken(kind: ImageKind) throws {
-    let said = try Bench().tool("create", "-f", kind.rawValue, "-o", "unheard-of=1", "disk", "1M")
+  @Test(arguments: DiskFormats.all.kinds) func namesAreThoseThatAreTaken(kind: ImageKind) throws {
+    let said = try Bench().tool("create", "-f", kind.name, "-o", "unheard-of=1", "disk", "1M")
     let known = (ImageOptions.known(of: kind) + ImageOptions.common).map(\.name).sorted()
     #expect(said.error.hasSuffix(": it has \(known.joined(separator: ", "))\n"), "\(said.error)")
   }
 
   /// Every value that is offered is taken.
-  @Test(arguments: ImageKind.allCases) func valuesAreTaken(kind: ImageKind) throws {
+  @Test(arguments: DiskFormats.all.kinds) func valuesAreTaken(kind: ImageKind) throws {
     let bench = try Bench()
     for (name, values) in ImageOptions.known(of: kind) {
       for value in values {
         // This one needs a file for the data.
         let more = name == "data_file_raw" ? "data_file=data," : ""
         try bench.must(
-          "dmu-img", "create", "-q", "-f", kind.rawValue, "-o", "\(more)\(name)=\(value)",
+          "dmu-img", "create", "-q", "-f", kind.name, "-o", "\(more)\(name)=\(value)",
           "\(name)-\(value)", "1M")
       }
     }

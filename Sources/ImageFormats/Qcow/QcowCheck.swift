@@ -86,7 +86,7 @@ extension Qcow {
   package static func info(of store: any ByteStore) throws(ImageError) -> ImageInfo {
     let header = try QcowHeader.read(from: store)
     return ImageInfo(
-      format: ImageKind.qcow.rawValue, size: header.size, clusterSize: header.clusterSize,
+      format: QcowFormat.name, size: header.size, clusterSize: header.clusterSize,
       basePath: header.basePath, baseFormat: nil,
       details: [("version", "1"), ("entries of an L2 table", "\(header.l2Entries)")])
   }

@@ -24,14 +24,7 @@ package enum DscowTool {
   ) throws(ImageError) -> any ByteStore {
     // Whoever makes a store of it says what is wrong with that.
     guard base.size > 0 else { return base }
-    var stated: ImageKind?
-    if let format {
-      stated = ImageKind(rawValue: format == "vhd" ? ImageKind.vhd.rawValue : format)
-      guard stated != nil else {
-        let known = ImageKind.allCases.map(\.rawValue).joined(separator: ", ")
-        throw ImageError(.badRequest, "format '\(format)' is unknown: use one of \(known)")
-      }
-    }
+    let stated = try format.map { name throws(ImageError) in try DiskFormats.all.stated(name) }
     return try LayerChain.open(base, kind: stated) { asked throws(ImageError) in
       if untrusted { throw asked.refusal }
       let folder = asked.from.lastIndex(of: "/").map { String(asked.from[...$0]) } ?? ""

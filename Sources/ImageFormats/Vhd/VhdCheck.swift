@@ -122,7 +122,7 @@ extension Vhd {
     }
     if header.batmap != nil { details.append(("batmap", "yes")) }
     return ImageInfo(
-      format: ImageKind.vhd.rawValue, size: header.size, clusterSize: UInt64(header.blockSize),
+      format: VhdFormat.name, size: header.size, clusterSize: UInt64(header.blockSize),
       basePath: header.basePath, baseFormat: header.baseFormat, details: details)
   }
 

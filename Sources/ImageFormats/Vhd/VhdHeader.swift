@@ -97,7 +97,7 @@ package struct VhdHeader: Sendable, Equatable {
   /// The base's format by name: a base with an identity is a VHD image.
   package var baseFormat: String? {
     guard kind == .differencing else { return nil }
-    return (isBaseRaw ? ImageKind.raw : .vhd).rawValue
+    return isBaseRaw ? RawFormat.name : VhdFormat.name
   }
   /// Where the base's paths stand.
   var locators: [VhdLocator] = []

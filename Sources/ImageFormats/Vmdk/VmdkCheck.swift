@@ -65,9 +65,9 @@ extension Vmdk {
       details.append(("extent \(index)", line.text))
     }
     return ImageInfo(
-      format: ImageKind.vmdk.rawValue, size: layout.size,
+      format: VmdkFormat.name, size: layout.size,
       clusterSize: (layout.header?.grain ?? 128) * 512, basePath: descriptor.basePath,
-      baseFormat: descriptor.basePath == nil ? nil : ImageKind.vmdk.rawValue, details: details)
+      baseFormat: descriptor.basePath == nil ? nil : VmdkFormat.name, details: details)
   }
 }
 

@@ -57,7 +57,7 @@ struct FormatCase: MatrixRow {
     return cases
   }()
 
-  var kind: ImageKind { ImageKind(rawValue: format) ?? .raw }
+  var kind: ImageKind { DiskFormats.all.named(format) ?? .raw }
 
   /// Has QEMU make the image.
   private func make(_ judge: Judge, _ random: inout SplitMix64) throws {

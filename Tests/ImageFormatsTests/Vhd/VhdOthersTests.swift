@@ -413,7 +413,7 @@ import Testing
       for at in kind == .fixed ? [1 << 20] : [0, store.size - 512] {
         try store.write([9], at: at + 100)
       }
-      let error = #expect(throws: ImageError.self) { try ImageKind.probe(store) }
+      let error = #expect(throws: ImageError.self) { try DiskFormats.all.probe(store) }
       #expect(error?.code == .corrupt)
     }
   }

@@ -17,7 +17,7 @@ import Testing
     let judge = try Judge()
     try Faults.unpack(name, into: judge.path("disk.vmdk"))
     let store = try judge.open("disk.vmdk", writable: false)
-    #expect(try ImageKind.probe(store) == .vmdk)
+    #expect(try DiskFormats.all.probe(store) == .vmdk)
     let engine = DeviceEngine(try judge.chain(store, kind: .vmdk, writable: false), store: store)
     #expect(engine.sectors == 1000)
     let bytes = try engine.read(0, count: 1000)
@@ -34,7 +34,7 @@ import Testing
 
   private static func open(_ text: String) throws -> any ImageFormat {
     let store = MemoryStore("disk", bytes: Array(text.utf8))
-    #expect(try ImageKind.probe(store) == .vmdk, "\(text.prefix(60))")
+    #expect(try DiskFormats.all.probe(store) == .vmdk, "\(text.prefix(60))")
     return try ImageChain.open(store, kind: .vmdk, writable: false) { request in
       #expect(request.path == "disk-flat.vmdk")
       return MemoryStore("flat", size: 65536)
@@ -70,7 +70,7 @@ import Testing
     }
     // Not every text is one.
     for text in ["version=4\n", "# nothing\nversion\n", "#!/bin/sh\n", "\n\n"] {
-      #expect(try ImageKind.probe(MemoryStore("t", bytes: Array(text.utf8))) == .raw)
+      #expect(try DiskFormats.all.probe(MemoryStore("t", bytes: Array(text.utf8))) == .raw)
     }
   }
 

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // What stands after -o: names and values, by the words that qemu-img has for them.
 
-package import ImageFormats
-
 /// Options of a new image.
 package struct ImageOptions: Sendable {
+  /// An option by its name, and its values where they are few.
+  package typealias Known = (name: String, values: [String])
+
   private var values: [(name: String, value: String)] = []
   private var used: Set<String> = []
   /// What they are for, in errors.
@@ -43,7 +44,7 @@ package struct ImageOptions: Sendable {
   }
 
   /// The value of an option, the last one given.
-  mutating func take(_ name: String) -> String? {
+  package mutating func take(_ name: String) -> String? {
     used.insert(name)
     return values.last { $0.name == name }?.value
   }
@@ -53,14 +54,14 @@ package struct ImageOptions: Sendable {
   }
 
   /// A size, with K, M, G or T.
-  mutating func bytes(_ name: String) throws(ImageError) -> UInt64? {
+  package mutating func bytes(_ name: String) throws(ImageError) -> UInt64? {
     guard let value = take(name) else { return nil }
     guard let bytes = ImageFile.bytes(value) else { throw refuse(name, value, "a size") }
     return bytes
   }
 
   /// On or off.
-  mutating func flag(_ name: String) throws(ImageError) -> Bool? {
+  package mutating func flag(_ name: String) throws(ImageError) -> Bool? {
     guard let value = take(name) else { return nil }
     switch value {
     case "on", "true", "yes": return true
@@ -70,7 +71,7 @@ package struct ImageOptions: Sendable {
   }
 
   /// One of some words.
-  mutating func word<Word>(
+  package mutating func word<Word>(
     _ name: String, _ words: [(String, Word)]
   ) throws(ImageError) -> Word? {
     guard let value = take(name) else { return nil }
@@ -81,35 +82,18 @@ package struct ImageOptions: Sendable {
   }
 
   /// Throws `badRequest` for an option that nobody has taken.
-  func checkAllUsed() throws(ImageError) {
+  package func checkAllUsed() throws(ImageError) {
     guard let unknown = values.first(where: { !used.contains($0.name) }) else { return }
     let known = used.sorted().joined(separator: ", ")
     throw ImageError(
       .badRequest,
-      "option '\(unknown.name)' is unknown for \(kind.rawValue)"
+      "option '\(unknown.name)' is unknown for \(kind.name)"
         + (known.isEmpty ? ", which has none" : ": it has \(known)"))
   }
 
   /// How much is laid out at once.
-  mutating func preallocation() throws(ImageError) -> Preallocation? {
+  package mutating func preallocation() throws(ImageError) -> Preallocation? {
     let all: [Preallocation] = [.off, .metadata, .falloc, .full]
     return try word("preallocation", all.map { ($0.rawValue, $0) })
-  }
-
-  /// The options of a qcow2 image.
-  mutating func qcow2() throws(ImageError) -> Qcow2Options {
-    var options = Qcow2Options()
-    let versions: [(String, UInt32)] = [("0.10", 2), ("v2", 2), ("1.1", 3), ("v3", 3)]
-    if let version = try word("compat", versions) { options.version = version }
-    if let size = try bytes("cluster_size") { options.clusterSize = size }
-    if let bits = try bytes("refcount_bits") { options.refcountBits = UInt32(clamping: bits) }
-    if let lazy = try flag("lazy_refcounts") { options.lazyRefcounts = lazy }
-    if let extended = try flag("extended_l2") { options.extendedL2 = extended }
-    let kinds: [(String, Qcow2Compression)] = [("zlib", .zlib), ("zstd", .zstd)]
-    if let type = try word("compression_type", kinds) { options.compression = type }
-    if let much = try preallocation() { options.preallocation = much }
-    options.dataFile = take("data_file")
-    if let raw = try flag("data_file_raw") { options.dataFileRaw = raw }
-    return options
   }
 }

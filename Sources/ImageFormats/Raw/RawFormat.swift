@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: Apache-2.0
+// Raw disks among the formats. What is raw is nothing else: no bytes say it, and it names no file.
+
+package import Posix
+
+extension ImageKind {
+  /// A file or device as it is.
+  package static let raw = ImageKind(RawFormat.self)
+}
+
+/// A file or device whose bytes are the disk's.
+package enum RawFormat: DiskFormat {
+  package static let name = "raw"
+  /// What only says where the bytes come from is raw, too.
+  package static let baseWords = ["raw", "file", "host_device"]
+  package static let canWrite = true
+  package static let options: [ImageOptions.Known] = [
+    ("preallocation", ["off", "falloc", "full"])
+  ]
+
+  package static func info(of store: any ByteStore) throws(ImageError) -> ImageInfo {
+    ImageInfo(
+      format: name, size: (store.size + 511) / 512 * 512, clusterSize: 0, basePath: nil,
+      baseFormat: nil, details: [])
+  }
+
+  package static func open(_ parts: ImageParts) throws(ImageError) -> any ImageFormat {
+    try Raw(store: parts.store, writable: parts.writable)
+  }
+
+  package static func create(
+    _ image: NewImage, in store: FileStore, open: (String) throws(ImageError) -> FileStore
+  ) throws(ImageError) {
+    var options = image.options
+    let much = try options.preallocation() ?? .off
+    try options.checkAllUsed()
+    guard image.base == nil else {
+      throw ImageError(.badRequest, "a raw image has no base: use qcow2, dscow or vpc")
+    }
+    guard much != .metadata else {
+      throw ImageError(
+        .badRequest, "preallocation=metadata: a raw image has none: use off, falloc or full")
+    }
+    if store.isBlockDevice {
+      guard image.size <= store.size else {
+        throw ImageError(
+          .badRequest,
+          "\(store.name) is a device of \(store.size) bytes, \(image.size) are needed: make it "
+            + "longer")
+      }
+    }
+    try io { () throws(IOError) in try layOut(store, image.size, much) }
+  }
+
+  private static func layOut(
+    _ store: FileStore, _ size: UInt64, _ much: Preallocation
+  ) throws(IOError) {
+    try store.resize(to: 0)
+    try store.resize(to: size)
+    switch much {
+    case .off, .metadata:
+      // Nothing there shall look like the image that the device held.
+      if store.isBlockDevice { try store.zero(at: 0, count: min(512, store.size)) }
+    case .falloc:
+      // A device has its space, and keeps what it held.
+      if store.isBlockDevice { try store.zero(at: 0, count: size) }
+      try store.allocate(at: 0, count: size)
+    case .full:
+      let zeroes = [UInt8](repeating: 0, count: 1 << 20)
+      var offset: UInt64 = 0
+      while offset < size {
+        let count = Int(min(UInt64(zeroes.count), size - offset))
+        try store.write([UInt8](zeroes[..<count]), at: offset)
+        offset += UInt64(count)
+      }
+    }
+  }
+
+  package static func resize(_ parts: ImageParts, to size: UInt64) throws(ImageError) {
+    let store = parts.store
+    guard (store as? FileStore)?.isBlockDevice != true else {
+      throw ImageError(.unsupported, "\(store.name) is a device: resize it with its own tools")
+    }
+    try io { () throws(IOError) in
+      try store.resize(to: size)
+      try store.flush()
+    }
+  }
+}
