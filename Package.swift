@@ -140,7 +140,10 @@ let package = Package(
       "WorkerTests", ["Worker", "Target", "ImageFormats", "WorkerLink", "Posix", "TestSupport"]),
     tests(
       "DaemonTests",
-      ["Daemon", "DeviceMapper", "WorkerLink", "XenStore", "Posix", "TestSupport", logging]),
+      [
+        "Daemon", "DeviceMapper", "ImageFormats", "WorkerLink", "XenStore", "Posix", "TestSupport",
+        logging,
+      ]),
   ],
   cLanguageStandard: .gnu11,
   cxxLanguageStandard: .cxx17
