@@ -63,12 +63,12 @@ struct Harness {
     _ store: FuzzStore
   ) throws(ImageError) -> (image: any ImageFormat, base: FuzzStore?) {
     var base: FuzzStore?
-    let image = try ImageChain.open(store, kind: kind, writable: writes, depth: 4) {
+    let image = try Chain(store, kind: kind, depth: 4) {
       (request) throws(ImageError) in
       let file = beside(request.path)
       if request.role == .base, base == nil { base = file }
       return file
-    }
+    }.disk(writable: writes)
     return (image, base)
   }
 

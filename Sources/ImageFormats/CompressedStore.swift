@@ -6,13 +6,13 @@ import Posix
 import Synchronization
 
 /// Reads compressed units of one image.
-final class CompressedStore: ByteStore {
+final class CompressedStore: ReadOnlyStore {
   /// So many units are kept, the most recent first.
   private static let kept = 4
 
   let name: String
   let size: UInt64 = 1 << 62
-  let isWritable = false
+  let isMade = true
   private let unit: UInt64
   private let stride: UInt64
   private let load: @Sendable (UInt64) throws(IOError) -> [UInt8]
@@ -30,11 +30,6 @@ final class CompressedStore: ByteStore {
     self.unit = unit
     self.load = load
   }
-
-  /// Nothing that anybody could know again.
-  func identity() -> StoreIdentity { StoreIdentity(size: size, modified: 0) }
-  /// None of its own.
-  func allocatedBytes() -> UInt64 { 0 }
 
   /// Reads from within one unit.
   func read(_ buffer: UnsafeMutableRawBufferPointer, at offset: UInt64) throws(IOError) {
@@ -57,15 +52,4 @@ final class CompressedStore: ByteStore {
     }
     return bytes
   }
-
-  /// Throws EBADF.
-  func write(_ buffer: UnsafeRawBufferPointer, at offset: UInt64) throws(IOError) {
-    throw IOError(9, "write", name)
-  }
-  /// Throws EBADF.
-  func zero(at offset: UInt64, count: UInt64) throws(IOError) { throw IOError(9, "zero", name) }
-  /// Throws EBADF.
-  func resize(to size: UInt64) throws(IOError) { throw IOError(9, "resize", name) }
-  /// There is nothing to flush.
-  func flush() {}
 }

@@ -124,7 +124,7 @@ package struct ImageNames: Sendable, Equatable {
   /// A file that holds data of the image.
   package struct File: Sendable, Equatable {
     /// What it is to the image.
-    package var role: ImageChain.Request.Role
+    package var role: NamedFile.Role
     /// Its path, as it stands in the header; nil when the header leaves it out.
     package var path: String?
     /// Whether others like it may be the same file.

@@ -88,7 +88,7 @@ private final class BenchJob: @unchecked Sendable {
   init(_ request: ImageTool.BenchRequest) throws(ImageError) {
     self.request = request
     guard request.isWriting else {
-      let chain = try request.source.chain()
+      let chain = try request.source.layers()
       reader = DiskReader(chain)
       (writer, opened) = (nil, nil)
       size = chain.size
@@ -96,11 +96,12 @@ private final class BenchJob: @unchecked Sendable {
       return
     }
     let store = try request.source.open(writable: true)
-    let image = try ImageChain.open(
+    let image = try Chain(
       store, kind: try request.source.kind(), baseKind: try request.source.baseKind(),
-      writable: true, among: request.source.formats,
+      among: request.source.formats,
       resolve: ImageSource.resolver(
-        writing: [store.name], untrusted: request.source.untrusted))
+        writing: [store.name], untrusted: request.source.untrusted)
+    ).disk(writable: true)
     opened = image
     writer = ImageWriter(image, store: store, devices: image.devices ?? [store])
     reader = nil

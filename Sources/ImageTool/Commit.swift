@@ -29,7 +29,7 @@ extension ImageTool {
     try format.refuseSnapshots(store, "committed into its base")
     if !keep { try format.checkCanEmpty(store) }
     guard !source.untrusted else {
-      throw ImageChain.Request(role: .base, path: path, from: store.name).refusal
+      throw NamedFile(role: .base, path: path, from: store.name).refusal
     }
     let base = try ImageFile.store(ImageSource.beside(source.path, path), writable: true)
     guard try !Dscow.same(base, store) else {
@@ -55,17 +55,16 @@ extension ImageTool {
   static func commit(
     _ store: any ByteStore, _ kind: ImageKind, into base: any ByteStore, _ baseKind: ImageKind,
     keep: Bool, progress: Progress, among formats: DiskFormats = .all,
-    resolve: ImageChain.Resolver
+    resolve: Chain.Resolver
   ) throws(ImageError) {
     func disk() throws(ImageError) -> any ByteStore {
       baseKind == .raw
         ? base
-        : try LayerChain.open(base, kind: baseKind, among: formats, resolve: resolve).flat()
+        : try Chain(base, kind: baseKind, among: formats, resolve: resolve).layers().flat()
     }
-    let files = try LayerChain.files(
-      of: store, FormatDecision(kind: kind), resolve: resolve)
+    let link = try ChainLink(store, FormatDecision(kind: kind), resolve: resolve)
     // The image by itself: what it has of its own.
-    let top = try ImageLayer(store, kind: kind, below: try disk(), files: files)
+    let top = try link.layer(over: try disk())
     let isShort = try disk().size < top.size
     guard !isShort || baseKind != .raw || !base.isFixedSize else {
       throw ImageError(
@@ -84,10 +83,7 @@ extension ImageTool {
       if !hasWritten { try kind.format.cancelCommit(of: store) }
       throw error
     }
-    var parts = ImageParts(store)
-    parts.files = files
-    parts.base = try disk()
-    try kind.format.endCommit(parts, emptying: !keep)
+    try kind.format.endCommit(link.parts(over: try disk()), emptying: !keep)
   }
 
   /// Writes what an image has of its own into its base, which is durable then. `hasWritten`:
@@ -95,7 +91,7 @@ extension ImageTool {
   private static func fillBase(
     _ base: any ByteStore, _ baseKind: ImageKind, from top: ImageLayer, of store: any ByteStore,
     _ kind: ImageKind, isShort: Bool, _ progress: Progress, _ formats: DiskFormats,
-    _ resolve: ImageChain.Resolver, _ hasWritten: inout Bool
+    _ resolve: Chain.Resolver, _ hasWritten: inout Bool
   ) throws(ImageError) {
     let next = try kind.format.nextContentID(of: base, for: store)
     if isShort {
@@ -104,8 +100,8 @@ extension ImageTool {
         base, FormatDecision(kind: baseKind), among: formats, to: top.size, contentID: next,
         resolve: resolve)
     }
-    let target = try ImageChain.open(
-      base, kind: baseKind, writable: true, contentID: next, among: formats, resolve: resolve)
+    let target = try Chain(base, kind: baseKind, among: formats, resolve: resolve)
+      .disk(writable: true, contentID: next)
     hasWritten = true
     try kind.format.adopt(base: base, of: store)
     let writer = ImageWriter(target, store: base, devices: target.devices ?? [base])
@@ -197,7 +193,7 @@ extension ImageTool {
     _ store: any ByteStore, _ kind: ImageKind,
     onto new: (path: String, kind: ImageKind, disk: any ByteStore)?, format: String?,
     oldKind: ImageKind? = nil, unsafe: Bool, progress: Progress,
-    among formats: DiskFormats = .all, resolve: ImageChain.Resolver
+    among formats: DiskFormats = .all, resolve: Chain.Resolver
   ) throws(ImageError) {
     if !unsafe { try inherit(store, kind, oldKind, new?.disk, progress, formats, resolve) }
     let base = new.map { NamedBase(path: $0.path, format: format ?? $0.kind.name, disk: $0.disk) }
@@ -207,15 +203,12 @@ extension ImageTool {
   /// Copies into an image what it shows of its base and would not show of another.
   private static func inherit(
     _ store: any ByteStore, _ kind: ImageKind, _ baseKind: ImageKind?, _ new: (any ByteStore)?,
-    _ progress: Progress, _ formats: DiskFormats, _ resolve: ImageChain.Resolver
+    _ progress: Progress, _ formats: DiskFormats, _ resolve: Chain.Resolver
   ) throws(ImageError) {
-    let old = try LayerChain.below(
-      store, FormatDecision(kind: kind), baseKind: baseKind, among: formats, resolve: resolve
-    )?.flat()
-    let image = try ImageLayer(
-      store, kind: kind, below: old,
-      files: try LayerChain.files(
-        of: store, FormatDecision(kind: kind), resolve: resolve), writable: true)
+    let chain = try Chain(
+      store, FormatDecision(kind: kind), baseKind: baseKind, among: formats, resolve: resolve)
+    let old = try chain.below?.layers().flat()
+    let image = try chain.top.layer(over: old, writable: true)
     let writer = ImageWriter(image.format, store: store, devices: image.devices)
     let unit = max(4096, min(Int(image.format.blockSize), piece))
     let worker = try ChunkWorker(chunk: piece, unit: unit, compression: nil)

@@ -14,7 +14,7 @@ extension ImageTool {
     _ one: ImageSource, _ other: ImageSource, strict: Bool, quiet: Bool, progress: Progress,
     to output: Output
   ) throws(ImageError) -> Bool {
-    let (first, second) = (try one.chain(), try other.chain())
+    let (first, second) = (try one.layers(), try other.layers())
     func say(_ words: String) { if !quiet { output.put(words + "\n") } }
     if strict, first.size != second.size {
       say("Strict mode: Image size mismatch!")
@@ -38,7 +38,7 @@ extension ImageTool {
 
   /// The first byte of which only one of two disks says anything.
   private static func differingPresence(
-    _ one: LayerChain, _ other: LayerChain
+    _ one: Layers, _ other: Layers
   ) throws(ImageError) -> UInt64? {
     var offset: UInt64 = 0
     while offset < one.size {
@@ -68,7 +68,7 @@ private final class CompareJob: @unchecked Sendable {
   private let lock = Mutex(())
   private var state = State()
 
-  init(_ one: LayerChain, _ other: LayerChain, _ progress: Progress) {
+  init(_ one: Layers, _ other: Layers, _ progress: Progress) {
     self.one = DiskReader(one)
     self.other = DiskReader(other)
     size = max(one.size, other.size)

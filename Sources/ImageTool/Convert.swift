@@ -54,7 +54,7 @@ extension ImageTool {
 
   /// Converts an image.
   package static func convert(_ request: ConvertRequest) throws(ImageError) {
-    let chain = try request.source.chain(snapshot: request.snapshot)
+    let chain = try request.source.layers(snapshot: request.snapshot)
     let formats = request.source.formats
     let kind = try formats.stated(request.format)
     guard !request.compress || kind.format.canCompress, !(request.compress && request.intoExisting)
@@ -97,10 +97,10 @@ extension ImageTool {
 
   /// Has the kernel copy what of a plain file is no hole; false where it cannot.
   private static func offload(
-    _ chain: LayerChain, _ image: NewImage, _ files: TargetFiles, _ progress: Progress
+    _ chain: Layers, _ image: NewImage, _ files: TargetFiles, _ progress: Progress
   ) throws(ImageError) -> Bool {
     guard image.kind == .raw, chain.layers[0].kind == .raw, files.isZero,
-      let source = chain.layers[0].store as? FileStore, !source.isBlockDevice
+      let source = chain.layers[0].store.file, !source.isBlockDevice
     else {
       throw ImageError(
         .badRequest, "-C: the kernel copies from a raw file into a new raw file: leave it out")

@@ -47,7 +47,7 @@ final class ConvertJob: @unchecked Sendable {
   private let compression: Qcow2Compression?
 
   init(
-    _ request: ImageTool.ConvertRequest, _ chain: LayerChain,
+    _ request: ImageTool.ConvertRequest, _ chain: Layers,
     base: (kind: ImageKind, file: any ByteStore, disk: any ByteStore)?, _ target: any ConvertTarget
   ) throws(ImageError) {
     self.request = request
@@ -64,9 +64,10 @@ final class ConvertJob: @unchecked Sendable {
       }
       let file = base.file
       under = DiskReader(
-        try LayerChain.open(
+        try Chain(
           file, kind: base.kind, among: request.source.formats,
-          resolve: ImageSource.resolver(untrusted: request.source.untrusted)))
+          resolve: ImageSource.resolver(untrusted: request.source.untrusted)
+        ).layers())
     }
     reader = DiskReader(chain)
     self.shared = shared

@@ -169,7 +169,7 @@ final class Qcow2Target: ConvertTarget {
     wantsZeroes = options.base != nil
     laysOut = options.preallocation != .off || options.dataFileRaw || full
     let isFilled = options.preallocation == .falloc || options.preallocation == .full || full
-    fills = isFilled ? (data ?? store) as? FileStore : nil
+    fills = isFilled ? (data ?? store).file : nil
     guard laysOut else { return }
     // A device shows what it held where clusters are placed and not written. A data file that is
     // none is new.
@@ -280,16 +280,17 @@ private final class WrittenTarget: ConvertTarget {
   ) throws(ImageError) {
     wantsZeroes = image.base != nil || (request.intoExisting && !request.targetIsZero)
     let disk = image.base?.disk
-    let opened = try ImageChain.open(
-      files.store, kind: image.kind, writable: true, among: request.source.formats
+    let chain = try Chain(
+      files.store, kind: image.kind, among: request.source.formats
     ) { asked throws(ImageError) in
       // The base is open already, and may be locked.
-      if asked.role == .base, let disk, disk is FileStore { return disk }
+      if asked.role == .base, let disk, disk.file != nil { return disk }
       let path = ImageSource.beside(asked.from, asked.path)
       if let made = files.made[path] { return made }
       return try ImageSource.resolver(
         writing: [files.store.name], untrusted: request.source.untrusted)(asked)
     }
+    let opened = try chain.disk(writable: true)
     guard opened.size >= image.size else {
       throw ImageError(
         .badRequest,

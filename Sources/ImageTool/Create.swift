@@ -101,11 +101,12 @@ extension ImageTool {
     let known = try formats.stated(format)
     let real = ImageSource.beside(image, path)
     let file = try ImageFile.base(real)
-    let chain = try LayerChain.open(
-      file, kind: known, among: formats, resolve: ImageSource.resolver(untrusted: untrusted))
+    let layers = try Chain(
+      file, kind: known, among: formats, resolve: ImageSource.resolver(untrusted: untrusted)
+    ).layers()
     // What daemons open they open from wherever they are.
     let name = kind.format.wantsAbsoluteBase ? try ImageFile.absolute(real) : path
-    return (name, known, file, chain.flat())
+    return (name, known, file, layers.flat())
   }
 
   /// Gives a disk another length: a number of bytes, or how many more (+) or fewer (-).

@@ -30,11 +30,11 @@ final class DiskReader {
     var data: Range<UInt64> = 0..<0
   }
 
-  let chain: LayerChain
+  let chain: Layers
   private var known: [ObjectIdentifier: Known] = [:]
   var size: UInt64 { chain.size }
 
-  init(_ chain: LayerChain) {
+  init(_ chain: Layers) {
     self.chain = chain
   }
 
@@ -67,7 +67,7 @@ final class DiskReader {
   ) throws(ImageError) -> (Bool, UInt64) {
     let id = ObjectIdentifier(store)
     if known[id] == nil {
-      guard let file = store as? FileStore else { return (false, limit) }
+      guard let file = store.file else { return (false, limit) }
       let allocated = try toolIO { () throws(IOError) in try file.allocatedBytes() }
       // A few bytes less are the end of the last block, or what a file system packs away.
       known[id] = Known(
@@ -96,7 +96,7 @@ final class DiskReader {
       if case .data(let store, let place) = kind {
         let at = Int(offset - start)
         if let last = pieces.last, last.store === store, last.at + last.count == at,
-          last.place + UInt64(last.count) == place, store is FileStore
+          last.place + UInt64(last.count) == place, store.file != nil
         {
           pieces[pieces.count - 1].count += Int(count)
         } else {

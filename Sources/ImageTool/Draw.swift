@@ -14,7 +14,7 @@ import Posix
 extension ImageTool {
   /// Draws a map into a file.
   package static func draw(_ source: ImageSource, into path: String) throws(ImageError) {
-    let chain = try source.chain()
+    let chain = try source.layers()
     var picture = Picture(chain)
     try rows(of: chain) { row throws(ImageError) in picture.add(row) }
     let file = try toolIO { () throws(IOError) in try PendingFile(path: path) }
@@ -39,7 +39,7 @@ private struct Picture {
   private static let zero = "#d7e3ec"
   private static let nobody = "#f4f4f2"
 
-  private let chain: LayerChain
+  private let chain: Layers
   private let diskCell: UInt64
   private let fileCell: UInt64
   private let fileSize: UInt64
@@ -52,7 +52,7 @@ private struct Picture {
   private var totals: [UInt64]
   private var extents: UInt64 = 0
 
-  init(_ chain: LayerChain) {
+  init(_ chain: Layers) {
     self.chain = chain
     let cells = UInt64(Self.columns * Self.lines)
     func unit(_ size: UInt64) -> UInt64 { max(512, ((size + cells - 1) / cells + 511) / 512 * 512) }

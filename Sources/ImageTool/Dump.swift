@@ -24,13 +24,10 @@ extension ImageTool {
     let store = try source.open()
     let decision = try source.decision(of: store)
     let kind = decision.kind
-    let names = try kind.format.names(in: store)
-    let image = try ImageLayer(
-      store, kind: kind, below: nil,
-      files: try LayerChain.files(
-        of: store, decision,
-        resolve: ImageSource.resolver(
-          evenInUse: source.evenInUse, untrusted: source.untrusted)))
+    let link = try ChainLink(
+      store, decision,
+      resolve: ImageSource.resolver(evenInUse: source.evenInUse, untrusted: source.untrusted))
+    let (names, image) = (link.names, try link.layer(over: nil))
     // The unit in which everything can be said: a block, unless data lies at odder places.
     var unit = UInt64(image.format.blockSize)
     var mapped: UInt64 = 0
@@ -183,14 +180,14 @@ extension ImageTool {
     unit: UInt64, among formats: DiskFormats
   ) throws(ImageError) {
     let disk = image.base?.disk
-    let opened = try ImageChain.open(
-      files.store, kind: image.kind, writable: true, among: formats
-    ) { asked throws(ImageError) in
-      if asked.role == .base, let disk, disk is FileStore { return disk }
+    let chain = try Chain(files.store, kind: image.kind, among: formats) {
+      asked throws(ImageError) in
+      if asked.role == .base, let disk, disk.file != nil { return disk }
       if let made = files.made[ImageSource.beside(asked.from, asked.path)] { return made }
       // The base, which the command names.
       return try ImageSource.resolver(untrusted: false)(asked)
     }
+    let opened = try chain.disk(writable: true)
     let writer = ImageWriter(
       opened, store: files.store,
       devices: opened.devices ?? [files.store] + (disk.map { [$0] } ?? []))

@@ -12,10 +12,10 @@ extension ImageTool {
     var images: [Described] = []
     var next: ImageSource? = source
     while let current = next {
-      guard images.count < ImageChain.usualDepth else {
+      guard images.count < Chain.usualDepth else {
         throw ImageError(
           .unsupported,
-          "more than \(ImageChain.usualDepth) images in a row, down to \(current.path)")
+          "more than \(Chain.usualDepth) images in a row, down to \(current.path)")
       }
       let image = try describe(current)
       images.append(image)
@@ -46,7 +46,7 @@ extension ImageTool {
       guard let base = info.basePath else { return nil }
       try decision.checkMayName(base, store)
       guard !source.untrusted else {
-        throw ImageChain.Request(role: .base, path: base, from: path).refusal
+        throw NamedFile(role: .base, path: base, from: path).refusal
       }
       var below = ImageSource(
         ImageSource.beside(path, base), format: source.baseFormat ?? info.baseFormat,

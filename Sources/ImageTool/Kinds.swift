@@ -17,7 +17,7 @@ enum Kinds {
     if format.checksFiles {
       let writing: Set<String> = repair == nil ? [] : [store.name]
       let resolve = ImageSource.resolver(writing: writing, untrusted: untrusted)
-      files = try LayerChain.files(of: store, decision, resolve: resolve)
+      files = try ChainLink(store, decision, resolve: resolve).files
     }
     return try format.check(store, files: files, repair: repair)
   }
@@ -26,10 +26,11 @@ enum Kinds {
   static func resize(
     _ store: any ByteStore, _ decision: FormatDecision, baseKind: ImageKind? = nil,
     among formats: DiskFormats = .all, to size: UInt64, contentID: UInt32? = nil,
-    resolve: ImageChain.Resolver
+    resolve: Chain.Resolver
   ) throws(ImageError) {
-    var parts = try ImageChain.parts(
+    let chain = try Chain(
       store, decision, baseKind: baseKind, among: formats, resolve: resolve)
+    var parts = try chain.parts()
     parts.writable = true
     parts.contentID = contentID
     try decision.kind.format.resize(parts, to: size)

@@ -43,7 +43,7 @@ extension ImageTool {
     _ source: ImageSource, start: UInt64 = 0, count: UInt64? = nil, form: MapForm,
     to output: Output
   ) throws(ImageError) {
-    let chain = try source.chain()
+    let chain = try source.layers()
     let isText = form == .text
     if isText { output.put("Offset          Length          Mapped to       File\n") }
     var isFirst = true
@@ -88,7 +88,7 @@ extension ImageTool {
 
   /// The runs of a disk in order, as long as they can be.
   static func rows(
-    of chain: LayerChain, from start: UInt64 = 0, count: UInt64? = nil,
+    of chain: Layers, from start: UInt64 = 0, count: UInt64? = nil,
     visit: (MapRow) throws(ImageError) -> Void
   ) throws(ImageError) {
     guard start <= chain.size else {
@@ -116,7 +116,7 @@ extension ImageTool {
   }
 
   private static func row(
-    of chain: LayerChain, _ reader: DiskReader, at offset: UInt64, limit: UInt64
+    of chain: Layers, _ reader: DiskReader, at offset: UInt64, limit: UInt64
   ) throws(ImageError) -> MapRow {
     let run = try chain.run(at: offset, limit: limit)
     var row = MapRow(

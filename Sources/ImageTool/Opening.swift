@@ -54,11 +54,12 @@ package struct ImageSource: Sendable {
   }
 
   /// Opens it for reading with everything under it.
-  func chain(snapshot: String? = nil) throws(ImageError) -> LayerChain {
+  func layers(snapshot: String? = nil) throws(ImageError) -> Layers {
     let store = try open()
-    return try LayerChain.open(
-      store, kind: try kind(), baseKind: try baseKind(), snapshot: snapshot, among: formats,
-      resolve: ImageSource.resolver(evenInUse: evenInUse, untrusted: untrusted))
+    return try Chain(
+      store, kind: try kind(), baseKind: try baseKind(), among: formats,
+      resolve: ImageSource.resolver(evenInUse: evenInUse, untrusted: untrusted)
+    ).layers(snapshot: snapshot)
   }
 
   /// Opens the paths that stand in images: relative ones from the image's folder. The files
@@ -66,7 +67,7 @@ package struct ImageSource: Sendable {
   /// every path is refused.
   static func resolver(
     evenInUse: Bool = false, writing: Set<String> = [], untrusted: Bool
-  ) -> ImageChain.Resolver {
+  ) -> Chain.Resolver {
     { request throws(ImageError) in
       if untrusted { throw request.refusal }
       let path = beside(request.from, request.path)

@@ -35,6 +35,22 @@ package protocol ByteStore: AnyObject, Sendable {
   /// it is in use, and `resize` changes nothing.
   var isFixedSize: Bool { get }
 
+  /// The file or block device that this store is, for what only those can do.
+  var file: FileStore? { get }
+
+  /// Where the bytes lie in other stores, if the store can say that.
+  var mapped: (any MappedStore)? { get }
+
+  /// The stores of which this one is made, one behind the other.
+  var joined: (any JoinedStore)? { get }
+
+  /// For the disk of an image as a store: the store that holds the image.
+  var image: (any ByteStore)? { get }
+
+  /// Whether what is read is made at that moment (decompressed, put together), so that it lies
+  /// nowhere as it is.
+  var isMade: Bool { get }
+
   /// Identity, to notice a base that has changed.
   func identity() throws(IOError) -> StoreIdentity
 
@@ -65,9 +81,43 @@ package protocol ByteStore: AnyObject, Sendable {
   func nextData(from offset: UInt64) throws(IOError) -> Range<UInt64>?
 }
 
+/// A store whose bytes lie in other stores.
+package protocol MappedStore: ByteStore {
+  /// Those, by number.
+  var devices: [any ByteStore] { get }
+
+  /// Where a byte, at a multiple of 512, lives: the device and its byte, or nil for zeroes; and
+  /// for how many bytes that goes on, `count` at most.
+  func resolve(
+    at offset: UInt64, count: UInt64
+  ) throws(IOError) -> (device: Int?, offset: UInt64, count: UInt64)
+}
+
+/// Several stores as one, each beginning at a multiple of a power of two.
+package protocol JoinedStore: ByteStore {
+  /// The stores.
+  var parts: [any ByteStore] { get }
+  /// Store i begins at byte i << bits.
+  static var bits: UInt64 { get }
+
+  /// The part that holds a byte, and where in it. Throws EINVAL for one past all of them.
+  func place(_ offset: UInt64) throws(IOError) -> (store: any ByteStore, offset: UInt64)
+}
+
 extension ByteStore {
   /// Itself.
   package var underlying: any ByteStore { self }
+
+  /// It is none.
+  package var file: FileStore? { nil }
+  /// It cannot.
+  package var mapped: (any MappedStore)? { nil }
+  /// It is one.
+  package var joined: (any JoinedStore)? { nil }
+  /// It is no disk of an image.
+  package var image: (any ByteStore)? { nil }
+  /// It lies there.
+  package var isMade: Bool { false }
 
   /// A file, which is as long as it is made.
   package var isFixedSize: Bool { false }

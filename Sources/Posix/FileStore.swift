@@ -15,6 +15,8 @@ package final class FileStore: ByteStore {
   package let isBlockDevice: Bool
   /// A block device.
   package var isFixedSize: Bool { isBlockDevice }
+  /// Itself.
+  package var file: FileStore? { self }
   /// The descriptor, lent.
   package var raw: Int32 { descriptor.raw }
 

@@ -55,7 +55,7 @@ package final class Disk {
     self.policy = policy
     let format = image.format
     // A worker that served the device's node may have had it otherwise.
-    for case let file as FileStore in image.devices + [image.store] where file.bypassesCache {
+    for file in (image.devices + [image.store]).compactMap(\.file) where file.bypassesCache {
       try system { () throws(IOError) in _ = try file.bypassCache(false) }
     }
     do throws(IOError) {

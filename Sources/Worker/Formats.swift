@@ -18,7 +18,7 @@ package struct ImageRequest: Sendable, Equatable {
   /// The base's format, whatever the image says of it.
   package var baseFormat: FormatName?
   /// How many images there may be in a row.
-  package var depth = ImageChain.usualDepth
+  package var depth = Chain.usualDepth
   /// Whether the disk is only read.
   package var readOnly = false
   /// Whether a base that has changed is accepted and noted anew.

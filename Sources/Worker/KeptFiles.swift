@@ -50,7 +50,7 @@ struct KeptFiles {
 
   /// Opens what the images name. Throws when it may not be used.
   mutating func open(_ need: FileNeed) throws(WorkerError) -> FileStore {
-    let isBase = need.role == ImageChain.Request.Role.base.rawValue
+    let isBase = need.role == NamedFile.Role.base.rawValue
     guard !options.untrusted else {
       throw WorkerError(
         .baseRefused,

@@ -44,7 +44,7 @@ struct KernelPlan {
   static func make(_ image: OpenImage) -> Outcome {
     var files: [File] = []
     func add(_ store: any ByteStore, writable: Bool, _ device: Int) {
-      guard let file = store as? FileStore, !files.contains(where: { $0.store === file }),
+      guard let file = store.file, !files.contains(where: { $0.store === file }),
         (file.isWritable && !image.readOnly) == writable
       else { return }
       files.append(
@@ -69,7 +69,7 @@ struct KernelPlan {
       files.firstIndex { $0.store === store }.map { UInt16($0) }
     }
     let devices = image.devices.map { device -> (store: any ByteStore, part: KernelDevices.Part) in
-      if let joined = device as? any JoinedStore {
+      if let joined = device.joined {
         let parts = joined.parts.map { number($0.underlying) }
         return (device, .joined(parts, bits: type(of: joined).bits))
       }
@@ -92,7 +92,7 @@ struct KernelPlan {
   }
 
   private static func parts(of device: any ByteStore) -> [any ByteStore] {
-    ((device as? any JoinedStore)?.parts ?? [device]).map(\.underlying)
+    (device.joined?.parts ?? [device]).map(\.underlying)
   }
 
   /// Whether a file may be read and written past the page cache: where all places in it are at

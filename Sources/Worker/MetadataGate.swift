@@ -163,7 +163,7 @@ package final class MetadataGate: Sendable {
       return nil
     }
     if let bytes { return buffer.copyBytes(from: bytes) }
-    if (store as? FileStore)?.readAtOnce(buffer, at: offset) == true { return }
+    if store.file?.readAtOnce(buffer, at: offset) == true { return }
     try perform(.read(offset: offset, count: buffer.count), on: store)
   }
 

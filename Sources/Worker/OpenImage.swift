@@ -8,7 +8,7 @@ package import Posix
 /// A file that an image needs beside its store.
 package struct FileRequest: Sendable, Hashable {
   /// What it is for.
-  package let role: ImageChain.Request.Role
+  package let role: NamedFile.Role
   /// Its path, from the folder of the image that names it.
   package let path: String
   /// Whether the disk's own data is in it.
@@ -42,7 +42,7 @@ package struct OpenImage {
     let gate = MetadataGate()
     var named: String?
     var base: (any ByteStore)?
-    let resolve = { (asked: ImageChain.Request) throws(ImageError) -> any ByteStore in
+    let resolve = { (asked: NamedFile) throws(ImageError) -> any ByteStore in
       let isTop = asked.from == store.name
       guard isTop, asked.role == .base else {
         let found = try opener(
@@ -57,10 +57,10 @@ package struct OpenImage {
       return GatedStore(found, gate)
     }
     if request.create { try Self.make(name, store, request, opener, resolve) }
-    format = try ImageChain.open(
+    format = try Chain(
       GatedStore(store, gate), kind: name.kind, baseKind: request.baseFormat?.kind,
-      writable: !request.readOnly,
-      depth: request.depth, force: request.force, resolve: resolve)
+      depth: request.depth, resolve: resolve
+    ).disk(writable: !request.readOnly, force: request.force)
     if named == nil, let given = request.basePath {
       throw ImageError(
         .badRequest, "store \(store.name) has no base, and \(given) was given: leave it out")
@@ -83,12 +83,12 @@ package struct OpenImage {
     var devices: [any ByteStore] = [store]
     if let base {
       devices.append(
-        try ImageChain.base(
-          base, kind: request.baseFormat?.kind ?? .raw, of: store
+        try Chain(
+          base, kind: request.baseFormat?.kind ?? .raw, above: [store]
         ) { asked throws(ImageError) in
           throw ImageError(
             .unsupported, "base \(asked.from) names \(asked.path): a plugin's base has no base")
-        })
+        }.flat())
     }
     let format = try PluginFormat(
       entry: entry, name: name, store: store, base: devices.count > 1 ? devices[1] : nil,
@@ -120,7 +120,7 @@ package struct OpenImage {
   /// Makes the image, unless a worker before this one has done so.
   private static func make(
     _ name: FormatName, _ store: any ByteStore, _ request: ImageRequest,
-    _ opener: Opener, _ resolve: ImageChain.Resolver
+    _ opener: Opener, _ resolve: Chain.Resolver
   ) throws(ImageError) {
     guard let path = request.basePath else {
       throw ImageError(.badRequest, "store \(store.name) cannot be made without a base")
@@ -135,8 +135,10 @@ package struct OpenImage {
     }
     guard try !format.isMade(store) else { return }
     let file = try opener(base(of: store, named: path, request))
-    let base = try ImageChain.base(
-      file, kind: request.baseFormat?.kind, of: store, depth: request.depth, resolve: resolve)
+    let base = try Chain(
+      file, kind: request.baseFormat?.kind, above: [store], depth: request.depth,
+      resolve: resolve
+    ).flat()
     try format.make(
       NewStore(
         store, basePath: path, baseFile: file, baseKind: request.baseFormat?.kind, base: base,

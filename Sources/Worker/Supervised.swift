@@ -485,10 +485,10 @@ package final class Supervised {
     var lent: [LinkRole: Int32] = [:]
     var need: FileNeed?
     if index == 0 {
-      lent[.store] = (image.store as? FileStore)?.raw
+      lent[.store] = image.store.file?.raw
       lent[.base] = base?.raw
       lent[.pending] = pending?.raw
-      lent[.witness] = witness(of: image.store as? FileStore)
+      lent[.witness] = witness(of: image.store.file)
     } else if files.indices.contains(index - 1) {
       need = files[index - 1].need
       lent[.file] = files[index - 1].store.raw

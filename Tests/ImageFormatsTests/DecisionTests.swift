@@ -78,7 +78,7 @@ import Testing
   /// What names a file and is an image only by its first bytes is followed by nobody.
   @Test func guessesNameNothing() throws {
     let image = try Self.naming()
-    func never(_ request: ImageChain.Request) throws(ImageError) -> any ByteStore {
+    func never(_ request: NamedFile) throws(ImageError) -> any ByteStore {
       Issue.record("somebody asked for \(request.path)")
       return MemoryStore("secret", size: 1 << 20)
     }
@@ -87,39 +87,39 @@ import Testing
       #expect(error?.code == .unsupported)
       #expect(error?.message.contains("nobody says") == true, "\(error as Any)")
     }
-    refused { _ = try ImageChain.open(image, writable: false, resolve: never) }
-    refused { _ = try LayerChain.open(image, resolve: never) }
+    refused { _ = try Chain(image, resolve: never).disk() }
+    refused { _ = try Chain(image, resolve: never).layers() }
     // As the base of an image that has no place for the format.
     let qcow = MemoryStore("qcow")
     try Qcow.create(store: qcow, size: 1 << 20, base: "base")
-    func base(_ request: ImageChain.Request) throws(ImageError) -> any ByteStore {
+    func base(_ request: NamedFile) throws(ImageError) -> any ByteStore {
       guard request.path == "base" else { return try never(request) }
       return image
     }
-    refused { _ = try ImageChain.open(qcow, kind: .qcow, writable: false, resolve: base) }
-    refused { _ = try LayerChain.open(qcow, kind: .qcow, resolve: base) }
-    refused { _ = try ImageChain.base(image, of: MemoryStore("x", size: 512), resolve: never) }
+    refused { _ = try Chain(qcow, kind: .qcow, resolve: base).disk() }
+    refused { _ = try Chain(qcow, kind: .qcow, resolve: base).layers() }
+    refused { _ = try Chain(image, above: [MemoryStore("x", size: 512)], resolve: never).flat() }
     // Stated, it is.
     for kind in [ImageKind.qcow2, .raw] {
-      let format = try ImageChain.open(qcow, kind: .qcow, baseKind: kind, writable: false) {
+      let format = try Chain(qcow, kind: .qcow, baseKind: kind) {
         asked in
         asked.path == "base" ? image : MemoryStore("secret", size: 1 << 20)
-      }
+      }.disk()
       #expect(format.size == 1 << 20)
     }
     // A guess that names nothing harms nobody.
-    _ = try ImageChain.open(try Self.alone(), writable: false, resolve: never)
+    _ = try Chain(try Self.alone(), resolve: never).disk()
     // Data files and extents are named, too.
     let data = MemoryStore("store")
     var options = Qcow2Options()
     options.dataFile = "secret"
     try Qcow2.create(
       store: data, size: 1 << 20, options: options, dataFile: MemoryStore("d", size: 1 << 20))
-    refused { _ = try ImageChain.open(data, writable: false, resolve: never) }
+    refused { _ = try Chain(data, resolve: never).disk() }
     let text = "# Disk DescriptorFile\nversion=1\nCID=12345678\nparentCID=ffffffff\n"
     let flat = MemoryStore(
       "store", bytes: Array((text + "createType=\"vmfs\"\nRW 128 FLAT \"secret\" 0\n").utf8))
-    refused { _ = try LayerChain.open(flat, resolve: never) }
+    refused { _ = try Chain(flat, resolve: never).layers() }
   }
 
   // MARK: Known and not read
@@ -143,15 +143,15 @@ import Testing
       let store = MemoryStore("store", bytes: Self.padded(bytes, at: offset))
       for body in [
         { _ = try DiskFormats.all.probe(store) },
-        { _ = try ImageChain.open(store, writable: false) { _ in store } },
-        { _ = try LayerChain.open(store) { _ in store } },
+        { _ = try Chain(store) { _ in store }.disk() },
+        { _ = try Chain(store) { _ in store }.layers() },
       ] {
         let error = #expect(throws: ImageError.self) { try body() }
         #expect(error?.code == .unsupported)
         #expect(error?.message.contains(name) == true && error?.message.contains("-f raw") == true)
       }
       // Who says so gets the bytes.
-      let raw = try ImageChain.open(store, kind: .raw, writable: false) { _ in store }
+      let raw = try Chain(store, kind: .raw) { _ in store }.disk()
       #expect(raw.size == 65536)
     }
     // Text that begins like one is none.
@@ -172,7 +172,7 @@ import Testing
     {
       for place in places { try store.write([0xEE, 0xEE], at: UInt64(place)) }
       let error = #expect(throws: ImageError.self) {
-        _ = try ImageChain.open(store, writable: false) { _ in store }
+        _ = try Chain(store) { _ in store }.disk()
       }
       #expect(error?.code == .corrupt, "\(store.name): \(error as Any)")
     }

@@ -24,7 +24,7 @@ import Testing
     return MemoryStore("disk.toy", bytes: bytes)
   }
 
-  static func never(_ request: ImageChain.Request) throws(ImageError) -> any ByteStore {
+  static func never(_ request: NamedFile) throws(ImageError) -> any ByteStore {
     throw ImageError(.badRequest, "nothing names \(request.path)")
   }
 
@@ -48,11 +48,9 @@ import Testing
 
   @Test(arguments: [nil, toy]) func isReadByItself(kind: ImageKind?) throws {
     let image = Self.image()
-    let format = try ImageChain.open(
-      image, kind: kind, writable: false, among: Self.formats, resolve: Self.never)
+    let format = try Chain(image, kind: kind, among: Self.formats, resolve: Self.never).disk()
     #expect(try DeviceEngine(format, store: image).read(0, count: Self.sectors) == Self.disk)
-    let chain = try LayerChain.open(
-      image, kind: kind, among: Self.formats, resolve: Self.never)
+    let chain = try Chain(image, kind: kind, among: Self.formats, resolve: Self.never).layers()
     #expect(try chain.flat().read(at: 0, count: Self.disk.count) == Self.disk)
   }
 
@@ -61,25 +59,24 @@ import Testing
     var options = Qcow2Options()
     options.base = ("disk.toy", "toy")
     try Qcow2.create(store: top, size: UInt64(Self.disk.count), options: options)
-    func resolve(_ request: ImageChain.Request) throws(ImageError) -> any ByteStore {
+    func resolve(_ request: NamedFile) throws(ImageError) -> any ByteStore {
       Self.image()
     }
-    let image = try ImageChain.open(
-      top, kind: .qcow2, writable: true, among: Self.formats, resolve: resolve)
+    let image = try Chain(top, kind: .qcow2, among: Self.formats, resolve: resolve).disk(
+      writable: true)
     let engine = DeviceEngine(image, store: top)
     #expect(try engine.read(0, count: Self.sectors) == Self.disk)
     let fresh = Stamp.sectors(2, 99)
     try engine.write(5, fresh)
     try engine.flush()
-    let chain = try LayerChain.open(
-      top, kind: .qcow2, among: Self.formats, resolve: resolve)
+    let chain = try Chain(top, kind: .qcow2, among: Self.formats, resolve: resolve).layers()
     var expected = Self.disk
     expected.replaceSubrange((5 * 512)..<(7 * 512), with: fresh)
     #expect(try chain.flat().read(at: 0, count: expected.count) == expected)
     #expect(chain.layers.map(\.kind) == [.qcow2, Self.toy])
     // A list that lacks it says so.
     let error = #expect(throws: ImageError.self) {
-      try ImageChain.open(top, kind: .qcow2, writable: false, resolve: resolve)
+      try Chain(top, kind: .qcow2, resolve: resolve).disk()
     }
     #expect(
       error?.message
@@ -88,15 +85,14 @@ import Testing
 
   @Test func isRefusedForWriting() throws {
     let error = #expect(throws: ImageError.self) {
-      try ImageChain.open(
-        Self.image(), kind: Self.toy, writable: true, among: Self.formats, resolve: Self.never)
+      try Chain(Self.image(), kind: Self.toy, among: Self.formats, resolve: Self.never).disk(
+        writable: true)
     }
     #expect(error?.code == .unsupported)
     #expect(
       error?.message
         == "store disk.toy: images of format toy can only be read here: convert it")
-    let open = try ImageChain.open(
-      Self.image(), kind: Self.toy, writable: false, resolve: Self.never)
+    let open = try Chain(Self.image(), kind: Self.toy, resolve: Self.never).disk()
     #expect(throws: ImageError.self) { try open.place(BlockRange(0), whole: true) }
     #expect(throws: ImageError.self) { try open.discard(BlockRange(0), zeroing: true) }
   }

@@ -149,7 +149,7 @@ import Testing
       }
       func open(_ store: any ByteStore, _ writable: Bool) throws -> DeviceEngine {
         DeviceEngine(
-          try ImageChain.open(store, kind: kind, writable: writable) { _ in store }, store: store)
+          try Chain(store, kind: kind) { _ in store }.disk(writable: writable), store: store)
       }
       let engine = try open(store, true)
       for part in 0..<4 { try engine.write(part * 512, [UInt8](repeating: 7, count: 65536)) }

@@ -21,7 +21,7 @@ struct Trio {
   var other: Window { Window("other", disk, at: Self.third, size: Self.size) }
   var top: Window { Window("top", disk, at: 2 * Self.third, size: Self.third) }
 
-  func resolve(_ request: ImageChain.Request) throws(ImageError) -> any ByteStore {
+  func resolve(_ request: NamedFile) throws(ImageError) -> any ByteStore {
     switch request.path {
     case "base": return base
     case "other": return other
@@ -31,7 +31,7 @@ struct Trio {
 
   /// What the image shows.
   func contents() throws -> [UInt8] {
-    let flat = try LayerChain.open(top, kind: kind, resolve: resolve).flat()
+    let flat = try Chain(top, kind: kind, resolve: resolve).layers().flat()
     return try flat.read(at: 0, count: Int(flat.size))
   }
 
@@ -61,8 +61,7 @@ struct Trio {
       options.base = ("base", "raw")
       try Qcow2.create(store: trio.top, size: Self.size, options: options)
     }
-    let image = try ImageChain.open(
-      trio.top, kind: kind, writable: true, resolve: trio.resolve)
+    let image = try Chain(trio.top, kind: kind, resolve: trio.resolve).disk(writable: true)
     let writer = ImageWriter(
       image, store: trio.top, devices: image.devices ?? [trio.top, trio.base])
     for _ in 0..<10 {
@@ -77,15 +76,6 @@ struct Trio {
     }
     try writer.commit()
     return trio
-  }
-}
-
-extension LayerChain {
-  fileprivate static func open(
-    _ store: any ByteStore, kind: ImageKind,
-    resolve: (ImageChain.Request) throws(ImageError) -> any ByteStore
-  ) throws(ImageError) -> LayerChain {
-    try open(store, kind: kind, snapshot: nil, resolve: resolve)
   }
 }
 
@@ -154,9 +144,9 @@ extension LayerChain {
       let source = try FileStore(path: bench.path("b"), writable: false)
       let file = try FileStore(path: bench.path("top"), writable: true)
       let kind = try DiskFormats.all.probe(file)
-      let image = try ImageChain.open(
-        file, kind: kind, writable: true,
-        resolve: ImageSource.resolver(writing: [file.name], untrusted: false))
+      let image = try Chain(
+        file, kind: kind, resolve: ImageSource.resolver(writing: [file.name], untrusted: false)
+      ).disk(writable: true)
       let writer = ImageWriter(image, store: file, devices: image.devices ?? [file])
       try source.read(at: 0, count: 1 << 20).withUnsafeBytes { try writer.write($0, at: 0) }
       try writer.commit()
@@ -253,7 +243,7 @@ extension LayerChain {
       #expect(store.size == header.storeSize)
       #expect(try Dscow.report(store: store, repair: nil).isClean)
       #expect(try Dscow.countBits(store, header) == 2)
-      let disk = try ImageLayer(store, kind: .dscow, below: nil)
+      let disk = try ImageLayer(ImageParts(store), kind: .dscow)
       let (content, count) = try disk.run(at: 1 << 20, limit: 1 << 20)
       guard case .data(let place, let offset) = content else {
         Issue.record("the blocks are gone")
@@ -314,8 +304,7 @@ extension LayerChain {
             var request = ImageTool.ConvertRequest(ImageSource("top"), target: "target")
             request.compress = compress
             request.threads = 2
-            let chain = try LayerChain.open(
-              source.top, kind: .qcow2, resolve: source.resolve)
+            let chain = try Chain(source.top, kind: .qcow2, resolve: source.resolve).layers()
             let into = try Qcow2Target(
               chain.size, Qcow2Options(), failsSource ? target : failing, nil, isZero: true,
               full: false)
@@ -324,9 +313,7 @@ extension LayerChain {
           } catch { #expect(error.cause?.code == 5, "call \(number): \(error)") }
           #expect(disk.contents() == before)
           guard failing.calls > number else {
-            let made = try LayerChain.open(
-              target, kind: .qcow2, resolve: trio.resolve
-            ).flat()
+            let made = try Chain(target, kind: .qcow2, resolve: trio.resolve).layers().flat()
             #expect(try made.read(at: 0, count: Int(made.size)) == shown)
             #expect(try Qcow2.check(store: target).isClean)
             break

@@ -44,7 +44,7 @@ struct Scene {
   let kind: Kind
   let machine: Machine
 
-  func resolve(_ request: ImageChain.Request) throws(ImageError) -> any ByteStore {
+  func resolve(_ request: NamedFile) throws(ImageError) -> any ByteStore {
     guard machine.names.contains(request.path) else {
       throw ImageError(.badRequest, "nobody knows \(request.path)")
     }
@@ -56,14 +56,13 @@ struct Scene {
 
   /// What the image shows.
   func contents(_ name: String = "top", kind: ImageKind? = nil) throws -> [UInt8] {
-    let flat = try LayerChain.open(
-      machine.file(name), kind: kind ?? self.kind.image, resolve: resolve
-    ).flat()
+    let flat = try Chain(machine.file(name), kind: kind ?? self.kind.image, resolve: resolve)
+      .layers().flat()
     return try flat.read(at: 0, count: Int(flat.size))
   }
 
   private func files() throws(ImageError) -> [any ByteStore] {
-    try LayerChain.files(of: top, FormatDecision(kind: kind.image), resolve: resolve)
+    try ChainLink(top, FormatDecision(kind: kind.image), resolve: resolve).files
   }
 
   func check() throws -> CheckReport {
@@ -132,7 +131,7 @@ struct Scene {
     _ name: String, _ kind: ImageKind, blocks: Int, of size: UInt64, _ random: inout SplitMix64
   ) throws {
     let store = machine.file(name)
-    let image = try ImageChain.open(store, kind: kind, writable: true, resolve: resolve)
+    let image = try Chain(store, kind: kind, resolve: resolve).disk(writable: true)
     let writer = ImageWriter(image, store: store, devices: image.devices ?? [store, base])
     for _ in 0..<blocks {
       let place = UInt64(random.below(Int(size / 4096)))

@@ -298,7 +298,7 @@ import Testing
     let base = MemoryStore("base", bytes: [UInt8](repeating: 3, count: 1 << 20))
     let store = MemoryStore("store")
     try Dscow.create(store: store, base: base, baseName: "base", size: 2 << 20)
-    func resolve(_ request: ImageChain.Request) throws(ImageError) -> any ByteStore { base }
+    func resolve(_ request: NamedFile) throws(ImageError) -> any ByteStore { base }
     func commit(into target: any ByteStore) throws(ImageError) {
       try ImageTool.commit(
         store, .dscow, into: target, .raw, keep: false, progress: Progress(on: false)

@@ -65,10 +65,10 @@ enum MadeStore: String, CaseIterable {
     case .dscow:
       let packed = try FileStore(path: folder.file("packed.qcow2"), writable: false)
       let store = try FileStore(path: image.store, writable: true)
-      let base = try ImageChain.base(packed, kind: .qcow2, of: store) {
+      let base = try Chain(packed, kind: .qcow2, above: [store]) {
         request throws(ImageError) in
         throw ImageError(.baseMissing, request.path)
-      }
+      }.flat()
       try Dscow.create(store: store, base: base, baseName: "packed.qcow2", blockSize: 65536)
     }
     return path

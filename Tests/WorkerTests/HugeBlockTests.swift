@@ -64,11 +64,11 @@ import Testing
   }
 
   private func expect(_ wanted: [Int: UInt64], in store: FileStore) throws {
-    let disk = try LayerChain.open(store, kind: .vhd) { request throws(ImageError) in
+    let disk = try Chain(store, kind: .vhd) { request throws(ImageError) in
       do throws(IOError) {
         return try FileStore(path: folder.file(request.path), writable: false)
       } catch { throw ImageError(error) }
-    }.flat()
+    }.layers().flat()
     for (sector, stamp) in wanted {
       let found = try disk.read(at: UInt64(sector * 512), count: 512)
       #expect(found == Stamp.sectors(1, stamp), "sector \(sector)")

@@ -165,14 +165,14 @@ private final class Guest: RequestOwner {
     _ kind: MadeStore, _ path: String, _ image: TestImage, _ model: DiskModel
   ) throws {
     // With the stores as they are: QEMU does not know a dscow.
-    let disk = try ImageChain.base(
+    let disk = try Chain(
       try FileStore(path: path, writable: false), kind: try FormatName(named: kind.format).kind,
-      of: MemoryStore("nothing")
+      above: [MemoryStore("nothing")]
     ) { request throws(ImageError) in
       do throws(IOError) {
         return try FileStore(path: image.folder.file(request.path.fileName), writable: false)
       } catch { throw ImageError(error) }
-    }
+    }.flat()
     if kind.judged == "qcow2" || kind.judged == "vmdk" {
       try kind.qemu("check", "-f", kind.judged ?? "raw", path)
     }

@@ -60,7 +60,7 @@ extension Dscow {
   static func stamp(
     durably base: any ByteStore, path: String
   ) throws(ImageError) -> DscowBase {
-    let file = (base as? ImageStore)?.store ?? (base as? FlatChain)?.store ?? base
+    let file = base.image ?? base
     try io { () throws(IOError) in try file.flushAll() }
     return try stamp(base, path: path)
   }
@@ -100,7 +100,7 @@ extension Dscow {
   ) throws(ImageError) -> Bool {
     let (one, other) = (one.underlying, other.underlying)
     if one === other { return true }
-    guard let one = one as? FileStore, let other = other as? FileStore else { return false }
+    guard let one = one.file, let other = other.file else { return false }
     return try io { () throws(IOError) in try one.isSameFile(as: other) }
   }
 }

@@ -151,7 +151,7 @@ extension Dscow {
   private static func checkLeaks(
     _ store: any ByteStore, _ header: DscowHeader, _ repair: Bool, _ result: inout DscowCheck
   ) throws(ImageError) {
-    guard let file = store as? FileStore, !file.isBlockDevice else { return }
+    guard let file = store.file, !file.isBlockDevice else { return }
     var bitmap = DscowBitmap(store: store, header: header)
     let unit = UInt64(header.blockSize)
     var block: UInt64 = 0

@@ -55,7 +55,7 @@ package final class Dscow: ImageFormat {
     self.blocks = header.blocks
     self.bitmap = DscowBitmap(store: store, header: header)
     self.durableBlocks = durableBlocks
-    view = (base as? ImageStore).map {
+    view = base?.mapped.map {
       BaseView($0, blockSize: UInt64(header.blockSize), store: store)
     }
     self.baseEnd = baseSize == 0 ? 0 : (baseSize - 1) / UInt64(header.blockSize) + 1

@@ -76,10 +76,9 @@ final class PluginHost {
 }
 
 /// The device that a plugin reads out itself.
-final class PluginDevice: ByteStore {
+final class PluginDevice: ReadOnlyStore {
   let name: String
   let size: UInt64 = 1 << 62
-  let isWritable = false
   private let body: @Sendable (UnsafeMutableRawPointer, Int, UInt64) -> Int32
 
   init(_ name: String, _ body: @escaping @Sendable (UnsafeMutableRawPointer, Int, UInt64) -> Int32)
@@ -88,17 +87,9 @@ final class PluginDevice: ByteStore {
     self.body = body
   }
 
-  func identity() -> StoreIdentity { StoreIdentity(size: size, modified: 0) }
-  func allocatedBytes() -> UInt64 { 0 }
   func read(_ buffer: UnsafeMutableRawBufferPointer, at offset: UInt64) throws(IOError) {
     guard let start = buffer.baseAddress else { return }
     let code = body(start, buffer.count, offset)
     guard code == 0 else { throw IOError(code, "read", name) }
   }
-  func write(_ buffer: UnsafeRawBufferPointer, at offset: UInt64) throws(IOError) {
-    throw IOError(EBADF, "write", name)
-  }
-  func zero(at offset: UInt64, count: UInt64) throws(IOError) { throw IOError(EBADF, "zero", name) }
-  func resize(to size: UInt64) throws(IOError) { throw IOError(EBADF, "resize", name) }
-  func flush() {}
 }

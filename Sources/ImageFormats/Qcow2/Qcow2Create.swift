@@ -153,7 +153,7 @@ extension Qcow2 {
   private static func reserve(
     _ store: any ByteStore, from start: UInt64, to end: UInt64
   ) throws(IOError) -> Bool {
-    guard let file = store as? FileStore, !file.isBlockDevice else { return false }
+    guard let file = store.file, !file.isBlockDevice else { return false }
     try file.zero(at: start, count: end - start)
     do throws(IOError) {
       try file.allocate(at: start, count: end - start)

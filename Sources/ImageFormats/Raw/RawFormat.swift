@@ -78,7 +78,7 @@ package enum RawFormat: DiskFormat {
 
   package static func resize(_ parts: ImageParts, to size: UInt64) throws(ImageError) {
     let store = parts.store
-    guard (store as? FileStore)?.isBlockDevice != true else {
+    guard store.file?.isBlockDevice != true else {
       throw ImageError(.unsupported, "\(store.name) is a device: resize it with its own tools")
     }
     try io { () throws(IOError) in

@@ -25,11 +25,11 @@ package enum DscowTool {
     // Whoever makes a store of it says what is wrong with that.
     guard base.size > 0 else { return base }
     let stated = try format.map { name throws(ImageError) in try DiskFormats.all.stated(name) }
-    return try LayerChain.open(base, kind: stated) { asked throws(ImageError) in
+    return try Chain(base, kind: stated) { asked throws(ImageError) in
       if untrusted { throw asked.refusal }
       let folder = asked.from.lastIndex(of: "/").map { String(asked.from[...$0]) } ?? ""
       return try ImageFile.base(asked.path.hasPrefix("/") ? asked.path : folder + asked.path)
-    }.flat()
+    }.layers().flat()
   }
 
   /// Makes a store, with the lines that describe it. `base` nil: a disk of zeroes. A store over
@@ -233,7 +233,7 @@ package enum DscowTool {
       throw ImageError(.badRequest, "store \(path) has no base that could change")
     }
     guard base != nil || !untrusted else {
-      throw ImageChain.Request(role: .base, path: known.path, from: path).refusal
+      throw NamedFile(role: .base, path: known.path, from: path).refusal
     }
     let basePath = try base.map { path throws(ImageError) in try ImageFile.absolute(path) }
     let file = try ImageFile.base(basePath ?? known.path)

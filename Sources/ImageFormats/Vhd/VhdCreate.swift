@@ -109,8 +109,7 @@ extension Vhd {
       throw ImageError(.badRequest, "\(store.name) is open for reading only")
     }
     if header.basePath != nil, let base {
-      let image = (base as? ImageStore)?.store ?? (base as? FlatChain)?.store
-      if !header.isBaseRaw, let image, let footer = try VhdHeader.footer(of: image) {
+      if !header.isBaseRaw, let image = base.image, let footer = try VhdHeader.footer(of: image) {
         guard [UInt8](footer[68..<84]) == header.baseUUID else {
           throw ImageError(
             .baseChanged,

@@ -316,13 +316,13 @@ package final class Vhd: ImageFormat {
 
 /// The disk as far as its durable table and bitmaps say, sector by sector: for blocks of which
 /// some sectors are the image's own and some the base's. Without state, so safe anywhere.
-final class VhdMixedBlocks: ByteStore {
+final class VhdMixedBlocks: ReadOnlyStore {
   private let store: any ByteStore
   private let base: (any ByteStore)?
   private let header: VhdHeader
   let name: String
   let size: UInt64
-  let isWritable = false
+  let isMade = true
 
   init(_ store: any ByteStore, _ base: (any ByteStore)?, _ header: VhdHeader) {
     self.store = store
@@ -331,11 +331,6 @@ final class VhdMixedBlocks: ByteStore {
     name = store.name
     size = header.size
   }
-
-  /// Nothing that anybody could know again.
-  func identity() -> StoreIdentity { StoreIdentity(size: size, modified: 0) }
-  /// None of its own.
-  func allocatedBytes() -> UInt64 { 0 }
 
   /// Fills the buffer from any byte on.
   func read(_ buffer: UnsafeMutableRawBufferPointer, at offset: UInt64) throws(IOError) {
@@ -384,15 +379,4 @@ final class VhdMixedBlocks: ByteStore {
       }
     }
   }
-
-  /// Throws EBADF.
-  func write(_ buffer: UnsafeRawBufferPointer, at offset: UInt64) throws(IOError) {
-    throw IOError(9, "write", name)
-  }
-  /// Throws EBADF.
-  func zero(at offset: UInt64, count: UInt64) throws(IOError) { throw IOError(9, "zero", name) }
-  /// Throws EBADF.
-  func resize(to size: UInt64) throws(IOError) { throw IOError(9, "resize", name) }
-  /// There is nothing to flush.
-  func flush() {}
 }

@@ -230,7 +230,7 @@ extension Vmdk {
   private static func check(
     _ base: any ByteStore, of store: any ByteStore, _ layout: VmdkLayout
   ) throws(ImageError) -> UInt32? {
-    guard let image = (base as? ImageStore)?.store ?? (base as? FlatChain)?.store else {
+    guard let image = base.image else {
       throw ImageError(
         .baseChanged, "base \(base.name) of store \(store.name) is no VMDK image: put it back")
     }

@@ -2,15 +2,7 @@
 // Two stores behind a VMDK disk: several sparse extents as one range of bytes, so that first
 // writes have one device to go to; and the compressed grains of one.
 
-package import Posix
-
-/// Several stores as one, each beginning at a multiple of a power of two.
-package protocol JoinedStore: ByteStore {
-  /// The stores.
-  var parts: [any ByteStore] { get }
-  /// Store i begins at byte i << bits.
-  static var bits: UInt64 { get }
-}
+import Posix
 
 /// Several files as one. File i begins at i << 41 bytes, which is as far as a sparse extent
 /// can name sectors.
@@ -20,6 +12,7 @@ final class VmdkJoinedStore: JoinedStore {
   let name: String
   let isWritable: Bool
   var size: UInt64 { UInt64(parts.count) << Self.bits }
+  var joined: (any JoinedStore)? { self }
 
   init(_ parts: [any ByteStore], name: String) {
     self.parts = parts
@@ -45,7 +38,6 @@ final class VmdkJoinedStore: JoinedStore {
     return parts[Int(index)]
   }
 
-  /// The file that holds a byte, and where in it. Throws EINVAL for one past all of them.
   func place(_ offset: UInt64) throws(IOError) -> (store: any ByteStore, offset: UInt64) {
     (try part(at: offset, 1), Self.local(offset))
   }

@@ -92,13 +92,13 @@ final class Judge {
   func chain(
     _ store: FileStore, kind: ImageKind?, writable: Bool, snapshot: String? = nil
   ) throws -> any ImageFormat {
-    try ImageChain.open(store, kind: kind, writable: writable, snapshot: snapshot) {
+    try Chain(store, kind: kind) {
       request throws(ImageError) in
       do throws(IOError) {
         let path = request.path.hasPrefix("/") ? request.path : self.path(request.path)
         return try FileStore(
           path: path, writable: writable && request.role != .base && request.from == store.name)
       } catch { throw ImageError(error) }
-    }
+    }.disk(writable: writable, snapshot: snapshot)
   }
 }

@@ -104,11 +104,11 @@ import Testing
     let before = store.contents()
     func open(_ writable: Bool) throws -> DeviceEngine {
       var asked: [String] = []
-      let format = try ImageChain.open(store, kind: .vhd, writable: writable) {
+      let format = try Chain(store, kind: .vhd) {
         request throws(ImageError) in
         asked.append(request.path)
         return base
-      }
+      }.disk(writable: writable)
       #expect(asked == ["./fat-parent.vhd"])
       return DeviceEngine(format, store: store)
     }
@@ -302,9 +302,9 @@ import Testing
     try Vhd.create(
       store: store, size: 1 << 20, kind: .differencing, uuid: [UInt8](repeating: 2, count: 16),
       base: ("base", [UInt8](repeating: 0, count: 16)))
-    let format = try ImageChain.open(store, kind: .vhd, writable: false) { _ in base }
+    let format = try Chain(store, kind: .vhd) { _ in base }.disk()
     #expect(try DeviceEngine(format, store: store).read(0, count: 2048) == bytes)
-    let chain = try LayerChain.open(store, kind: .vhd) { _ throws(ImageError) in base }
+    let chain = try Chain(store, kind: .vhd) { _ throws(ImageError) in base }.layers()
     #expect(try chain.flat().read(at: 0, count: 1 << 20) == bytes)
   }
 
@@ -316,7 +316,7 @@ import Testing
       store: store, size: 1 << 20, kind: .differencing, uuid: [UInt8](repeating: 2, count: 16),
       base: ("base", [UInt8](repeating: 3, count: 16)))
     #expect(throws: ImageError.self) {
-      try ImageChain.open(store, kind: .vhd, writable: false) { _ in base }
+      try Chain(store, kind: .vhd) { _ in base }.disk()
     }
   }
 
@@ -329,14 +329,14 @@ import Testing
     let store = try made.store()
     let base = MemoryStore("base", bytes: Self.pattern(2048, 9))
     var asked: [String] = []
-    func resolve(_ request: ImageChain.Request) throws(ImageError) -> any ByteStore {
+    func resolve(_ request: NamedFile) throws(ImageError) -> any ByteStore {
       asked.append(request.path)
       guard request.path == "./base.vhd" else {
         throw ImageError(.io, "gone", cause: IOError(2, "open", request.path))
       }
       return base
     }
-    _ = try ImageChain.open(store, kind: .vhd, writable: false, resolve: resolve)
+    _ = try Chain(store, kind: .vhd, resolve: resolve).disk()
     #expect(asked == ["/gone/base.vhd", "./base.vhd"])
   }
 

@@ -54,10 +54,10 @@ import Testing
       store: store, size: size, kind: .differencing, blockSize: 65536,
       uuid: [UInt8](repeating: 8, count: 16), base: ("base", uuid))
     func open(_ writable: Bool) throws -> DeviceEngine {
-      let format = try ImageChain.open(store, kind: .vhd, writable: writable) { request in
+      let format = try Chain(store, kind: .vhd) { request in
         #expect(request.path == "base")
         return base
-      }
+      }.disk(writable: writable)
       return DeviceEngine(format, store: store)
     }
     let engine = try open(true)
@@ -94,7 +94,7 @@ import Testing
       store: store, size: 1 << 20, kind: .differencing, uuid: [UInt8](repeating: 2, count: 16),
       base: ("base", [UInt8](repeating: 3, count: 16)))
     let error = #expect(throws: ImageError.self) {
-      try ImageChain.open(store, kind: .vhd, writable: false) { _ in base }
+      try Chain(store, kind: .vhd) { _ in base }.disk()
     }
     #expect(error?.code == .baseChanged)
   }

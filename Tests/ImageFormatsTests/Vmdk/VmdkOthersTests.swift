@@ -35,10 +35,10 @@ import Testing
   private static func open(_ text: String) throws -> any ImageFormat {
     let store = MemoryStore("disk", bytes: Array(text.utf8))
     #expect(try DiskFormats.all.probe(store) == .vmdk, "\(text.prefix(60))")
-    return try ImageChain.open(store, kind: .vmdk, writable: false) { request in
+    return try Chain(store, kind: .vmdk) { request in
       #expect(request.path == "disk-flat.vmdk")
       return MemoryStore("flat", size: 65536)
-    }
+    }.disk()
   }
 
   /// First lines, line ends, marks and comments as the writers have them.

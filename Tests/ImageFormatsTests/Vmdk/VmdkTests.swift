@@ -130,7 +130,7 @@ import Testing
     put(70, 8 * 512 + 5 * 4)
     bytes.replaceSubrange((70 * 512)..<(71 * 512), with: Stamp.sectors(1, 77))
     let store = MemoryStore("esx", bytes: bytes)
-    let format = try ImageChain.open(store, writable: false) { _ in store }
+    let format = try Chain(store) { _ in store }.disk()
     let engine = DeviceEngine(format, store: store)
     #expect(engine.sectors == grains)
     let found = try engine.read(0, count: grains)
@@ -274,7 +274,7 @@ import Testing
     let other = MemoryStore("other hostile", bytes: bytes)
     try attempt { _ = try Vmdk.check(store: store) }
     try attempt {
-      let format = try ImageChain.open(store, kind: .vmdk, writable: true) { _ in other }
+      let format = try Chain(store, kind: .vmdk) { _ in other }.disk(writable: true)
       let engine = DeviceEngine(format, store: store)
       let sectors = min(engine.sectors, 2048)
       for sector in stride(from: 0, to: sectors - 64, by: 64) {
@@ -337,7 +337,7 @@ import Testing
     let text = "# Disk DescriptorFile\nversion=1\nCID=12345678\ncreateType=\"x\"\n" + lines + "\n"
     let store = MemoryStore("hostile", bytes: Array(text.utf8))
     let error = #expect(throws: ImageError.self) {
-      try ImageChain.open(store, kind: .vmdk, writable: false) { _ in store }
+      try Chain(store, kind: .vmdk) { _ in store }.disk()
     }
     let message = error?.message ?? ""
     #expect(message.contains("hostile") && message.contains(names), "\(message)")

@@ -11,27 +11,16 @@ import Posix
 /// The base of an image, if it has one.
 struct BaseView {
   /// A byte store without a byte, where there is no base.
-  private final class Nothing: ByteStore {
+  private final class Nothing: ReadOnlyStore {
     let name = "no base"
     let size: UInt64 = 0
-    let isWritable = false
-    func identity() -> StoreIdentity { StoreIdentity(size: 0, modified: 0) }
-    func allocatedBytes() -> UInt64 { 0 }
     func read(_ buffer: UnsafeMutableRawBufferPointer, at offset: UInt64) {
       buffer.initializeMemory(as: UInt8.self, repeating: 0)
     }
-    func write(_ buffer: UnsafeRawBufferPointer, at offset: UInt64) throws(IOError) {
-      throw IOError(9, "write", name)
-    }
-    func zero(at offset: UInt64, count: UInt64) throws(IOError) {
-      throw IOError(9, "zero", name)
-    }
-    func resize(to size: UInt64) throws(IOError) { throw IOError(9, "resize", name) }
-    func flush() {}
   }
 
   private let store: any ByteStore
-  private let image: ImageStore?
+  private let image: (any MappedStore)?
   private let blockSize: UInt64
   private let firstDevice: Int
   /// All devices of the image over this base.
@@ -43,7 +32,7 @@ struct BaseView {
     own: [any ByteStore] = []
   ) {
     store = base ?? Nothing()
-    image = base as? ImageStore
+    image = base?.mapped
     self.blockSize = blockSize
     firstDevice = 2 + own.count
     devices = [data, store] + own + (image?.devices ?? [])

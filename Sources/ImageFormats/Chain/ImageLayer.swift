@@ -23,17 +23,14 @@ package final class ImageLayer {
   }
 
   /// What is below an image, for its own reads; absent runs are not read from here.
-  private final class Below: ByteStore {
+  private final class Below: ReadOnlyStore {
     let below: (any ByteStore)?
     let size: UInt64 = 1 << 62
-    let isWritable = false
     let name: String
     init(_ below: (any ByteStore)?) {
       self.below = below
       name = below?.name ?? "no base"
     }
-    func identity() throws(IOError) -> StoreIdentity { StoreIdentity(size: size, modified: 0) }
-    func allocatedBytes() -> UInt64 { 0 }
     func read(_ buffer: UnsafeMutableRawBufferPointer, at offset: UInt64) throws(IOError) {
       guard let below else {
         buffer.initializeMemory(as: UInt8.self, repeating: 0)
@@ -41,14 +38,6 @@ package final class ImageLayer {
       }
       try below.read(buffer, at: offset)
     }
-    func write(_ buffer: UnsafeRawBufferPointer, at offset: UInt64) throws(IOError) {
-      throw IOError(9, "write", name)
-    }
-    func zero(at offset: UInt64, count: UInt64) throws(IOError) {
-      throw IOError(9, "zero", name)
-    }
-    func resize(to size: UInt64) throws(IOError) { throw IOError(9, "resize", name) }
-    func flush() {}
   }
 
   /// What kind of image it is.
@@ -62,25 +51,12 @@ package final class ImageLayer {
   /// The format's devices, by number.
   package let devices: [any ByteStore]
 
-  /// Opens an image by itself.
-  ///
-  /// - Parameters:
-  ///   - below: the disk under it, for what the image does by sectors, and to be known again.
-  ///   - files: the files that hold its data, where that is not the store; see
-  ///     `LayerChain.files`.
-  /// - Throws: what the format throws; `baseChanged` where the image can tell.
-  package init(
-    _ store: any ByteStore, kind: ImageKind, below: (any ByteStore)?,
-    files: [any ByteStore] = [], writable: Bool = false, snapshot: String? = nil
-  ) throws(ImageError) {
-    self.store = store
+  /// Opens an image by itself: `parts.base` is the disk under it, for what the image does by
+  /// sectors, and to be known again. Throws what the format throws.
+  package init(_ parts: ImageParts, kind: ImageKind) throws(ImageError) {
+    store = parts.store
     self.kind = kind
-    let under = Below(below)
-    var parts = ImageParts(store)
-    parts.files = files
-    parts.base = below
-    parts.writable = writable
-    parts.snapshot = snapshot
+    let under = Below(parts.base)
     format = try kind.format.opened(parts, over: under)
     devices = format.devices ?? [store, under]
   }
@@ -101,13 +77,12 @@ package final class ImageLayer {
     case .device(let device, let sector):
       let place = sector * 512 + (offset - first * blockSize)
       let store = devices[Int(device)]
-      if let joined = store as? VmdkJoinedStore {
+      if let joined = store.joined {
         let (part, offset) = try io { () throws(IOError) in try joined.place(place) }
         return (.data(part, offset), count)
       }
       // A flat part of a disk is as good as the image's own file.
-      let isPlain = device == 0 || !(store is CompressedStore || store is VhdMixedBlocks)
-      return (isPlain ? .data(store, place) : .made(store, place), count)
+      return (device == 0 || !store.isMade ? .data(store, place) : .made(store, place), count)
     }
   }
 }
