@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// dscow's uncommitted placements against a plain list of them: enough of one page to fill and
-// empty many shelves.
+// Uncommitted placements against a plain list of them: enough of one group to fill and empty many
+// shelves.
 
 import Posix
 import TestSupport
@@ -13,8 +13,9 @@ import Testing
 
   @Test(arguments: [1, 2, 3, 4]) func agreesWithAList(seed: UInt64) {
     var random = SplitMix64(seed: seed)
-    var pending = DscowPending()
-    var list: [DscowPending.Run] = []
+    var pending = PendingPlacements(
+      blocksPerGroup: DscowBitmap.blocksPerPage, blockSize: 4096)
+    var list: [PendingPlacements.Run] = []
     var mark: Mark = 0
     for _ in 0..<3000 {
       // Near the end of the first page and the beginning of the second.
@@ -28,7 +29,7 @@ import Testing
       let end = (Self.page(block) + 1) * DscowBitmap.blocksPerPage
       let wide = BlockRange(block, min(end, next.map { $0 + 1 } ?? block + 1) - block)
       if holder != nil || next != nil {
-        let isTaken = pending.insert(DscowPending.Run(blocks: wide, mark: mark + 1, fresh: 1))
+        let isTaken = pending.insert(Self.run(wide, mark + 1))
         #expect(!isTaken)
       }
       guard holder == nil else { continue }
@@ -36,7 +37,7 @@ import Testing
       let room = min(next ?? UInt64.max, (Self.page(block) + 1) * DscowBitmap.blocksPerPage) - block
       let count = min(room, UInt64(1 + random.below(3)))
       mark += 1
-      let run = DscowPending.Run(blocks: BlockRange(block, count), mark: mark, fresh: count)
+      let run = Self.run(BlockRange(block, count), mark)
       let isTaken = pending.insert(run)
       #expect(isTaken)
       list.append(run)
@@ -49,11 +50,17 @@ import Testing
     }
   }
 
+  static func run(_ blocks: BlockRange, _ mark: Mark) -> PendingPlacements.Run {
+    PendingPlacements.Run(blocks: blocks, offset: blocks.first * 4096, mark: mark)
+  }
+
   static func page(_ block: UInt64) -> UInt64 { block / DscowBitmap.blocksPerPage }
 
-  static func compare(_ got: [(page: UInt64, runs: [BlockRange])], _ list: [DscowPending.Run]) {
+  static func compare(
+    _ got: [(group: UInt64, runs: [PendingPlacements.Run])], _ list: [PendingPlacements.Run]
+  ) {
     let sorted = list.map(\.blocks).sorted { $0.first < $1.first }
-    #expect(got.flatMap(\.runs) == sorted)
-    #expect(got.map(\.page) == Set(sorted.map { page($0.first) }).sorted())
+    #expect(got.flatMap { $0.runs.map(\.blocks) } == sorted)
+    #expect(got.map(\.group) == Set(sorted.map { page($0.first) }).sorted())
   }
 }

@@ -37,11 +37,8 @@ package final class Dscow: ImageFormat {
   /// The base when it is itself an image.
   private let view: BaseView?
   private var bitmap: DscowBitmap
-  private var pending = DscowPending()
-  private var durableBlocks: UInt64
-  private var lastMark: Mark = 0
-  /// From one mark to the next.
-  private var step: Mark = 1
+  private var pending: PendingPlacements
+  private let durableBlocks: UInt64
 
   /// `baseSize` is the base's length in bytes, 0 without one; `base` is needed only when it
   /// is itself an image; `durableBlocks` is how many bits are set, or an estimate of it.
@@ -55,6 +52,8 @@ package final class Dscow: ImageFormat {
     self.blocks = header.blocks
     self.bitmap = DscowBitmap(store: store, header: header)
     self.durableBlocks = durableBlocks
+    pending = PendingPlacements(
+      blocksPerGroup: DscowBitmap.blocksPerPage, blockSize: UInt64(header.blockSize))
     view = base?.mapped.map {
       BaseView($0, blockSize: UInt64(header.blockSize), store: store)
     }
@@ -71,11 +70,14 @@ package final class Dscow: ImageFormat {
   package var blockSize: UInt32 { header.blockSize }
   /// Blocks with a place in the store. Exact while the part of the bitmap that is no hole has
   /// up to 32 MiB; beyond that the start is an estimate, from the space that the store takes.
-  package var allocatedBlocks: UInt64 { durableBlocks + pending.fresh }
+  package var allocatedBlocks: UInt64 { durableBlocks + pending.placed }
+
+  private func storeOffset(_ block: UInt64) -> UInt64 {
+    header.firstBlock + block * UInt64(blockSize)
+  }
 
   private func storePlace(_ block: UInt64) -> Place {
-    let byte = header.firstBlock + block * UInt64(blockSize)
-    return .device(Self.storeDevice, sector: byte / 512)
+    .device(Self.storeDevice, sector: storeOffset(block) / 512)
   }
 
   private func basePlace(_ block: UInt64) -> Place {
@@ -172,9 +174,8 @@ package final class Dscow: ImageFormat {
 
   /// Places a run that has no place, under a new mark.
   private func assign(_ range: BlockRange) -> Extent {
-    lastMark += step
-    pending.insert(DscowPending.Run(blocks: range, mark: lastMark, fresh: range.count))
-    return Extent(range, storePlace(range.first), writable: true, mark: lastMark)
+    let mark = pending.place(range, at: storeOffset(range.first))
+    return Extent(range, storePlace(range.first), writable: true, mark: mark)
   }
 
   /// The bitmap pages that make every placement up to a mark durable: one stage, since a
@@ -182,7 +183,7 @@ package final class Dscow: ImageFormat {
   package func commitPlan(upTo mark: Mark) throws(ImageError) -> CommitPlan {
     var writes: [CommitPlan.Write] = []
     for (page, runs) in pending.runs(upTo: mark) {
-      let bytes = try bitmap.bytes(ofPage: page, adding: runs)
+      let bytes = try bitmap.bytes(ofPage: page, adding: runs.map(\.blocks))
       writes.append(CommitPlan.Write(offset: bitmap.place(ofPage: page), bytes: bytes))
     }
     return CommitPlan(upTo: mark, stages: writes.isEmpty ? [] : [writes])
@@ -190,34 +191,35 @@ package final class Dscow: ImageFormat {
 
   /// The plan up to this mark has run.
   package func committed(upTo mark: Mark) {
-    for (page, runs) in pending.runs(upTo: mark) { bitmap.set(runs, inPage: page) }
-    durableBlocks += pending.remove { $0.mark <= mark }
+    for (page, runs) in pending.runs(upTo: mark) {
+      bitmap.set(runs.map(\.blocks), inPage: page)
+    }
+    pending.commit(upTo: mark)
   }
 
   /// A placement that came to nothing.
   package func abandon(_ mark: Mark) {
     // It may be a granted one that was never heard of.
-    if step > 1 { lastMark = max(lastMark, mark) }
+    if pending.step > 1 { pending.skip(to: mark) }
     pending.remove { $0.mark == mark }
   }
 
   /// The whole disk: a block's place is known before it is asked for.
   package func grant() -> Grant? {
     guard isWritable else { return nil }
-    step = Grant.room
+    pending.step = Grant.room
     return Grant(BlockRange(0, blocks), storePlace(0))
   }
 
   /// See `ImageFormat`. Throws `badRequest` for what is none of what was granted.
   package func granted(_ extent: Extent) throws(ImageError) {
     try check(extent.blocks)
-    guard step > 1, extent.place == storePlace(extent.blocks.first), extent.writable,
+    guard pending.step > 1, extent.place == storePlace(extent.blocks.first), extent.writable,
       extent.mark > 0
     else { throw notOurs(extent) }
     try forEachRun(of: extent) { (run) throws(ImageError) in
       guard pending.insert(run) else { throw notOurs(extent) }
     }
-    lastMark = max(lastMark, extent.mark)
   }
 
   private func notOurs(_ extent: Extent) -> ImageError {
@@ -231,12 +233,12 @@ package final class Dscow: ImageFormat {
   /// that this format cannot have made, and then has taken in none.
   package func restore(_ extents: [Extent]) throws(ImageError) {
     try checkWritable()
-    var runs: [DscowPending.Run] = []
+    var runs: [PendingPlacements.Run] = []
     var mark: Mark = 1
     for extent in extents {
       try check(extent.blocks)
       guard extent.place == storePlace(extent.blocks.first), extent.writable,
-        extent.mark >= mark, extent.mark > lastMark
+        extent.mark >= mark, extent.mark > pending.lastMark
       else { throw notOurs(extent) }
       mark = extent.mark
       try forEachRun(of: extent) { runs.append($0) }
@@ -246,19 +248,19 @@ package final class Dscow: ImageFormat {
       throw ImageError(.badRequest, "two uncommitted placements share block \(next.first)")
     }
     for run in runs { pending.insert(run) }
-    lastMark = max(lastMark, mark)
   }
 
   /// An extent cut at the borders of bitmap pages, its blocks without a bit counted.
   private func forEachRun(
-    of extent: Extent, _ take: (DscowPending.Run) throws(ImageError) -> Void
+    of extent: Extent, _ take: (PendingPlacements.Run) throws(ImageError) -> Void
   ) throws(ImageError) {
     var block = extent.blocks.first
     while block < extent.blocks.end {
       let page = block / DscowBitmap.blocksPerPage
       let end = min(extent.blocks.end, (page + 1) * DscowBitmap.blocksPerPage)
-      var run = DscowPending.Run(
-        blocks: BlockRange(block, end - block), mark: extent.mark, fresh: 0)
+      var run = PendingPlacements.Run(
+        blocks: BlockRange(block, end - block), offset: storeOffset(block), mark: extent.mark,
+        fresh: 0)
       while block < end {
         let (isSet, count) = try bitmap.run(from: block, limit: end - block)
         if !isSet { run.fresh += count }

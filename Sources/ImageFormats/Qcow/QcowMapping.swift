@@ -23,7 +23,6 @@ package final class Qcow: ImageFormat {
   private(set) var pending: PendingPlacements
   private var planned: [UInt64: UInt64] = [:]
   private var inFlight: (mark: Mark, draft: CommitDraft, tables: [UInt64])?
-  private var lastMark: Mark = 0
   /// Where the next cluster goes.
   private var end: UInt64
   /// Bytes that the file has.
@@ -239,9 +238,8 @@ package final class Qcow: ImageFormat {
     let left = header.l2Entries - range.first % header.l2Entries
     let range = BlockRange(range.first, min(range.count, left))
     let offset = try take(range.count * header.clusterSize)
-    lastMark += 1
-    pending.insert(PendingPlacements.Run(blocks: range, offset: offset, mark: lastMark))
-    return Extent(range, .device(0, sector: offset / 512), writable: true, mark: lastMark)
+    let mark = pending.place(range, at: offset)
+    return Extent(range, .device(0, sector: offset / 512), writable: true, mark: mark)
   }
 
   /// What makes every placement up to a mark durable; see the head of this file.
@@ -305,7 +303,8 @@ package final class Qcow: ImageFormat {
     for extent in extents {
       try checkBounds(extent.blocks)
       let range = extent.blocks
-      guard extent.writable, extent.mark > lastMark, case .device(0, let sector) = extent.place,
+      guard extent.writable, extent.mark > pending.lastMark,
+        case .device(0, let sector) = extent.place,
         sector < 1 << 40, sector > 0, pending.first(in: range) == nil,
         range.first / header.l2Entries == (range.end - 1) / header.l2Entries
       else {
@@ -319,7 +318,6 @@ package final class Qcow: ImageFormat {
       }
       pending.insert(
         PendingPlacements.Run(blocks: range, offset: sector * 512, mark: extent.mark))
-      lastMark = extent.mark
     }
   }
 }

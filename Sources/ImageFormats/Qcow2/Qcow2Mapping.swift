@@ -47,7 +47,6 @@ package final class Qcow2: ImageFormat {
   var pending: PendingPlacements
   var planned = Qcow2Planned()
   var inFlight: Qcow2InFlight?
-  var lastMark: Mark = 0
   let durableBlocks: UInt64
   /// Where the files ended when that was last looked at, rounded up to clusters: tables lie in
   /// the store, blocks in the data. They may end within their last cluster.
@@ -345,10 +344,9 @@ package final class Qcow2: ImageFormat {
       range.count = count
       offset = first * header.clusterSize
     }
-    lastMark += 1
-    pending.insert(PendingPlacements.Run(blocks: range, offset: offset, mark: lastMark))
+    let mark = pending.place(range, at: offset)
     return Extent(
-      range, .device(Self.dataDevice, sector: offset / 512), writable: true, mark: lastMark)
+      range, .device(Self.dataDevice, sector: offset / 512), writable: true, mark: mark)
   }
 
   /// Where a cluster lives already, though its blocks read as zeroes or from the base; nil
@@ -462,7 +460,7 @@ package final class Qcow2: ImageFormat {
     for extent in extents {
       try check(extent.blocks)
       guard case .device(Self.dataDevice, let sector) = extent.place, extent.writable,
-        extent.mark > lastMark, sector < 1 << 47
+        extent.mark > pending.lastMark, sector < 1 << 47
       else {
         throw ImageError(
           .badRequest,
@@ -477,7 +475,6 @@ package final class Qcow2: ImageFormat {
         try restore(BlockRange(block, count), at: offset, mark: extent.mark)
         block += count
       }
-      lastMark = extent.mark
       try lengthen(to: extent)
     }
   }

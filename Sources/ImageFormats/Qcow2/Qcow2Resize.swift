@@ -59,7 +59,7 @@ extension Qcow2 {
     let entries = header.l1Entries(for: newSize)
     guard entries > UInt64(header.l1Size) else { return }
     var plan = Qcow2InFlight(
-      mark: lastMark, draft: CommitDraft(cache, clusterSize: header.clusterSize))
+      mark: pending.lastMark, draft: CommitDraft(cache, clusterSize: header.clusterSize))
     let clusters = (entries * 8 + header.clusterSize - 1) / header.clusterSize
     let first = try refcounts.allocateAtEnd(clusters).first
     for cluster in first..<(first + clusters) {
@@ -103,7 +103,7 @@ extension Qcow2 {
   /// Has the header say the length.
   private func putSize(_ newSize: UInt64) throws(ImageError) {
     var plan = Qcow2InFlight(
-      mark: lastMark, draft: CommitDraft(cache, clusterSize: header.clusterSize))
+      mark: pending.lastMark, draft: CommitDraft(cache, clusterSize: header.clusterSize))
     try plan.draft.putBig(newSize, at: 24)
     plan.draft.seal()
     try run(plan)
@@ -132,7 +132,7 @@ extension Qcow2 {
     // Of a table that a snapshot shares a part cannot go; growing hides what it says.
     guard table != 0, owned || isWhole else { return }
     var plan = Qcow2InFlight(
-      mark: lastMark, draft: CommitDraft(cache, clusterSize: header.clusterSize))
+      mark: pending.lastMark, draft: CommitDraft(cache, clusterSize: header.clusterSize))
     for cluster in first..<((index + 1) * header.l2Entries) {
       let entry = try entry(cluster, table: table)
       guard entry.raw != 0 || entry.bitmap != 0 else { continue }

@@ -33,7 +33,6 @@ package final class Vhd: ImageFormat {
   let isWritable: Bool
   private(set) var pending: PendingPlacements
   private var inFlight: (mark: Mark, draft: CommitDraft, runs: [Run], footer: UInt64?)?
-  private var lastMark: Mark = 0
   /// Where everything ended that the image named when it was opened.
   private let surveyedEnd: UInt64
   /// Where the next block may go.
@@ -203,11 +202,9 @@ package final class Vhd: ImageFormat {
     } else {
       offset = try newPlace()
     }
-    lastMark += 1
-    pending.insert(
-      PendingPlacements.Run(blocks: BlockRange(block), offset: offset, mark: lastMark))
+    let mark = pending.place(BlockRange(block), at: offset)
     return Extent(
-      BlockRange(block), .device(0, sector: offset / 512), writable: true, mark: lastMark)
+      BlockRange(block), .device(0, sector: offset / 512), writable: true, mark: mark)
   }
 
   /// Room for a block behind everything; the first byte of its data.
@@ -288,7 +285,8 @@ package final class Vhd: ImageFormat {
       try checkBounds(extent.blocks)
       let block = extent.blocks.first
       guard header.kind != .fixed, extent.blocks.count == 1, extent.writable,
-        extent.mark > lastMark, case .device(0, let sector) = extent.place, sector < 1 << 41,
+        extent.mark > pending.lastMark, case .device(0, let sector) = extent.place,
+        sector < 1 << 41,
         pending.find(block).run == nil
       else {
         throw ImageError(.badRequest, "an uncommitted placement of block \(block) is not one")
@@ -309,7 +307,6 @@ package final class Vhd: ImageFormat {
       pending.insert(
         PendingPlacements.Run(
           blocks: extent.blocks, offset: sector * 512, mark: extent.mark))
-      lastMark = extent.mark
     }
   }
 }

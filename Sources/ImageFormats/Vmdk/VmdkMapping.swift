@@ -68,7 +68,6 @@ package final class Vmdk: ImageFormat {
   /// in `primary` by the place of its entry in the directory, in bytes.
   private var planned: [UInt64: UInt64] = [:]
   private var inFlight: InFlight?
-  private var lastMark: Mark = 0
   private let durableBytes: UInt64
 
   init(_ parts: VmdkParts, base: (any ByteStore)?, writable: Bool) throws(ImageError) {
@@ -279,9 +278,8 @@ package final class Vmdk: ImageFormat {
     let range = BlockRange(range.first, min(range.count, left, inGroup))
     let start = try take(range.count * UInt64(blockSize), in: index)
     let offset = sparse[index].base * 512 + start
-    lastMark += 1
-    pending.insert(PendingPlacements.Run(blocks: range, offset: offset, mark: lastMark))
-    return Extent(range, .device(0, sector: offset / 512), writable: true, mark: lastMark)
+    let mark = pending.place(range, at: offset)
+    return Extent(range, .device(0, sector: offset / 512), writable: true, mark: mark)
   }
 
   // MARK: Commit
@@ -366,7 +364,8 @@ package final class Vmdk: ImageFormat {
       try checkBounds(extent.blocks)
       let range = extent.blocks
       let (index, left) = try target(of: range.first)
-      guard extent.writable, extent.mark > lastMark, case .device(0, let sector) = extent.place,
+      guard extent.writable, extent.mark > pending.lastMark,
+        case .device(0, let sector) = extent.place,
         sector > sparse[index].base, pending.first(in: range) == nil, range.count <= left,
         range.first / Self.groupBlocks == (range.end - 1) / Self.groupBlocks,
         sector - sparse[index].base + range.count * blockSectors < VmdkHeader.mostSectors
@@ -378,7 +377,6 @@ package final class Vmdk: ImageFormat {
       sparse[index].limit = max(sparse[index].limit, sparse[index].store.size)
       pending.insert(
         PendingPlacements.Run(blocks: range, offset: sector * 512, mark: extent.mark))
-      lastMark = extent.mark
     }
   }
 }
