@@ -4,10 +4,76 @@
 
 import Posix
 
+/// An image in a store of its own: every format that is built in.
+protocol StoredImage: ImageFormat {
+  /// The file or device.
+  var store: any ByteStore { get }
+  /// Whether placements may be asked for.
+  var isWritable: Bool { get }
+}
+
+extension StoredImage {
+  /// Throws `badRequest` for an image that is open for reading.
+  func checkWritable() throws(ImageError) {
+    guard isWritable else {
+      throw ImageError(.badRequest, "\(store.name) is open for reading only")
+    }
+  }
+}
+
+/// An image that answers run by run, and whose blocks keep the place that they have got.
+protocol RunImage: StoredImage {
+  /// A run that has so many blocks goes on no further.
+  static var blocksPerFind: UInt64 { get }
+  /// The longest run from a block on, up to a limit, that is mapped alike within one table.
+  func run(_ block: UInt64, _ limit: UInt64) throws(ImageError) -> Extent
+  /// Places the beginning of a run that has no place of its own, under a new mark.
+  func assign(_ range: BlockRange) throws(ImageError) -> Extent
+}
+
+extension RunImage {
+  /// Where a block lives for reading; see `ImageFormat`.
+  package func find(_ block: UInt64, limit: UInt64) throws(ImageError) -> Extent {
+    try merged(
+      block, limit: limit, while: { found, _ in found.blocks.count < Self.blocksPerFind }, run)
+  }
+
+  /// A place for a first write; see `ImageFormat`. The answer does not cross a table.
+  package func place(_ range: BlockRange, whole: Bool) throws(ImageError) -> Placement {
+    try checkWritable()
+    try checkBounds(range)
+    return try placement(of: try run(range.first, range.count), whole: whole, assign)
+  }
+
+  /// A discard; see `ImageFormat`. What is here is zeroed and keeps its place.
+  package func discard(
+    _ range: BlockRange, zeroing: Bool
+  ) throws(ImageError) -> DiscardAnswer {
+    try checkWritable()
+    try checkBounds(range)
+    return try discardAnswer(of: try run(range.first, range.count), zeroing: zeroing, assign)
+  }
+}
+
+extension ByteStore {
+  /// Writes zeroes, which take up space where `zero` may leave a hole.
+  func fill(from start: UInt64, to end: UInt64) throws(IOError) {
+    let zeroes = [UInt8](repeating: 0, count: 1 << 20)
+    var offset = start
+    while offset < end {
+      let count = Int(min(UInt64(zeroes.count), end - offset))
+      try write([UInt8](zeroes[..<count]), at: offset)
+      offset += UInt64(count)
+    }
+  }
+}
+
 extension ImageFormat {
   /// Blocks of the disk, the last of them perhaps in part.
   var blockCount: UInt64 {
-    size / UInt64(blockSize) + (size % UInt64(blockSize) == 0 ? 0 : 1)
+    // Every question begins with it, and a division takes longer than a shift.
+    let isPart = size & (UInt64(blockSize) - 1) != 0
+    return size >> UInt64(blockSize.trailingZeroBitCount) + (isPart ? 1 : 0)
   }
 
   /// Throws `badRequest` for blocks that the disk does not have.
@@ -19,22 +85,24 @@ extension ImageFormat {
     }
   }
 
-  /// Runs from a block on, as long as they continue each other, up to `limit` blocks; a run
-  /// that has `most` blocks goes on no further.
+  /// Runs from a block on, as long as they continue each other and `goesOn` has it of what was
+  /// found in so many runs, up to `limit` blocks.
   func merged(
-    _ block: UInt64, limit: UInt64, most: UInt64,
+    _ block: UInt64, limit: UInt64, while goesOn: (_ found: Extent, _ runs: Int) -> Bool,
     _ run: (UInt64, UInt64) throws(ImageError) -> Extent
   ) throws(ImageError) -> Extent {
     try checkBounds(BlockRange(block, 1))
     let end = block + min(max(limit, 1), blockCount - block)
     var extent = try run(block, end - block)
-    while extent.blocks.end < end, extent.blocks.count < most {
+    var runs = 1
+    while extent.blocks.end < end, goesOn(extent, runs) {
       let next = try run(extent.blocks.end, end - extent.blocks.end)
       let sectors = extent.blocks.count * UInt64(blockSize) / 512
       guard next.mark == extent.mark, next.writable == extent.writable,
         next.place == extent.place.advanced(by: sectors)
       else { break }
       extent.blocks.count += next.blocks.count
+      runs += 1
     }
     return extent
   }

@@ -10,9 +10,9 @@
 package import Posix
 
 /// A qcow image of version 1 that is open as a disk. Used from one thread.
-package final class Qcow: ImageFormat {
+package final class Qcow: RunImage {
   private static let compressedDevice: UInt16 = 2
-  private static let blocksPerFind: UInt64 = 65536
+  static let blocksPerFind: UInt64 = 65536
 
   /// The header, as it is now.
   package internal(set) var header: QcowHeader
@@ -133,12 +133,6 @@ package final class Qcow: ImageFormat {
   /// Estimated from the space that the image takes.
   package var allocatedBlocks: UInt64 { min(blockCount, durableBlocks + pending.placed) }
 
-  private func checkWritable() throws(ImageError) {
-    guard isWritable else {
-      throw ImageError(.badRequest, "\(store.name) is open for reading only")
-    }
-  }
-
   func table(_ index: UInt64) throws(ImageError) -> UInt64 {
     let offset = try cache.big(UInt64.self, at: header.l1Offset + index * 8)
     guard offset % 512 == 0, offset < 1 << 56 else {
@@ -154,7 +148,7 @@ package final class Qcow: ImageFormat {
   }
 
   /// The longest run from a block on that is mapped alike, within its table.
-  private func run(_ block: UInt64, _ limit: UInt64) throws(ImageError) -> Extent {
+  func run(_ block: UInt64, _ limit: UInt64) throws(ImageError) -> Extent {
     let (run, next) = pending.find(block)
     if let run {
       let count = min(limit, run.blocks.end - block)
@@ -199,27 +193,6 @@ package final class Qcow: ImageFormat {
     return Extent(BlockRange(block, count), place, writable: isWritable)
   }
 
-  /// Where a block lives for reading; see `ImageFormat`.
-  package func find(_ block: UInt64, limit: UInt64) throws(ImageError) -> Extent {
-    try merged(block, limit: limit, most: Self.blocksPerFind, run)
-  }
-
-  /// A place for a first write; see `ImageFormat`. The answer does not cross an L2 table.
-  package func place(_ range: BlockRange, whole: Bool) throws(ImageError) -> Placement {
-    try checkWritable()
-    try checkBounds(range)
-    return try placement(of: try run(range.first, range.count), whole: whole, assign)
-  }
-
-  /// A discard; see `ImageFormat`. What is here is zeroed and keeps its place.
-  package func discard(
-    _ range: BlockRange, zeroing: Bool
-  ) throws(ImageError) -> DiscardAnswer {
-    try checkWritable()
-    try checkBounds(range)
-    return try discardAnswer(of: try run(range.first, range.count), zeroing: zeroing, assign)
-  }
-
   /// Room at the end of the file; its first byte there.
   func take(_ bytes: UInt64) throws(ImageError) -> UInt64 {
     let start = end
@@ -234,7 +207,7 @@ package final class Qcow: ImageFormat {
     return start
   }
 
-  private func assign(_ range: BlockRange) throws(ImageError) -> Extent {
+  func assign(_ range: BlockRange) throws(ImageError) -> Extent {
     let left = header.l2Entries - range.first % header.l2Entries
     let range = BlockRange(range.first, min(range.count, left))
     let offset = try take(range.count * header.clusterSize)
@@ -319,61 +292,5 @@ package final class Qcow: ImageFormat {
       pending.insert(
         PendingPlacements.Run(blocks: range, offset: sector * 512, mark: extent.mark))
     }
-  }
-}
-
-extension Qcow {
-  /// Makes an image.
-  ///
-  /// - Parameters:
-  ///   - size: length of the disk in bytes; is rounded up to 512.
-  ///   - base: the base's path.
-  /// - Throws: `badRequest`, or `io` when the store fails.
-  @discardableResult
-  package static func create(
-    store: any ByteStore, size: UInt64, base: String? = nil
-  ) throws(ImageError) -> QcowHeader {
-    guard let size = roundedUp(size, to: 512), size > 0, size <= 1 << 50,
-      base?.utf8.count ?? 0 <= Qcow2Header.longestPath
-    else { throw ImageError(.badRequest, "a disk of \(size) bytes, or too long a base's path") }
-    // Over a base small clusters, so that little is copied: as QEMU chooses.
-    var header = QcowHeader(
-      size: size, clusterBits: base == nil ? 12 : 9, l2Bits: base == nil ? 9 : 12,
-      l1Offset: 0, basePath: base)
-    header.l1Offset = UInt64((header.encoded().count + 7) / 8 * 8)
-    guard header.l1Entries <= QcowHeader.mostL1Entries else {
-      throw ImageError(.badRequest, "\(size) bytes are too many for a qcow image")
-    }
-    try io { () throws(IOError) in
-      let end = header.l1Offset + header.l1Entries * 8
-      try store.zero(at: 0, count: 512)
-      try store.flush()
-      try store.resize(to: 0)
-      try store.resize(to: (end + 511) / 512 * 512)
-      try store.zero(at: 0, count: end)
-      try store.flush()
-      try store.write(header.encoded(), at: 0)
-      try store.flush()
-    }
-    return header
-  }
-
-  /// Opens an image as a disk.
-  ///
-  /// - Parameter base: the base that the header names; one that is an image as `ImageStore`.
-  /// - Throws: what `QcowHeader.read(from:)` throws; `baseMissing`; `badRequest`.
-  package static func open(
-    store: any ByteStore, base: (any ByteStore)? = nil, writable: Bool
-  ) throws(ImageError) -> Qcow {
-    let header = try QcowHeader.read(from: store)
-    guard !writable || store.isWritable else {
-      throw ImageError(.badRequest, "\(store.name) is open for reading only")
-    }
-    if let path = header.basePath, base == nil {
-      throw ImageError(.baseMissing, "store \(store.name) needs its base \(path): give it")
-    }
-    return try Qcow(
-      store: store, base: header.basePath == nil ? nil : base, header: header,
-      writable: writable)
   }
 }

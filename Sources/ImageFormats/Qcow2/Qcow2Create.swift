@@ -127,7 +127,7 @@ extension Qcow2 {
         if options.preallocation == .falloc {
           isReserved = try reserve(target, from: start, to: end)
         }
-        if !isReserved { try fill(target, from: start, to: end) }
+        if !isReserved { try target.fill(from: start, to: end) }
         try target.flush()
       } else if lays {
         // What has a place and is not written shows what was there.
@@ -161,18 +161,6 @@ extension Qcow2 {
     } catch {
       guard error.code == EOPNOTSUPP else { throw error }
       return false
-    }
-  }
-
-  private static func fill(
-    _ store: any ByteStore, from start: UInt64, to end: UInt64
-  ) throws(IOError) {
-    let zeroes = [UInt8](repeating: 0, count: 1 << 20)
-    var offset = start
-    while offset < end {
-      let count = Int(min(UInt64(zeroes.count), end - offset))
-      try store.write([UInt8](zeroes[..<count]), at: offset)
-      offset += UInt64(count)
     }
   }
 

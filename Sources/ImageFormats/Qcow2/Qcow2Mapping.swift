@@ -15,7 +15,7 @@
 package import Posix
 
 /// A qcow2 image that is open as a disk. Used from one thread; its plans run on any.
-package final class Qcow2: ImageFormat {
+package final class Qcow2: StoredImage {
   /// The device number of the data: the store, or the data file.
   package static let dataDevice: UInt16 = 0
   /// The device number of the base as a whole.
@@ -119,15 +119,7 @@ package final class Qcow2: ImageFormat {
   package var devices: [any ByteStore]? { base.devices }
   /// Estimated, when the image was opened, from the space that it takes; and what was placed
   /// since.
-  package var allocatedBlocks: UInt64 { min(blocks, durableBlocks + pending.placed) }
-  var blocks: UInt64 { (size + UInt64(blockSize) - 1) / UInt64(blockSize) }
-
-  func check(_ range: BlockRange) throws(ImageError) {
-    guard range.count > 0, range.first < blocks, range.count <= blocks - range.first else {
-      throw ImageError(
-        .badRequest, "blocks \(range.first)+\(range.count) of a disk of \(blocks) blocks")
-    }
-  }
+  package var allocatedBlocks: UInt64 { min(blockCount, durableBlocks + pending.placed) }
 
   // MARK: The durable tables
 
@@ -229,7 +221,7 @@ package final class Qcow2: ImageFormat {
   }
 
   /// The longest run from a block on that is mapped alike.
-  private func run(_ block: UInt64, limit: UInt64) throws(ImageError) -> Extent {
+  private func run(_ block: UInt64, _ limit: UInt64) throws(ImageError) -> Extent {
     let (run, next) = pending.find(block)
     if let run {
       let count = min(limit, run.blocks.end - block)
@@ -256,39 +248,23 @@ package final class Qcow2: ImageFormat {
   /// Where a block lives for reading; see `ImageFormat`. Looks at 16 tables at most, so a run
   /// may go on after the extent.
   package func find(_ block: UInt64, limit: UInt64) throws(ImageError) -> Extent {
-    try check(BlockRange(block, 1))
-    let end = block + min(max(limit, 1), blocks - block)
-    var extent = try run(block, limit: end - block)
-    var tables = 1
     // Within a table a run ends where something else begins, save that the base may know more.
-    while extent.blocks.end < end, tables < Self.tablesPerFind,
-      extent.blocks.end % blocksPerTable == 0 || extent.isBelow
-    {
-      let next = try run(extent.blocks.end, limit: end - extent.blocks.end)
-      let sectors = extent.blocks.count * UInt64(blockSize) / 512
-      guard next.mark == extent.mark, next.writable == extent.writable,
-        next.place == extent.place.advanced(by: sectors)
-      else { break }
-      extent.blocks.count += next.blocks.count
-      tables += 1
-    }
-    return extent
+    try merged(
+      block, limit: limit,
+      while: { found, tables in
+        tables < Self.tablesPerFind
+          && (found.blocks.end % blocksPerTable == 0 || found.isBelow)
+      }, run)
   }
 
   // MARK: Placements
-
-  private func checkWritable() throws(ImageError) {
-    guard isWritable else {
-      throw ImageError(.badRequest, "\(store.name) is open for reading only")
-    }
-  }
 
   /// A place for a first write; see `ImageFormat`. The answer does not cross an L2 table nor,
   /// where there are subclusters, a cluster.
   package func place(_ range: BlockRange, whole: Bool) throws(ImageError) -> Placement {
     try checkWritable()
-    try check(range)
-    let found = try run(range.first, limit: range.count)
+    try checkBounds(range)
+    let found = try run(range.first, range.count)
     guard !found.writable else { return Placement(found) }
     let extent = try assign(found.blocks)
     guard !whole, found.place != extent.place else { return Placement(extent) }
@@ -303,8 +279,8 @@ package final class Qcow2: ImageFormat {
     _ range: BlockRange, zeroing: Bool
   ) throws(ImageError) -> DiscardAnswer {
     try checkWritable()
-    try check(range)
-    let found = try run(range.first, limit: range.count)
+    try checkBounds(range)
+    let found = try run(range.first, range.count)
     if found.writable { return .zero(found) }
     guard zeroing, found.place != .zero else { return .nothing(blocks: found.blocks.count) }
     let extent = try assign(found.blocks)
@@ -458,7 +434,7 @@ package final class Qcow2: ImageFormat {
   package func restore(_ extents: [Extent]) throws(ImageError) {
     try checkWritable()
     for extent in extents {
-      try check(extent.blocks)
+      try checkBounds(extent.blocks)
       guard case .device(Self.dataDevice, let sector) = extent.place, extent.writable,
         extent.mark > pending.lastMark, sector < 1 << 47
       else {

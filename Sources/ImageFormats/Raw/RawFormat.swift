@@ -37,43 +37,7 @@ package enum RawFormat: DiskFormat {
     guard image.base == nil else {
       throw ImageError(.badRequest, "a raw image has no base: use qcow2, dscow or vpc")
     }
-    guard much != .metadata else {
-      throw ImageError(
-        .badRequest, "preallocation=metadata: a raw image has none: use off, falloc or full")
-    }
-    if store.isBlockDevice {
-      guard image.size <= store.size else {
-        throw ImageError(
-          .badRequest,
-          "\(store.name) is a device of \(store.size) bytes, \(image.size) are needed: make it "
-            + "longer")
-      }
-    }
-    try io { () throws(IOError) in try layOut(store, image.size, much) }
-  }
-
-  private static func layOut(
-    _ store: FileStore, _ size: UInt64, _ much: Preallocation
-  ) throws(IOError) {
-    try store.resize(to: 0)
-    try store.resize(to: size)
-    switch much {
-    case .off, .metadata:
-      // Nothing there shall look like the image that the device held.
-      if store.isBlockDevice { try store.zero(at: 0, count: min(512, store.size)) }
-    case .falloc:
-      // A device has its space, and keeps what it held.
-      if store.isBlockDevice { try store.zero(at: 0, count: size) }
-      try store.allocate(at: 0, count: size)
-    case .full:
-      let zeroes = [UInt8](repeating: 0, count: 1 << 20)
-      var offset: UInt64 = 0
-      while offset < size {
-        let count = Int(min(UInt64(zeroes.count), size - offset))
-        try store.write([UInt8](zeroes[..<count]), at: offset)
-        offset += UInt64(count)
-      }
-    }
+    try Raw.create(store: store, size: image.size, preallocation: much)
   }
 
   package static func resize(_ parts: ImageParts, to size: UInt64) throws(ImageError) {

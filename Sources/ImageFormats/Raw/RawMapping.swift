@@ -6,16 +6,15 @@
 package import Posix
 
 /// A file or a device as a disk. As a store it has no base.
-package final class Raw: ImageFormat {
+package final class Raw: StoredImage {
   /// Length of the disk in bytes: that of the store, rounded up to 512.
   package let size: UInt64
   /// Bytes of a block, which means nothing here but the unit of questions.
   package let blockSize: UInt32 = 65536
   /// It has nothing but blocks.
   package let isFixed = true
-  private let isWritable: Bool
-
-  private var blocks: UInt64 { (size + UInt64(blockSize) - 1) / UInt64(blockSize) }
+  let store: any ByteStore
+  let isWritable: Bool
 
   /// Opens a file or a device.
   ///
@@ -27,19 +26,13 @@ package final class Raw: ImageFormat {
     guard let size = roundedUp(store.size, to: 512), size > 0, size < 1 << 62 else {
       throw ImageError(.badRequest, "\(store.name) has \(store.size) bytes, which is no disk")
     }
+    self.store = store
     self.size = size
     isWritable = writable
   }
 
   /// All of them: what a sparse file leaves out is its file system's to know.
-  package var allocatedBlocks: UInt64 { blocks }
-
-  private func check(_ range: BlockRange) throws(ImageError) {
-    guard range.count > 0, range.first < blocks, range.count <= blocks - range.first else {
-      throw ImageError(
-        .badRequest, "blocks \(range.first)+\(range.count) of a disk of \(blocks) blocks")
-    }
-  }
+  package var allocatedBlocks: UInt64 { blockCount }
 
   private func extent(_ range: BlockRange) -> Extent {
     let place = Place.device(0, sector: range.first * UInt64(blockSize) / 512)
@@ -48,14 +41,14 @@ package final class Raw: ImageFormat {
 
   /// Where a block lives; see `ImageFormat`.
   package func find(_ block: UInt64, limit: UInt64) throws(ImageError) -> Extent {
-    try check(BlockRange(block, 1))
-    return extent(BlockRange(block, min(max(limit, 1), blocks - block)))
+    try checkBounds(BlockRange(block, 1))
+    return extent(BlockRange(block, min(max(limit, 1), blockCount - block)))
   }
 
   /// Where the blocks are anyway.
   package func place(_ blocks: BlockRange, whole: Bool) throws(ImageError) -> Placement {
     try checkWritable()
-    try check(blocks)
+    try checkBounds(blocks)
     return Placement(extent(blocks))
   }
 
@@ -64,14 +57,8 @@ package final class Raw: ImageFormat {
     _ blocks: BlockRange, zeroing: Bool
   ) throws(ImageError) -> DiscardAnswer {
     try checkWritable()
-    try check(blocks)
+    try checkBounds(blocks)
     return .zero(extent(blocks))
-  }
-
-  private func checkWritable() throws(ImageError) {
-    guard isWritable else {
-      throw ImageError(.badRequest, "the store is open for reading only")
-    }
   }
 
   /// There is nothing to commit.

@@ -19,10 +19,10 @@
 package import Posix
 
 /// A VHD image that is open as a disk. Used from one thread; its plans run on any.
-package final class Vhd: ImageFormat {
+package final class Vhd: RunImage {
   /// The device number of the store, of the base, and of the mixed blocks.
   private static let mixedDevice: UInt16 = 2
-  private static let blocksPerFind: UInt64 = 4096
+  static let blocksPerFind: UInt64 = 4096
   private typealias Run = PendingPlacements.Run
 
   /// The header, as it is now.
@@ -76,12 +76,6 @@ package final class Vhd: ImageFormat {
   package var allocatedBlocks: UInt64 {
     let all = (size + UInt64(blockSize) - 1) / UInt64(blockSize)
     return isFixed ? all : min(all, durableBlocks + pending.placed)
-  }
-
-  private func checkWritable() throws(ImageError) {
-    guard isWritable else {
-      throw ImageError(.badRequest, "\(store.name) is open for reading only")
-    }
   }
 
   /// Looks at the whole table.
@@ -148,7 +142,7 @@ package final class Vhd: ImageFormat {
   }
 
   /// The longest run from a block on that is mapped alike.
-  private func run(_ block: UInt64, _ limit: UInt64) throws(ImageError) -> Extent {
+  func run(_ block: UInt64, _ limit: UInt64) throws(ImageError) -> Extent {
     if header.kind == .fixed {
       let place = Place.device(0, sector: block * UInt64(blockSize) / 512)
       return Extent(BlockRange(block, limit), place, writable: isWritable)
@@ -173,28 +167,7 @@ package final class Vhd: ImageFormat {
     return Extent(BlockRange(block), place, writable: false)
   }
 
-  /// Where a block lives for reading; see `ImageFormat`.
-  package func find(_ block: UInt64, limit: UInt64) throws(ImageError) -> Extent {
-    try merged(block, limit: limit, most: Self.blocksPerFind, run)
-  }
-
-  /// A place for a first write, of one block; see `ImageFormat`.
-  package func place(_ range: BlockRange, whole: Bool) throws(ImageError) -> Placement {
-    try checkWritable()
-    try checkBounds(range)
-    return try placement(of: try run(range.first, range.count), whole: whole, assign)
-  }
-
-  /// A discard; see `ImageFormat`. What is here is zeroed and keeps its place.
-  package func discard(
-    _ range: BlockRange, zeroing: Bool
-  ) throws(ImageError) -> DiscardAnswer {
-    try checkWritable()
-    try checkBounds(range)
-    return try discardAnswer(of: try run(range.first, range.count), zeroing: zeroing, assign)
-  }
-
-  private func assign(_ range: BlockRange) throws(ImageError) -> Extent {
+  func assign(_ range: BlockRange) throws(ImageError) -> Extent {
     let block = range.first
     let offset: UInt64
     if let own = try place(of: block) {

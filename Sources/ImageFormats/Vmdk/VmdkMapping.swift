@@ -12,8 +12,8 @@
 package import Posix
 
 /// A VMDK image that is open as a disk. Used from one thread; its plans run on any.
-package final class Vmdk: ImageFormat {
-  private static let blocksPerFind: UInt64 = 65536
+package final class Vmdk: RunImage {
+  static let blocksPerFind: UInt64 = 65536
   private static let groupBlocks: UInt64 = 4096
 
   /// An extent of the disk.
@@ -107,12 +107,6 @@ package final class Vmdk: ImageFormat {
   }
   private var blockSectors: UInt64 { UInt64(blockSize) / 512 }
 
-  private func checkWritable() throws(ImageError) {
-    guard isWritable else {
-      throw ImageError(.badRequest, "\(store.name) is open for reading only")
-    }
-  }
-
   /// The extent that holds a sector of the disk.
   private func piece(at sector: UInt64) -> Piece {
     var low = 0
@@ -147,7 +141,7 @@ package final class Vmdk: ImageFormat {
   }
 
   /// The longest run from a block on that is mapped alike.
-  private func run(_ block: UInt64, _ limit: UInt64) throws(ImageError) -> Extent {
+  func run(_ block: UInt64, _ limit: UInt64) throws(ImageError) -> Extent {
     let (run, next) = pending.find(block)
     if let run {
       let count = min(limit, run.blocks.end - block)
@@ -224,27 +218,6 @@ package final class Vmdk: ImageFormat {
     return (first, min(limit, count))
   }
 
-  /// Where a block lives for reading; see `ImageFormat`.
-  package func find(_ block: UInt64, limit: UInt64) throws(ImageError) -> Extent {
-    try merged(block, limit: limit, most: Self.blocksPerFind, run)
-  }
-
-  /// A place for a first write; see `ImageFormat`.
-  package func place(_ range: BlockRange, whole: Bool) throws(ImageError) -> Placement {
-    try checkWritable()
-    try checkBounds(range)
-    return try placement(of: try run(range.first, range.count), whole: whole, assign)
-  }
-
-  /// A discard; see `ImageFormat`. What is here is zeroed and keeps its place.
-  package func discard(
-    _ range: BlockRange, zeroing: Bool
-  ) throws(ImageError) -> DiscardAnswer {
-    try checkWritable()
-    try checkBounds(range)
-    return try discardAnswer(of: try run(range.first, range.count), zeroing: zeroing, assign)
-  }
-
   /// The sparse extent of a block that may be placed in it, and how many blocks it has left.
   private func target(of block: UInt64) throws(ImageError) -> (index: Int, left: UInt64) {
     let sector = block * blockSectors
@@ -272,7 +245,7 @@ package final class Vmdk: ImageFormat {
     return start
   }
 
-  private func assign(_ range: BlockRange) throws(ImageError) -> Extent {
+  func assign(_ range: BlockRange) throws(ImageError) -> Extent {
     let (index, left) = try target(of: range.first)
     let inGroup = Self.groupBlocks - range.first % Self.groupBlocks
     let range = BlockRange(range.first, min(range.count, left, inGroup))

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The header of a dscow store and the geometry that follows from it. The byte table and
-// the commit order are in docs/formats/dscow.md; Header+Codec.swift reads and writes it.
+// the commit order are in docs/formats/dscow.md; DscowHeader+Codec.swift reads and writes it.
 //
 // Invariants of a header that exists as a value (each checked on decoding):
 // - the block size is a power of two from 4 KiB to 4 MiB; the size a multiple of 512, from

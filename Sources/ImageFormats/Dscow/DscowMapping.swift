@@ -16,7 +16,7 @@
 package import Posix
 
 /// A dscow store that is open as a disk. Used from one thread; its plans run on any.
-package final class Dscow: ImageFormat {
+package final class Dscow: StoredImage {
   /// The device number of the store in extents.
   package static let storeDevice: UInt16 = 0
   /// The device number of the base in extents.
@@ -31,6 +31,7 @@ package final class Dscow: ImageFormat {
   /// Whether placements may be asked for.
   package let isWritable: Bool
 
+  let store: any ByteStore
   private let blocks: UInt64
   /// Blocks from this one on have nothing in the base and read as zeroes.
   private let baseEnd: UInt64
@@ -46,6 +47,7 @@ package final class Dscow: ImageFormat {
     store: any ByteStore, baseSize: UInt64, base: (any ByteStore)?, header: DscowHeader,
     copies: DscowHeader.CopyState, writable: Bool, durableBlocks: UInt64
   ) {
+    self.store = store
     self.header = header
     self.copies = copies
     self.isWritable = writable
@@ -85,15 +87,8 @@ package final class Dscow: ImageFormat {
       ? .device(Self.baseDevice, sector: block * UInt64(blockSize) / 512) : .zero
   }
 
-  private func check(_ range: BlockRange) throws(ImageError) {
-    guard range.count > 0, range.first < blocks, range.count <= blocks - range.first else {
-      throw ImageError(
-        .badRequest, "blocks \(range.first)+\(range.count) of a disk of \(blocks) blocks")
-    }
-  }
-
   /// The longest run from a block on, within its bitmap page, that is mapped alike.
-  private func run(_ block: UInt64, limit: UInt64) throws(ImageError) -> Extent {
+  private func run(_ block: UInt64, _ limit: UInt64) throws(ImageError) -> Extent {
     let (run, next) = pending.find(block)
     if let run {
       let count = min(limit, run.blocks.end - block)
@@ -119,34 +114,15 @@ package final class Dscow: ImageFormat {
   /// Where a block lives for reading; see `ImageFormat`. Looks at 16 bitmap pages at most,
   /// so a run may go on after the extent.
   package func find(_ block: UInt64, limit: UInt64) throws(ImageError) -> Extent {
-    try check(BlockRange(block, 1))
-    let end = block + min(max(limit, 1), blocks - block)
-    var extent = try run(block, limit: end - block)
-    var pages = 1
-    while extent.blocks.end < end, pages < Self.pagesPerFind {
-      let next = try run(extent.blocks.end, limit: end - extent.blocks.end)
-      let sectors = extent.blocks.count * UInt64(blockSize) / 512
-      guard next.mark == extent.mark, next.writable == extent.writable,
-        next.place == extent.place.advanced(by: sectors)
-      else { break }
-      extent.blocks.count += next.blocks.count
-      pages += 1
-    }
-    return extent
+    try merged(block, limit: limit, while: { _, pages in pages < Self.pagesPerFind }, run)
   }
 
   /// A place for a first write; see `ImageFormat`. The answer does not cross a bitmap page.
   package func place(_ range: BlockRange, whole: Bool) throws(ImageError) -> Placement {
     try checkWritable()
-    try check(range)
-    let found = try run(range.first, limit: range.count)
-    guard !found.writable else { return Placement(known(found)) }
-    let extent = assign(found.blocks)
-    guard !whole else { return Placement(extent) }
-    switch found.place {
-    case .zero: return Placement(extent, .zero)
-    case .device: return Placement(extent, .copy(from: found.place))
-    }
+    try checkBounds(range)
+    return try placement(
+      of: known(try run(range.first, range.count)), whole: whole, assign)
   }
 
   /// A discard; see `ImageFormat`. The answer does not cross a bitmap page.
@@ -154,17 +130,9 @@ package final class Dscow: ImageFormat {
     _ range: BlockRange, zeroing: Bool
   ) throws(ImageError) -> DiscardAnswer {
     try checkWritable()
-    try check(range)
-    let found = try run(range.first, limit: range.count)
-    if found.writable { return .zero(known(found)) }
-    guard zeroing, found.place != .zero else { return .nothing(blocks: found.blocks.count) }
-    return .zero(assign(found.blocks))
-  }
-
-  private func checkWritable() throws(ImageError) {
-    guard isWritable else {
-      throw ImageError(.badRequest, "the store is open for reading only")
-    }
+    try checkBounds(range)
+    return try discardAnswer(
+      of: known(try run(range.first, range.count)), zeroing: zeroing, assign)
   }
 
   /// A place that is there already, as an answer: a mark in an answer is always a new one.
@@ -213,7 +181,7 @@ package final class Dscow: ImageFormat {
 
   /// See `ImageFormat`. Throws `badRequest` for what is none of what was granted.
   package func granted(_ extent: Extent) throws(ImageError) {
-    try check(extent.blocks)
+    try checkBounds(extent.blocks)
     guard pending.step > 1, extent.place == storePlace(extent.blocks.first), extent.writable,
       extent.mark > 0
     else { throw notOurs(extent) }
@@ -236,7 +204,7 @@ package final class Dscow: ImageFormat {
     var runs: [PendingPlacements.Run] = []
     var mark: Mark = 1
     for extent in extents {
-      try check(extent.blocks)
+      try checkBounds(extent.blocks)
       guard extent.place == storePlace(extent.blocks.first), extent.writable,
         extent.mark >= mark, extent.mark > pending.lastMark
       else { throw notOurs(extent) }
