@@ -2,6 +2,7 @@
 // Compressed units of an image as a byte store. The unit that is known by number n is found at
 // n strides: the address says all, so that reads need no table and may come from any thread.
 
+import Glibc
 import Posix
 import Synchronization
 
@@ -35,7 +36,7 @@ final class CompressedStore: ReadOnlyStore {
   func read(_ buffer: UnsafeMutableRawBufferPointer, at offset: UInt64) throws(IOError) {
     let start = Int(offset % stride)
     guard start + buffer.count <= Int(unit) else {
-      throw IOError(22, "read across compressed units of", name)
+      throw IOError(EINVAL, "read across compressed units of", name)
     }
     let bytes = try bytes(of: offset / stride)
     bytes.withUnsafeBytes {

@@ -3,6 +3,7 @@
 // image is when it is itself an image, and what tools read. Reads go through user space; whoever
 // can ask `resolve` first gets the place in one of the image's own devices, and then they do not.
 
+import Glibc
 package import Posix
 import Synchronization
 
@@ -109,7 +110,7 @@ package final class ImageStore: ReadOnlyStore, MappedStore {
     switch answer {
     case .success(let answer): return answer
     case .failure(let error):
-      throw error.cause ?? IOError(5, "understand (\(error.message))", name)
+      throw error.cause ?? IOError(EIO, "understand (\(error.message))", name)
     }
   }
 

@@ -7,6 +7,7 @@
 // Commit: 1. new L2 tables with their entries; 2. entries of L2 tables that are there, and of
 // the L1 table. A power cut leaves at most space that nothing names.
 
+import Glibc
 package import Posix
 
 /// A qcow image of version 1 that is open as a disk. Used from one thread.
@@ -199,7 +200,7 @@ package final class Qcow: RunImage {
     guard start + bytes < 1 << UInt64(56 - header.clusterBits) else {
       throw ImageError(
         .io, "\(store.name): the image can grow no further",
-        cause: IOError(28, "place", store.name))
+        cause: IOError(ENOSPC, "place", store.name))
     }
     try io { () throws(IOError) in try store.resize(to: start + bytes) }
     end = start + bytes

@@ -16,6 +16,7 @@
 // whose length is fixed (a device) stands in its last sector, and blocks end before it. No block
 // lies over a header, a table, a locator, a batmap or another block: such an image is refused.
 
+import Glibc
 package import Posix
 
 /// A VHD image that is open as a disk. Used from one thread; its plans run on any.
@@ -194,7 +195,7 @@ package final class Vhd: RunImage {
     guard stop / 512 < UInt64(VhdHeader.unused) else {
       throw ImageError(
         .io, "\(store.name): the image can grow no further",
-        cause: IOError(28, "place", store.name))
+        cause: IOError(ENOSPC, "place", store.name))
     }
     if store.isFixedSize || store.size < stop + VhdHeader.footerSize {
       try io { () throws(IOError) in try store.resize(to: stop + VhdHeader.footerSize) }

@@ -9,6 +9,7 @@
 // there, in both copies, and of the directories. A power cut leaves at most space that nothing
 // names, and copies that differ in what no flush had confirmed.
 
+import Glibc
 package import Posix
 
 /// A VMDK image that is open as a disk. Used from one thread; its plans run on any.
@@ -236,7 +237,7 @@ package final class Vmdk: RunImage {
     guard (start + bytes) / 512 < VmdkHeader.mostSectors else {
       throw ImageError(
         .io, "\(sparse[index].store.name): the extent can grow no further",
-        cause: IOError(28, "place", store.name))
+        cause: IOError(ENOSPC, "place", store.name))
     }
     let store = sparse[index].store
     try io { () throws(IOError) in try store.resize(to: start + bytes) }

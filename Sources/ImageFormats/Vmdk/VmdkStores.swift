@@ -2,6 +2,7 @@
 // Two stores behind a VMDK disk: several sparse extents as one range of bytes, so that first
 // writes have one device to go to; and the compressed grains of one.
 
+import Glibc
 import Posix
 
 /// Several files as one. File i begins at i << 41 bytes, which is as far as a sparse extent
@@ -33,7 +34,7 @@ final class VmdkJoinedStore: JoinedStore {
     let (end, overflow) = offset.addingReportingOverflow(UInt64(max(count, 1) - 1))
     let index = offset >> Self.bits
     guard !overflow, end >> Self.bits == index, index < parts.count else {
-      throw IOError(22, "reach byte \(offset) of", name)
+      throw IOError(EINVAL, "reach byte \(offset) of", name)
     }
     return parts[Int(index)]
   }
@@ -60,7 +61,7 @@ final class VmdkJoinedStore: JoinedStore {
   }
 
   /// Throws EINVAL: the files have lengths of their own.
-  func resize(to size: UInt64) throws(IOError) { throw IOError(22, "resize", name) }
+  func resize(to size: UInt64) throws(IOError) { throw IOError(EINVAL, "resize", name) }
 
   func flush() throws(IOError) {
     for part in parts { try part.flush() }
@@ -90,7 +91,7 @@ extension CompressedStore {
         isLast = bytes.u64(at: 0) == last
         let count = Int(bytes.u32(at: 8))
         guard count > 0, count <= most - 12 else {
-          throw IOError(5, "understand the grain at sector \(sector) of", store.name)
+          throw IOError(EIO, "understand the grain at sector \(sector) of", store.name)
         }
         bytes = Array(bytes[12..<(12 + count)])
       }
@@ -98,7 +99,7 @@ extension CompressedStore {
       guard
         let grain = Decompression.inflate(bytes, Int(grain), wrapped: true, short: least)
       else {
-        throw IOError(5, "decompress the grain at sector \(sector) of", store.name)
+        throw IOError(EIO, "decompress the grain at sector \(sector) of", store.name)
       }
       return grain
     }
