@@ -73,19 +73,21 @@ extension Reconciler {
   private func adopt(_ id: DiskID) async {
     guard let disk = table[id] else { return }
     var attempt = 0
+    var before: IOError?
     while !ending {
-      disk.activity = disk.activity ?? "it is taken over from an earlier daemon"
+      disk.activity = "it is taken over from an earlier daemon"
       do throws(IOError) {
         try await takeOver(disk)
         break
       } catch {
-        let reason = "cannot take the disk over: \(error) (it is tried again)"
-        if disk.activity != reason {
-          disk.activity = reason
-          log(for: disk).error("cannot take the disk over", metadata: ["error": "\(error)"])
+        disk.phase = .failed(DiskFailure(error), attached: true)
+        if before != error {
+          log(for: disk).error("cannot take the disk over yet", metadata: ["error": "\(error)"])
         }
+        before = error
         await pause(Reconciler.patience(attempt))
         attempt += 1
+        disk.phase = .idle
       }
     }
     disk.activity = nil

@@ -115,7 +115,9 @@ extension Reconciler {
       await refresh(disk, worker)
     }
     if let disk = table[id] { await learnName(of: disk) }
-    guard let disk = table[id], disk.wanted != nil || disk.spec != nil else { return nil }
+    guard let disk = table[id],
+      disk.wanted != nil || disk.spec != nil || adopting.contains(id)
+    else { return nil }
     var status = DiskStatus(
       domain: id.domain, vdev: disk.vdev, number: id.device, state: disk.phase.publicState,
       since: disk.since, readOnly: disk.readOnly,
