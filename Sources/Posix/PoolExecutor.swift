@@ -3,8 +3,10 @@
 // most reads are at hand and most writes only copy; whatever has to wait goes to the pool.
 //
 // Where the kernel cannot promise not to wait for a buffered write (ext4, block devices) the
-// write is made at once all the same and timed: a slow one sends the writes that follow to
-// the pool for a while. One disk has one process, so a slow write delays its own disk only.
+// writes are timed, each on whatever thread it is made. As long as the last one was quick the next
+// is made at once; after a slow one, and at first, they go to the pool, until one of those is quick
+// again and some time has passed. So a slow medium keeps the loop waiting for one write, when it
+// becomes slow, and not once for each time that somebody tries.
 
 internal import CLinux
 import Glibc
@@ -20,10 +22,13 @@ package final class PoolExecutor: IOExecutor {
     let fixedSize: UInt64?
     var readsAtOnce: Bool
     var writesAtOnce: Bool
+    /// The last write that was timed was quick.
+    var isQuick = false
+    /// After a slow write on the loop: nobody tries before.
     var slowUntil: Int64 = 0
   }
 
-  /// A write that takes longer has waited for something, in nanoseconds.
+  /// A piece of a write that takes longer has waited for something, in nanoseconds.
   private static let slow: Int64 = 3_000_000
   /// How long writes go to the pool after that, in nanoseconds.
   private static let pause: Int64 = 50_000_000
@@ -110,17 +115,20 @@ package final class PoolExecutor: IOExecutor {
       guard errno == EOPNOTSUPP else { return -Int(EAGAIN) }
       devices[index].writesAtOnce = false
     }
+    guard devices[index].isQuick else { return -Int(EAGAIN) }
     let before = PoolExecutor.now()
-    guard before >= devices[index].slowUntil else { return -Int(EAGAIN) }
     let piece = min(count, PoolExecutor.piece - Int(offset) & (PoolExecutor.piece - 1))
     let done = pwrite(devices[index].raw, buffer, piece, offset)
     guard done > 0 else { return -Int(EAGAIN) }
     let after = PoolExecutor.now()
-    if after - before > PoolExecutor.slow { devices[index].slowUntil = after + PoolExecutor.pause }
+    if after - before > PoolExecutor.slow {
+      devices[index].isQuick = false
+      devices[index].slowUntil = after + PoolExecutor.pause
+    }
     return done
   }
 
-  private static func now() -> Int64 {
+  fileprivate static func now() -> Int64 {
     var time = timespec()
     clock_gettime(CLOCK_MONOTONIC, &time)
     return Int64(time.tv_sec) * 1_000_000_000 + Int64(time.tv_nsec)
@@ -137,6 +145,13 @@ package final class PoolExecutor: IOExecutor {
 
   fileprivate func ended(_ job: StoreJob) {
     let token = job.io.token
+    if job.io.operation == .write, job.code == 0 {
+      let index = Int(job.io.device)
+      let isQuick = job.longest <= PoolExecutor.slow
+      if !isQuick || PoolExecutor.now() >= devices[index].slowUntil {
+        devices[index].isQuick = isQuick
+      }
+    }
     idle.append(job)
     completion?(token, job.code)
   }
@@ -176,6 +191,8 @@ private final class StoreJob: PoolJob {
   var store: (any ByteStore)?
   var others: [any ByteStore] = []
   var code: Int32 = 0
+  /// Of a write: how long the slowest piece took, in nanoseconds.
+  var longest: Int64 = 0
 
   init(_ executor: PoolExecutor) {
     self.executor = executor
@@ -204,11 +221,14 @@ private final class StoreJob: PoolJob {
   private func write(_ store: any ByteStore) throws(IOError) {
     let bytes = UnsafeRawBufferPointer(start: io.buffer, count: io.count)
     var done = 0
+    longest = 0
     while done < io.count {
+      let before = PoolExecutor.now()
       let offset = io.offset + UInt64(done)
       let boundary = PoolExecutor.piece - Int(offset) & (PoolExecutor.piece - 1)
       let end = min(io.count, done + boundary)
       try store.write(UnsafeRawBufferPointer(rebasing: bytes[done..<end]), at: offset)
+      longest = max(longest, PoolExecutor.now() - before)
       done = end
     }
   }
