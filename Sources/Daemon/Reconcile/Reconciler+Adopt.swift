@@ -87,7 +87,6 @@ extension Reconciler {
         before = error
         await pause(Reconciler.patience(attempt))
         attempt += 1
-        disk.phase = .idle
       }
     }
     disk.activity = nil
@@ -111,9 +110,7 @@ extension Reconciler {
       // It was not yet served, or its file was not written to the end.
       try await end(record, directory)
       try await offload.run { () throws(IOError) in try directory.remove() }
-      release(disk)
-      disk.spec = nil
-      return
+      return hold(nothing: disk)
     }
     disk.recall(record, configuration.registry)
     guard try await isAttached(disk, device) else {
@@ -121,9 +118,7 @@ extension Reconciler {
       try await takeOldLog(disk, record, directory)
       if try await linger(disk, record, directory) { return }
       try await offload.run { () throws(IOError) in try directory.remove() }
-      release(disk)
-      disk.spec = nil
-      return
+      return hold(nothing: disk)
     }
     disk.device = device
     guard await !takeOver(disk, record) else { return }
@@ -132,6 +127,13 @@ extension Reconciler {
     disk.phase = .restarting(
       at: scheduler.now, why: "an earlier daemon has left it without one")
     log.error("the worker is gone and is replaced", metadata: ["worker": "\(record.worker)"])
+  }
+
+  /// Nothing was left of it.
+  private func hold(nothing disk: Disk) {
+    release(disk)
+    disk.spec = nil
+    disk.phase = .idle
   }
 
   /// A disk is taken over, or not there. Its worker may have spoken meanwhile: steps are taken only
