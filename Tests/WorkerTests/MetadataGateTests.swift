@@ -261,7 +261,8 @@ private final class Guest: RequestOwner {
     return lines.compactMap { line in
       let words = line.split(separator: " ", maxSplits: 2)
       guard words.count == 3, pid_t(words[0]) == thread, let time = Double(words[1]),
-        Int64(time * 1_000_000) > from, words[2].hasPrefix("pread64(") || words[2].hasPrefix("pwrite64(")
+        Int64(time * 1_000_000) > from,
+        words[2].hasPrefix("pread64(") || words[2].hasPrefix("pwrite64(")
       else { return nil }
       return String(line)
     }
