@@ -26,6 +26,7 @@ protocol Scheduling: Sendable {
 
 extension Scheduling {
   /// Does something later, unless the task is cancelled before.
+  @discardableResult
   func after(
     _ time: Duration, _ body: @escaping @Sendable () async -> Void
   ) -> Task<Void, Never> {

@@ -32,13 +32,14 @@ extension Reconciler {
       table[id] = disk
       scheduler.start { await self.adopt(id) }
     }
-    // A disk whose files are on a file system that hangs is taken over when that answers; the
-    // others do not wait for it.
+    // A disk whose files are on a file system that hangs, or whose take-over fails, is taken over when
+    // that is over; the others do not wait for it.
     let end = scheduler.now + Reconciler.adoptionTime
     while !adopting.isEmpty, scheduler.now < end { await pause(.milliseconds(10)) }
     for id in adopting {
       log.error(
-        "a disk's files do not answer: it is taken over when they do", metadata: ["disk": "\(id)"])
+        "a disk is not taken over yet: its files or its device do not answer, or fail",
+        metadata: ["disk": "\(id)"])
     }
     await endRecoveries()
     if adopting.isEmpty { formerWorkers = [] }

@@ -356,13 +356,15 @@ extension Reconciler {
   /// not possible yet, if so.
   func cleanUp(_ disk: Disk) async -> DiskFailure? {
     let (directory, unfinished) = (disk.directory(configuration), disk.newStore)
-    do throws(DiskFailure) {
-      try await blocking { () throws(IOError) in
+    do throws(IOError) {
+      try await offload.run { () throws(IOError) in
         try directory.remove()
         if let unfinished { try Images.remove(unfinished) }
       }
       return nil
-    } catch { return error }
+    } catch {
+      return DiskFailure(.io, "\(error.description): see to it; the disk goes when that is done")
+    }
   }
 
   /// Drops the descriptors; the locks go with the last of them.

@@ -404,7 +404,7 @@ extension Reconciler {
       log(for: disk).notice("the device got a new socket")
       let retries = disk.socketRetries
       let id = disk.id
-      _ = scheduler.after(.seconds(5)) { [weak self] in await self?.socketHeld(id, retries) }
+      scheduler.after(.seconds(5)) { [weak self] in await self?.socketHeld(id, retries) }
     } catch {
       disk.socketLost = true
       log(for: disk).error("cannot replace the socket", metadata: ["error": "\(error)"])
