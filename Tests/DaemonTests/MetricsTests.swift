@@ -122,6 +122,7 @@ private struct Prometheus {
 
         init(from decoder: any Decoder) throws {
           let container = try decoder.singleValueContainer()
+          // What is no text is a number: the next line tells what is neither.
           self =
             if let text = try? container.decode(String.self) { .text(text) } else {
               .time(try container.decode(Double.self))

@@ -34,7 +34,6 @@ final class SimulatedHost: @unchecked Sendable {  // One thread.
     var backings: [PassedDescriptor] = []
     var stores: [String] = []
     var uncommitted = 0
-    var worker: Int32 = 0
   }
 
   let timeline: Timeline

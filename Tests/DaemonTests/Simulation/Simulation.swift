@@ -361,11 +361,11 @@ final class Simulation: @unchecked Sendable {  // One thread.
     let reconciler = old.reconciler
     Task(executorPreference: timeline) { await reconciler.vanish() }
     // What it waits for is over.
-    for number in old.life.timers.sorted() { timeline.pass(number) }
+    for number in old.life.timers.sorted() { timeline.end(number, hasPassed: true) }
     old.poller.end()
     var limit = 100_000
     while timeline.runJob() {
-      for number in old.life.timers.sorted() { timeline.pass(number) }
+      for number in old.life.timers.sorted() { timeline.end(number, hasPassed: true) }
       limit -= 1
       guard limit > 0 else { return host.violated("the tasks of a dead daemon do not end") }
     }

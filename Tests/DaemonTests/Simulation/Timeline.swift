@@ -54,10 +54,10 @@ final class Timeline: TaskExecutor, @unchecked Sendable {
     add(number(), after: time) { if $0 { fire() } }
   }
 
-  /// Twice is once.
-  func cancel(_ number: UInt64) {
+  /// Ends a timer before its time: cancelled, or as if its time had passed. Twice is once.
+  func end(_ number: UInt64, hasPassed: Bool) {
     guard let index = timers.firstIndex(where: { $0.number == number }) else { return }
-    timers.remove(at: index).fire(false)
+    timers.remove(at: index).fire(hasPassed)
   }
 
   /// Runs a part of a task, if one is ready: not always the first.
@@ -66,12 +66,6 @@ final class Timeline: TaskExecutor, @unchecked Sendable {
     let job = jobs.remove(at: random.below(min(jobs.count, 4)))
     job.runSynchronously(on: asUnownedTaskExecutor())
     return true
-  }
-
-  /// Lets a timer's time be over.
-  func pass(_ number: UInt64) {
-    guard let index = timers.firstIndex(where: { $0.number == number }) else { return }
-    timers.remove(at: index).fire(true)
   }
 
   /// Goes on to the next timer, if there is one up to that time. False: it is that time now.
@@ -124,7 +118,7 @@ struct SimulatedScheduler: Scheduling {
         timeline.add(number, after: time) { continuation.resume(returning: $0) }
       }
     } onCancel: {
-      timeline.cancel(number)
+      timeline.end(number, hasPassed: false)
     }
     life.timers.remove(number)
     if !hasPassed { throw CancellationError() }
@@ -236,7 +230,4 @@ final class SimulatedPoller: Polling, @unchecked Sendable {  // One thread.
     }
     entries = []
   }
-
-  /// What is watched, for the trace.
-  var watched: String { entries.map { "\($0.raw)" }.joined(separator: " ") }
 }
