@@ -82,6 +82,24 @@ import Testing
     }
   }
 
+  /// A successor that hangs while it starts, and cannot be killed: no other gets its store. At some of
+  /// these instants it has the store and is not ready.
+  @Test func hangingSuccessor() async throws {
+    let disk = DiskID(domain: 1, device: 51712)
+    for shift in 0..<12 {
+      let events = [
+        Event(
+          at: .seconds(1),
+          happening: .attach(
+            disk, store: 0, options: "?transport=dm", base: true, readOnly: false)),
+        Event(at: .seconds(5), happening: .kill(0)),
+        Event(at: .milliseconds(5000 + shift), happening: .wedge(0, .seconds(40))),
+      ]
+      let outcome = try await Self.run(UInt64(shift), events)
+      #expect(outcome.violation == nil, "after \(shift) ms")
+    }
+  }
+
   @Test(arguments: Mutant.allCases)
   func faultIsFound(_ mutant: Mutant) async throws {
     for seed in Depth.seeds(10) {
