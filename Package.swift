@@ -45,8 +45,12 @@ func multiCall(_ name: String, _ room: String, _ more: [LinkerSetting] = []) -> 
     swiftSettings: swiftSettings, linkerSettings: linkerSettings + more)
 }
 func tests(_ name: String, _ dependencies: [Target.Dependency]) -> Target {
-  .testTarget(name: name, dependencies: dependencies, swiftSettings: swiftSettings)
+  .testTarget(name: name, dependencies: dependencies + support, swiftSettings: swiftSettings)
 }
+/// What all that handles disks knows of.
+let block: [Target.Dependency] = ["DiskModel", "BlockIO", "SystemIO"]
+/// What tests have in common.
+let support: [Target.Dependency] = ["TestSupport", "Fakes"]
 
 let argumentParser = Target.Dependency.product(
   name: "ArgumentParser", package: "swift-argument-parser")
@@ -72,78 +76,96 @@ let package = Package(
   targets: [
     .target(name: "CLinux"),
     .systemLibrary(name: "CXenStore", pkgConfig: "xenstore", providers: [.apt(["libxen-dev"])]),
-    room("Posix", ["CLinux"]),
-    room("XenStore", ["CXenStore", "Posix"]),
     .systemLibrary(name: "CZlib", pkgConfig: "zlib", providers: [.apt(["zlib1g-dev"])]),
     .systemLibrary(name: "CZstd", pkgConfig: "libzstd", providers: [.apt(["libzstd-dev"])]),
     .target(name: "CPlugin"),
-    room("ImageFormats", ["CPlugin", "CZlib", "CZstd", "Posix"]),
     // Loaded when they are wanted: by pkg-config they would be linked.
     .systemLibrary(name: "CDeviceMapper", providers: [.apt(["libdevmapper-dev"])]),
     .systemLibrary(name: "CLibXML2", providers: [.apt(["libxml2-dev"])]),
     .systemLibrary(name: "CSeccomp", providers: [.apt(["libseccomp-dev"])]),
-    room("DeviceMapper", ["CDeviceMapper", "Posix"]),
-    .target(
-      name: "ImageTool", dependencies: ["CLibXML2", "ImageFormats", "Posix"],
-      swiftSettings: swiftSettings + [.unsafeFlags(["-Xcc", "-I/usr/include/libxml2"])]),
     .target(name: "DMUProtocol"),
-    room("DMU", ["DMUProtocol", "Posix"]),
-    room("Target", ["DMU", "Posix"]),
-    room("WorkerLink", ["Posix"]),
+    // What a disk is, and the system's files, stores and block devices.
+    room("DiskModel"),
+    room("SystemIO", ["CLinux"]),
+    room("BlockIO", ["SystemIO", "CLinux"]),
+    room("LinuxBlock", ["BlockIO", "SystemIO", "CDeviceMapper", "CLinux"]),
+    room("XenStore", ["CXenStore"]),
+    room("DMU", ["DMUProtocol", "SystemIO"]),
+    // Formats and targets, which know of one another only what the model says, and the worker
+    // between them.
+    room("DiskFormats", ["CPlugin", "CZlib", "CZstd"] + block),
+    room("Target", ["DMU"] + block),
+    room("NBDServer", ["Target", "SystemIO"]),
+    room("WorkerLink", ["SystemIO"]),
     room(
       "Worker",
-      ["CSeccomp", "Target", "DMU", "DeviceMapper", "ImageFormats", "WorkerLink", "Posix"]),
+      ["CSeccomp", "Target", "NBDServer", "DMU", "LinuxBlock", "DiskFormats", "WorkerLink"] + block),
+    .target(
+      name: "ImageTool", dependencies: ["CLibXML2", "DiskFormats", "BlockIO", "SystemIO"],
+      swiftSettings: swiftSettings + [.unsafeFlags(["-Xcc", "-I/usr/include/libxml2"])]),
     // For size: it waits more than it computes.
     .target(
       name: "Daemon",
       dependencies: [
-        "XenStore", "WorkerLink", "DeviceMapper", "Posix", logging, lifecycle, signals, toml, nio,
-        nioPosix, nioHTTP,
+        "XenStore", "WorkerLink", "LinuxBlock", "BlockIO", "SystemIO", logging, lifecycle, signals,
+        toml, nio, nioPosix, nioHTTP,
       ],
       swiftSettings: swiftSettings + [.unsafeFlags(["-Osize"], .when(configuration: .release))]),
-    room("CowdArguments", ["Worker", "WorkerLink", "Posix", argumentParser], path: "Sources/cowd"),
     room(
-      "DmuImgArguments", ["ImageTool", "ImageFormats", "Posix", argumentParser],
+      "CowdArguments", ["Worker", "WorkerLink", "SystemIO", argumentParser], path: "Sources/cowd"),
+    room(
+      "DmuImgArguments", ["ImageTool", "DiskFormats", "SystemIO", argumentParser],
       path: "Sources/dmu-img"),
     room(
-      "DscowToolArguments", ["ImageFormats", "Posix", argumentParser], path: "Sources/dscow_tool"),
-    room("DmuXendArguments", ["Daemon", "Posix", argumentParser], path: "Sources/dmu-xend"),
-    room("DmuXenArguments", ["Daemon", "Posix", argumentParser], path: "Sources/dmu-xen"),
+      "DscowToolArguments", ["DiskFormats", "SystemIO", argumentParser], path: "Sources/dscow_tool"),
+    room("DmuXendArguments", ["Daemon", "SystemIO", argumentParser], path: "Sources/dmu-xend"),
+    room("DmuXenArguments", ["Daemon", "SystemIO", argumentParser], path: "Sources/dmu-xen"),
     // Two multi-call files are installed, cowd and dmu-xend. The build has a copy of them under each
     // name that they know.
-    room("DiskPrograms", ["CowdArguments", "DmuImgArguments", "DscowToolArguments", "Posix"]),
-    room("HostPrograms", ["DmuXendArguments", "DmuXenArguments", "Posix"]),
+    room("DiskPrograms", ["CowdArguments", "DmuImgArguments", "DscowToolArguments", "SystemIO"]),
+    room("HostPrograms", ["DmuXendArguments", "DmuXenArguments", "SystemIO"]),
     multiCall("cowd", "DiskPrograms", staticCxx),
     multiCall("dmu-img", "DiskPrograms", staticCxx),
     multiCall("dscow_tool", "DiskPrograms", staticCxx),
     multiCall("dmu-xend", "HostPrograms"),
     multiCall("dmu-xen", "HostPrograms"),
-    program("linear", ["DMU", "Posix"], path: "examples/linear"),
+    program("linear", ["DMU", "SystemIO"], path: "examples/linear"),
     // What is only for tests: nothing of it is installed.
-    room("TestSupport", ["Posix"], path: "Tests/Support"),
+    room("TestSupport", ["SystemIO"], path: "Tests/Support"),
+    room("Fakes", ["TestSupport", "BlockIO", "SystemIO"], path: "Tests/Fakes"),
     .target(name: "CTrials", path: "Tests/CTrials"),
     room(
-      "TargetTrials", ["CTrials", "DMU", "DeviceMapper", "Target", "Posix", "TestSupport"],
+      "TargetTrials", ["CTrials", "DMU", "LinuxBlock", "Target"] + block + support,
       path: "Tests/Trials"),
     program(
-      "kernel-exercise", ["DeviceMapper", "WorkerLink", "Posix", "Target", "TargetTrials"],
+      "kernel-exercise",
+      ["LinuxBlock", "WorkerLink", "Target", "TargetTrials", "BlockIO", "SystemIO"],
       path: "Tests/KernelExercise"),
-    program("played-worker", ["WorkerLink", "Posix"], path: "Tests/PlayedWorker"),
-    program("cage-trial", ["CTrials", "Worker", "Posix"], path: "Tests/CageTrial"),
-    tests("PosixTests", ["Posix", "TestSupport"]),
-    tests("DeviceMapperTests", ["DeviceMapper", "TestSupport"]),
-    tests("XenStoreTests", ["XenStore", "TestSupport"]),
-    tests("ImageFormatsTests", ["ImageFormats", "Posix", "TestSupport"]),
-    tests("ImageToolTests", ["ImageTool", "ImageFormats", "Posix", "TestSupport"]),
-    tests("TargetTests", ["Target", "TargetTrials", "DMU", "Posix", "TestSupport"]),
+    program("played-worker", ["WorkerLink", "BlockIO", "SystemIO"], path: "Tests/PlayedWorker"),
+    program("cage-trial", ["CTrials", "Worker", "SystemIO"], path: "Tests/CageTrial"),
+    tests("SystemIOTests", ["BlockIO", "SystemIO"]),
+    tests("BlockIOTests", ["LinuxBlock", "BlockIO", "SystemIO"]),
+    tests("LinuxBlockTests", ["LinuxBlock", "SystemIO"]),
+    tests("XenStoreTests", ["XenStore"]),
+    tests("DiskFormatsTests", ["DiskFormats"] + block),
+    tests("ImageToolTests", ["ImageTool", "DiskFormats", "LinuxBlock", "BlockIO", "SystemIO"]),
+    tests("TargetTests", ["Target", "TargetTrials", "DMU"] + block),
+    tests("NBDServerTests", ["NBDServer", "Target", "TargetTrials", "BlockIO", "SystemIO"]),
     tests(
-      "WorkerTests", ["Worker", "Target", "ImageFormats", "WorkerLink", "Posix", "TestSupport"]),
+      "WorkerTests",
+      ["Worker", "Target", "LinuxBlock", "DiskFormats", "WorkerLink"] + block),
     tests(
       "DaemonTests",
       [
-        "Daemon", "DeviceMapper", "ImageFormats", "WorkerLink", "XenStore", "Posix", "TestSupport",
+        "Daemon", "LinuxBlock", "DiskFormats", "WorkerLink", "XenStore", "BlockIO", "SystemIO",
         logging,
       ]),
+    .testTarget(
+      name: "SimulationTests",
+      dependencies: [
+        "Daemon", "LinuxBlock", "WorkerLink", "XenStore", "BlockIO", "SystemIO", logging,
+      ] + support,
+      path: "Tests/Simulation", swiftSettings: swiftSettings),
   ],
   cLanguageStandard: .gnu11,
   cxxLanguageStandard: .cxx17

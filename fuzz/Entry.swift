@@ -2,8 +2,8 @@
 // The entries that libFuzzer calls. The environment says what is fuzzed: DMU_FUZZ=use-qcow2,
 // link-report and the like; see fuzz/run.
 
+import DiskFormats
 import Glibc
-import ImageFormats
 
 /// What this process fuzzes.
 private enum FuzzTarget {
@@ -16,7 +16,7 @@ private let target: FuzzTarget = {
   if name == "link-report" { return .link(LinkHarness()) }
   let parts = name.split(separator: "-", maxSplits: 1).map(String.init)
   guard parts.count == 2, let effort = Effort(rawValue: parts[0]),
-    let kind = DiskFormats.all.named(parts[1])
+    let kind = FormatList.all.named(parts[1])
   else { fatalError("DMU_FUZZ is head-, read- or use-FORMAT, or link-report, not '\(name)'") }
   return .image(Harness(kind: kind, effort: effort), Mutator(kind: kind))
 }()

@@ -2,8 +2,9 @@
 // What the fuzzer's images live in: bytes in memory, of a length that may be any, of which
 // only so many may ever be written.
 
+import BlockIO
 import Glibc
-import Posix
+import SystemIO
 
 /// A byte store over an array. Used from one thread.
 final class FuzzStore: ByteStore, @unchecked Sendable {

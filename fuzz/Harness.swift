@@ -2,8 +2,9 @@
 // What is done to every image: opened, described, read, written, committed, checked, mended.
 // Errors are what hostile bytes deserve; a trap, a hang or much memory is a find.
 
-import ImageFormats
-import Posix
+import BlockIO
+import DiskFormats
+import SystemIO
 
 /// How much is done to an image.
 enum Effort: String {
@@ -30,7 +31,7 @@ struct Harness {
 
   func use(_ bytes: [UInt8]) {
     let store = FuzzStore("hostile", bytes)
-    attempt { _ = try DiskFormats.all.probe(store) }
+    attempt { _ = try FormatList.all.probe(store) }
     guard effort != .head else {
       attempt { try ask(try open(store).image) }
       // The same at the start of a sparse file, as long as any header may ask for.

@@ -5,7 +5,7 @@
 // An input is: how many descriptors, a byte for the kind of each, then the packet.
 
 import Glibc
-import Posix
+import SystemIO
 import WorkerLink
 
 final class LinkHarness: Sendable {

@@ -3,7 +3,7 @@
 // alignment, near the front or where an entry of a table points, set to what breaks parsers;
 // and checksums that are put right again, so that the damage behind them is looked at.
 
-@testable import ImageFormats
+@testable import DiskFormats
 
 @_silgen_name("LLVMFuzzerMutate")
 func mutateBytes(_ data: UnsafeMutablePointer<UInt8>, _ size: Int, _ most: Int) -> Int

@@ -3,7 +3,7 @@
 
 internal import DMUProtocol
 internal import Glibc
-public import Posix
+public import SystemIO
 
 /// An opened /dev/dmu/NAME, or a descriptor of one that was handed over. One thread.
 public final class Node {

@@ -4,7 +4,7 @@
 internal import CowdArguments
 internal import DmuImgArguments
 internal import DscowToolArguments
-internal import Posix
+internal import SystemIO
 
 /// cowd, dmu-img and dscow_tool.
 package func main() {

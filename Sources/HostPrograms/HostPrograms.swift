@@ -3,7 +3,7 @@
 
 internal import DmuXenArguments
 internal import DmuXendArguments
-internal import Posix
+internal import SystemIO
 
 /// dmu-xend and dmu-xen.
 package func main() async {

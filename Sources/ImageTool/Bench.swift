@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // dmu-img bench: so many requests to an image, so many at a time.
 
+import BlockIO
+package import DiskFormats
 import Glibc
-package import ImageFormats
-import Posix
 import Synchronization
+import SystemIO
 
 extension ImageTool {
   /// What `bench` is asked for.

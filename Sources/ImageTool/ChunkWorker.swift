@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // What one thread does with a chunk of the disk: read it, tell data from zeroes, compress.
 
+import DiskFormats
 import Glibc
-import ImageFormats
-import Posix
+import SystemIO
 
 /// The buffers of one thread, used again for every chunk.
 final class ChunkWorker {

@@ -5,9 +5,10 @@
 // image shows the same whatever of the base was written. Rebase: whatever the image would no
 // longer show is copied into it, and durable, before it names another base.
 
+import BlockIO
+package import DiskFormats
 import Glibc
-package import ImageFormats
-import Posix
+import SystemIO
 
 extension ImageTool {
   private static let piece = 1 << 20
@@ -54,7 +55,7 @@ extension ImageTool {
   /// As the other, for stores that are open and locked.
   static func commit(
     _ store: any ByteStore, _ kind: ImageKind, into base: any ByteStore, _ baseKind: ImageKind,
-    keep: Bool, progress: Progress, among formats: DiskFormats = .all,
+    keep: Bool, progress: Progress, among formats: FormatList = .all,
     resolve: Chain.Resolver
   ) throws(ImageError) {
     func disk() throws(ImageError) -> any ByteStore {
@@ -90,7 +91,7 @@ extension ImageTool {
   /// whether the base may differ from what it was.
   private static func fillBase(
     _ base: any ByteStore, _ baseKind: ImageKind, from top: ImageLayer, of store: any ByteStore,
-    _ kind: ImageKind, isShort: Bool, _ progress: Progress, _ formats: DiskFormats,
+    _ kind: ImageKind, isShort: Bool, _ progress: Progress, _ formats: FormatList,
     _ resolve: Chain.Resolver, _ hasWritten: inout Bool
   ) throws(ImageError) {
     let next = try kind.format.nextContentID(of: base, for: store)
@@ -193,7 +194,7 @@ extension ImageTool {
     _ store: any ByteStore, _ kind: ImageKind,
     onto new: (path: String, kind: ImageKind, disk: any ByteStore)?, format: String?,
     oldKind: ImageKind? = nil, unsafe: Bool, progress: Progress,
-    among formats: DiskFormats = .all, resolve: Chain.Resolver
+    among formats: FormatList = .all, resolve: Chain.Resolver
   ) throws(ImageError) {
     if !unsafe { try inherit(store, kind, oldKind, new?.disk, progress, formats, resolve) }
     let base = new.map { NamedBase(path: $0.path, format: format ?? $0.kind.name, disk: $0.disk) }
@@ -203,7 +204,7 @@ extension ImageTool {
   /// Copies into an image what it shows of its base and would not show of another.
   private static func inherit(
     _ store: any ByteStore, _ kind: ImageKind, _ baseKind: ImageKind?, _ new: (any ByteStore)?,
-    _ progress: Progress, _ formats: DiskFormats, _ resolve: Chain.Resolver
+    _ progress: Progress, _ formats: FormatList, _ resolve: Chain.Resolver
   ) throws(ImageError) {
     let chain = try Chain(
       store, FormatDecision(kind: kind), baseKind: baseKind, among: formats, resolve: resolve)

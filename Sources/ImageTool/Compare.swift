@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // dmu-img compare: whether two disks hold the same.
 
+package import DiskFormats
 import Glibc
-package import ImageFormats
-import Posix
 import Synchronization
+import SystemIO
 
 extension ImageTool {
   /// Compares two disks and says how they differ. Returns whether they are the same. The longer

@@ -6,9 +6,10 @@
 // left a place; and writes it, again at the same time. So the outcome does not depend on how
 // many threads there were. The target has no name, or is not an image, before it is whole.
 
+import BlockIO
+package import DiskFormats
 import Glibc
-package import ImageFormats
-import Posix
+import SystemIO
 
 extension ImageTool {
   /// What `convert` is asked for.

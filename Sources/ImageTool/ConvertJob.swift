@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // The threads of a conversion, and what each does with a chunk.
 
+import BlockIO
+import DiskFormats
 import Glibc
-import ImageFormats
-import Posix
 import Synchronization
+import SystemIO
 
 /// One conversion. What several threads share is guarded by `cursor` or `turnstile`.
 final class ConvertJob: @unchecked Sendable {

@@ -2,8 +2,9 @@
 // Where a conversion writes: one kind of target for plain files, one for new qcow2 images, one
 // for everything else, which is written as a running disk would be.
 
-import ImageFormats
-import Posix
+import BlockIO
+import DiskFormats
+import SystemIO
 
 /// A part of a chunk that has to be written: bytes of the buffer, and where they go.
 struct ChunkWrite {

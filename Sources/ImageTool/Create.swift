@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // dmu-img create, resize, snapshot.
 
-package import ImageFormats
-import Posix
+import BlockIO
+package import DiskFormats
 
 /// The commands of dmu-img. Each throws `ImageError`; what it prints goes to an `Output`.
 package enum ImageTool {}
@@ -27,7 +27,7 @@ extension ImageTool {
     /// Whether no file that the base names is opened.
     package var untrusted = false
     /// The formats that there are.
-    package var formats = DiskFormats.all
+    package var formats = FormatList.all
 
     /// A request for an image at a path.
     package init(path: String) { self.path = path }
@@ -90,7 +90,7 @@ extension ImageTool {
   /// base names is opened.
   static func openBase(
     _ path: String, _ format: String?, for image: String, kind: ImageKind, untrusted: Bool,
-    among formats: DiskFormats
+    among formats: FormatList
   ) throws(ImageError) -> NewImage.Base {
     guard let format else {
       throw ImageError(

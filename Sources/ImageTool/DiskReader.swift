@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // A disk that is read from beginning to end: where its data lies, holes of files left out.
 
+import BlockIO
+import DiskFormats
 import Glibc
-import ImageFormats
-import Posix
+import SystemIO
 
 /// A chain, and what is known of the holes of its files. Used from one thread at a time.
 final class DiskReader {

@@ -7,9 +7,10 @@
 // belongs, from blue at the start to red at the end: what lies in order is a smooth rainbow,
 // what is scattered is confetti.
 
+import BlockIO
+package import DiskFormats
 import Glibc
-package import ImageFormats
-import Posix
+import SystemIO
 
 extension ImageTool {
   /// Draws a map into a file.

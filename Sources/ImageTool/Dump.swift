@@ -3,8 +3,9 @@
 // superblock, a device, runs of blocks as range_mapping and single blocks as single_mapping.
 // What the schema has no word for, the disk's length and the image's base, stands in a comment.
 
-package import ImageFormats
-import Posix
+import BlockIO
+package import DiskFormats
+import SystemIO
 
 extension ImageTool {
   /// A run of a mapping, in bytes.
@@ -177,7 +178,7 @@ extension ImageTool {
   /// Copies the blocks of every mapping to their places.
   private static func fill(
     _ image: NewImage, _ files: TargetFiles, from reader: XMLReader, _ blocks: FileStore,
-    unit: UInt64, among formats: DiskFormats
+    unit: UInt64, among formats: FormatList
   ) throws(ImageError) {
     let disk = image.base?.disk
     let chain = try Chain(files.store, kind: image.kind, among: formats) {

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // dmu-img info and check: an image in words or as JSON, by the names that qemu-img has.
 
-package import ImageFormats
-import Posix
+import BlockIO
+package import DiskFormats
+import SystemIO
 
 extension ImageTool {
   /// Describes an image, or with `chain` every image from it down.

@@ -2,8 +2,9 @@
 // What the commands have formats do to images that are more than a file: with what is under them,
 // or beside them.
 
-import ImageFormats
-import Posix
+import BlockIO
+import DiskFormats
+import SystemIO
 
 /// Formats at work.
 enum Kinds {
@@ -25,7 +26,7 @@ enum Kinds {
   /// Gives a disk another length.
   static func resize(
     _ store: any ByteStore, _ decision: FormatDecision, baseKind: ImageKind? = nil,
-    among formats: DiskFormats = .all, to size: UInt64, contentID: UInt32? = nil,
+    among formats: FormatList = .all, to size: UInt64, contentID: UInt32? = nil,
     resolve: Chain.Resolver
   ) throws(ImageError) {
     let chain = try Chain(

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // dmu-img map: what of the disk is where, as lines, as JSON in qemu-img's words, or drawn.
 
-package import ImageFormats
-import Posix
+import BlockIO
+package import DiskFormats
 
 /// A run of the disk in a map.
 struct MapRow {

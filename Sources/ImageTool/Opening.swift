@@ -2,8 +2,8 @@
 // Opening images by path, with what stands under them: for a tool that a person runs, paths
 // that stand in images are followed as that person could follow them.
 
-package import ImageFormats
-import Posix
+import BlockIO
+package import DiskFormats
 
 /// A file as a command names it.
 package struct ImageSource: Sendable {
@@ -18,7 +18,7 @@ package struct ImageSource: Sendable {
   /// Whether no file that it, or an image under it, names is opened.
   package var untrusted: Bool
   /// The formats that there are.
-  package var formats = DiskFormats.all
+  package var formats = FormatList.all
 
   /// A file as a command names it.
   package init(

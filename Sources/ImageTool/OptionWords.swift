@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // What may stand after -o, for a shell to complete.
 
-package import ImageFormats
+package import DiskFormats
 
 extension ImageOptions {
   /// The options that every format has, for `qemu-img`'s users: those of -b, -F and the size.
   package static let common: [Known] = [
-    ("backing_file", []), ("backing_fmt", DiskFormats.all.names), ("size", []),
+    ("backing_file", []), ("backing_fmt", FormatList.all.names), ("size", []),
   ]
 
   /// The further options that a new image of a format may be given. What the format reads is the

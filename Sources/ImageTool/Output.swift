@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // What a command prints: collected in a large buffer, so that a million lines cost little.
 
+import DiskFormats
 import Glibc
-import ImageFormats
-package import Posix
+package import SystemIO
 
 /// Text on its way to a descriptor. Used from one thread.
 package final class Output {

@@ -3,9 +3,9 @@
 // not trusted: no entities, no network, no more depth than the mapping has.
 
 import CLibXML2
+import DiskFormats
 import Glibc
-import ImageFormats
-import Posix
+import SystemIO
 
 /// libxml2's functions, loaded at the first use; or why they are not there.
 private let loaded: Result<libxml2, ImageError> = {

@@ -3,9 +3,9 @@
 // and no help of the kernel, or as a device of the kernel: of the device-mapper, or of the nbd
 // driver. It stays in the foreground until SIGTERM or SIGINT. See Keeper for who does what.
 
+import DiskFormats
 import Glibc
-import ImageFormats
-import Posix
+import SystemIO
 package import WorkerLink
 
 /// What a person asked for.

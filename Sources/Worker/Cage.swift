@@ -12,7 +12,7 @@
 //   process of one thread.
 
 import Glibc
-package import Posix
+package import SystemIO
 
 /// The cage of a worker.
 package enum Cage {

@@ -8,10 +8,13 @@
 //   must not land after the new one and what followed it.
 // - After `finish` has answered 0 everything that was acknowledged is durable.
 
+import BlockIO
+import DiskFormats
+import DiskModel
 import Glibc
-import ImageFormats
-package import Posix
-package import Target
+package import NBDServer
+package import SystemIO
+import Target
 package import WorkerLink
 
 /// A disk, from its opening to its end. Used from the loop's thread.

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // How a disk treats trouble: what its daemon, or whoever started the worker, has decided.
 
+package import BlockIO
+package import DiskModel
 import Glibc
-package import Posix
-package import Target
+import Target
 
 /// The decisions that a disk is served by.
 package struct DiskPolicy: Sendable {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The image formats that a worker knows by name, and what is wanted of an image.
 
-package import ImageFormats
-package import Posix
+package import DiskFormats
+package import SystemIO
 package import Target
 package import WorkerLink
 
@@ -34,7 +34,7 @@ package struct FormatName: Sendable, Equatable {
   package let kind: ImageKind
 
   /// The names of all formats.
-  package static let all = DiskFormats.all.kinds.map { FormatName($0).name }.sorted()
+  package static let all = FormatList.all.kinds.map { FormatName($0).name }.sorted()
 
   /// A format by its kind.
   package init(_ kind: ImageKind) {
@@ -47,7 +47,7 @@ package struct FormatName: Sendable, Equatable {
     self.kind = kind
   }
 
-  static func kind(_ name: String) -> ImageKind? { DiskFormats.all.named(name) }
+  static func kind(_ name: String) -> ImageKind? { FormatList.all.named(name) }
 
   /// `remark` follows the names that there are.
   static func unknown(_ name: String, _ remark: String = "") -> WorkerError {

@@ -14,10 +14,11 @@
 // - Told to stop, the worker asks the keeper to take the disk away, and serves until that is done.
 // - What the worker says may be an image's words.
 
-import DeviceMapper
+import BlockIO
+import DiskFormats
 import Glibc
-import ImageFormats
-import Posix
+import LinuxBlock
+import SystemIO
 import WorkerLink
 
 /// Runs a keeper.

@@ -7,10 +7,11 @@
 //   folder or below, and what `--allow` says. The worker of a hostile image is the image's.
 // - A file is locked before it is handed over, so that the lock lasts as long as anybody has it.
 
-import DeviceMapper
+import BlockIO
+import DiskFormats
 import Glibc
-import ImageFormats
-import Posix
+import LinuxBlock
+import SystemIO
 import WorkerLink
 
 /// The opened files of one disk.

@@ -8,9 +8,10 @@
 //   numbers for, and the rest is read through user space.
 // - The store is among the files, so that its lock lasts as long as the device.
 
-import DeviceMapper
-import ImageFormats
-import Posix
+import BlockIO
+import DiskFormats
+import LinuxBlock
+import SystemIO
 import Target
 import WorkerLink
 

@@ -4,7 +4,7 @@
 // the worker. Its messages are not trusted to be well formed.
 
 import Glibc
-import Posix
+import SystemIO
 import WorkerLink
 
 /// Takes orders from the daemon of the moment, and gives it reports. On the loop's thread.

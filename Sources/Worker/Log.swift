@@ -3,7 +3,7 @@
 // with its priority, which the journal takes out. Source: sd-daemon(3).
 
 import Glibc
-internal import Posix
+internal import SystemIO
 
 /// A log of one program and, where there is one, one disk.
 package struct Log: Sendable {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Extents that continue each other, made one before they reach the target.
 
-import ImageFormats
-import Posix
+import DiskFormats
+import DiskModel
 
 extension ImageFormat {
   /// Where a block lives, for as many blocks from it on as follow it there: a format looks

@@ -13,10 +13,12 @@
 //   that may be older than the tables are.
 // - A format decides alike when it is asked again, or has written into space that nothing refers to.
 
+import BlockIO
+import DiskFormats
+import DiskModel
 import Glibc
-import ImageFormats
-import Posix
 import Synchronization
+import SystemIO
 
 /// Notes what a question to a format has to wait for. The stores of the image are behind it.
 package final class MetadataGate: Sendable {

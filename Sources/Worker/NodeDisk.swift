@@ -8,10 +8,12 @@
 // - Guest data comes here only where the kernel has no way to it (see KernelTarget+Bytes), and
 //   nothing here waits for a medium on the loop's thread.
 
+import BlockIO
+import DiskFormats
+import DiskModel
 internal import DMU
 import Glibc
-import ImageFormats
-import Posix
+import SystemIO
 import Target
 import WorkerLink
 

@@ -2,8 +2,8 @@
 // An image that is open, and the way to it: whatever files it names are asked for one by
 // one, so that whoever opens them may be this process or the daemon.
 
-package import ImageFormats
-package import Posix
+package import BlockIO
+package import DiskFormats
 
 /// A file that an image needs beside its store.
 package struct FileRequest: Sendable, Hashable {
@@ -127,7 +127,7 @@ package struct OpenImage {
     }
     let format = name.kind.format
     guard format.makesStores else {
-      let others = DiskFormats.all.kinds.map(\.format).filter { $0.makesStores }.map { $0.specName }
+      let others = FormatList.all.kinds.map(\.format).filter { $0.makesStores }.map { $0.specName }
       throw ImageError(
         .badRequest,
         "store \(store.name) does not exist, and stores of format \(name.name) are not made here:"

@@ -5,9 +5,10 @@
 // Invariants: what is loaded is what was looked at, since it is opened first and loaded by its
 // descriptor; a library stays loaded.
 
+import BlockIO
+import DiskFormats
 import Glibc
-import ImageFormats
-import Posix
+import SystemIO
 import WorkerLink
 
 /// Finds and loads plugins.

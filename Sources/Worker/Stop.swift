@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Ending on a signal.
 
-import Posix
+import SystemIO
 
 extension EventLoop {
   /// Calls `stop` for every signal that comes.

@@ -13,8 +13,8 @@
 //
 // What else the format knows of its space, it checks when it takes the placement up.
 
-import ImageFormats
-import Posix
+import DiskFormats
+import DiskModel
 
 enum StoreCheck {
   /// An extent in device 0, in sectors of the disk and of the device.

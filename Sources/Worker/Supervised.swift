@@ -9,11 +9,13 @@
 //
 // Opening begins anew with every file that comes: up to the last one nothing is written.
 
+import BlockIO
+import DiskFormats
+import DiskModel
 internal import DMU
-import DeviceMapper
 import Glibc
-import ImageFormats
-import Posix
+import LinuxBlock
+import SystemIO
 import Target
 import WorkerLink
 

@@ -7,7 +7,7 @@
 internal import CSeccomp
 internal import DMU
 import Glibc
-import Posix
+import SystemIO
 
 /// What a worker may ask of the kernel. Sources: seccomp(2), seccomp_rule_add(3).
 struct SystemCalls {

@@ -2,8 +2,10 @@
 // For whoever debugs a file system or a format: every question of the target and every answer
 // to it as a line, and writes held at the door of the store until somebody lets them go.
 
+import BlockIO
+import DiskModel
 import Glibc
-import Posix
+import SystemIO
 import Target
 
 /// What whoever debugs wants of a disk. What is named is opened at once, while this process can.

@@ -15,10 +15,12 @@
 // - One commit plan at a time; flushes that come meanwhile wait their turn.
 // - A placement that the target refuses is taken back from the format at once.
 
+package import BlockIO
+package import DiskFormats
+package import DiskModel
 import Glibc
-package import ImageFormats
-package import Posix
-package import Target
+import SystemIO
+import Target
 package import WorkerLink
 
 /// How a disk is, and why.

@@ -2,7 +2,7 @@
 // A connected end of the worker link: typed messages out, messages and descriptors in.
 
 import Glibc
-package import Posix
+package import SystemIO
 
 /// What a descriptor on the link is.
 package enum LinkRole: String, Sendable, CaseIterable {

@@ -2,7 +2,7 @@
 // What a worker has measured of the requests that it serves itself: fields of its report that a
 // worker of an earlier version does not send.
 
-package import Posix
+package import SystemIO
 
 /// Bytes, times and latencies of requests since the worker started.
 package struct ReportedTimes: Sendable, Equatable {

@@ -3,7 +3,7 @@
 
 import ArgumentParser
 import Glibc
-import Posix
+import SystemIO
 import Worker
 import WorkerLink
 

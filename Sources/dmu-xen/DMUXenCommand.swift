@@ -4,7 +4,7 @@
 
 import ArgumentParser
 import Daemon
-import Posix
+import SystemIO
 
 /// dmu-xen.
 package enum Program {

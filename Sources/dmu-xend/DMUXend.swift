@@ -3,8 +3,8 @@
 
 import ArgumentParser
 import Daemon
-import Posix
 import Glibc
+import SystemIO
 
 /// dmu-xend.
 package enum Program {

@@ -2,9 +2,9 @@
 // dscow_tool: the arguments of the commands in DscowTool.
 
 import ArgumentParser
+import DiskFormats
 import Glibc
-import ImageFormats
-import Posix
+import SystemIO
 
 struct Tool: ParsableCommand {
   static let configuration = CommandConfiguration(
@@ -36,7 +36,7 @@ struct BaseFormat: ParsableArguments {
   @Option(
     name: [.customShort("F"), .customLong("base-format")],
     help: "The base's format; unless given, its first bytes say, and it may name no file.",
-    completion: .list(DiskFormats.all.names))
+    completion: .list(FormatList.all.names))
   var baseFormat: String?
   @Flag(help: "Refuse to open any file that the store or the base names.")
   var untrusted = false

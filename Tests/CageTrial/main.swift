@@ -7,7 +7,7 @@
 
 import CTrials
 import Glibc
-import Posix
+import SystemIO
 import Worker
 
 private func fail(_ text: String) -> Never {

@@ -2,11 +2,13 @@
 // Disks of other formats, whose images name further files: what the configuration allows, and
 // that it is remembered by the next worker and the next daemon.
 
+import BlockIO
 import Daemon
+import Fakes
 import Glibc
-import Posix
-import TestSupport
+import SystemIO
 import Testing
+import TestSupport
 
 private let hasQemu = access("/usr/bin/qemu-img", X_OK) == 0
 

@@ -3,10 +3,10 @@
 // in the end exactly the right workers run, and nothing else is left.
 
 import Daemon
+import Fakes
 import Glibc
-import Posix
-import TestSupport
 import Testing
+import TestSupport
 
 @Suite(.serialized, .enabled(if: Programs.arePresent, "the programs have to be built first"))
 struct ChurnTests {

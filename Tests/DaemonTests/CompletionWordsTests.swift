@@ -2,8 +2,8 @@
 // What shells are offered: the daemon's disks, and specs.
 
 import Foundation
-import TestSupport
 import Testing
+import TestSupport
 
 @testable import Daemon
 

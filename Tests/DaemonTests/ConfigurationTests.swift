@@ -3,9 +3,8 @@
 
 import Glibc
 import Logging
-import Posix
-import TestSupport
 import Testing
+import TestSupport
 
 @testable import Daemon
 

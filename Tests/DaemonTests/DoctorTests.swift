@@ -3,8 +3,8 @@
 // a folder.
 
 import Foundation
-import TestSupport
 import Testing
+import TestSupport
 
 @testable import Daemon
 

@@ -2,11 +2,12 @@
 // Workers that an image or a guest has taken over, played: what they may do to their own disk, and
 // that it goes no further.
 
+import BlockIO
 import Daemon
 import Glibc
-import Posix
-import TestSupport
+import SystemIO
 import Testing
+import TestSupport
 
 @Suite(.serialized, .enabled(if: Programs.arePresent, "the programs have to be built first"))
 struct HostileWorkerTests {

@@ -5,11 +5,11 @@
 // machine lives there is a log. What a machine's death leaves is for the power-cut tests.
 
 import Daemon
+import Fakes
 import Glibc
-import Posix
 import Synchronization
-import TestSupport
 import Testing
+import TestSupport
 
 private let hasStrace = access("/usr/bin/strace", X_OK) == 0
 

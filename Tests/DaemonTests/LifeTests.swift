@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // The life of disks, with real workers: coming, being served, trouble, going.
 
+import BlockIO
 import Daemon
+import Fakes
 import Glibc
-import Posix
-import TestSupport
 import Testing
+import TestSupport
 
 @Suite(.serialized, .enabled(if: Programs.arePresent, "the programs have to be built first"))
 struct LifeTests {

@@ -2,11 +2,13 @@
 // The lock that lets one daemon run: against a daemon that lives, one that is gone, and one that
 // can do nothing any more but keeps its descriptors.
 
-@testable import Daemon
+import BlockIO
 import Glibc
-import Posix
-import TestSupport
+import SystemIO
 import Testing
+import TestSupport
+
+@testable import Daemon
 
 @Suite struct LockTests {
   @Test("A second daemon is refused while the first lives, and comes after it")

@@ -2,11 +2,13 @@
 // Disks that are served by their nodes: the daemon's part, with a device-mapper and workers
 // that are played.
 
+import BlockIO
 import Daemon
+import Fakes
 import Glibc
-import Posix
-import TestSupport
+import SystemIO
 import Testing
+import TestSupport
 
 @Suite(.serialized, .enabled(if: Programs.arePresent, "the programs have to be built first"))
 struct MappedTests {

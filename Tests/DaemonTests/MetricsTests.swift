@@ -2,11 +2,12 @@
 // Metrics of a daemon that runs: over its socket, over HTTP, in a file, and as a real Prometheus
 // scrapes them. One disk has a real worker by nbd, the other a device of the stand-in.
 
+import Fakes
 import Foundation
 import Glibc
-import Posix
-import TestSupport
+import SystemIO
 import Testing
+import TestSupport
 
 @testable import Daemon
 

@@ -2,9 +2,9 @@
 // Metrics as text, rates and their table, without a daemon.
 
 import Glibc
-import Posix
-import TestSupport
+import SystemIO
 import Testing
+import TestSupport
 
 @testable import Daemon
 

@@ -3,7 +3,7 @@
 // Source: the NBD protocol, "Transmission phase".
 
 import Glibc
-import Posix
+import SystemIO
 
 /// The worker at the other end does not serve any more, or not in time.
 struct WireEnded: Error, CustomStringConvertible {

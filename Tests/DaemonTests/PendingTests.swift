@@ -3,11 +3,14 @@
 // never comes up, a daemon that is killed, a domain that is destroyed. Until it is in the store
 // it is in the store's pending log, which everybody respects.
 
+import BlockIO
 import Daemon
+import Fakes
 import Glibc
-import Posix
-import TestSupport
+import LinuxBlock
+import SystemIO
 import Testing
+import TestSupport
 
 private let hasStrace = access("/usr/bin/strace", X_OK) == 0
 

@@ -3,10 +3,11 @@
 // with xenstore's own tools.
 
 import Daemon
+import Fakes
 import Glibc
-import Posix
-import TestSupport
+import SystemIO
 import Testing
+import TestSupport
 
 @Suite(
   .serialized, .enabled(if: Programs.arePresent, "the programs have to be built first"),
@@ -20,7 +21,7 @@ struct ScriptTests {
   private func run(
     _ world: World, _ action: String, _ disk: FakeDisk,
     toolstack: [String] = ["xl", "-v", "create", "guest.cfg"]
-  ) async throws -> Posix.ExitStatus? {
+  ) async throws -> SystemIO.ExitStatus? {
     let scripts = world.folder.file("scripts")
     let programs = world.folder.file("bin")
     if mkdir(scripts, 0o755) == 0 {

@@ -3,9 +3,10 @@
 // that names the thing, the reason and the remedy.
 
 import Daemon
+import Fakes
 import Glibc
-import TestSupport
 import Testing
+import TestSupport
 
 @Suite(.serialized, .enabled(if: Programs.arePresent, "the programs have to be built first"))
 struct SentenceTests {

@@ -3,10 +3,10 @@
 
 import Glibc
 import Logging
-import Posix
 import Synchronization
-import TestSupport
+import SystemIO
 import Testing
+import TestSupport
 
 @testable import Daemon
 

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The grammar of specs: every good shape, and every malformed one with its own reason.
 
-import TestSupport
 import Testing
+import TestSupport
 
 @testable import Daemon
 

@@ -2,10 +2,11 @@
 // Workers die, daemons are stopped and started: the disks go on.
 
 import Daemon
+import Fakes
 import Glibc
-import Posix
-import TestSupport
+import SystemIO
 import Testing
+import TestSupport
 
 @Suite(.serialized, .enabled(if: Programs.arePresent, "the programs have to be built first"))
 struct SupervisionTests {

@@ -2,11 +2,13 @@
 // What an admin meets: stores that are missing, disks that cannot be had or cannot go, and what
 // status says of them.
 
+import BlockIO
 import Daemon
+import Fakes
 import Glibc
-import Posix
-import TestSupport
+import SystemIO
 import Testing
+import TestSupport
 
 @Suite(.serialized, .enabled(if: Programs.arePresent, "the programs have to be built first"))
 struct TroubleTests {

@@ -3,9 +3,9 @@
 
 import Glibc
 import Logging
-import Posix
-import TestSupport
+import SystemIO
 import Testing
+import TestSupport
 import WorkerLink
 
 @testable import Daemon

@@ -2,8 +2,8 @@
 // What the daemon tells xenstored of itself: that mark makes the next look believe that a disk that
 // is not there was taken away.
 
-import TestSupport
 import Testing
+import TestSupport
 import XenStore
 
 @testable import Daemon

@@ -4,9 +4,9 @@
 
 import Daemon
 import Glibc
-import Posix
-import TestSupport
+import SystemIO
 import Testing
+import TestSupport
 
 @Suite(
   .serialized,

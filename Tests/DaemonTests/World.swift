@@ -4,12 +4,12 @@
 // sockets (StandInAttacher).
 
 import Daemon
-import Dispatch
+import Fakes
 import Glibc
-import Posix
 import Synchronization
-import TestSupport
+import SystemIO
 import Testing
+import TestSupport
 
 /// Where the programs are that this test run was built with.
 enum Programs {
@@ -60,15 +60,6 @@ func isAlive(_ pid: Int32) -> Bool {
     let text = try SmallFile.read("/proc/\(pid)/stat")
     return text.split(separator: ")").last?.dropFirst().first != "Z"
   } catch { return false }
-}
-
-/// Runs what may block on a thread of its own, never on one of the few that tasks share.
-func blocking<Value: Sendable>(
-  _ body: @escaping @Sendable () throws -> Value
-) async throws -> Value {
-  try await withCheckedThrowingContinuation { continuation in
-    DispatchQueue.global().async { continuation.resume(with: Result { try body() }) }
-  }
 }
 
 /// One host.

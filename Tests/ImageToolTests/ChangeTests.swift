@@ -2,11 +2,13 @@
 // Commit, rebase and resize under power cuts and failing calls: what the image showed before it
 // shows afterwards, and what was begun can be done again.
 
+import BlockIO
+import DiskFormats
+import Fakes
 import Foundation
-import ImageFormats
-import Posix
-import TestSupport
+import SystemIO
 import Testing
+import TestSupport
 
 @testable import ImageTool
 
@@ -143,7 +145,7 @@ struct Trio {
     do {
       let source = try FileStore(path: bench.path("b"), writable: false)
       let file = try FileStore(path: bench.path("top"), writable: true)
-      let kind = try DiskFormats.all.probe(file)
+      let kind = try FormatList.all.probe(file)
       let image = try Chain(
         file, kind: kind, resolve: ImageSource.resolver(writing: [file.name], untrusted: false)
       ).disk(writable: true)

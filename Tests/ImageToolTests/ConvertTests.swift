@@ -2,8 +2,8 @@
 // dmu-img convert, with qemu-img as the judge of what came out.
 
 import Foundation
-import TestSupport
 import Testing
+import TestSupport
 
 @Suite struct ConvertTests {
   static let targets: [[String]] = [

@@ -2,11 +2,13 @@
 // dmu-img onto block devices that hold something else, with sectors of 512 and 4096 bytes: what is
 // made there reads as its source, or as zeroes, in every byte, here and by QEMU.
 
+import BlockIO
+import DiskFormats
 import Foundation
-import ImageFormats
-import Posix
-import TestSupport
+import LinuxBlock
+import SystemIO
 import Testing
+import TestSupport
 
 @Suite(.serialized, .enabled(if: geteuid() == 0, "loop devices need root"))
 struct DeviceTests {

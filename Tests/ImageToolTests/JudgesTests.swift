@@ -3,9 +3,8 @@
 // python3-vmdkstream writes what is read here. `lab/prerequisites test` installs them.
 
 import Foundation
-import Posix
-import TestSupport
 import Testing
+import TestSupport
 
 /// Programs that are not QEMU.
 enum Judges {

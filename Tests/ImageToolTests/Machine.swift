@@ -2,7 +2,9 @@
 // Several files on one simulated medium: a process that works on them may be killed, or the power
 // of all of them may go, at any step.
 
-import Posix
+import BlockIO
+import Fakes
+import SystemIO
 import TestSupport
 
 /// Files of a machine. Used from one thread.

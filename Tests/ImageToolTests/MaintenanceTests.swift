@@ -2,12 +2,14 @@
 // Commit, rebase, resize and repair of every format, killed and cut off at every step: the image
 // shows what it did, or what it shall, and the same command done again comes to a good end.
 
+import BlockIO
 import Foundation
-import Posix
-import TestSupport
+import SystemIO
 import Testing
+import TestSupport
 
-@testable import ImageFormats
+@testable import DiskFormats
+
 @testable import ImageTool
 
 /// What a command works on: an image over a base that may be longer, and another base.

@@ -2,11 +2,12 @@
 // Files that are no images: FIFOs, sockets, devices, files of 8 EiB; and files that an image of
 // unknown origin names. A tool refuses or ends; it never waits.
 
+import BlockIO
+import DiskFormats
 import Foundation
-import ImageFormats
-import Posix
-import TestSupport
+import SystemIO
 import Testing
+import TestSupport
 
 @Suite struct OddFileTests {
   /// A program that is not done by then waits for ever, even on a busy machine.

@@ -1,20 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 // What shells are offered after -o is what the formats take.
 
-import ImageFormats
+import DiskFormats
 import ImageTool
 import Testing
 
 @Suite struct OptionWordsTests {
   /// The refusal of an unknown option names those that there are.
-  @Test(arguments: DiskFormats.all.kinds) func namesAreThoseThatAreTaken(kind: ImageKind) throws {
+  @Test(arguments: FormatList.all.kinds) func namesAreThoseThatAreTaken(kind: ImageKind) throws {
     let said = try Bench().tool("create", "-f", kind.name, "-o", "unheard-of=1", "disk", "1M")
     let known = (ImageOptions.known(of: kind) + ImageOptions.common).map(\.name).sorted()
     #expect(said.error.hasSuffix(": it has \(known.joined(separator: ", "))\n"), "\(said.error)")
   }
 
   /// Every value that is offered is taken.
-  @Test(arguments: DiskFormats.all.kinds) func valuesAreTaken(kind: ImageKind) throws {
+  @Test(arguments: FormatList.all.kinds) func valuesAreTaken(kind: ImageKind) throws {
     let bench = try Bench()
     for (name, values) in ImageOptions.known(of: kind) {
       for value in values {

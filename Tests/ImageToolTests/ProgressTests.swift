@@ -3,9 +3,9 @@
 
 import Foundation
 import Glibc
-import Posix
-import TestSupport
+import SystemIO
 import Testing
+import TestSupport
 
 @testable import ImageTool
 

@@ -2,11 +2,13 @@
 // What the tools do not do: write guesses down, follow what only looks like an image, replace what
 // is in use, or leave a name with nothing behind it.
 
+import BlockIO
+import DiskFormats
+import Fakes
 import Foundation
-import ImageFormats
-import Posix
-import TestSupport
+import SystemIO
 import Testing
+import TestSupport
 
 @testable import ImageTool
 

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Sizes on the command line: what qemu-img takes, and what it makes of it.
 
+import DiskFormats
 import Foundation
-import ImageFormats
 import Testing
 
 @Suite("Sizes") struct SizeTests {

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // The built dmu-img, qemu-img as its judge, and a folder for both.
 
+import BlockIO
+import DiskFormats
 import Foundation
-import ImageFormats
-import Posix
+import SystemIO
 import TestSupport
 
 /// A folder, and programs run in it.

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Several stores on one simulated disk, so that the power goes for all of them at once.
 
-import Posix
+import BlockIO
+import SystemIO
 import TestSupport
 
 /// A stretch of another store. As a device, it keeps its length.

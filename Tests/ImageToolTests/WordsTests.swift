@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // What dmu-img prints: golden maps, JSON that qemu-img prints as well, and the way it ends.
 
+import BlockIO
 import Foundation
-import Posix
-import TestSupport
 import Testing
+import TestSupport
 
 @Suite struct WordsTests {
   /// A chain of two, with data, zeroes and holes.

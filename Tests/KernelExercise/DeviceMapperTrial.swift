@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-import DeviceMapper
+import BlockIO
 import Glibc
-import Posix
+import LinuxBlock
+import SystemIO
 
 private let kibibyte: UInt64 = 2
 

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
+import BlockIO
 import Glibc
-import Posix
+import LinuxBlock
+import SystemIO
 
 func tryLoopDevices() throws {
   let file = try scratchFile("loop.img", bytes: 1 << 20)

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Files and loop devices to try things on.
 
+import BlockIO
 import Glibc
-import Posix
+import SystemIO
 
 /// A file of so many bytes, of nothing, in the lab's memory.
 func scratchFile(_ name: String, bytes: UInt64) throws -> FileStore {

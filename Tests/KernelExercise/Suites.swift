@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The suites of the contract against the module, and side by side with UserTarget.
 
+import BlockIO
 import Glibc
-import Posix
+import LinuxBlock
 import Target
 import TargetTrials
 

@@ -2,9 +2,10 @@
 // The daemon's part in a disk that the kernel serves: a worker that is started with
 // descriptors, waits for a node, is killed and replaced.
 
-import DeviceMapper
+import BlockIO
 import Glibc
-import Posix
+import LinuxBlock
+import SystemIO
 import WorkerLink
 
 private let programs = String(cString: getenv("DMU_PROGRAMS"))

@@ -3,9 +3,8 @@
 // of the contract's suites against a real kernel. Says nothing but notes when all holds; else
 // one line, and ends with 1.
 
-import DeviceMapper
 import Glibc
-import Posix
+import LinuxBlock
 
 func complain(_ line: String) -> Never {
   let bytes = Array(("kernel-exercise: " + line + "\n").utf8)

@@ -12,8 +12,9 @@
 //   fill-log      fills the file system of its pending log
 //   need:PATHS    asks for these files, separated by commas, before it is ready
 
+import BlockIO
 import Glibc
-import Posix
+import SystemIO
 import WorkerLink
 
 struct Hostile {

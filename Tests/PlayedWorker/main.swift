@@ -6,7 +6,7 @@
 // environment variable PLAYED makes it a hostile one: see Hostile.swift.
 
 import Glibc
-import Posix
+import SystemIO
 import WorkerLink
 
 private final class Played {

@@ -2,7 +2,7 @@
 // A pipe that nobody reads and that takes nothing more.
 
 import Glibc
-package import Posix
+package import SystemIO
 
 /// Its writing end, which waits for ever whoever writes to it.
 package final class FullPipe: Sendable {

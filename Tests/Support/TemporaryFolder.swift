@@ -2,7 +2,7 @@
 // A folder for one test, removed with all that is in it.
 
 import Glibc
-package import Posix
+package import SystemIO
 
 /// A new empty folder; goes when this object goes.
 package final class TemporaryFolder: Sendable {

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // The locks of blocks against a table with an entry for every block.
 
-import Posix
-@testable import Target
-import TestSupport
+import DiskModel
 import Testing
+import TestSupport
+
+@testable import Target
 
 /// Locks over requests that hold, release and wait at random.
 private struct LockWalk {

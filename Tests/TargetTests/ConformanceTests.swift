@@ -2,12 +2,14 @@
 // The rules of docs/target.md, one by one, and the lab's random traces, against UserTarget. The
 // kernel lab runs the same functions against the module.
 
+import DiskModel
+import Fakes
 import Glibc
-import Posix
+import SystemIO
 import Target
 import TargetTrials
-import TestSupport
 import Testing
+import TestSupport
 
 @Suite struct ConformanceTests {
   @Test(arguments: Rules.all.map(\.name)) func rule(_ name: String) throws {

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // The map of extents against a table with an entry for every block.
 
-import Posix
-@testable import Target
-import TestSupport
+import DiskModel
 import Testing
+import TestSupport
+
+@testable import Target
 
 @Suite struct ExtentMapTests {
   static let blocks = 3000

@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // Rounds of flushes: each way through their states, and random ones against a list.
 
+import DiskModel
+import Fakes
 import Glibc
-import Posix
-@testable import Target
-import TestSupport
 import Testing
+import TestSupport
+
+@testable import Target
 
 /// Rounds over a store, moved by hand.
 private final class Rounds {

@@ -2,10 +2,11 @@
 // Which of a format's devices the kernel knows. That the kernel takes what comes of it is the
 // kernel lab's to show (its scenario `formats`): there is no kernel here.
 
+import DiskModel
 import DMU
-import Posix
-import TestSupport
+import Fakes
 import Testing
+import TestSupport
 
 @testable import Target
 

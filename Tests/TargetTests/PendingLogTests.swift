@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // The memory file is right after any store, and is never trusted.
 
+import BlockIO
+import DiskModel
 import Glibc
-import Posix
-@testable import Target
-import TestSupport
 import Testing
+import TestSupport
+
+@testable import Target
 
 @Suite struct PendingLogTests {
   static let size: UInt64 = 1 << 40

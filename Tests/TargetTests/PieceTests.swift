@@ -2,12 +2,15 @@
 // Blocks that are put together in several pieces: nothing of it is seen before all is there, and
 // the memory does not grow with the block.
 
+import BlockIO
+import DiskModel
+import Fakes
 import Glibc
-import Posix
-@testable import Target
 import TargetTrials
-import TestSupport
 import Testing
+import TestSupport
+
+@testable import Target
 
 /// 8 blocks of 8 sectors, copied two sectors at a time; block b at sector 8 + 8 b of the store.
 @Suite struct PieceTests {

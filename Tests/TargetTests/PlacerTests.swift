@@ -1,11 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // A placement's way, step by step, and blocks that are put together in any number of pieces.
 
+import BlockIO
+import DiskModel
+import Fakes
 import Glibc
-import Posix
-@testable import Target
-import TestSupport
 import Testing
+import TestSupport
+
+@testable import Target
 
 /// A placer over a store and a base of 16 blocks of 4 KiB. Block b's place is b + 1.
 private final class Placing {

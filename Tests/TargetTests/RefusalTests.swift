@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Rule 10: an answer that is wrong is refused and changes nothing.
 
+import DiskModel
 import Glibc
-import Posix
 import Target
 import TargetTrials
-import TestSupport
 import Testing
+import TestSupport
 
 @Suite struct RefusalTests {
   let driver: UserTargetDriver

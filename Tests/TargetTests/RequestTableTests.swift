@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // The table of requests against a list that is looked through from its start for everything.
 
+import DiskModel
 import Glibc
-import Posix
-@testable import Target
-import TestSupport
 import Testing
+import TestSupport
+
+@testable import Target
 
 /// What a table of requests should do, said slowly.
 private struct RequestModel {

@@ -4,12 +4,14 @@
 // bring exactly what the requests before it have left; what was acknowledged survives every
 // kill of the worker, flushed or not.
 
+import Fakes
 import Glibc
-import Posix
-@testable import Target
+import SystemIO
 import TargetTrials
-import TestSupport
 import Testing
+import TestSupport
+
+@testable import Target
 
 /// What each sector may hold, in the order of requests.
 private struct TraceModel {

@@ -3,7 +3,8 @@
 // both: `UserTargetDriver` the engine in user space over simulated devices,
 // `KernelTargetDriver` the module in the kernel that runs.
 
-package import Target
+package import DiskModel
+import Target
 
 /// A disk of an engine under test, over a store (device 0) and a base (device 1) that the
 /// test can look into. The base holds stamp 1000 + n in sector n. One thread.

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Rules 5, 7 and 8: commit on flush, the worker's death, suspending.
 
+import DiskModel
 import Glibc
-import Posix
 import Target
 import TestSupport
 

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Grants: first writes that an engine places by itself. One that takes none refuses them all.
 
+import DiskModel
 import Glibc
-import Posix
 import Target
 import TestSupport
 

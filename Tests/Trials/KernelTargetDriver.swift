@@ -14,12 +14,14 @@
 // - What the kernel refuses that ought not to be refused ends the process: a trial has no
 //   way to go on.
 
+import BlockIO
 import CTrials
+package import DiskModel
 import DMU
-import DeviceMapper
 import Glibc
-import Posix
-package import Target
+import LinuxBlock
+import SystemIO
+import Target
 import TestSupport
 
 /// The module in the kernel that runs, as the suites drive it. Needs root, and the lab.

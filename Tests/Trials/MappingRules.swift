@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Rules 1 to 4, 6 and 10: one mapping, one request, one invalidation.
 
+import DiskModel
 import Glibc
-import Posix
 import Target
 import TestSupport
 

@@ -5,8 +5,8 @@
 // The disk has 8 blocks of 8 sectors; the store keeps block b at sector 8 + 8 b. A fault may be
 // for fewer blocks than its request still wants: the engines differ there, and may.
 
+import DiskModel
 import Glibc
-import Posix
 import Target
 import TestSupport
 

@@ -4,7 +4,7 @@
 // blocks is by another seed. Every read is compared with a naive model, and so is the whole
 // disk at the end: two engines that pass the same trace hold the same bytes.
 
-import Posix
+import DiskModel
 import Target
 import TestSupport
 

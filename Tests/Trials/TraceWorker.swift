@@ -6,8 +6,8 @@
 // A set of committed blocks is all its metadata. What a discard does depends on the block
 // alone, so that the contents of the disk follow from the requests.
 
+import DiskModel
 import Glibc
-import Posix
 import Target
 import TestSupport
 

@@ -1,11 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // The engine in user space over simulated devices, moved by hand.
 
+package import BlockIO
+package import DiskModel
+package import Fakes
 import Glibc
-package import Posix
 package import Synchronization
+package import SystemIO
 package import Target
-package import TestSupport
+import TestSupport
 
 /// A store that counts its flushes.
 package final class CountingStore: ByteStore {

@@ -2,10 +2,12 @@
 // A store on a block device with sectors of 512 or 4096 bytes: zeroes at any alignment. Needs
 // root, for a loop device.
 
+import BlockIO
 import Glibc
-import Posix
-import TestSupport
+import LinuxBlock
+import SystemIO
 import Testing
+import TestSupport
 import WorkerLink
 
 @Suite("Stores on block devices", .serialized, .enabled(if: geteuid() == 0))

@@ -2,13 +2,13 @@
 // cowd by hand on a Unix socket: what it says, what it refuses, what it leaves.
 
 import Glibc
-import Posix
-import TestSupport
+import SystemIO
 import Testing
+import TestSupport
 
 @Suite("By hand") struct ByHandTests {
   private func run(_ arguments: [String], _ folder: TemporaryFolder) throws
-    -> (status: Posix.ExitStatus?, messages: String)
+    -> (status: SystemIO.ExitStatus?, messages: String)
   {
     let cowd = try CowdProcess(arguments, folder: folder)
     let status = try cowd.process.wait(milliseconds: 10_000)

@@ -2,14 +2,15 @@
 // The worker's cage: what it may not call ends it; every format and every order of the link works
 // in it; what it costs.
 
+import BlockIO
 import Glibc
-import Posix
-import TestSupport
+import SystemIO
 import Testing
+import TestSupport
 import WorkerLink
 
 @Suite("The worker's cage", .serialized) struct CageTests {
-  private func trial(_ call: String) throws -> Posix.ExitStatus? {
+  private func trial(_ call: String) throws -> SystemIO.ExitStatus? {
     var command = Command(try program("cage-trial"), [call])
     // What a call is made on, where it is allowed.
     let null = try Descriptor(path: "/dev/null", flags: O_RDWR)

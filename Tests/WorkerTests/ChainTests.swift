@@ -2,11 +2,12 @@
 // Images of other formats, and chains of them, served by cowd: QEMU's tools make them and
 // judge what is left of them.
 
+import BlockIO
+import DiskFormats
 import Glibc
-import ImageFormats
-import Posix
-import TestSupport
+import SystemIO
 import Testing
+import TestSupport
 import WorkerLink
 
 /// A store that QEMU made, over the stamped base of `TestImage`.

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // cowd as a real process, by hand and supervised; the test plays the daemon.
 
+import BlockIO
+import DiskFormats
 import Glibc
-import ImageFormats
-import Posix
-import TestSupport
+import SystemIO
 import Testing
+import TestSupport
 import WorkerLink
 
 /// Where built programs are: `DMU_BIN_DIR`, or beside this one.
@@ -52,7 +53,7 @@ final class TestImage {
 
   static func stamp(_ sector: Int) -> UInt64 { baseStamp + UInt64(sector) }
 
-  func model() -> DiskModel { DiskModel(sectors: sectors) { Self.stamp($0) } }
+  func model() -> NaiveDisk { NaiveDisk(sectors: sectors) { Self.stamp($0) } }
 
   /// Throws what `dscow_tool check` calls damage.
   func check() throws {

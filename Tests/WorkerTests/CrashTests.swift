@@ -5,12 +5,15 @@
 // last flush confirmed or something written since, and after a death everything that was
 // acknowledged; what nobody wrote reads as the base.
 
+import BlockIO
+import DiskFormats
+import DiskModel
+import Fakes
 import Glibc
-import ImageFormats
-import Posix
+import SystemIO
 import Target
-import TestSupport
 import Testing
+import TestSupport
 import Worker
 
 /// The order in which a commit is done.
@@ -155,7 +158,7 @@ private final class CrashRun {
   let order: CommitOrder
   let errors: Int32
   var random: SplitMix64
-  var model: DiskModel
+  var model: NaiveDisk
   var disk: SimulatedDisk
   let base: MemoryStore
   private var stamp: UInt64 = 1 << 32
@@ -182,7 +185,7 @@ private final class CrashRun {
     // What is left of the base's last sector, when it ends within one, are zeroes.
     base = MemoryStore(
       "base", bytes: Self.contents(whole) + [UInt8](repeating: 0, count: tail))
-    model = DiskModel(sectors: sectors) { $0 < whole ? UInt64($0 + 1) : 0 }
+    model = NaiveDisk(sectors: sectors) { $0 < whole ? UInt64($0 + 1) : 0 }
     disk = SimulatedDisk("store", size: 16384 + (sectors / 8 + 1) * Self.blockSize)
     try Dscow.create(
       store: disk, base: base, baseName: "base", blockSize: UInt32(Self.blockSize),

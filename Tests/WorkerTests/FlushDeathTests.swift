@@ -4,10 +4,12 @@
 // flush has lost may be confirmed by the next. Needs root: for loop devices and a small tmpfs
 // under them, whose want of space is the medium's failure.
 
+import BlockIO
 import Glibc
-import Posix
-import TestSupport
+import LinuxBlock
+import SystemIO
 import Testing
+import TestSupport
 import WorkerLink
 
 @Suite("Killed in a flush", .serialized, .enabled(if: geteuid() == 0)) struct FlushDeathTests {

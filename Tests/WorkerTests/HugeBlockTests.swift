@@ -2,11 +2,12 @@
 // VHD images with the largest blocks that there are, served by cowd: a first write copies or
 // zeroes a block of 256 MiB, and the worker's memory does not notice.
 
+import BlockIO
+import DiskFormats
 import Glibc
-import ImageFormats
-import Posix
-import TestSupport
+import SystemIO
 import Testing
+import TestSupport
 
 @Suite("Huge blocks", .serialized) struct HugeBlockTests {
   private static let blockSize: UInt64 = 256 << 20

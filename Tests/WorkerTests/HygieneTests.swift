@@ -1,13 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // What cowd, and the tools in its file, must not be made of.
 
+import BlockIO
 import Glibc
-import Posix
+import LinuxBlock
+import SystemIO
 import Testing
 
 @Suite("What cowd is made of") struct HygieneTests {
   private static let rooms = [
-    "CLinux", "Posix", "DeviceMapper", "DMU", "ImageFormats", "Target", "WorkerLink", "Worker",
+    "CLinux", "DiskModel", "SystemIO", "BlockIO", "LinuxBlock", "DMU", "DiskFormats", "Target",
+    "NBDServer", "WorkerLink", "Worker",
     "cowd", "ImageTool", "dmu-img", "dscow_tool", "DiskPrograms",
   ]
 

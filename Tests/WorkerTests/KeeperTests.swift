@@ -2,10 +2,11 @@
 // The two processes of cowd by hand: the worker in its cage, and the keeper that opens files for
 // it and believes nothing of what it says. The played worker here is a hostile image's.
 
+import BlockIO
 import Glibc
-import Posix
-import TestSupport
+import SystemIO
 import Testing
+import TestSupport
 import WorkerLink
 
 @Suite("A keeper") struct KeeperTests {

@@ -2,12 +2,14 @@
 // What the kernel would be given of an image of each kind. That it takes it is the kernel lab's
 // to show (its scenario `formats`).
 
+import BlockIO
+import DiskFormats
+import DiskModel
 import Glibc
-import ImageFormats
-import Posix
+import SystemIO
 import Target
-import TestSupport
 import Testing
+import TestSupport
 import WorkerLink
 
 @testable import Worker

@@ -2,12 +2,14 @@
 // The kernel's own nbd driver as client. Runs where there is one: as root, with `modprobe
 // nbd`; elsewhere these tests are skipped and the Xen lab does their work.
 
+import BlockIO
+import DiskFormats
 import Glibc
-import ImageFormats
-import Posix
+import LinuxBlock
 import Synchronization
-import TestSupport
+import SystemIO
 import Testing
+import TestSupport
 import WorkerLink
 
 private func hasKernel() -> Bool {

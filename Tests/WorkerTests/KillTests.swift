@@ -3,9 +3,8 @@
 // nobody wrote reads as the base, and the image is sound.
 
 import Glibc
-import Posix
-import TestSupport
 import Testing
+import TestSupport
 
 @Suite("Killed by hand", .serialized) struct KillTests {
   private static let kills = getenv("DMU_KILLS").flatMap { Int(String(cString: $0)) } ?? 30

@@ -2,10 +2,11 @@
 // Who may open what while somebody else has it: between this project's programs, and between
 // them and QEMU's, either way.
 
+import BlockIO
 import Glibc
-import Posix
-import TestSupport
+import SystemIO
 import Testing
+import TestSupport
 
 @Suite("Locks") struct LockTests {
   private let folder: TemporaryFolder

@@ -1,13 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // That the loop's thread never waits for an image's metadata, for every kind of image.
 
+import BlockIO
+import DiskFormats
+import Fakes
 import Glibc
-import ImageFormats
-import Posix
 import Synchronization
+import SystemIO
 import Target
-import TestSupport
 import Testing
+import TestSupport
 import WorkerLink
 
 @testable import Worker
@@ -162,7 +164,7 @@ private final class Guest: RequestOwner {
   }
 
   private func compare(
-    _ kind: MadeStore, _ path: String, _ image: TestImage, _ model: DiskModel
+    _ kind: MadeStore, _ path: String, _ image: TestImage, _ model: NaiveDisk
   ) throws {
     // With the stores as they are: QEMU does not know a dscow.
     let disk = try Chain(

@@ -2,10 +2,11 @@
 // A store that fills up: the writes wait, the daemon is told, and when there is room again they go
 // on by themselves; or they fail, where that is wanted. Needs root, to mount a small file system.
 
+import BlockIO
 import Glibc
-import Posix
-import TestSupport
+import SystemIO
 import Testing
+import TestSupport
 import WorkerLink
 
 @Suite("No space", .serialized, .enabled(if: geteuid() == 0)) struct NoSpaceTests {

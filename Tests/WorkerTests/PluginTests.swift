@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Formats in shared libraries: the example and the manual's own are built and served.
 
+import BlockIO
 import Glibc
-import Posix
-import TestSupport
+import SystemIO
 import Testing
+import TestSupport
 
 private let hasCompiler = access("/usr/bin/cc", X_OK) == 0
 

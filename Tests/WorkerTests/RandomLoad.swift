@@ -2,9 +2,8 @@
 // Random requests against a model: what a guest may see, checked on every reply.
 
 import Glibc
-import Posix
-import TestSupport
 import Testing
+import TestSupport
 
 /// A load that goes on over a client that may die and be replaced.
 final class RandomLoad {
@@ -13,7 +12,7 @@ final class RandomLoad {
     let sectors: Range<Int>
     let stamp: UInt64
     let fua: Bool
-    var write: DiskModel.Write?
+    var write: NaiveDisk.Write?
     var flush: Int?
 
     var data: [UInt8] {
@@ -21,7 +20,7 @@ final class RandomLoad {
     }
   }
 
-  var model: DiskModel
+  var model: NaiveDisk
   var random: SplitMix64
   /// Replies so far.
   private(set) var replies = 0
@@ -51,7 +50,7 @@ final class RandomLoad {
   /// the same sectors (nor does a kernel's), and nothing is trimmed, so that every answer is
   /// determined.
   init(
-    _ model: DiskModel, seed: UInt64, longest: Int, repeats: Bool, stripe: Stripe? = nil
+    _ model: NaiveDisk, seed: UInt64, longest: Int, repeats: Bool, stripe: Stripe? = nil
   ) {
     self.model = model
     self.stripe = stripe

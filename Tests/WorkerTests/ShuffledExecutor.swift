@@ -2,8 +2,9 @@
 // Backing I/O of a target under test: operations that were started are done in any order and
 // their ends told in any order, by the choice of a seed.
 
+import BlockIO
 import Glibc
-import Posix
+import SystemIO
 import TestSupport
 
 /// An executor over byte stores. Nothing happens but in `attempt` and `step`.

@@ -3,9 +3,9 @@
 // before the next worker comes with the pending log.
 
 import Glibc
-import Posix
-import TestSupport
+import SystemIO
 import Testing
+import TestSupport
 import WorkerLink
 
 @Suite("A store that was changed", .serialized, .enabled(if: hasQemu))

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // A supervised worker over its link, with the test as daemon and as kernel.
 
+import BlockIO
+import DiskFormats
 import Glibc
-import ImageFormats
-import Posix
-import TestSupport
+import SystemIO
 import Testing
+import TestSupport
 import WorkerLink
 
 @Suite("Supervised", .serialized) struct SupervisedTests {

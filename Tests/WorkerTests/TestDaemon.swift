@@ -3,9 +3,9 @@
 // workers, and plays the kernel's nbd driver at the other end of the socket.
 
 import Glibc
-import Posix
-import TestSupport
+import SystemIO
 import Testing
+import TestSupport
 import WorkerLink
 
 /// One disk and its worker of the moment.

@@ -3,7 +3,7 @@
 // which waits. Source: the NBD protocol, doc/proto.md.
 
 import Glibc
-import Posix
+import SystemIO
 
 /// A client of one connection.
 final class TestNBDClient {

@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
+import BlockIO
+import DiskFormats
+import DiskModel
+import Fakes
 import Glibc
-import ImageFormats
-import Posix
+import SystemIO
 import Target
-import TestSupport
 import Testing
+import TestSupport
 import Worker
 import WorkerLink
 

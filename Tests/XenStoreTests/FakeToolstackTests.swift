@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
-import TestSupport
+import Fakes
 import Testing
+import TestSupport
 import XenStore
 
 @Suite("The stand-in for the toolstack", .timeLimit(.minutes(2))) struct FakeToolstackTests {

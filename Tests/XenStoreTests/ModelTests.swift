@@ -3,8 +3,8 @@
 // A random run of requests, each compared with a naive model: a dictionary from path to value and
 // permissions, where making a node makes its parents and removing one removes all below it.
 
-import TestSupport
 import Testing
+import TestSupport
 import XenStore
 
 /// The model. Its rules are xenstored's, written down as simply as possible.

@@ -2,8 +2,8 @@
 
 import Glibc
 import Synchronization
-import TestSupport
 import Testing
+import TestSupport
 
 @testable import XenStore
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-import TestSupport
 import Testing
+import TestSupport
 import XenStore
 
 @Suite("Requests") struct RequestTests {

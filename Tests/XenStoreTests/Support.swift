@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
 import Synchronization
-import TestSupport
 import Testing
+import TestSupport
 import XenStore
 
 /// A client of one xenstored. Suites that need special limits change the configuration.

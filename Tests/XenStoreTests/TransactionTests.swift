@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
 import Synchronization
-import TestSupport
 import Testing
+import TestSupport
 import XenStore
 
 @Suite("Transactions") struct TransactionTests {

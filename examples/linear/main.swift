@@ -10,7 +10,7 @@
 
 import DMU
 import Glibc
-import Posix
+import SystemIO
 
 /// Writes a line at once.
 func say(_ line: String) {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The commands that ask the daemon.
 
-internal import Posix
 import Glibc
+internal import SystemIO
 
 /// Commands over the control socket.
 package struct ClientCommands: Sendable {

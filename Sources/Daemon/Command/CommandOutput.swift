@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // What every command has in common: where text goes and how it ends.
 
-internal import Posix
 import Glibc
+internal import SystemIO
 
 /// How a command ended, as its exit status.
 package enum CommandStatus: Int32, Sendable {

@@ -2,7 +2,7 @@
 // What a shell is offered while a command is being typed: what the daemon knows of disks, and specs.
 // A shell has no place for an error: where something cannot be found out, nothing is offered.
 
-internal import Posix
+internal import SystemIO
 internal import WorkerLink
 
 /// Words for a shell to complete.

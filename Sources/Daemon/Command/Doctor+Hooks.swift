@@ -2,8 +2,8 @@
 // What the toolstack needs of this host when it attaches a disk: the block script, what that calls,
 // and the driver by which a bootloader in this domain reads a guest's disk.
 
-internal import Posix
 import Glibc
+internal import SystemIO
 
 extension Doctor {
   private static let scripts = "/etc/xen/scripts"

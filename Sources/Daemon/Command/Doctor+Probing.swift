@@ -2,8 +2,8 @@
 // What keeps dom0 from interpreting what guests write on their disks: udev's rules, the nbd
 // driver's parameter, LVM's filter.
 
-internal import Posix
 import Glibc
+internal import SystemIO
 
 extension Doctor {
   /// The filter for lvm.conf: LVM's commands scan devices by themselves, whatever udev does.

@@ -3,11 +3,11 @@
 // other, each with what to do when it fails, and disks in trouble and what is left of former ones.
 // Changes nothing but what `clean` was told to.
 
-internal import DeviceMapper
-internal import Posix
+import Glibc
+internal import LinuxBlock
+internal import SystemIO
 internal import WorkerLink
 internal import XenStore
-import Glibc
 
 /// Examines a host.
 package struct Doctor: Sendable {

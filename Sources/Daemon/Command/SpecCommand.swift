@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // `dmu-xen spec check`: a spec in plain words, and what is there of it now.
 
-internal import Posix
 import Glibc
 
 /// Explains specs.

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // top and log: what disks do now, and what was said of one.
 
-internal import Posix
 import Glibc
+internal import SystemIO
 
 extension ClientCommands {
   /// Prints what disks do, again after each interval; a terminal is cleared before. `once`: one

@@ -2,8 +2,8 @@
 // What an admin may set, with every default. etc/dmu-xen.toml says the same in words, and
 // a test holds the two together.
 
+internal import BlockIO
 package import Logging
-internal import Posix
 package import WorkerLink
 
 /// The daemon's configuration: a value, replaced whole by a reload.

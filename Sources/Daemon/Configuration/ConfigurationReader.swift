@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // From the text of the configuration file to a Configuration, all or nothing.
 
-internal import Posix
-internal import TOMLKit
 import Glibc
+import SystemIO
+internal import TOMLKit
 
 extension Configuration {
   /// Reads a file. One that does not exist gives the defaults. Throws the first error.

@@ -2,8 +2,8 @@
 // The client's end of the control socket: blocking, one request at a time, no threads.
 
 internal import FoundationEssentials
-internal import Posix
 import Glibc
+internal import SystemIO
 
 /// A connection to the daemon.
 package struct ControlClient: ~Copyable {

@@ -7,7 +7,7 @@
 //   anything that fails                -> {"ok":false,"error":"one sentence","code":"in-use"}
 
 internal import FoundationEssentials
-internal import Posix
+internal import SystemIO
 
 /// What a client asks.
 package struct ControlRequest: Codable, Sendable, Equatable {

@@ -9,13 +9,13 @@
 //   nobody but itself waits for a client.
 
 internal import FoundationEssentials
+import Glibc
 internal import Logging
 internal import NIOCore
 internal import NIOPosix
-internal import Posix
 internal import ServiceLifecycle
-import Glibc
 import Synchronization
+internal import SystemIO
 
 /// Answers the admin's commands and the block scripts.
 struct ControlServer: Service {
@@ -96,7 +96,7 @@ struct ControlServer: Service {
       // Whoever waits for a disk asks the next daemon.
       Task { await reconciler.refuseAllWaiters() }
     }
-    guard unlink(path) == 0 || errno == ENOENT else { throw Posix.IOError.last("remove", path) }
+    guard unlink(path) == 0 || errno == ENOENT else { throw SystemIO.IOError.last("remove", path) }
   }
 
   /// A client's connection, and what cuts it off when it is silent.
@@ -124,7 +124,7 @@ struct ControlServer: Service {
       }
     } catch is LineTooLong {
       log.warning("a client sent too long a line and was cut off")
-    } catch let error as Posix.IOError {
+    } catch let error as SystemIO.IOError {
       log.warning("a client was cut off", metadata: ["error": "\(error)"])
     } catch {
       // Clients come and go: one that leaves in the middle is nobody's trouble.
@@ -134,7 +134,7 @@ struct ControlServer: Service {
 
   private func isAllowed(_ channel: any Channel) async throws -> Bool {
     guard let provider = channel as? any SocketOptionProvider else {
-      throw Posix.IOError(ENOTSUP, "examine the peer of", path)
+      throw SystemIO.IOError(ENOTSUP, "examine the peer of", path)
     }
     let peer: PeerWords = try await provider.unsafeGetSocketOption(
       level: .socket, name: .init(rawValue: SO_PEERCRED)

@@ -8,14 +8,14 @@
 // - Connections are bounded in number and in silence. A client that does not read is cut off.
 // - If it cannot listen, disks are served all the same.
 
+import Glibc
 internal import Logging
 internal import NIOCore
 internal import NIOHTTP1
 internal import NIOPosix
-internal import Posix
 internal import ServiceLifecycle
-import Glibc
 import Synchronization
+internal import SystemIO
 
 /// Serves metrics.
 struct MetricsServer: Service {
@@ -39,7 +39,7 @@ struct MetricsServer: Service {
         server.close(promise: nil)
       }
       if case .unix(let path) = address, unlink(path) != 0, errno != ENOENT {
-        throw Posix.IOError.last("remove", path)
+        throw SystemIO.IOError.last("remove", path)
       }
     } catch {
       log.error(
@@ -52,7 +52,7 @@ struct MetricsServer: Service {
 
   /// The reason, with what to do about it.
   private func why(_ error: any Error) -> String {
-    let code = (error as? NIOCore.IOError)?.errnoCode ?? (error as? Posix.IOError)?.code
+    let code = (error as? NIOCore.IOError)?.errnoCode ?? (error as? SystemIO.IOError)?.code
     switch code {
     case EAFNOSUPPORT, EPERM, EACCES:
       return "\(error): let dmu-xend's unit use this family of addresses, or give a Unix socket"

@@ -3,8 +3,8 @@
 // remedy. The words stand here and nowhere else; hotplug-error, status and log all show
 // the same sentence.
 
-internal import Posix
 import Glibc
+internal import SystemIO
 
 /// A disk that failed, and why.
 package struct DiskFailure: Error, Sendable, Hashable, CustomStringConvertible {

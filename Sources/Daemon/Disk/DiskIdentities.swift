@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Whether the files that have the names of a disk's files are still those that it was started with.
 
-internal import Posix
-
 extension DiskIdentities {
   /// Throws when a store or a base that was opened by its name is another one than the disk was
   /// started with. What is not known is not compared.

@@ -5,9 +5,9 @@
 // It lies in the disk's directory together with `link`, the socket that the worker listens
 // on.
 
-internal import Posix
-internal import WorkerLink
 import Glibc
+internal import SystemIO
+internal import WorkerLink
 
 /// Which files a disk was started with, whatever has their names by now.
 struct DiskIdentities: Sendable, Equatable {

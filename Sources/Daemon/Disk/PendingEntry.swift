@@ -5,9 +5,10 @@
 //
 // Invariant: a log that holds something is removed only by order of the admin.
 
-internal import Posix
-internal import WorkerLink
+internal import BlockIO
 import Glibc
+internal import SystemIO
+internal import WorkerLink
 
 /// What is remembered of the disk that a pending log belongs to.
 struct PendingInfo: Sendable, Equatable {

@@ -2,10 +2,10 @@
 // The log, to stderr: under systemd with the journal's priorities, on a terminal with the
 // time. Facts follow the message as KEY=VALUE, in the order of their keys.
 
-package import Logging
-internal import Posix
 import Glibc
+package import Logging
 import Synchronization
+internal import SystemIO
 
 /// The least serious level that is logged, for the whole process.
 package enum LogLevel {

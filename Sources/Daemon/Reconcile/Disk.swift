@@ -2,7 +2,8 @@
 // One row of the reconciler's table: everything that is held for a disk. Not Sendable on
 // purpose: only the reconciler, an actor, touches it.
 
-internal import Posix
+internal import BlockIO
+internal import SystemIO
 internal import WorkerLink
 
 /// A disk that the daemon knows.

@@ -5,11 +5,12 @@
 // time), when it answers on its link, and when it gives the descriptors back. In any other
 // case it is ended and replaced, which a guest sees as a pause at most.
 
-internal import DeviceMapper
-internal import Logging
-internal import Posix
-internal import WorkerLink
+internal import BlockIO
 import Glibc
+internal import LinuxBlock
+internal import Logging
+internal import SystemIO
+internal import WorkerLink
 
 extension Reconciler {
   /// Takes over every disk that has a directory, then what else the kernel has of ours, and

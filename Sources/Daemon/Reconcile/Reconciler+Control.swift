@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the control socket asks of the reconciler.
 
-internal import DeviceMapper
+import BlockIO
+import Glibc
+internal import LinuxBlock
 internal import Logging
-internal import Posix
+internal import SystemIO
 internal import WorkerLink
 internal import XenStore
-import Glibc
 
 extension Reconciler {
   /// A block script's `add`: takes the disk up and waits until it is served or has failed.

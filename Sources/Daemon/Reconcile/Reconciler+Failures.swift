@@ -3,10 +3,10 @@
 // disk is tried again or an admin has them forgotten. The next daemon finds them in a file.
 
 internal import FoundationEssentials
-internal import Logging
-internal import Posix
-internal import XenStore
 import Glibc
+internal import Logging
+internal import SystemIO
+internal import XenStore
 
 extension Reconciler {
   /// The most that are remembered; the oldest go first.

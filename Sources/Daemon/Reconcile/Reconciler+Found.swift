@@ -6,12 +6,13 @@
 // open, or may hold writes that are in no image, is left alone and told of. Only the rest is
 // ended.
 
-internal import DeviceMapper
+internal import BlockIO
+import Glibc
+internal import LinuxBlock
 internal import Logging
-internal import Posix
+internal import SystemIO
 internal import WorkerLink
 internal import XenStore
-import Glibc
 
 /// A device of ours that belongs to no disk.
 struct StrayDevice: Sendable {

@@ -3,9 +3,10 @@
 // have), pending logs, nodes in xenstore. Nothing of it goes by itself; `dmu-xen doctor --clean`
 // removes it piece by piece.
 
-internal import DeviceMapper
+import BlockIO
+internal import LinuxBlock
 internal import Logging
-internal import Posix
+internal import SystemIO
 internal import XenStore
 
 /// Something that is left of a disk.

@@ -12,10 +12,11 @@
 //
 // A crash between any two of these leaves the log as it is.
 
-internal import Logging
-internal import Posix
-internal import WorkerLink
+internal import BlockIO
 import Glibc
+internal import Logging
+internal import SystemIO
+internal import WorkerLink
 
 extension PendingRegistry {
   /// Throws when a file may not be used, since a disk's writes to it are still in a log other than

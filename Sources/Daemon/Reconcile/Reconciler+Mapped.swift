@@ -7,12 +7,13 @@
 // kernel keeps device, mapping and questions when a worker dies: another one gets the node, and
 // nothing is done to the device.
 
-internal import DeviceMapper
-internal import Logging
-internal import Posix
-internal import WorkerLink
+import BlockIO
 import Glibc
+internal import LinuxBlock
+internal import Logging
 import Synchronization
+internal import SystemIO
+internal import WorkerLink
 
 /// A file or device that a disk stands on, and how its worker wishes it to be used.
 struct DiskBacking: Sendable {

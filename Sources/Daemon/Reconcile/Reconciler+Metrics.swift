@@ -2,9 +2,8 @@
 // Metrics: status, and the latencies of disks that the kernel serves. Those cost each request a
 // little, so the kernel measures only while somebody asks.
 
-internal import DeviceMapper
+internal import LinuxBlock
 internal import Logging
-internal import Posix
 
 extension Reconciler {
   /// As `status`, with what was measured.

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // What an admin asks of pending logs: committing them, and giving them up.
 
+internal import BlockIO
 internal import Logging
-internal import Posix
+internal import SystemIO
 
 extension Reconciler {
   /// Commits the logs of a store, given by its path or the log's key, or every one for nil.

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // The way of a disk from nothing to being served, and back to nothing when a step fails.
 
+import BlockIO
+import Glibc
 internal import Logging
-internal import Posix
+internal import SystemIO
 internal import WorkerLink
 internal import XenStore
-import Glibc
 
 /// Why a start does not go on.
 private enum StartStop: Error {

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // The way of a disk from being served to nothing.
 
+internal import BlockIO
 internal import Logging
-internal import Posix
-internal import WorkerLink
 import Synchronization
+internal import SystemIO
+internal import WorkerLink
 
 /// Files of a disk that goes, until a thread of their own has closed them.
 private final class HeldFiles: Sendable {

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Workers: starting one, hearing its news, replacing it when it dies.
 
-internal import Logging
-internal import Posix
-internal import WorkerLink
+import BlockIO
 import Glibc
+internal import Logging
+internal import SystemIO
+internal import WorkerLink
 
 extension Reconciler {
   /// Starts a worker with the disk's descriptors and waits until its image is open.

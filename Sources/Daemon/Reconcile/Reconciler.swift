@@ -8,10 +8,9 @@
 // - Whatever blocks is done on Offload's threads, never on the actor.
 // - A disk is only taken down after a look at xenstore that succeeded.
 
-internal import Logging
-internal import Posix
-internal import XenStore
 import Glibc
+internal import Logging
+internal import XenStore
 
 /// Owns every disk.
 package actor Reconciler {

@@ -10,7 +10,7 @@
 //   one, and what is missing in it was not taken away. Every look asks for that first, and we
 //   tell a new store of ourselves only when the disks that it does not know are marked.
 
-internal import Posix
+internal import SystemIO
 internal import XenStore
 
 /// What one look found out about a disk.

@@ -2,12 +2,12 @@
 // The whole daemon as a group of services: xenstore's events, the reconciler's looks, the
 // control socket, signals. They start in this order and end in the reverse one.
 
+import Glibc
 internal import Logging
-internal import Posix
 internal import ServiceLifecycle
+internal import SystemIO
 internal import UnixSignals
 internal import XenStore
-import Glibc
 
 /// dmu-xend.
 package struct Daemon: Sendable {

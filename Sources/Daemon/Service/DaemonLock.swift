@@ -10,8 +10,9 @@
 //
 // Who finds BYTE locked by a process that is ending takes the byte after it.
 
-internal import Posix
+internal import BlockIO
 import Glibc
+internal import SystemIO
 
 /// A lock that is held as long as this lives, or, after a kill, as long as the process can still do
 /// anything.

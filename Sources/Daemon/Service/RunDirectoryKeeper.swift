@@ -2,10 +2,10 @@
 // The run directory of a daemon that runs: when somebody has wiped it, it is made anew. Disks go on
 // meanwhile, since what they need is open; nobody could ask for them, though.
 
-internal import Logging
-internal import Posix
 import Glibc
+internal import Logging
 import Synchronization
+internal import SystemIO
 
 /// Looks after the run directory.
 final class RunDirectoryKeeper: Sendable {

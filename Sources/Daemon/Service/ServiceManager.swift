@@ -10,10 +10,10 @@
 //   thread of Offload, so it delays its disk and no ping.
 // - No report waits for the service manager.
 
-internal import Logging
-internal import Posix
-internal import ServiceLifecycle
 import Glibc
+internal import Logging
+internal import ServiceLifecycle
+internal import SystemIO
 
 /// The service manager that started this process.
 final class ServiceManager: Sendable {

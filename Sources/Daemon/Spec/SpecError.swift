@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Everything that can be wrong with a spec, each with its own words.
 
-internal import Posix
+internal import DiskModel
+internal import SystemIO
 
 /// A spec that cannot be read, and why.
 package struct SpecError: Error, Sendable, Hashable, CustomStringConvertible {

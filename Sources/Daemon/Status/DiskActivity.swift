@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // What is counted and measured of a disk beyond what status shows.
 
-internal import Posix
+internal import SystemIO
 internal import WorkerLink
 
 /// Counts of a disk since its worker started or, with dm, since its device was made. What is not

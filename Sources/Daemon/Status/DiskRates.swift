@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // What a disk does now: two looks at its counters, and the time between them.
 
-internal import Posix
+import SystemIO
 
 /// Rates of a disk over an interval. What is not known is absent: a disk whose worker was replaced
 /// meanwhile begins to count anew.

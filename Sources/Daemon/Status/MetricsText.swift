@@ -11,7 +11,7 @@
 //
 // Invariant: no two samples have one name and the same labels.
 
-internal import Posix
+internal import SystemIO
 
 /// The format of metrics.
 package enum MetricsFormat: String, Sendable, CaseIterable {

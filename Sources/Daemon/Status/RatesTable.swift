@@ -3,7 +3,7 @@
 // disks that have no line are counted in the last one.
 
 import Glibc
-internal import Posix
+internal import SystemIO
 
 /// Renders rates for people.
 package enum RatesTable {

@@ -1,0 +1,419 @@
+// SPDX-License-Identifier: Apache-2.0
+// The engine of the contract in the kernel: the same words, said to /dev/dmu/NAME.
+//
+// Invariants:
+// - One thread. The module checks every answer; what it refuses has changed nothing.
+// - The module counts marks on across workers, a format starts from what it restores. Marks
+//   beyond those of the dump are therefore moved by `shift`, both ways.
+// - The module takes marks only in their order. An answer that has to wait (KernelTarget+Bytes)
+//   therefore holds up those with later marks.
+// - What may be written lies within its file: see `cover`.
+// - Nothing is granted where an answer may have to wait: its mark would be overtaken.
+// - A node that fails (the device is gone) yields no more faults; `failure` says why.
+
+import BlockIO
+package import DiskModel
+package import DMU
+import Glibc
+package import SystemIO
+
+/// The contract over the device-mapper target `userspace`.
+package final class KernelTarget: TargetEngine {
+  /// Runs blocking work elsewhere, and `then` on the target's thread with its failure.
+  package typealias Offload = (
+    _ work: @escaping @Sendable () -> IOError?, _ then: @escaping (IOError?) -> Void
+  ) -> Void
+
+  /// Bytes of a block.
+  package let blockSize: UInt32
+  /// Length in 512-byte sectors.
+  package let sectors: UInt64
+  /// Whether it can place first writes by itself: this module does, and it knows all devices.
+  package let takesGrants: Bool
+  /// Why the node is of no use any more.
+  package internal(set) var failure: IOError?
+  /// How the disk is.
+  package internal(set) var health = DiskHealth.ready
+  var trouble = DiskTrouble()
+  /// What becomes of a write that finds no space.
+  package var space = SpacePolicy(waits: false) {
+    didSet {
+      trouble.waits = space.waits
+      health = trouble.health
+      // An older module refuses it, and fails what fails.
+      do throws(IOError) {
+        _ = try node.answer([.holdFailed(space.waits)])
+      } catch { failure = error }
+    }
+  }
+  /// Errors of writes that were told by device, and may be told again of a placement.
+  private var toldWrites = 0
+  /// The question of failed writes that wait for space; 0: none.
+  var held: FaultID = 0
+  /// Blocks that could not be carried for want of space, each to be tried again.
+  var starving: [Turn] = []
+  /// The descriptor to wait on: readable when there are faults.
+  package var descriptor: Int32 { node.descriptor.raw }
+
+  let node: Node
+  let devices: KernelDevices
+  let offload: Offload
+  private var restored: [Extent] = []
+  /// The greatest mark of the dump, and how far later ones are moved.
+  private var dumped: Mark = 0
+  private var shift: Mark = 0
+  private var highest: Mark = 0
+  /// Unanswered discards: their answers are said otherwise.
+  var discards: Set<FaultID> = []
+  /// What unanswered reads want.
+  var reads: [FaultID: Message.Request] = [:]
+  /// How long the files are known to be, by the kernel's numbers.
+  private var lengths: [UInt64]
+  /// Faults that are not the module's.
+  var news: [Fault] = []
+  /// Answers in the order of their marks, the first of which waits.
+  var turns: [Turn] = []
+  /// Reads through user space that have not begun, and how many have.
+  var queue: [Reading] = []
+  var reading = 0
+
+  /// Shakes hands with the module and takes up what a former worker left. Throws: what the
+  /// node says; EPROTO when it speaks another version; EINVAL when what it has uncommitted
+  /// cannot be of these devices.
+  package init(
+    _ node: Node, _ devices: KernelDevices, offload: @escaping Offload
+  ) throws(IOError) {
+    self.node = node
+    self.devices = devices
+    self.offload = offload
+    lengths = devices.known.map(\.store.size)
+    let results = try node.answer([.getVersion, .dump])
+    guard results == [0, 0] else {
+      throw IOError(results.first { $0 != 0 } ?? EPROTO, "shake hands with", "a dmu node")
+    }
+    var geometry: Message.Geometry?
+    var last: Mark?
+    var found: [Extent] = []
+    while last == nil || geometry == nil {
+      guard let message = try node.next(within: 10_000) else {
+        throw IOError(ETIMEDOUT, "shake hands with", "a dmu node")
+      }
+      switch message {
+      case .version(let it): geometry = it
+      case .uncommitted(let it): found.append(try Self.extent(it, devices))
+      case .dumpDone(let mark): last = mark
+      default: break
+      }
+    }
+    guard let geometry, geometry.version == 1 else {
+      throw IOError(EPROTO, "shake hands with", "a dmu node")
+    }
+    blockSize = geometry.blockSectors * 512
+    sectors = geometry.sectors
+    takesGrants = geometry.takesGrants && devices.isComplete
+    restored = found
+    dumped = found.last?.mark ?? 0
+    highest = dumped
+    shift = (last ?? 0) - dumped
+  }
+
+  private static func extent(
+    _ it: Message.Uncommitted, _ devices: KernelDevices
+  ) throws(IOError) -> Extent {
+    let said: Place =
+      it.device == DMU.Answer.zeroDevice ? .zero : .device(it.device, sector: it.sector)
+    guard let place = devices.restore(said) else {
+      throw IOError(EINVAL, "take up block \(it.block) of", "a dmu node")
+    }
+    return Extent(
+      BlockRange(it.block, it.count), place, writable: it.writable, mark: it.mark)
+  }
+
+  /// What the module had uncommitted when this worker came.
+  package func uncommitted() -> [Extent] { restored }
+
+  private func toKernel(_ mark: Mark) -> Mark { mark > dumped ? mark + shift : mark }
+  private func fromKernel(_ mark: Mark) -> Mark {
+    mark > dumped + shift ? mark - shift : min(mark, dumped)
+  }
+
+  // MARK: Faults
+
+  /// The next fault; nil when there is none now, or when the node has failed.
+  package func nextFault() -> Fault? {
+    guard failure == nil else { return nil }
+    if !news.isEmpty { return news.removeFirst() }
+    do throws(IOError) {
+      while let message = try node.next() {
+        if let fault = try fault(of: message) { return fault }
+      }
+    } catch {
+      failure = error
+    }
+    return nil
+  }
+
+  private func fault(of message: Message) throws(IOError) -> Fault? {
+    switch message {
+    case .fault(let id, let block, let count, let write, let whole, let request):
+      let blocks = BlockRange(block, count)
+      if write { return .write(id, blocks: blocks, whole: whole) }
+      reads[id] = request
+      return .read(id, blocks: blocks)
+    case .flush(let id, let mark): return .flush(id, upTo: fromKernel(mark))
+    case .discard(let id, let block, let count, let zeroing):
+      discards.insert(id)
+      return .discard(id, blocks: BlockRange(block, count), zeroing: zeroing)
+    case .writesFailed(let id, let code):
+      try hold(id, code)
+      return nil
+    case .deviceError(let device, let write, let code):
+      if write { toldWrites += 1 }
+      noteFailure(code, device, isRead: !write)
+      return nil
+    case .mapError(let block, let mark, let code):
+      // A block that could not be carried along is told of no device.
+      if toldWrites > 0 { toldWrites -= 1 } else { noteFailure(code, 0, isRead: false) }
+      return .mapError(block: block, mark: fromKernel(mark), code: code)
+    case .invalidateDone(let block, let count): return .invalidateDone(BlockRange(block, count))
+    case .placed(let it):
+      var extent = try Self.extent(it, devices)
+      extent.mark = fromKernel(extent.mark)
+      noteMark(extent.mark)
+      return .placed(extent)
+    case .flushFailed(let code):
+      noteFlushes(code)
+      return nil
+    case .syncDone, .version, .statistic, .uncommitted, .dumpDone, .unknown: return nil
+    }
+  }
+
+  // MARK: Answers
+
+  /// Takes an answer. Throws what the module had against it, and then nothing has changed. One
+  /// that has to wait for bytes, or for such a one before it, is taken before it is given: if it
+  /// comes to nothing its requests fail, and a mark is told as `mapError`.
+  package func answer(_ answer: DiskModel.Answer) throws(AnswerRefusal) {
+    switch answer {
+    case .map(let id, let placement, let temporary):
+      try map(id, placement, temporary, answer)
+    case .prime(let extent): try prime(extent, answer)
+    case .done(let id, let blocks): try give(.done(id: id, count: blocks), answer)
+    case .fail(let id, let code): try give(.fail(id: id, code: code), answer)
+    case .flushDone(let id): try give(.flushDone(id: id), answer)
+    case .invalidate(let blocks):
+      try give(.invalidate(block: blocks.first, count: blocks.count), answer)
+    }
+  }
+
+  private func map(
+    _ id: FaultID, _ placement: Placement, _ isTemporary: Bool, _ answer: DiskModel.Answer
+  ) throws(AnswerRefusal) {
+    let found = placement.extent
+    let (place, count) = devices.translate(found.place, blocks: found.blocks.count)
+    guard let place else {
+      guard case .device(let number, let sector) = found.place, let request = reads[id],
+        let store = devices.store(number)
+      else { throw refusal(answer, ENXIO) }
+      reads[id] = nil
+      read(Reading(id: id, block: found.blocks.first, store, at: sector * 512, request))
+      return
+    }
+    guard found.mark == 0 || count == found.blocks.count else { throw refusal(answer, ENXIO) }
+    let blocks = BlockRange(found.blocks.first, count)
+    let extent = Extent(blocks, place, writable: found.writable, mark: found.mark)
+    try cover(extent, answer)
+    guard !discards.contains(id), case .copy(let from) = placement.preparation else {
+      let preparation = discards.contains(id) ? .none : placement.preparation
+      return try take(said(id, extent, preparation, isTemporary), answer)
+    }
+    if let source = devices.translate(from, blocks: 1).place {
+      return try take(said(id, extent, .copy(from: source), isTemporary), answer)
+    }
+    guard case .device(let number, let sector) = from, let store = devices.store(number) else {
+      throw refusal(answer, ENXIO)
+    }
+    let turn = Turn(answer, said(id, extent, .none, isTemporary))
+    turns.append(turn)
+    noteMark(extent.mark)
+    carry(from: store, at: sector * 512, to: extent, turn)
+  }
+
+  /// A mapping that nobody asked for. What has to be read through user space is left out: the
+  /// kernel asks for it.
+  private func prime(_ extent: Extent, _ answer: DiskModel.Answer) throws(AnswerRefusal) {
+    var rest = extent
+    while rest.blocks.count > 0 {
+      let (place, count) = devices.translate(rest.place, blocks: rest.blocks.count)
+      if let place {
+        let piece = Extent(
+          BlockRange(rest.blocks.first, count), place, writable: rest.writable, mark: rest.mark)
+        try cover(piece, answer)
+        try take(said(0, piece, .none, false), answer)
+      }
+      rest.blocks = BlockRange(rest.blocks.first + count, rest.blocks.count - count)
+      rest.place = rest.place.advanced(by: count * UInt64(blockSize) / 512)
+    }
+  }
+
+  /// See `TargetEngine`. The blocks' place has to be one run of one device of the kernel's.
+  package func grant(_ grant: Grant?) throws(AnswerRefusal) {
+    let said: DMU.Answer
+    let blocks = grant?.blocks ?? BlockRange(0, 0)
+    if let grant {
+      let (place, count) = devices.translate(grant.place, blocks: blocks.count)
+      guard takesGrants, let place, count == blocks.count else { throw .badBlocks(blocks) }
+      let extent = Extent(blocks, place, writable: true)
+      guard canCover(extent) else { throw .badBlocks(blocks) }
+      try cover(extent, .prime(extent))
+      said = .grant(
+        block: blocks.first, count: count, at: Self.place(place), budget: Self.budget)
+    } else {
+      said = .revoke
+    }
+    let code: Int32
+    do throws(IOError) {
+      code = try tell(said)
+    } catch {
+      failure = error
+      throw .badBlocks(blocks)
+    }
+    guard code == 0 else { throw .badBlocks(blocks) }
+  }
+
+  /// So many placements are not told at most; half of them are worth a message.
+  private static let budget: UInt32 = 8192
+
+  /// Whether the place is there, or is in a file, which can be made longer.
+  private func canCover(_ extent: Extent) -> Bool {
+    guard case .device(let number, let sector) = extent.place, Int(number) < lengths.count else {
+      return false
+    }
+    let (end, isTooFar) = (sector &* 512).addingReportingOverflow(bytes(of: extent.blocks))
+    guard sector < 1 << 54, !isTooFar else { return false }
+    guard end > lengths[Int(number)] else { return true }
+    let store = devices.known[Int(number)].store
+    return end <= store.size || (store.isWritable && (store as? FileStore)?.isBlockDevice == false)
+  }
+
+  /// Sees to it that a file is as long as what may be written in it: its loop device is longer,
+  /// and what a read finds past the file's end is not defined.
+  private func cover(_ extent: Extent, _ answer: DiskModel.Answer) throws(AnswerRefusal) {
+    guard extent.writable, case .device(let number, let sector) = extent.place else { return }
+    let end = sector * 512 + bytes(of: extent.blocks)
+    let index = Int(number)
+    guard end > lengths[index] else { return }
+    let store = devices.known[index].store
+    lengths[index] = store.size
+    guard end > lengths[index] else { return }
+    do throws(IOError) {
+      try store.resize(to: end)
+    } catch {
+      note(error.code, number, isRead: false)
+      throw refusal(answer, ENXIO)
+    }
+    lengths[index] = end
+  }
+
+  /// How many bytes of the disk are in a run of blocks.
+  func bytes(of blocks: BlockRange) -> UInt64 {
+    let start = blocks.first * UInt64(blockSize)
+    return min(blocks.count * UInt64(blockSize), max(sectors * 512, start) - start)
+  }
+
+  /// Gives an answer when it is its turn.
+  private func take(_ said: DMU.Answer, _ answer: DiskModel.Answer) throws(AnswerRefusal) {
+    let mark = Self.extent(of: answer)?.mark ?? 0
+    guard !turns.isEmpty, mark > highest else { return try give(said, answer) }
+    let turn = Turn(answer, said)
+    turn.isReady = true
+    turns.append(turn)
+    noteMark(mark)
+  }
+
+  private func noteMark(_ mark: Mark) { highest = max(highest, mark) }
+
+  func give(_ said: DMU.Answer, _ answer: DiskModel.Answer) throws(AnswerRefusal) {
+    let code: Int32
+    do throws(IOError) {
+      code = try tell(said)
+    } catch {
+      failure = error
+      throw refusal(answer, error.code)
+    }
+    guard code == 0 else { throw refusal(answer, code) }
+    switch answer {
+    case .map(let id, _, _), .done(let id, _), .fail(let id, _):
+      discards.remove(id)
+      reads[id] = nil
+    case .prime, .flushDone, .invalidate: break
+    }
+    noteMark(Self.extent(of: answer)?.mark ?? 0)
+  }
+
+  /// The errno of an answer's refusal, or 0. One that finds no memory in the kernel is given
+  /// again.
+  func tell(_ said: DMU.Answer) throws(IOError) -> Int32 {
+    var code = try node.answer(said)
+    var tries = 0
+    while code == ENOMEM || code == ENOBUFS, tries < 1000 {
+      usleep(1000)
+      tries += 1
+      code = try node.answer(said)
+    }
+    return code
+  }
+
+  /// The extent's place and the preparation's are the kernel's.
+  private func said(
+    _ id: FaultID, _ extent: Extent, _ preparation: Preparation, _ isTemporary: Bool
+  ) -> DMU.Answer {
+    let first: DMU.Answer.Preparation =
+      switch preparation {
+      case .none: .none
+      case .zero: .zero
+      case .copy(let from): .copy(from: Self.place(from))
+      }
+    // An old placement may come along with what is found: the module knows it.
+    let mark = extent.mark > highest ? toKernel(extent.mark) : 0
+    return .map(
+      id: id, block: extent.blocks.first, count: extent.blocks.count,
+      at: Self.place(extent.place), writable: extent.writable, preparation: first, mark: mark,
+      temporary: isTemporary)
+  }
+
+  private static func place(_ place: Place) -> DMU.Answer.Place {
+    switch place {
+    case .device(let number, let sector): .init(device: number, sector: sector)
+    case .zero: .zero
+    }
+  }
+
+  static func extent(of answer: DiskModel.Answer) -> Extent? {
+    switch answer {
+    case .map(_, let placement, _): placement.extent
+    case .prime(let extent): extent
+    default: nil
+    }
+  }
+
+  /// What the contract calls the module's errno.
+  private func refusal(_ answer: DiskModel.Answer, _ code: Int32) -> AnswerRefusal {
+    let extent = Self.extent(of: answer)
+    let blocks =
+      if case .invalidate(let range) = answer { range } else { extent?.blocks ?? BlockRange(0, 0) }
+    switch code {
+    case ENXIO, EROFS:
+      if case .device(let number, _)? = extent?.place { return .badDevice(number) }
+      return .badBlocks(blocks)
+    case EEXIST: return .overlap(blocks)
+    case ENOENT, ENODEV:
+      switch answer {
+      case .map(let id, _, _), .done(let id, _), .fail(let id, _), .flushDone(let id):
+        return .unknownFault(id)
+      case .prime, .invalidate: return .badBlocks(blocks)
+      }
+    default: return .badBlocks(blocks)
+    }
+  }
+}

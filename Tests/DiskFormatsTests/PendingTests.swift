@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: Apache-2.0
+// Uncommitted placements against a plain list of them: enough of one group to fill and empty many
+// shelves.
+
+import DiskModel
+import Testing
+import TestSupport
+
+@testable import DiskFormats
+
+@Suite struct PendingTests {
+  static let blocks = Int(DscowBitmap.blocksPerPage) + 2000
+
+  @Test(arguments: [1, 2, 3, 4]) func agreesWithAList(seed: UInt64) {
+    var random = SplitMix64(seed: seed)
+    var pending = PendingPlacements(
+      blocksPerGroup: DscowBitmap.blocksPerPage, blockSize: 4096)
+    var list: [PendingPlacements.Run] = []
+    var mark: Mark = 0
+    for _ in 0..<3000 {
+      // Near the end of the first page and the beginning of the second.
+      let block = UInt64(Self.blocks - 1 - random.below(4000))
+      let next = list.map(\.blocks.first).filter { $0 > block && Self.page($0) == Self.page(block) }
+        .min()
+      let holder = list.first { $0.blocks.contains(block) }
+      let found = pending.find(block)
+      #expect(found.run?.mark == holder?.mark)
+      // One that another has a block of, from before it or behind it, is refused.
+      let end = (Self.page(block) + 1) * DscowBitmap.blocksPerPage
+      let wide = BlockRange(block, min(end, next.map { $0 + 1 } ?? block + 1) - block)
+      if holder != nil || next != nil {
+        let isTaken = pending.insert(Self.run(wide, mark + 1))
+        #expect(!isTaken)
+      }
+      guard holder == nil else { continue }
+      #expect(found.next == next)
+      let room = min(next ?? UInt64.max, (Self.page(block) + 1) * DscowBitmap.blocksPerPage) - block
+      let count = min(room, UInt64(1 + random.below(3)))
+      mark += 1
+      let run = Self.run(BlockRange(block, count), mark)
+      let isTaken = pending.insert(run)
+      #expect(isTaken)
+      list.append(run)
+      guard random.below(200) == 0 else { continue }
+      let upTo = mark - min(mark, UInt64(random.below(100)))
+      Self.compare(pending.runs(upTo: upTo), list.filter { $0.mark <= upTo })
+      pending.remove { $0.mark <= upTo }
+      list.removeAll { $0.mark <= upTo }
+      #expect(pending.fresh == list.reduce(0) { $0 + $1.fresh })
+    }
+  }
+
+  static func run(_ blocks: BlockRange, _ mark: Mark) -> PendingPlacements.Run {
+    PendingPlacements.Run(blocks: blocks, offset: blocks.first * 4096, mark: mark)
+  }
+
+  static func page(_ block: UInt64) -> UInt64 { block / DscowBitmap.blocksPerPage }
+
+  static func compare(
+    _ got: [(group: UInt64, runs: [PendingPlacements.Run])], _ list: [PendingPlacements.Run]
+  ) {
+    let sorted = list.map(\.blocks).sorted { $0.first < $1.first }
+    #expect(got.flatMap { $0.runs.map(\.blocks) } == sorted)
+    #expect(got.map(\.group) == Set(sorted.map { page($0.first) }).sorted())
+  }
+}

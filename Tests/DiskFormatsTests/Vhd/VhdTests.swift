@@ -1,0 +1,177 @@
+// SPDX-License-Identifier: Apache-2.0
+// VHD images: differencing ones, which QEMU does not know, against a model; power cuts; hostile
+// bytes. What QEMU makes is in the matrix.
+
+import BlockIO
+import DiskFormats
+import Fakes
+import Foundation
+import SystemIO
+import Testing
+import TestSupport
+
+@Suite struct VhdTests {
+  /// Reads, writes, discards and flushes at random; returns what the disk then holds.
+  static func live(
+    _ engine: DeviceEngine, _ model: [UInt8], seed: UInt64, steps: Int = 120
+  ) throws -> [UInt8] {
+    var random = SplitMix64(seed: seed)
+    var model = model
+    for step in 0..<steps {
+      let first = random.below(engine.sectors)
+      let count = min(engine.sectors - first, 1 + random.below(300))
+      let bytes = (first * 512)..<((first + count) * 512)
+      switch random.below(8) {
+      case 0..<4:
+        let data = [UInt8](repeating: UInt8(1 + random.below(255)), count: count * 512)
+        try engine.write(first, data)
+        model.replaceSubrange(bytes, with: data)
+      case 4:
+        try engine.discard(first, count: count, zeroing: true)
+        model.replaceSubrange(bytes, with: repeatElement(0, count: count * 512))
+      case 5:
+        try engine.flush { try engine.write(first, [UInt8](repeating: 3, count: count * 512)) }
+        model.replaceSubrange(bytes, with: repeatElement(3, count: count * 512))
+      default: try engine.flush()
+      }
+      let at = random.below(engine.sectors)
+      let some = min(engine.sectors - at, 300)
+      #expect(
+        try engine.read(at, count: some)[...] == model[(at * 512)..<((at + some) * 512)],
+        "seed \(seed), step \(step)")
+    }
+    try engine.flush()
+    return model
+  }
+
+  @Test func differencing() throws {
+    let base = MemoryStore("base")
+    let size: UInt64 = 3 << 20
+    let uuid = [UInt8](repeating: 7, count: 16)
+    try Vhd.create(store: base, size: size, blockSize: 65536, uuid: uuid)
+    let lower = DeviceEngine(try Vhd.open(store: base, writable: true), store: base)
+    let contents = try Self.live(lower, [UInt8](repeating: 0, count: Int(size)), seed: 1)
+    let store = MemoryStore("store")
+    try Vhd.create(
+      store: store, size: size, kind: .differencing, blockSize: 65536,
+      uuid: [UInt8](repeating: 8, count: 16), base: ("base", uuid))
+    func open(_ writable: Bool) throws -> DeviceEngine {
+      let format = try Chain(store, kind: .vhd) { request in
+        #expect(request.path == "base")
+        return base
+      }.disk(writable: writable)
+      return DeviceEngine(format, store: store)
+    }
+    let engine = try open(true)
+    #expect(try engine.read(0, count: engine.sectors) == contents)
+    var model = try Self.live(engine, contents, seed: 2)
+    #expect(try open(false).read(0, count: engine.sectors) == model)
+    // As blktap leaves blocks: only some sectors are the image's own.
+    let header = try VhdHeader.read(from: store)
+    var mixed = 0
+    for block in 0..<Int(size / 65536) {
+      let entry = try store.read(at: header.tableOffset + UInt64(block) * 4, count: 4)
+      guard entry != [255, 255, 255, 255], mixed < 8 else { continue }
+      let place = entry.reduce(UInt64(0)) { $0 << 8 | UInt64($1) } * 512
+      try store.write([UInt8](repeating: 0xF0, count: 16), at: place)
+      for sector in 0..<128 where sector % 8 >= 4 {
+        let at = block * 65536 + sector * 512
+        model.replaceSubrange(at..<(at + 512), with: contents[at..<(at + 512)])
+      }
+      mixed += 1
+    }
+    #expect(mixed == 8)
+    let again = try open(true)
+    #expect(try again.read(0, count: engine.sectors) == model)
+    model = try Self.live(again, model, seed: 3)
+    #expect(try open(false).read(0, count: engine.sectors) == model)
+    #expect(try Vhd.check(store: store).isClean)
+  }
+
+  @Test func anotherBaseIsRefused() throws {
+    let base = MemoryStore("base")
+    try Vhd.create(store: base, size: 1 << 20, uuid: [UInt8](repeating: 1, count: 16))
+    let store = MemoryStore("store")
+    try Vhd.create(
+      store: store, size: 1 << 20, kind: .differencing, uuid: [UInt8](repeating: 2, count: 16),
+      base: ("base", [UInt8](repeating: 3, count: 16)))
+    let error = #expect(throws: ImageError.self) {
+      try Chain(store, kind: .vhd) { _ in base }.disk()
+    }
+    #expect(error?.code == .baseChanged)
+  }
+
+  private static func cuts(overBase: Bool) throws -> PowerCuts {
+    let fresh = MemoryStore()
+    let zeroes = [UInt8](repeating: 0, count: 16)
+    try Vhd.create(
+      store: fresh, size: UInt64(PowerCuts.sectors * 512),
+      kind: overBase ? .differencing : .dynamic, blockSize: 8192,
+      uuid: [UInt8](repeating: 1, count: 16), base: overBase ? ("base", zeroes) : nil)
+    let base = MemoryStore("base", bytes: PowerCuts.base)
+    return PowerCuts(
+      name: "vhd", image: fresh.contents(), isFull: overBase,
+      open: { try Vhd.open(store: $0, base: base, writable: $1) },
+      check: { try Vhd.check(store: $0) }, repair: { try Vhd.repair(store: $0, .all) })
+  }
+
+  @Test(arguments: [false, true]) func powerCuts(overBase: Bool) throws {
+    try Self.cuts(overBase: overBase).run(seeds: Depth.seeds(20))
+  }
+
+  @Test func powerCutsWhileResizing() throws {
+    try Self.cuts(overBase: false).runResizes(seeds: Depth.seeds(40)) { format, size in
+      try #require(format as? Vhd).resize(to: size)
+    }
+  }
+
+  @Test func brokenOrderIsFound() throws { try Self.cuts(overBase: true).findBrokenOrder() }
+
+  @Test func hostile() throws {
+    let store = MemoryStore()
+    try Vhd.create(
+      store: store, size: 1 << 20, blockSize: 65536, uuid: [UInt8](repeating: 1, count: 16))
+    _ = try Self.live(
+      DeviceEngine(try Vhd.open(store: store, writable: true), store: store),
+      [UInt8](repeating: 0, count: 1 << 20), seed: 4)
+    let image = store.contents()
+    func use(_ bytes: [UInt8]) throws {
+      let store = MemoryStore(bytes: bytes)
+      func attempt(_ body: () throws -> Void) throws {
+        do { try body() } catch is ImageError {} catch is IOError {}
+      }
+      try attempt { _ = try Vhd.check(store: store) }
+      try attempt {
+        let engine = DeviceEngine(try Vhd.open(store: store, writable: true), store: store)
+        for sector in stride(from: 0, to: min(engine.sectors, 2048) - 64, by: 64) {
+          try attempt { _ = try engine.read(sector, count: 64) }
+        }
+        try attempt { try engine.write(9, [UInt8](repeating: 5, count: 512 * 20)) }
+        try attempt { try engine.flush() }
+      }
+    }
+    for length in Depth.some(54, of: Array(0..<1600)) + [image.count - 1, image.count - 512] {
+      try use([UInt8](image[..<length]))
+    }
+    for offset in Depth.some(52, of: Array(0..<1536)) {
+      var bytes = image
+      bytes[offset] ^= 0xFF
+      try use(bytes)
+    }
+    for seed in Depth.seeds(17) {
+      var random = SplitMix64(seed: seed)
+      var bytes = image
+      for _ in 0...random.below(6) {
+        // The table and the bitmaps; and the header with its sum put right.
+        let offset = random.chance(50) ? 4096 + random.below(64) : 512 + random.below(64)
+        bytes[offset] = UInt8(truncatingIfNeeded: random.next())
+      }
+      var sum: UInt32 = 0
+      for index in 0..<1024 where !(36..<40).contains(index) { sum &+= UInt32(bytes[512 + index]) }
+      for index in 0..<4 {
+        bytes[548 + index] = UInt8(truncatingIfNeeded: ~sum >> UInt32(24 - 8 * index))
+      }
+      try use(bytes)
+    }
+  }
+}

@@ -1,0 +1,119 @@
+// SPDX-License-Identifier: Apache-2.0
+// The xenstore of a simulated host, and a daemon's view of it.
+
+import TestSupport
+
+@testable import Daemon
+@testable import XenStore
+
+/// The backend entries of the disks, and what the daemon has told.
+final class SimulatedStore: @unchecked Sendable {  // One thread.
+  /// A backend entry.
+  struct Entry {
+    var params: String
+    var readOnly = false
+    var state = "2"
+    var online = "1"
+    var hotplug: String?
+    var device: String?
+    var told: DiskNodes?
+
+    var isGoing: Bool { online == "0" || state == "5" || state == "6" }
+  }
+
+  var entries: [DiskID: Entry] = [:]
+  /// The daemon has told of itself.
+  var isKnown = false
+  /// Somebody has changed a disk's entry.
+  var changed: (DiskID) -> Void = { _ in }
+
+  func change(_ id: DiskID, _ body: (inout Entry) -> Void) {
+    guard var entry = entries[id] else { return }
+    body(&entry)
+    entries[id] = entry
+    changed(id)
+  }
+
+  func remove(_ id: DiskID) {
+    entries[id] = nil
+    changed(id)
+  }
+
+  func add(_ id: DiskID, _ entry: Entry) {
+    entries[id] = entry
+    changed(id)
+  }
+
+  fileprivate func sight(_ id: DiskID) -> Sight {
+    guard let entry = entries[id] else { return Sight(wanted: nil, exists: false, vdev: nil) }
+    let isClosed = entry.state == "6" && entry.online == "0"
+    guard !isClosed, entry.hotplug != "error" else {
+      return Sight(wanted: nil, exists: true, vdev: id.vdev)
+    }
+    let wanted = WantedDisk(
+      params: entry.params, readOnly: entry.readOnly, going: entry.isGoing)
+    return Sight(
+      wanted: wanted, exists: true, vdev: id.vdev, told: entry.told?.state.rawValue,
+      state: entry.state, device: entry.device)
+  }
+}
+
+/// A daemon's way to xenstore, which ends with it.
+struct SimulatedView: StoreView {
+  let store: SimulatedStore
+  let scheduler: SimulatedScheduler
+  let weather: Weather
+
+  private func ask<Value>(_ body: () -> Value) async throws(XenStoreError) -> Value {
+    let time = weather.callTime()
+    if time > .zero {
+      do throws(CancellationError) { try await scheduler.sleep(for: time) } catch {}
+    }
+    if scheduler.life.isDead || weather.timeline.random.chance(weather.silent) {
+      throw XenStoreError(.timedOut, "read", nil, "no answer", remedy: "wait")
+    }
+    return body()
+  }
+
+  func look(_ id: DiskID) async throws(XenStoreError) -> Sight? {
+    try await ask { store.isKnown ? store.sight(id) : nil }
+  }
+
+  func lookAll(and known: [DiskID: Sight?]) async throws(XenStoreError) -> [DiskID: Sight]? {
+    try await ask {
+      guard store.isKnown else { return nil }
+      let ids = Set(store.entries.keys).union(known.keys)
+      return Dictionary(uniqueKeysWithValues: ids.map { ($0, store.sight($0)) })
+    }
+  }
+
+  func publish(_ id: DiskID, _ nodes: DiskNodes) async throws(XenStoreError) -> Bool {
+    try await ask {
+      guard store.entries[id] != nil else { return false }
+      store.entries[id]?.told = nodes
+      return true
+    }
+  }
+
+  func toldDisks() async throws(XenStoreError) -> [DiskID] {
+    try await ask { store.entries.filter { $0.value.told != nil }.keys.sorted() }
+  }
+
+  func withdraw(_ id: DiskID) async throws(XenStoreError) {
+    try await ask { store.entries[id]?.told = nil }
+  }
+
+  func publishSelf(
+    state: String, disks: Int, pending: Int, anew: Bool
+  ) async throws(XenStoreError) -> Bool {
+    try await ask {
+      guard anew || store.isKnown else { return false }
+      store.isKnown = true
+      return true
+    }
+  }
+
+  func name(of domain: Int) async throws(XenStoreError) -> String? {
+    try await ask { "guest\(domain)" }
+  }
+}
