@@ -123,10 +123,10 @@ struct DscowBitmap {
 
   /// The page with more bits set, as bytes; runs lie within the page.
   mutating func bytes(
-    ofPage index: UInt64, adding runs: [BlockRange]
+    ofPage index: UInt64, adding runs: [PendingPlacements.Run]
   ) throws(ImageError) -> [UInt8] {
     var words = try page(index).words
-    for run in runs { Self.set(run, in: &words) }
+    for run in runs { Self.set(run.blocks, in: &words) }
     #if _endian(big)
       for word in words.indices { words[word] = words[word].littleEndian }
     #endif
@@ -134,11 +134,11 @@ struct DscowBitmap {
   }
 
   /// Notes that runs of a page have been written to the store.
-  mutating func set(_ runs: [BlockRange], inPage index: UInt64) {
+  mutating func set(_ runs: [PendingPlacements.Run], inPage index: UInt64) {
     let slot = Int(index % UInt64(cache.count))
     guard let kept = cache[slot], kept.index == index else { return }
     var words = kept.page.words
-    for run in runs { Self.set(run, in: &words) }
+    for run in runs { Self.set(run.blocks, in: &words) }
     cache[slot] = Slot(index: index, page: Page(words))
   }
 

@@ -152,7 +152,7 @@ package final class Dscow: StoredImage {
   package func commitPlan(upTo mark: Mark) throws(ImageError) -> CommitPlan {
     var writes: [CommitPlan.Write] = []
     for (page, runs) in pending.runs(upTo: mark) {
-      let bytes = try bitmap.bytes(ofPage: page, adding: runs.map(\.blocks))
+      let bytes = try bitmap.bytes(ofPage: page, adding: runs)
       writes.append(CommitPlan.Write(offset: bitmap.place(ofPage: page), bytes: bytes))
     }
     return CommitPlan(upTo: mark, stages: writes.isEmpty ? [] : [writes])
@@ -161,7 +161,7 @@ package final class Dscow: StoredImage {
   /// The plan up to this mark has run.
   package func committed(upTo mark: Mark) {
     for (page, runs) in pending.runs(upTo: mark) {
-      bitmap.set(runs.map(\.blocks), inPage: page)
+      bitmap.set(runs, inPage: page)
     }
     pending.commit(upTo: mark)
   }

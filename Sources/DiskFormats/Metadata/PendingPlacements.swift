@@ -87,7 +87,12 @@ struct PendingPlacements {
   /// The groups that have runs up to a mark, in order, with those runs.
   func runs(upTo mark: Mark) -> [(group: UInt64, runs: [Run])] {
     groups.keys.sorted().compactMap { group in
-      let runs = (groups[group] ?? []).joined().filter { $0.mark <= mark }
+      guard let shelves = groups[group] else { return nil }
+      var runs: [Run] = []
+      runs.reserveCapacity(shelves.reduce(0) { $0 + $1.count })
+      for shelf in shelves {
+        for run in shelf where run.mark <= mark { runs.append(run) }
+      }
       return runs.isEmpty ? nil : (group, runs)
     }
   }
@@ -160,28 +165,42 @@ struct PendingPlacements {
 
   /// Takes out the runs up to a mark, which are committed.
   mutating func commit(upTo mark: Mark) {
-    for run in remove(where: { $0.mark <= mark }) { committed += run.fresh }
+    let before = fresh
+    if mark >= lastMark {
+      groups.removeAll(keepingCapacity: true)
+      fresh = 0
+    } else {
+      take(where: { $0.mark <= mark }, { _ in })
+    }
+    committed += before - fresh
   }
 
   /// Takes out the runs that meet a condition and returns them.
   @discardableResult
   mutating func remove(where condition: (Run) -> Bool) -> [Run] {
     var removed: [Run] = []
+    take(where: condition) { removed.append($0) }
+    return removed
+  }
+
+  @inline(__always)
+  private mutating func take(where condition: (Run) -> Bool, _ each: (Run) -> Void) {
     for group in Array(groups.keys) {
       guard var shelves = groups[group] else { continue }
-      let before = removed.count
+      var (count, blocks) = (0, UInt64(0))
       for at in shelves.indices {
         shelves[at].removeAll { run in
           guard condition(run) else { return false }
-          removed.append(run)
+          count += 1
+          blocks += run.fresh
+          each(run)
           return true
         }
       }
-      guard removed.count > before else { continue }
+      guard count > 0 else { continue }
+      fresh -= blocks
       shelves.removeAll(where: \.isEmpty)
       groups[group] = shelves.isEmpty ? nil : shelves
     }
-    for run in removed { fresh -= run.fresh }
-    return removed
   }
 }
