@@ -32,6 +32,14 @@ func room(
 ) -> Target {
   .target(name: name, dependencies: dependencies, path: path, swiftSettings: swiftSettings)
 }
+/// The same, compiled for size: it waits, or is called once, more than it computes.
+func smallRoom(
+  _ name: String, _ dependencies: [Target.Dependency] = [], path: String? = nil
+) -> Target {
+  .target(
+    name: name, dependencies: dependencies, path: path,
+    swiftSettings: swiftSettings + [.unsafeFlags(["-Osize"], .when(configuration: .release))])
+}
 func program(
   _ name: String, _ dependencies: [Target.Dependency], path: String? = nil
 ) -> Target {
@@ -88,8 +96,8 @@ let package = Package(
     room("DiskModel"),
     room("SystemIO", ["CLinux"]),
     room("BlockIO", ["SystemIO", "CLinux"]),
-    room("LinuxBlock", ["BlockIO", "SystemIO", "CDeviceMapper", "CLinux"]),
-    room("XenStore", ["CXenStore"]),
+    smallRoom("LinuxBlock", ["BlockIO", "SystemIO", "CDeviceMapper", "CLinux"]),
+    smallRoom("XenStore", ["CXenStore"]),
     room("DMU", ["DMUProtocol", "SystemIO"]),
     // Formats and targets, which know of one another only what the model says, and the worker
     // between them.
@@ -103,23 +111,22 @@ let package = Package(
     .target(
       name: "ImageTool", dependencies: ["CLibXML2", "DiskFormats", "BlockIO", "SystemIO"],
       swiftSettings: swiftSettings + [.unsafeFlags(["-Xcc", "-I/usr/include/libxml2"])]),
-    // For size: it waits more than it computes.
-    .target(
-      name: "Daemon",
-      dependencies: [
+    smallRoom(
+      "Daemon",
+      [
         "XenStore", "WorkerLink", "LinuxBlock", "BlockIO", "SystemIO", logging, lifecycle, signals,
         toml, nio, nioPosix, nioHTTP,
-      ],
-      swiftSettings: swiftSettings + [.unsafeFlags(["-Osize"], .when(configuration: .release))]),
-    room(
+      ]),
+    smallRoom(
       "CowdArguments", ["Worker", "WorkerLink", "SystemIO", argumentParser], path: "Sources/cowd"),
-    room(
+    smallRoom(
       "DmuImgArguments", ["ImageTool", "DiskFormats", "SystemIO", argumentParser],
       path: "Sources/dmu-img"),
-    room(
+    smallRoom(
       "DscowToolArguments", ["DiskFormats", "SystemIO", argumentParser], path: "Sources/dscow_tool"),
-    room("DmuXendArguments", ["Daemon", "SystemIO", argumentParser], path: "Sources/dmu-xend"),
-    room("DmuXenArguments", ["Daemon", "SystemIO", argumentParser], path: "Sources/dmu-xen"),
+    smallRoom(
+      "DmuXendArguments", ["Daemon", "SystemIO", argumentParser], path: "Sources/dmu-xend"),
+    smallRoom("DmuXenArguments", ["Daemon", "SystemIO", argumentParser], path: "Sources/dmu-xen"),
     // Two multi-call files are installed, cowd and dmu-xend. The build has a copy of them under each
     // name that they know.
     room("DiskPrograms", ["CowdArguments", "DmuImgArguments", "DscowToolArguments", "SystemIO"]),
