@@ -22,7 +22,7 @@ package struct LoopDevice: ~Copyable, Sendable {
   private static let directIO: UInt32 = 16
 
   /// What a loop device stands on.
-  package struct Backing: Sendable, Hashable {
+  package struct File: Sendable, Hashable {
     /// The device of the file's file system, as stat(2) says it.
     package let fileSystem: UInt64
     /// The file there.
@@ -169,7 +169,7 @@ package struct LoopDevice: ~Copyable, Sendable {
   }
 
   /// What the device of an open node stands on; nil when it is free. `name` is for errors.
-  package static func backing(of node: Int32, _ name: String) throws(IOError) -> Backing? {
+  package static func backing(of node: Int32, _ name: String) throws(IOError) -> File? {
     var device: UInt64 = 0
     var inode: UInt64 = 0
     var flags: UInt32 = 0
@@ -177,11 +177,11 @@ package struct LoopDevice: ~Copyable, Sendable {
       if errno == ENXIO { return nil }
       throw IOError.last("examine", name)
     }
-    return Backing(fileSystem: device, inode: inode, isDirect: flags & directIO != 0)
+    return File(fileSystem: device, inode: inode, isDirect: flags & directIO != 0)
   }
 
   /// What this device stands on.
-  package func backing() throws(IOError) -> Backing {
+  package func backing() throws(IOError) -> File {
     guard let backing = try Self.backing(of: descriptor.raw, path) else {
       throw IOError(ENXIO, "examine", path)
     }

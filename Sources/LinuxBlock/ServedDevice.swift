@@ -120,7 +120,7 @@ package struct ServedDevice: Sendable {
     do throws(DeviceMapperError) {
       // Loop devices stay open until the table holds them.
       var loops = Loops()
-      var devices: [Userspace.Backing] = []
+      var devices: [Userspace.Device] = []
       for backing in backings {
         let number = try loops.number(of: backing)
         devices.append(.init(.number(number), readOnly: backing.readOnly))

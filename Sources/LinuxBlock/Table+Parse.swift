@@ -158,13 +158,13 @@ extension Userspace {
     let name = try fields.word("NAME")
     let block: UInt32 = try fields.number("BLOCK_SECTORS")
     let count = try fields.count("NDEVS", words: 1)
-    var devices: [Backing] = []
+    var devices: [Device] = []
     for number in 1..<(count + 1) {
       let word = try fields.word("DEV \(number)")
       let readOnly = word.hasPrefix("ro:")
       let reference = try fields.reference(
         readOnly ? String(word.dropFirst(3)) : word, "DEV \(number)")
-      devices.append(Backing(reference, readOnly: readOnly))
+      devices.append(Device(reference, readOnly: readOnly))
     }
     self.init(name: name, blockSectors: block, devices: devices)
     guard !fields.isEmpty else { return }

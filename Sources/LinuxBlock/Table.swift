@@ -260,7 +260,7 @@ package struct Flakey: Sendable, Equatable {
 /// The parameters of a device that a worker serves. Source: docs/dm-userspace.md.
 package struct Userspace: Sendable, Equatable {
   /// A backing device.
-  package struct Backing: Sendable, Equatable {
+  package struct Device: Sendable, Equatable {
     /// The device.
     package var device: DeviceReference
     /// Whether it is opened for reading only.
@@ -278,13 +278,13 @@ package struct Userspace: Sendable, Equatable {
   /// Sectors of a block: a power of two.
   package var blockSectors: UInt32
   /// The backing devices by number, 1 to 15.
-  package var devices: [Backing]
+  package var devices: [Device]
   /// After how many seconds an unanswered question fails; 0: never.
   package var faultTimeout: UInt32
 
   /// A device from its parts.
   package init(
-    name: String, blockSectors: UInt32, devices: [Backing], faultTimeout: UInt32 = 0
+    name: String, blockSectors: UInt32, devices: [Device], faultTimeout: UInt32 = 0
   ) {
     self.name = name
     self.blockSectors = blockSectors

@@ -4,21 +4,12 @@
 
 package import BlockIO
 package import DiskFormats
-
-/// A file that an image needs beside its store.
-package struct FileRequest: Sendable, Hashable {
-  /// What it is for.
-  package let role: NamedFile.Role
-  /// Its path, from the folder of the image that names it.
-  package let path: String
-  /// Whether the disk's own data is in it.
-  package let writable: Bool
-}
+package import WorkerLink
 
 /// An image that is open, and what it lives in.
 package struct OpenImage {
   /// Answers a request for a file.
-  package typealias Opener = (FileRequest) throws(ImageError) -> any ByteStore
+  package typealias Opener = (FileNeed) throws(ImageError) -> any ByteStore
 
   /// Name of its format.
   package let formatName: String
@@ -46,8 +37,8 @@ package struct OpenImage {
       let isTop = asked.from == store.name
       guard isTop, asked.role == .base else {
         let found = try opener(
-          FileRequest(
-            role: asked.role, path: Self.path(asked.path, from: asked.from),
+          FileNeed(
+            role: asked.role.rawValue, path: Self.path(asked.path, from: asked.from),
             writable: isTop && !request.readOnly))
         return GatedStore(found, gate)
       }
@@ -104,9 +95,10 @@ package struct OpenImage {
 
   private static func base(
     of store: any ByteStore, named path: String, _ request: ImageRequest
-  ) -> FileRequest {
-    FileRequest(
-      role: .base, path: request.basePath ?? Self.path(path, from: store.name), writable: false)
+  ) -> FileNeed {
+    FileNeed(
+      role: NamedFile.Role.base.rawValue,
+      path: request.basePath ?? Self.path(path, from: store.name), writable: false)
   }
 
   /// A path as an image means it: what is relative starts at the image's folder.

@@ -327,10 +327,12 @@ package final class Supervised {
     do throws(WorkerError) {
       let image: OpenImage
       do throws(WorkerError) {
-        image = try self.image(opening) { file throws(ImageError) in
-          if file.role == .base, let base = opening.base, file.path == base.name { return base }
-          let need = FileNeed(
-            role: file.role.rawValue, path: file.path, writable: file.writable)
+        image = try self.image(opening) { need throws(ImageError) in
+          if need.role == NamedFile.Role.base.rawValue, let base = opening.base,
+            need.path == base.name
+          {
+            return base
+          }
           if let found = files.first(where: { $0.need == need }) { return found.store }
           missing = need
           throw ImageError(.baseMissing, "\(need.path) is not here yet")

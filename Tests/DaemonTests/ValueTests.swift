@@ -112,10 +112,10 @@ import WorkerLink
     let record = DiskRecord(
       params: "dmu:dscow:/a%3A:/b", readOnly: true, vdev: "xvda",
       files: [
-        NamedFile(
+        AllowedFile(
           need: FileNeed(role: "base", path: "/x=y\u{E4} %", writable: false), path: "/z z",
           identity: FileIdentity("f-801-4c2")),
-        NamedFile(need: FileNeed(role: "extent", path: "a", writable: true), path: "/a"),
+        AllowedFile(need: FileNeed(role: "extent", path: "a", writable: true), path: "/a"),
       ],
       worker: 5, workerStart: 6,
       device: DeviceNode(index: 1, path: "/dev/nbd1", major: 43, minor: 32), since: 7)
@@ -156,7 +156,7 @@ import WorkerLink
     configuration.chainDepth = 3
     let policy = NamingPolicy(configuration, file: "f")
     let spec = Spec(format: "qcow2", store: folder.file("store"))
-    func allowed(_ role: String, _ path: String, writable: Bool = false) -> NamedFile? {
+    func allowed(_ role: String, _ path: String, writable: Bool = false) -> AllowedFile? {
       let need = FileNeed(role: role, path: path, writable: writable)
       do { return try policy.resolve(need, of: spec, unless: nil) } catch { return nil }
     }
@@ -187,7 +187,7 @@ import WorkerLink
     #expect(throws: DiskFailure.self) {
       try policy.check(found.need, after: [found, found], of: spec)
     }
-    let extent = NamedFile(need: FileNeed(role: "extent", path: "x", writable: true), path: "/x")
+    let extent = AllowedFile(need: FileNeed(role: "extent", path: "x", writable: true), path: "/x")
     let many = Array(repeating: extent, count: NamingPolicy.mostFiles)
     try policy.check(extent.need, after: Array(many.dropLast()), of: spec)
     #expect(throws: DiskFailure.self) { try policy.check(extent.need, after: many, of: spec) }

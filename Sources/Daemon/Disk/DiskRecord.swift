@@ -23,7 +23,7 @@ struct DiskRecord: Sendable, Equatable {
   var readOnly: Bool
   var vdev: String
   /// The files that the images named and were allowed.
-  var files: [NamedFile] = []
+  var files: [AllowedFile] = []
   var worker: Int32
   var workerStart: UInt64
   var device: DeviceNode?
@@ -69,7 +69,7 @@ struct DiskRecord: Sendable, Equatable {
   }
 
   /// The lines that remember files.
-  static func lines(_ files: [NamedFile]) -> [String] {
+  static func lines(_ files: [AllowedFile]) -> [String] {
     files.enumerated().map { index, file in
       var parts = [file.need.role, file.need.writable ? "1" : "0", file.need.path, file.path]
       if let identity = file.identity { parts.append(identity.text) }
@@ -117,7 +117,7 @@ struct DiskRecord: Sendable, Equatable {
   }
 
   init(
-    params: String, readOnly: Bool, vdev: String, files: [NamedFile], worker: Int32,
+    params: String, readOnly: Bool, vdev: String, files: [AllowedFile], worker: Int32,
     workerStart: UInt64, device: DeviceNode?, since: Int64, pending: String? = nil,
     link: String? = nil
   ) {
@@ -133,8 +133,8 @@ struct DiskRecord: Sendable, Equatable {
     self.link = link
   }
 
-  static func files(_ fields: [String: String]) -> [NamedFile]? {
-    var files: [NamedFile] = []
+  static func files(_ fields: [String: String]) -> [AllowedFile]? {
+    var files: [AllowedFile] = []
     for index in 0..<fields.count {
       guard let text = fields["file-" + String(index)] else { break }
       guard let file = file(text) else { return nil }
@@ -143,12 +143,12 @@ struct DiskRecord: Sendable, Equatable {
     return files
   }
 
-  private static func file(_ text: String) -> NamedFile? {
+  private static func file(_ text: String) -> AllowedFile? {
     let parts: [String] = text.split(separator: " ").compactMap { decode($0) }
     // A record without it is of a daemon that did not remember which file it was.
     guard parts.count == 4 || parts.count == 5 else { return nil }
     let need = FileNeed(role: parts[0], path: parts[2], writable: parts[1] == "1")
-    return NamedFile(
+    return AllowedFile(
       need: need, path: parts[3],
       identity: parts.count == 5 ? FileIdentity(parts[4]) : nil)
   }

@@ -21,7 +21,7 @@ struct PendingInfo: Sendable, Equatable {
   /// The domain's name, if it was known.
   var domainName: String?
   /// The files that the images named and were allowed.
-  var files: [NamedFile] = []
+  var files: [AllowedFile] = []
   /// Path of the device that holds placements in the kernel; nil with nbd.
   var device: String?
   /// Keys of the other files that the disk writes to.
@@ -58,7 +58,7 @@ struct PendingInfo: Sendable, Equatable {
 
   init(
     store: String, params: String, disk: DiskID, vdev: String, domainName: String? = nil,
-    files: [NamedFile] = [], device: String? = nil, why: String? = nil, since: Int64
+    files: [AllowedFile] = [], device: String? = nil, why: String? = nil, since: Int64
   ) {
     self.store = store
     self.params = params

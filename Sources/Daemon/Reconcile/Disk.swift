@@ -31,8 +31,8 @@ final class Disk {
   var identities = DiskIdentities()
   /// What the images named and was allowed, in the order of asking, and those of them that
   /// are open.
-  var allowed: [NamedFile] = []
-  var files: [NamedFile: OpenImage] = [:]
+  var allowed: [AllowedFile] = []
+  var files: [AllowedFile: OpenImage] = [:]
   /// A worker has served the disk with the files that are allowed: its images name no others.
   var isComplete = false
   /// Why the kernel cannot serve the disk by itself although it might have; nil when it does.

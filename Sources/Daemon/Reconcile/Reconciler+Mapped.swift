@@ -311,7 +311,7 @@ extension Disk {
   /// What the disk's device stands on, by the worker's report. `asked` are the files that the
   /// worker asked for, in that order. It may write what it was lent for writing.
   func backings(
-    _ parts: [DiskPart], asked: [NamedFile]
+    _ parts: [DiskPart], asked: [AllowedFile]
   ) throws(DiskFailure) -> [DiskBacking] {
     try parts.map { part throws(DiskFailure) in
       var found: OpenImage?

@@ -32,7 +32,7 @@ extension Reconciler {
     order.failsWhenFull = configuration.onFull == .fail
     order.fullTimeout = UInt32(configuration.fullTimeout.components.seconds)
     order.quietTime = UInt32(configuration.quietTime.components.seconds)
-    var asked: [NamedFile] = []
+    var asked: [AllowedFile] = []
     var lent: [LinkRole: Int32] = [.store: store.file.raw, .pending: pending.raw]
     lent[.base] = disk.base?.file.raw
     lent[.witness] = store.witness?.raw
@@ -84,7 +84,7 @@ extension Reconciler {
   /// Opens a file that an image names, if that is allowed or was so when the disk started.
   private func find(
     _ need: FileNeed, _ disk: Disk, _ spec: Spec, _ store: OpenImage
-  ) async throws(DiskFailure) -> (NamedFile, OpenImage) {
+  ) async throws(DiskFailure) -> (AllowedFile, OpenImage) {
     let policy = NamingPolicy(configuration, file: configurationPath)
     let before = disk.allowed.first { $0.need == need }
     if let before, let image = disk.files[before] { return (before, image) }
@@ -94,7 +94,8 @@ extension Reconciler {
     if before == nil {
       try policy.check(need, after: disk.allowed, isComplete: disk.isComplete, of: spec)
     }
-    let (file, image) = try await offload.run { () throws(DiskFailure) -> (NamedFile, OpenImage) in
+    let (file, image) = try await offload.run {
+      () throws(DiskFailure) -> (AllowedFile, OpenImage) in
       var file = try policy.resolve(need, of: spec, unless: before)
       let image = try Images.open(file, of: store, isHeld: isHeld)
       file.identity = image.identity

@@ -8,7 +8,7 @@ internal import SystemIO
 internal import WorkerLink
 
 /// A file that an image named, as it was allowed.
-struct NamedFile: Sendable, Hashable {
+struct AllowedFile: Sendable, Hashable {
   /// What the worker asked for.
   let need: FileNeed
   /// Where that led.
@@ -38,7 +38,7 @@ struct NamingPolicy: Sendable {
   /// Whether a disk with these files may have one more. `isComplete`: a worker has served the disk
   /// with these, so that its images name no others.
   func check(
-    _ need: FileNeed, after files: [NamedFile], isComplete: Bool = false, of spec: Spec
+    _ need: FileNeed, after files: [AllowedFile], isComplete: Bool = false, of spec: Spec
   ) throws(DiskFailure) {
     guard !isComplete else { throw .notNamedBefore(need.role, need.path, store: spec.store) }
     guard files.count < Self.mostFiles else { throw .tooMany(spec.store, Self.mostFiles) }
@@ -49,8 +49,8 @@ struct NamingPolicy: Sendable {
 
   /// Where a need leads, if that is allowed, or was so before.
   func resolve(
-    _ need: FileNeed, of spec: Spec, unless before: NamedFile?
-  ) throws(DiskFailure) -> NamedFile {
+    _ need: FileNeed, of spec: Spec, unless before: AllowedFile?
+  ) throws(DiskFailure) -> AllowedFile {
     if let before { return before }
     // A relative path starts at the store's folder.
     let store = spec.store
@@ -65,7 +65,7 @@ struct NamingPolicy: Sendable {
       throw DiskFailure.baseRefused(path, store: store, configuration: file)
     }
     guard Self.isPlain(real) else { throw .strangeName(store) }
-    return NamedFile(need: need, path: real)
+    return AllowedFile(need: need, path: real)
   }
 
   private func directories(_ need: FileNeed, _ spec: Spec) throws(DiskFailure) -> [String] {
@@ -91,7 +91,7 @@ struct NamingPolicy: Sendable {
 extension Images {
   /// Opens and locks a file that was allowed. Blocks.
   static func open(
-    _ file: NamedFile, of store: OpenImage, isHeld: Bool = false
+    _ file: AllowedFile, of store: OpenImage, isHeld: Bool = false
   ) throws(DiskFailure) -> OpenImage {
     var image: OpenImage
     do throws(IOError) { image = try openNamed(file) } catch {
@@ -113,7 +113,7 @@ extension Images {
     return image
   }
 
-  private static func openNamed(_ file: NamedFile) throws(IOError) -> OpenImage {
+  private static func openNamed(_ file: AllowedFile) throws(IOError) -> OpenImage {
     try openStore(file.path, readOnly: !file.need.writable, followsLinks: false)
   }
 }
