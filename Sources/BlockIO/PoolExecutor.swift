@@ -58,7 +58,7 @@ package final class PoolExecutor: IOExecutor {
     self.inlineLimit = inlineLimit
     others = stores.dropFirst().filter(\.isWritable)
     devices = stores.map { store in
-      let file = store as? FileStore
+      let file = store.file
       return Device(
         store: store, raw: file?.raw ?? -1, isWritable: store.isWritable,
         fixedSize: store.isWritable ? nil : store.size,
@@ -171,7 +171,7 @@ package final class PoolExecutor: IOExecutor {
     let device = devices[Int(device)]
     let size = device.fixedSize ?? device.store.size
     if offset >= size { return (true, limit) }
-    let file = device.store as? FileStore
+    let file = device.store.file
     guard let file, !file.isBlockDevice else { return (false, min(limit, size - offset)) }
     let data = dmu_seek_data(device.raw, off_t(offset))
     if data < 0 {
@@ -235,7 +235,7 @@ private final class StoreJob: PoolJob {
   }
 
   private func zero(_ store: any ByteStore) throws(IOError) {
-    if let file = store as? FileStore {
+    if let file = store.file {
       if dmu_zero_range(file.raw, Int64(io.offset), Int64(io.count)) == 0 { return }
       // EINVAL: a device zeroes whole blocks of its own only.
       guard errno == EOPNOTSUPP || errno == ENODEV || errno == EINVAL else {

@@ -163,7 +163,7 @@ extension KernelTarget {
       try to.store.write(UnsafeRawBufferPointer(piece), at: place + done)
       done += UInt64(piece.count)
     }
-    if to.isDirect, let file = to.store as? FileStore { try file.settle(at: place, count: count) }
+    if to.isDirect, let file = to.store.file { try file.settle(at: place, count: count) }
   }
 
   /// Gives the answers whose turn it is.
@@ -311,7 +311,7 @@ extension KernelTarget {
   /// Whether a file system has no room for a block.
   private var isFull: Bool {
     devices.known.contains { known in
-      guard known.store.isWritable, let file = known.store as? FileStore else { return false }
+      guard known.store.isWritable, let file = known.store.file else { return false }
       do throws(IOError) {
         guard let free = try file.freeBytes() else { return false }
         return free < UInt64(blockSize) + 1 << 20

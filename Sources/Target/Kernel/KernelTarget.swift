@@ -293,7 +293,7 @@ package final class KernelTarget: TargetEngine {
     guard sector < 1 << 54, !isTooFar else { return false }
     guard end > lengths[Int(number)] else { return true }
     let store = devices.known[Int(number)].store
-    return end <= store.size || (store.isWritable && (store as? FileStore)?.isBlockDevice == false)
+    return end <= store.size || (store.isWritable && store.file?.isBlockDevice == false)
   }
 
   /// Sees to it that a file is as long as what may be written in it: its loop device is longer,
