@@ -155,7 +155,7 @@ let package = Package(
     tests("LinuxBlockTests", ["LinuxBlock", "SystemIO"]),
     tests("XenStoreTests", ["XenStore"]),
     tests("DiskFormatsTests", ["DiskFormats"] + block),
-    tests("ImageToolTests", ["ImageTool", "DiskFormats", "LinuxBlock", "BlockIO", "SystemIO"]),
+    tests("ImageToolTests", ["ImageTool", "DiskFormats", "LinuxBlock"] + block),
     tests("TargetTests", ["Target", "TargetTrials", "DMU"] + block),
     tests("NBDServerTests", ["NBDServer", "Target", "TargetTrials", "BlockIO", "SystemIO"]),
     tests(

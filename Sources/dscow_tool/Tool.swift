@@ -12,7 +12,7 @@ struct Tool: ParsableCommand {
     abstract: "Make, describe and check dscow stores.",
     discussion: "'dscow_tool -c STORE BASE' is 'dscow_tool create STORE BASE'.",
     version: Version.text,
-    subcommands: [Create.self, Info.self, Check.self, Map.self, Accept.self])
+    subcommands: [Create.self, Info.self, Check.self, Map.self, Accept.self, Reblock.self])
 }
 
 struct Size: ExpressibleByArgument {
@@ -23,6 +23,9 @@ struct Size: ExpressibleByArgument {
     self.bytes = bytes
   }
 }
+
+private let blockSizes = CompletionKind.list(
+  (2...12).map { $0 < 10 ? "\(1 << $0)K" : "\(1 << ($0 - 10))M" })
 
 struct Looking: ParsableArguments {
   @Flag(name: .long, help: "Print JSON.") var json = false
@@ -51,7 +54,7 @@ struct Create: ParsableCommand {
   var base: String?
   @Option(
     name: .shortAndLong, help: "Bytes of a block, 4K to 4M. (default: 64K)",
-    completion: .list((2...12).map { $0 < 10 ? "\(1 << $0)K" : "\(1 << ($0 - 10))M" }))
+    completion: blockSizes)
   var blockSize: Size?
   @Option(
     help: "Length of the disk, up to 64T. (default: that of the base)",
@@ -141,6 +144,24 @@ struct Accept: ParsableCommand {
       put(
         try DscowTool.accept(
           store: store, base: base, baseFormat: format.baseFormat, untrusted: format.untrusted))
+      return .done
+    }
+  }
+}
+
+struct Reblock: ParsableCommand {
+  static let configuration = CommandConfiguration(
+    abstract: "Give a store blocks of another size.",
+    discussion: """
+      No data moves. Smaller blocks can always be had; larger ones only where all the small \
+      blocks of each are alike, in the store or not.
+      """)
+  @Argument(help: "The store, which nobody uses.", completion: .file()) var store: String
+  @Argument(help: "Bytes of a block, 4K to 4M.", completion: blockSizes) var size: Size
+
+  func run() throws {
+    try finish { () throws(ImageError) in
+      put(try DscowTool.reblock(store: store, to: size.bytes))
       return .done
     }
   }

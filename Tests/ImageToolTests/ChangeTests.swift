@@ -4,6 +4,7 @@
 
 import BlockIO
 import DiskFormats
+import DiskModel
 import Fakes
 import Foundation
 import SystemIO
@@ -18,10 +19,12 @@ struct Trio {
   static let size: UInt64 = 192 << 10
   let kind: ImageKind
   let disk: any ByteStore
+  /// The image's room, which is what is left of the disk.
+  var room = third
 
   var base: Window { Window("base", disk, at: 0, size: Self.size) }
   var other: Window { Window("other", disk, at: Self.third, size: Self.size) }
-  var top: Window { Window("top", disk, at: 2 * Self.third, size: Self.third) }
+  var top: Window { Window("top", disk, at: 2 * Self.third, size: room) }
 
   func resolve(_ request: NamedFile) throws(ImageError) -> any ByteStore {
     switch request.path {
@@ -42,8 +45,10 @@ struct Trio {
   }
 
   /// Two bases of random words, which share some blocks, and an image that has some blocks.
-  static func make(_ kind: ImageKind, on disk: SimulatedDisk, seed: UInt64) throws -> Trio {
-    let trio = Trio(kind: kind, disk: disk)
+  static func make(
+    _ kind: ImageKind, on disk: SimulatedDisk, seed: UInt64, room: UInt64 = third
+  ) throws -> Trio {
+    let trio = Trio(kind: kind, disk: disk, room: room)
     var random = SplitMix64(seed: seed)
     func block(_ value: UInt64) -> [UInt8] {
       (0..<4096).map { UInt8(truncatingIfNeeded: value &+ UInt64($0 % 251)) }
@@ -254,6 +259,141 @@ struct Trio {
       #expect(count == 8192)
       #expect(try place.read(at: offset, count: 8192).allSatisfy { $0 == 7 })
     }
+  }
+
+  @Test(arguments: [UInt32(8192), 65536, 1 << 20]) func dscowReblockAndPowerCuts(
+    blockSize: UInt32
+  ) throws {
+    // A trio's own blocks have 4 KiB: what it shows is put into larger ones first, all of them.
+    func reblock(_ trio: Trio) throws(ImageError) {
+      try Dscow.reblock(store: trio.top, to: 4096)
+    }
+    func prepared(_ trio: Trio) throws {
+      let shown = try trio.contents()
+      try Dscow.create(
+        store: trio.top, base: trio.base, baseName: "base", blockSize: blockSize, overwrite: true)
+      let image = try Chain(trio.top, kind: .dscow, resolve: trio.resolve).disk(writable: true)
+      let writer = ImageWriter(image, store: trio.top, devices: [trio.top, trio.base])
+      for place in stride(from: 0, to: shown.count, by: 4096) where place / 4096 % 5 == 1 {
+        try shown[place..<(place + 4096)].withUnsafeBytes {
+          try writer.write($0, at: UInt64(place))
+        }
+      }
+      try writer.commit()
+    }
+    var (cuts, whole) = (0, 0)
+    for seed in Depth.seeds(20) {
+      var random = SplitMix64(seed: seed)
+      let disk = SimulatedDisk("disk", size: Int(2 * Trio.third) + 4 << 20)
+      let trio = try Trio.make(.dscow, on: disk, seed: seed % 7, room: 4 << 20)
+      try prepared(trio)
+      let shown = try trio.contents()
+      disk.cutPower(after: random.below(24))
+      var done = false
+      do throws(ImageError) {
+        try reblock(trio)
+        done = true
+        whole += 1
+      } catch {
+        #expect(error.cause?.code == 5, "seed \(seed): \(error)")
+        cuts += 1
+      }
+      let left = Trio(kind: .dscow, disk: disk.afterPowerCut(using: &random), room: 4 << 20)
+      let size = try Dscow.header(of: left.top).header.blockSize
+      #expect(size == 4096 || (!done && size == blockSize), "seed \(seed): \(size)")
+      #expect(try left.contents() == shown, "seed \(seed)")
+      #expect(try left.check().corruptions == 0, "seed \(seed)")
+      try reblock(left)
+      #expect(try left.contents() == shown, "seed \(seed)")
+      #expect(try left.check().corruptions == 0, "seed \(seed)")
+      // What a cut has left harms nobody, and is cleared.
+      _ = try Dscow.report(store: left.top, repair: .all)
+      #expect(try left.check().isClean, "seed \(seed)")
+      #expect(try left.contents() == shown, "seed \(seed)")
+    }
+    print("reblock from \(blockSize): \(cuts) power cuts, \(whole) got by without")
+    #expect(cuts > 0 && whole > 0)
+  }
+
+  /// Blocks of any size, up and down, by a naive list of the blocks that are there; larger ones only
+  /// where they are whole, and a refusal changes not one byte.
+  @Test func dscowReblocksAtRandom() throws {
+    var refused = 0
+    for seed in Depth.seeds(30) {
+      var random = SplitMix64(seed: seed)
+      let size = UInt64(1 + random.below(6000)) * 512
+      let store = MemoryStore("store")
+      try Dscow.create(
+        store: store, base: nil, baseName: "", blockSize: 1 << UInt32(12 + random.below(9)),
+        size: size)
+      let image = try Dscow.open(store: store, base: nil, writable: true)
+      let writer = ImageWriter(image, store: store, devices: [store])
+      for _ in 0..<random.below(12) {
+        let start = UInt64(random.below(Int(size / 512))) * 512
+        let count = min(size - start, UInt64(1 + random.below(300)) * 512)
+        try [UInt8](repeating: UInt8(1 + random.below(250)), count: Int(count)).withUnsafeBytes {
+          try writer.write($0, at: start)
+        }
+      }
+      try writer.commit()
+      func contents() throws -> [UInt8] {
+        let flat = try Chain(store, kind: .dscow) { asked throws(ImageError) in
+          throw ImageError(.badRequest, "nobody knows \(asked.path)")
+        }.layers().flat()
+        return try flat.read(at: 0, count: Int(size))
+      }
+      func here() throws -> Set<UInt64> {
+        var found: Set<UInt64> = []
+        let disk = try Dscow.open(store: store, base: nil, writable: false)
+        let unit = UInt64(disk.blockSize)
+        for block in 0..<((size - 1) / unit + 1) where try disk.find(block, limit: 1).place != .zero
+        {
+          for sector in stride(from: block * unit, to: min(size, (block + 1) * unit), by: 512) {
+            found.insert(sector)
+          }
+        }
+        return found
+      }
+      let shown = try contents()
+      let places = try here()
+      for _ in 0..<4 {
+        let old = try Dscow.header(of: store).header
+        let unit: UInt64 = 1 << UInt64(12 + random.below(11))
+        let isWhole = stride(from: 0, to: size, by: Int(unit)).allSatisfy { start in
+          let all = stride(from: start, to: min(size, start + unit), by: 512)
+          return Set(all.map { places.contains($0) }).count == 1
+        }
+        let before = try store.read(at: 0, count: Int(store.size))
+        do throws(ImageError) {
+          try Dscow.reblock(store: store, to: UInt32(unit))
+          #expect(isWhole || unit <= UInt64(old.blockSize), "seed \(seed)")
+        } catch {
+          refused += 1
+          #expect(error.code == .badRequest, "seed \(seed): \(error)")
+          #expect(!isWhole || old.firstBlock % unit != 0, "seed \(seed): \(error)")
+          #expect(try store.read(at: 0, count: Int(store.size)) == before, "seed \(seed)")
+        }
+        #expect(try contents() == shown, "seed \(seed)")
+        #expect(try here() == places, "seed \(seed)")
+        #expect(try Dscow.report(store: store, repair: nil).isClean, "seed \(seed)")
+        let header = try Dscow.header(of: store).header
+        #expect(store.size == header.storeSize, "seed \(seed)")
+      }
+    }
+    #expect(refused > 0)
+  }
+
+  @Test func dscowReblockByTheTool() throws {
+    let bench = try Bench()
+    try bench.makeRaw("base", size: 3 << 20, seed: 5)
+    try bench.must("dscow_tool", "-c", "s.dscow", "base")
+    try bench.must("dmu-img", "convert", "-f", "dscow", "-O", "raw", "s.dscow", "before")
+    #expect(
+      try bench.must("dscow_tool", "reblock", "s.dscow", "4K").contains("Block size:   4096\n"))
+    try bench.must("dmu-img", "convert", "-f", "dscow", "-O", "raw", "s.dscow", "after")
+    try bench.must("cmp", "before", "after")
+    let refused = try bench.run("dscow_tool", ["reblock", "s.dscow", "3K"])
+    #expect(refused.exit == 1 && refused.error.contains("is not a power of two"))
   }
 
   /// Every call of a commit or a rebase fails in turn, once or for good.

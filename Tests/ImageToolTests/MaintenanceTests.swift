@@ -9,7 +9,6 @@ import Testing
 import TestSupport
 
 @testable import DiskFormats
-
 @testable import ImageTool
 
 /// What a command works on: an image over a base that may be longer, and another base.
@@ -19,11 +18,11 @@ struct Scene {
 
   /// The kinds of image that are maintained.
   enum Kind: String, CaseIterable, Sendable {
-    case dscow, qcow, qcow2, vhd, vhdFixed, vmdk, vmdkFlat
+    case dscow, dscowLarge, qcow, qcow2, vhd, vhdFixed, vmdk, vmdkFlat
 
     var image: ImageKind {
       switch self {
-      case .dscow: .dscow
+      case .dscow, .dscowLarge: .dscow
       case .qcow: .qcow
       case .qcow2: .qcow2
       case .vhd, .vhdFixed: .vhd
@@ -33,13 +32,13 @@ struct Scene {
     /// The format of its base; nil where it has none.
     var base: ImageKind? {
       switch self {
-      case .dscow, .qcow, .qcow2: .raw
+      case .dscow, .dscowLarge, .qcow, .qcow2: .raw
       case .vhd: .vhd
       case .vmdk: .vmdk
       case .vhdFixed, .vmdkFlat: nil
       }
     }
-    var isRebased: Bool { self == .dscow || self == .qcow2 }
+    var isRebased: Bool { image == .dscow || self == .qcow2 }
     var isEmptied: Bool { isRebased }
   }
 
@@ -69,7 +68,7 @@ struct Scene {
 
   func check() throws -> CheckReport {
     switch kind {
-    case .dscow: try Dscow.report(store: top, repair: nil)
+    case .dscow, .dscowLarge: try Dscow.report(store: top, repair: nil)
     case .qcow: try Qcow.check(store: top)
     case .qcow2: try Qcow2.check(store: top)
     case .vhd, .vhdFixed: try Vhd.check(store: top)
@@ -79,7 +78,7 @@ struct Scene {
 
   func repair() throws(ImageError) {
     switch kind {
-    case .dscow: _ = try Dscow.report(store: top, repair: .all)
+    case .dscow, .dscowLarge: _ = try Dscow.report(store: top, repair: .all)
     case .qcow: try Qcow.repair(store: top, .all)
     case .qcow2: try Qcow2.repair(store: top, .all)
     case .vhd, .vhdFixed: try Vhd.repair(store: top, .all)
@@ -94,8 +93,10 @@ struct Scene {
     let store = machine.file(name)
     let seed = UInt8(name.utf8.reduce(0) { $0 &+ $1 })
     switch kind {
-    case .dscow:
-      try Dscow.create(store: store, base: base, baseName: "base", blockSize: 4096, size: size)
+    case .dscow, .dscowLarge:
+      try Dscow.create(
+        store: store, base: base, baseName: "base", blockSize: kind == .dscow ? 4096 : 16384,
+        size: size)
     case .qcow: try Qcow.create(store: store, size: size, base: "base")
     case .qcow2:
       var options = Qcow2Options()
@@ -175,7 +176,7 @@ struct Scene {
 
 @Suite struct MaintenanceTests {
   enum Command: String, CaseIterable, Sendable {
-    case grow, growALittle, shrink, commit, rebase, repair, rebuild
+    case grow, growALittle, shrink, commit, rebase, reblock, repair, rebuild
 
     func applies(to kind: Scene.Kind) -> Bool {
       switch self {
@@ -186,6 +187,7 @@ struct Scene {
       case .rebuild: kind == .qcow2
       case .commit: kind.base != nil
       case .rebase: kind.isRebased
+      case .reblock: kind == .dscowLarge
       }
     }
 
@@ -207,6 +209,8 @@ struct Scene {
         try ImageTool.rebase(
           scene.top, scene.kind.image, onto: ("other", .raw, scene.machine.file("other")),
           format: "raw", unsafe: false, progress: quiet, resolve: scene.resolve)
+      case .reblock:
+        try Dscow.reblock(store: scene.top, to: 4096)
       case .repair, .rebuild:
         try scene.repair()
       }
@@ -254,7 +258,7 @@ struct Scene {
   /// What the image may show, with `shown` before and after the command.
   private static func isRight(_ found: [UInt8], _ shown: [UInt8], _ command: Command) -> Bool {
     switch command {
-    case .commit, .rebase, .repair, .rebuild: return isSame(found, shown)
+    case .commit, .rebase, .reblock, .repair, .rebuild: return isSame(found, shown)
     case .grow, .growALittle, .shrink:
       if isSame(found, shown) { return true }
       guard UInt64(found.count) == command.size else { return false }
@@ -284,6 +288,10 @@ struct Scene {
       let base = try left.contents("base", kind: left.kind.base)
       guard base.count >= shown.count, begins(base, like: shown, count: shown.count) else {
         return "the base has not got everything"
+      }
+    case .reblock:
+      guard try Dscow.header(of: left.top).header.blockSize == 4096 else {
+        return "done again: its blocks are as they were"
       }
     case .rebase, .repair, .rebuild: break
     }

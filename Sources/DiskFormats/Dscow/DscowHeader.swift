@@ -112,9 +112,12 @@ package struct DscowHeader: Sendable, Equatable {
     self.raw = [UInt8](repeating: 0, count: Self.copySize)
   }
 
-  /// The same store with another size, and its bitmap elsewhere. Throws `badRequest` for a size
-  /// outside the limits.
-  func with(size: UInt64, bitmapOffset: UInt64) throws(ImageError) -> DscowHeader {
+  /// The same store with another size, its bitmap elsewhere, and, if that is said, other blocks.
+  /// Throws `badRequest` for a size or a block size outside the limits.
+  func with(
+    size: UInt64, bitmapOffset: UInt64, blockSize: UInt32? = nil
+  ) throws(ImageError) -> DscowHeader {
+    let blockSize = blockSize ?? self.blockSize
     try Self.check(blockSize: blockSize, size: size, .badRequest)
     var changed = try DscowHeader(
       size: size, blockSize: blockSize, firstBlock: firstBlock, bitmapOffset: bitmapOffset,
@@ -145,7 +148,8 @@ package struct DscowHeader: Sendable, Equatable {
     try checkPlaces()
   }
 
-  private static func check(
+  /// Throws for a block size or a disk size outside the limits.
+  static func check(
     blockSize: UInt32, size: UInt64, _ code: ImageError.Code
   ) throws(ImageError) {
     guard blockSize.nonzeroBitCount == 1, blockSize >= smallestBlock, blockSize <= largestBlock

@@ -76,14 +76,14 @@ extension Dscow {
     return try rewrite(moved, on: store)
   }
 
-  private static func spare(_ offset: UInt64) throws(ImageError) -> UInt64 {
+  static func spare(_ offset: UInt64) throws(ImageError) -> UInt64 {
     guard let place = roundedUp(offset, to: DscowHeader.pageSize), place < 1 << 62 else {
       throw ImageError(.badRequest, "there is no room behind byte \(offset)")
     }
     return place
   }
 
-  private static func lengthen(_ store: any ByteStore, to size: UInt64) throws(ImageError) {
+  static func lengthen(_ store: any ByteStore, to size: UInt64) throws(ImageError) {
     guard store.size < size else { return }
     do throws(IOError) {
       try store.resize(to: size)
@@ -178,7 +178,7 @@ extension Dscow {
   }
 
   /// Moves a bitmap that lies behind the blocks to the front, where it fits there.
-  private static func bringForward(
+  static func bringForward(
     _ store: any ByteStore, _ header: DscowHeader
   ) throws(ImageError) -> DscowHeader {
     let front = 2 * UInt64(DscowHeader.copySize)
@@ -192,7 +192,7 @@ extension Dscow {
 
   /// Gives back space that nothing uses any more: a file ends where the store does, and what a
   /// bitmap or a block left behind is punched.
-  private static func giveBack(
+  static func giveBack(
     _ store: any ByteStore, _ header: DscowHeader, old: DscowHeader
   ) throws(ImageError) {
     let front = 2 * UInt64(DscowHeader.copySize)

@@ -244,4 +244,15 @@ package enum DscowTool {
       baseName: basePath)
     return "\(path) now belongs to \(basePath ?? known.path) as it is\n"
   }
+
+  /// Gives a store blocks of another size, with the lines that describe it then.
+  package static func reblock(
+    store path: String, to blockSize: UInt64
+  ) throws(ImageError) -> String {
+    guard let blockSize = UInt32(exactly: blockSize) else {
+      throw ImageError(.badRequest, "block size \(blockSize) is larger than 4 MiB")
+    }
+    let store = try ImageFile.store(path, writable: true)
+    return geometry(try Dscow.reblock(store: store, to: blockSize))
+  }
 }
