@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The arguments of `dmu-img check`: checking one, and repairing it.
+// The arguments of `dmu-img check`: checking an image, and repairing it.
 
 import ArgumentParser
 import DiskFormats

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The arguments of `dmu-img dump`: a mapping as text.
+// The arguments of `dmu-img dump`: writing a mapping as text.
 
 import ArgumentParser
 import DiskFormats

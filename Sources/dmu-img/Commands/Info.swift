@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The arguments of `dmu-img info`: describing one.
+// The arguments of `dmu-img info`: describing an image.
 
 import ArgumentParser
 import DiskFormats

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The arguments of `dmu-img map`: where the blocks of an image are.
+// The arguments of `dmu-img map`: saying where the blocks of an image are.
 
 import ArgumentParser
 import DiskFormats

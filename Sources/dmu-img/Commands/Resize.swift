@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The arguments of `dmu-img resize`: another size.
+// The arguments of `dmu-img resize`: giving an image another size.
 
 import ArgumentParser
 import DiskFormats

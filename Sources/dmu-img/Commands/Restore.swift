@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The arguments of `dmu-img restore`: an image from such text.
+// The arguments of `dmu-img restore`: making an image of such a dump.
 
 import ArgumentParser
 import DiskFormats

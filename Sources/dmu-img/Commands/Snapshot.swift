@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The arguments of `dmu-img snapshot`: the snapshots of a qcow2.
+// The arguments of `dmu-img snapshot`: the snapshots of a qcow2 image.
 
 import ArgumentParser
 import DiskFormats
