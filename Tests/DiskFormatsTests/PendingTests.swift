@@ -17,6 +17,7 @@ import TestSupport
       blocksPerGroup: DscowBitmap.blocksPerPage, blockSize: 4096)
     var list: [PendingPlacements.Run] = []
     var mark: Mark = 0
+    var committed: UInt64 = 0
     for _ in 0..<3000 {
       // Near the end of the first page and the beginning of the second.
       let block = UInt64(Self.blocks - 1 - random.below(4000))
@@ -41,12 +42,23 @@ import TestSupport
       let isTaken = pending.insert(run)
       #expect(isTaken)
       list.append(run)
-      guard random.below(200) == 0 else { continue }
-      let upTo = mark - min(mark, UInt64(random.below(100)))
+      guard random.below(100) == 0 else { continue }
+      // Everything at times, and marks that were never given.
+      let upTo = random.below(3) == 0 ? mark + 1 : mark - min(mark, UInt64(random.below(100)))
       Self.compare(pending.runs(upTo: upTo), list.filter { $0.mark <= upTo })
-      pending.remove { $0.mark <= upTo }
+      let gone = list.filter { $0.mark <= upTo }.reduce(0) { $0 + $1.fresh }
+      if random.below(2) == 0 {
+        pending.commit(upTo: upTo)
+        committed += gone
+      } else {
+        let removed = pending.remove { $0.mark <= upTo }
+        #expect(removed.reduce(0) { $0 + $1.fresh } == gone)
+      }
       list.removeAll { $0.mark <= upTo }
+      Self.compare(pending.runs(upTo: .max), list)
+      #expect(pending.isEmpty == list.isEmpty)
       #expect(pending.fresh == list.reduce(0) { $0 + $1.fresh })
+      #expect(pending.placed == committed + pending.fresh)
     }
   }
 
