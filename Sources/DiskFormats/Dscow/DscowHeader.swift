@@ -86,7 +86,12 @@ package struct DscowHeader: Sendable, Equatable {
   /// The bitmap's length in bytes, whole pages.
   var bitmapBytes: UInt64 { (bitmapCount * 4 + Self.pageSize - 1) / Self.pageSize * Self.pageSize }
   /// Where the last block ends.
-  var blocksEnd: UInt64 { firstBlock + blocks * UInt64(blockSize) }
+  var blocksEnd: UInt64 { blocksEnd(size: size, blockSize: blockSize) }
+  /// Where the last block would end, with another size of the disk or of its blocks.
+  func blocksEnd(size: UInt64, blockSize: UInt32) -> UInt64 {
+    let unit = UInt64(blockSize)
+    return firstBlock + ((max(size, 1) - 1) / unit + 1) * unit
+  }
   /// Whether the bitmap lies behind the blocks.
   var isBitmapBehind: Bool { bitmapOffset >= blocksEnd }
   /// The length that a store must have.

@@ -39,7 +39,7 @@ extension Dscow {
         "the first block of store \(store.name) lies at \(old.firstBlock), which is no multiple of"
           + " \(unit): choose smaller blocks, or convert the disk into another store")
     }
-    let blocksEnd = old.firstBlock + ((old.size - 1) / unit + 1) * unit
+    let blocksEnd = old.blocksEnd(size: old.size, blockSize: blockSize)
     let behind = try spare(max(blocksEnd, old.storeSize))
     var header = try old.with(size: old.size, bitmapOffset: behind, blockSize: blockSize)
     if blockSize > old.blockSize {

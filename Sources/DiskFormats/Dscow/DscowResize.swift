@@ -29,8 +29,7 @@ extension Dscow {
     if let grown = try growInFront(store, header, to: newSize, baseSize: base?.size ?? 0) {
       return try giveBack(store, grown, old: disk.header)
     }
-    let unit = UInt64(header.blockSize)
-    let blocksEnd = header.firstBlock + ((max(newSize, 1) - 1) / unit + 1) * unit
+    let blocksEnd = header.blocksEnd(size: newSize, blockSize: header.blockSize)
     if header.isBitmapBehind {
       // New blocks may lie where the bitmap is.
       header = try move(store, header, to: header.size, behind: blocksEnd, hiding: 0)
