@@ -3,7 +3,10 @@
 //
 // A sector of 512 bytes is written whole or not at all; everything larger may tear. Until a
 // flush every version that a sector has had since the last flush, and the one before, may be
-// what the medium holds when the power goes, independently for each sector.
+// what the medium holds when the power goes. Two kinds of disks are drawn: one that chooses
+// for each sector by itself, and one that keeps or loses each write as a whole, in any order.
+// The first tears structures; the second lets a structure of many sectors survive alone,
+// which finds what was written too early.
 
 package import BlockIO
 import Glibc
@@ -21,9 +24,18 @@ package final class SimulatedDisk: ByteStore {
     var current: [UInt8]
     /// What each sector held at the last flush and since, the newest left out, for sectors
     /// that were written since.
-    var older: [Int: [[UInt8]]] = [:]
+    var older: [Int: [Version]] = [:]
+    /// Writes since the last flush.
+    var writes = 0
     /// Writes, zeroes and flushes that may still happen before the power goes.
     var fuse: Int?
+  }
+
+  /// What a sector held before a write.
+  private struct Version {
+    /// The write that replaced it, counted from the last flush.
+    let replacedBy: Int
+    let bytes: [UInt8]
   }
 
   private let state: Mutex<State>
@@ -65,21 +77,30 @@ package final class SimulatedDisk: ByteStore {
   /// The disk as it may be found after the power went: each sector that was written since
   /// the last flush holds one of its versions, by the generator's choice.
   package func afterPowerCut(using random: inout SplitMix64) -> SimulatedDisk {
-    var (contents, older) = state.withLock { ($0.current, $0.older) }
-    // How likely a sector keeps its newest version: none, some, most or all do.
+    let (contents, older, writes) = state.withLock { ($0.current, $0.older, $0.writes) }
+    // How likely the newest is kept: none, some, most or all are.
     let newest = [0, 25, 50, 75, 100][random.below(5)]
+    let isTorn = random.chance(50)
+    let kept = isTorn ? [] : (0..<writes).map { _ in random.chance(newest) }
+    var left = contents
     for sector in older.keys.sorted() {
-      guard !random.chance(newest), let versions = older.removeValue(forKey: sector) else {
-        continue
+      guard let versions = older[sector] else { continue }
+      let version: Version?
+      if isTorn {
+        version = random.chance(newest) ? nil : versions[random.below(versions.count)]
+      } else {
+        // What the last kept write left is what the next, a lost one, replaced.
+        let last = versions.lastIndex { kept[$0.replacedBy] } ?? -1
+        version = last + 1 < versions.count ? versions[last + 1] : nil
       }
+      guard let version else { continue }
       let start = sector * Self.sectorSize
-      let version = versions[random.below(versions.count)]
-      contents.withUnsafeMutableBytes { contents in
-        let place = UnsafeMutableRawBufferPointer(rebasing: contents[start...])
-        version.withUnsafeBytes { place.copyMemory(from: $0) }
+      left.withUnsafeMutableBytes { left in
+        let place = UnsafeMutableRawBufferPointer(rebasing: left[start...])
+        version.bytes.withUnsafeBytes { place.copyMemory(from: $0) }
       }
     }
-    return SimulatedDisk(name, contents: contents)
+    return SimulatedDisk(name, contents: left)
   }
 
   /// Size; no modification time, as for a device.
@@ -114,8 +135,11 @@ package final class SimulatedDisk: ByteStore {
       let start = Int(offset)
       let sectors = (start / Self.sectorSize)...((start + count - 1) / Self.sectorSize)
       for sector in sectors {
-        state.older[sector, default: []].append(Self.copy(sector, of: state.current))
+        let version = Version(
+          replacedBy: state.writes, bytes: Self.copy(sector, of: state.current))
+        state.older[sector, default: []].append(version)
       }
+      state.writes += 1
       state.current.withUnsafeMutableBytes {
         body(UnsafeMutableRawBufferPointer(rebasing: $0[start..<(start + count)]))
       }
@@ -168,6 +192,7 @@ package final class SimulatedDisk: ByteStore {
     let isOn = state.withLock { state in
       guard Self.burn(&state) else { return false }
       state.older.removeAll(keepingCapacity: true)
+      state.writes = 0
       return true
     }
     guard isOn else { throw IOError(EIO, "flush", name) }

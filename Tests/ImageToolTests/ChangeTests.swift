@@ -282,13 +282,14 @@ struct Trio {
       try writer.commit()
     }
     var (cuts, whole) = (0, 0)
-    for seed in Depth.seeds(20) {
+    // At every moment, with what three disks may have kept.
+    for seed in Depth.seeds(75) {
       var random = SplitMix64(seed: seed)
       let disk = SimulatedDisk("disk", size: Int(2 * Trio.third) + 4 << 20)
       let trio = try Trio.make(.dscow, on: disk, seed: seed % 7, room: 4 << 20)
       try prepared(trio)
       let shown = try trio.contents()
-      disk.cutPower(after: random.below(24))
+      disk.cutPower(after: Int(seed % 25))
       var done = false
       do throws(ImageError) {
         try reblock(trio)

@@ -139,6 +139,7 @@ import WorkerLink
       PassedDescriptor(
         try Descriptor(path: folder.file($0), flags: O_RDWR | O_CREAT, mode: 0o600))
     }
+    defer { withExtendedLifetime(files) {} }
     let raws = files.compactMap(\.raw)
     try daemon.send(
       .start(Self.start), lending: [.store: raws[0], .base: raws[1], .pending: raws[2]])
