@@ -42,7 +42,7 @@ run: ## boot a real Xen and run a guest from a dmu disk (10 minutes once, then u
 	{ status=$$?; tail -n 20 .lab-prepare.log; exit $$status; }
 	@lab/xen/demo $(DIST)
 
-test: ## every suite: unit, xenstored, NBD clients, the labs (40 minutes on two processors, longer the first time)
+test: ## every suite: unit, xenstored, NBD clients, the labs (25 minutes on two processors, longer the first time)
 	@lab/prerequisites build test xen kernel module builds packages
 	@echo "test: building the kernel lab's kernel beside the programs and the first suites"
 	@lab/kernel/prepare >.lab-kernel.log 2>&1 & lab=$$!; \
@@ -60,7 +60,7 @@ check: ## format, lint, warnings as errors, shellcheck, house rules, the models 
 	shellcheck -x $(SHELL_FILES)
 	Tests/house
 	module/model/check
-	$(SWIFT) build --build-tests
+	Tests/run --build
 
 format: ## let swift format put the sources in order
 	$(SWIFT) format --in-place --recursive Package.swift Sources Tests fuzz
@@ -129,4 +129,4 @@ rpm: dist ## RPM packages of the same, into .build-release/packages
 	packaging/rpm $(DIST) .build-release/packages
 
 clean: ## remove what was built here (the cache of the labs stays)
-	rm -rf .build .build-release .build-fuzz .build-soak .lab-prepare.log .lab-kernel.log
+	rm -rf .build .build-release .build-fuzz .build-tests .lab-prepare.log .lab-kernel.log

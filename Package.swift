@@ -52,9 +52,15 @@ func multiCall(_ name: String, _ room: String, _ more: [LinkerSetting] = []) -> 
     name: name, dependencies: [.byName(name: room)], path: "Sources/main/\(name)",
     swiftSettings: swiftSettings, linkerSettings: linkerSettings + more)
 }
-func tests(_ name: String, _ dependencies: [Target.Dependency]) -> Target {
-  .testTarget(name: name, dependencies: dependencies + support, swiftSettings: swiftSettings)
+func tests(
+  _ name: String, _ dependencies: [Target.Dependency], _ more: [SwiftSetting] = []
+) -> Target {
+  .testTarget(
+    name: name, dependencies: dependencies + support, swiftSettings: swiftSettings + more)
 }
+/// Of tests that wait for others more than they compute: what they test is optimized.
+let waiting: [SwiftSetting] = [.unsafeFlags(["-Onone"], .when(configuration: .release))]
+let libxml2: [SwiftSetting] = [.unsafeFlags(["-Xcc", "-I/usr/include/libxml2"])]
 /// What all that handles disks knows of.
 let block: [Target.Dependency] = ["DiskModel", "BlockIO", "SystemIO"]
 /// What tests have in common.
@@ -110,7 +116,7 @@ let package = Package(
       ["CSeccomp", "Target", "NBDServer", "DMU", "LinuxBlock", "DiskFormats", "WorkerLink"] + block),
     .target(
       name: "ImageTool", dependencies: ["CLibXML2", "DiskFormats", "BlockIO", "SystemIO"],
-      swiftSettings: swiftSettings + [.unsafeFlags(["-Xcc", "-I/usr/include/libxml2"])]),
+      swiftSettings: swiftSettings + libxml2),
     smallRoom(
       "Daemon",
       [
@@ -150,23 +156,24 @@ let package = Package(
       path: "Tests/KernelExercise"),
     program("played-worker", ["WorkerLink", "BlockIO", "SystemIO"], path: "Tests/PlayedWorker"),
     program("cage-trial", ["CTrials", "Worker", "SystemIO"], path: "Tests/CageTrial"),
-    tests("SystemIOTests", ["BlockIO", "SystemIO"]),
-    tests("BlockIOTests", ["LinuxBlock", "BlockIO", "SystemIO"]),
-    tests("LinuxBlockTests", ["LinuxBlock", "SystemIO"]),
-    tests("XenStoreTests", ["XenStore"]),
+    tests("SystemIOTests", ["BlockIO", "SystemIO"], waiting),
+    tests("BlockIOTests", ["LinuxBlock", "BlockIO", "SystemIO"], waiting),
+    tests("LinuxBlockTests", ["LinuxBlock", "SystemIO"], waiting),
+    tests("XenStoreTests", ["XenStore"], waiting),
     tests("DiskFormatsTests", ["DiskFormats"] + block),
-    tests("ImageToolTests", ["ImageTool", "DiskFormats", "LinuxBlock"] + block),
+    tests("ImageToolTests", ["ImageTool", "DiskFormats", "LinuxBlock"] + block, libxml2),
     tests("TargetTests", ["Target", "TargetTrials", "DMU"] + block),
-    tests("NBDServerTests", ["NBDServer", "Target", "TargetTrials", "BlockIO", "SystemIO"]),
+    tests(
+      "NBDServerTests", ["NBDServer", "Target", "TargetTrials", "BlockIO", "SystemIO"], waiting),
     tests(
       "WorkerTests",
-      ["Worker", "Target", "LinuxBlock", "DiskFormats", "WorkerLink"] + block),
+      ["Worker", "Target", "LinuxBlock", "DiskFormats", "WorkerLink"] + block, waiting),
     tests(
       "DaemonTests",
       [
         "Daemon", "LinuxBlock", "DiskFormats", "WorkerLink", "XenStore", "BlockIO", "SystemIO",
         logging,
-      ]),
+      ], waiting),
     .testTarget(
       name: "SimulationTests",
       dependencies: [
