@@ -90,7 +90,8 @@ import TestSupport
     #expect(try Vhd.check(store: store).isClean)
   }
 
-  /// A disk of 160 MiB, all in one block: copied from a base, then made whole at its own place.
+  /// A disk of 160 MiB, all in one block: pieces of it are copied from a base, and one of which the
+  /// image has some sectors is made whole at its own place.
   @Test func copiesOfABase() throws {
     let size: UInt64 = 160 << 20
     let last = Int(size / 512) - 1

@@ -85,25 +85,29 @@ extension Vhd {
 
   /// Opens an image as a disk.
   ///
-  /// - Parameter base: the base of a differencing image; one that is itself an image as
-  ///   `ImageStore`.
+  /// - Parameters:
+  ///   - base: the base of a differencing image; one that is itself an image as `ImageStore`.
+  ///   - piece: bytes of a block of the disk over a base, a power of two from 4096 on, where the
+  ///     image's own are larger.
   /// - Throws: what `VhdHeader.read(from:)` throws; `baseMissing`, `baseChanged`,
   ///   `badRequest`.
   package static func open(
-    store: any ByteStore, base: (any ByteStore)? = nil, writable: Bool
+    store: any ByteStore, base: (any ByteStore)? = nil, writable: Bool,
+    piece: UInt64 = largestPiece
   ) throws(ImageError) -> Vhd {
     let header = try VhdHeader.read(from: store)
     if let path = header.basePath, base == nil {
       throw ImageError(.baseMissing, "store \(store.name) needs its base \(path): give it")
     }
     return try open(
-      alone: store, over: base, header.basePath == nil ? nil : base, writable: writable)
+      alone: store, over: base, header.basePath == nil ? nil : base, writable: writable,
+      piece: piece)
   }
 
   /// Opens an image over `under`, whatever it says of a base; `base` is the one to know again.
   static func open(
     alone store: any ByteStore, over base: (any ByteStore)?, _ under: (any ByteStore)?,
-    writable: Bool
+    writable: Bool, piece: UInt64 = largestPiece
   ) throws(ImageError) -> Vhd {
     let header = try VhdHeader.read(from: store)
     guard !writable || store.isWritable else {
@@ -119,6 +123,7 @@ extension Vhd {
         }
       }
     }
-    return try Vhd(store: store, base: under, header: header, writable: writable)
+    return try Vhd(
+      store: store, base: under, header: header, writable: writable, piece: piece)
   }
 }

@@ -1,14 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 // Where the blocks of a VHD disk live, and what a commit writes.
 //
-// A block that has a place is preceded there by a bitmap of its sectors, the first sector in
-// the highest bit. A block whose bits are all set is mapped to its place; one with none set is
-// in the base; one with some ("mixed", as blktap leaves them) is read through user space, and
-// made whole at its own place by the first write.
+// A block of the table that has a place is preceded there by a bitmap of its sectors, the first
+// sector in the highest bit. Over a base the disk's blocks are pieces of those, of 64 KiB: a first
+// write copies no more than that. Without a base they are the table's: QEMU does not look at the
+// bitmaps, and reads what stands under a clear bit.
 //
-// Commit: 1. the bitmaps of the blocks, all set, zeroes for what of the last block lies past the
-// disk's end, and the footer at the new end; 2. entries of
-// the table for blocks that had no place. The copy of the footer at the start always holds.
+// A piece whose bits are all set is mapped to its place; one with none set is in the base; one with
+// some ("mixed", as blktap leaves them) is read through user space, and made whole at its own place
+// by the first write.
+//
+// Commit: 1. the bits of what was placed, all of a new block's bitmap, zeroes for what of the last
+// block lies past the disk's end, and the footer at the new end; 2. entries of the table for blocks
+// that had no place. A bit is set when its data is durable, and never cleared, so that a bitmap of
+// which some sectors are written is right. The copy of the footer at the start always holds.
 //
 // Invariants: new blocks go behind everything that a header names, everything that a block has,
 // and whatever stands before a footer at the end of a file, their data at a multiple of 4096; the
@@ -25,8 +30,19 @@ import SystemIO
 package final class Vhd: RunImage {
   /// The device number of the store, of the base, and of the mixed blocks.
   private static let mixedDevice: UInt16 = 2
+  /// Bytes of a piece of a block that is over a base, at most and unless it is said otherwise.
+  package static let largestPiece: UInt64 = 64 << 10
   static let blocksPerFind: UInt64 = 4096
   private typealias Run = PendingPlacements.Run
+  /// A plan that is being run: what it writes, the blocks that the table names then, the bitmaps
+  /// that it writes anew, and the footer.
+  private struct Flight {
+    let mark: Mark
+    let draft: CommitDraft
+    let named: [UInt64]
+    let bitmaps: [Range<UInt64>]
+    let footer: UInt64?
+  }
 
   /// The header, as it is now.
   package internal(set) var header: VhdHeader
@@ -35,7 +51,11 @@ package final class Vhd: RunImage {
   let cache: MetadataCache
   let isWritable: Bool
   private(set) var pending: PendingPlacements
-  private var inFlight: (mark: Mark, draft: CommitDraft, runs: [Run], footer: UInt64?)?
+  private var inFlight: Flight?
+  /// Where the data of blocks goes that the table does not name yet, by their number there.
+  private var newPlaces: [UInt64: UInt64] = [:]
+  /// Blocks of the disk in one of the table.
+  private let pieces: UInt64
   /// Where everything ended that the image named when it was opened.
   private let surveyedEnd: UInt64
   /// Where the next block may go.
@@ -45,16 +65,21 @@ package final class Vhd: RunImage {
   private let durableBlocks: UInt64
 
   init(
-    store: any ByteStore, base: (any ByteStore)?, header: VhdHeader, writable: Bool
+    store: any ByteStore, base: (any ByteStore)?, header: VhdHeader, writable: Bool,
+    piece: UInt64 = largestPiece
   ) throws(ImageError) {
     self.store = store
     self.header = header
     isWritable = writable
     cache = MetadataCache(store)
     let mixed = VhdMixedBlocks(store, base, header)
-    self.base = BaseView(
-      base, blockSize: UInt64(header.blockSize), store: store, own: [mixed])
-    pending = PendingPlacements(blocksPerGroup: 1024, blockSize: UInt64(header.blockSize))
+    let blockSize =
+      header.kind == .differencing
+      ? min(header.tableBlock, piece) : UInt64(header.blockSize)
+    self.blockSize = UInt32(blockSize)
+    pieces = header.kind == .fixed ? 1 : header.tableBlock / blockSize
+    self.base = BaseView(base, blockSize: blockSize, store: store, own: [mixed])
+    pending = PendingPlacements(blocksPerGroup: pieces, blockSize: blockSize)
     surveyedEnd = try Self.surveyBlocks(store, header)
     end = surveyedEnd
     if writable, !store.isFixedSize, header.kind != .fixed, store.size >= VhdHeader.footerSize,
@@ -64,13 +89,13 @@ package final class Vhd: RunImage {
       end = max(end, (store.size - VhdHeader.footerSize + 511) / 512 * 512)
     }
     let bytes = try io { () throws(IOError) in try store.allocatedBytes() }
-    durableBlocks = bytes / UInt64(header.blockSize)
+    durableBlocks = bytes / blockSize
   }
 
   /// Length of the disk in bytes.
   package var size: UInt64 { header.size }
-  /// Bytes of a block.
-  package var blockSize: UInt32 { header.blockSize }
+  /// Bytes of a block of the disk; over a base not those of the table's blocks.
+  package let blockSize: UInt32
   /// See `ImageFormat`.
   package var devices: [any ByteStore]? { base.devices }
   /// A fixed one; the footer behind its disk is not written.
@@ -122,78 +147,99 @@ package final class Vhd: RunImage {
     return max(header.structuresEnd, places.last.map { ($0 >> 24) * 512 + stride } ?? 0)
   }
 
-  /// Where a block's bitmap begins, by the table; nil when it has no place.
-  func place(of block: UInt64) throws(ImageError) -> UInt64? {
-    let entry = try cache.big(UInt32.self, at: header.tableOffset + block * 4)
-    return entry == VhdHeader.unused ? nil : UInt64(entry) * 512
+  /// Where the bitmap of a block of the table begins, by the table; nil when it has no place.
+  func place(of entry: UInt64) throws(ImageError) -> UInt64? {
+    let sector = try cache.big(UInt32.self, at: header.tableOffset + entry * 4)
+    return sector == VhdHeader.unused ? nil : UInt64(sector) * 512
   }
 
   private enum Bits { case none, some, all }
 
-  private func bits(at offset: UInt64) throws(ImageError) -> Bits {
-    let sectors = Int(header.tableBlock / 512)
-    var first: UInt8?
-    for start in stride(from: 0, to: (sectors + 7) / 8, by: 512) {
-      let bytes = try cache.sector(offset / 512 + UInt64(start) / 512)
-      for byte in bytes[..<min(512, sectors / 8 - start)] {
-        if byte != 0, byte != 0xFF { return .some }
-        if let first, first != byte { return .some }
-        first = byte
-      }
+  /// A sector of a bitmap by its number, as it was read last.
+  private typealias BitmapSector = (index: UInt64, bytes: [UInt8])
+
+  /// The bits of a block of the disk, in the bitmap at a byte of the store.
+  private func bits(
+    of block: UInt64, at offset: UInt64, _ sector: inout BitmapSector
+  ) throws(ImageError) -> Bits {
+    // A block has at least eight sectors.
+    let count = UInt64(blockSize) / 512 / 8
+    let first = block % pieces * count
+    var found: UInt8?
+    for byte in first..<(first + count) {
+      let index = (offset + byte) / 512
+      if sector.index != index { sector = (index, try cache.sector(index)) }
+      let bits = sector.bytes[Int(byte % 512)]
+      guard bits == 0 || bits == 0xFF, bits == found ?? bits else { return .some }
+      found = bits
     }
-    return first == 0xFF ? .all : Bits.none
+    return found == 0xFF ? .all : Bits.none
   }
 
-  /// The longest run from a block on that is mapped alike.
+  /// The longest run from a block on that is mapped alike, within one block of the table.
   func run(_ block: UInt64, _ limit: UInt64) throws(ImageError) -> Extent {
     if header.kind == .fixed {
       let place = Place.device(0, sector: block * UInt64(blockSize) / 512)
       return Extent(BlockRange(block, limit), place, writable: isWritable)
     }
-    if let run = pending.find(block).run {
-      let place = Place.device(0, sector: run.offset / 512)
-      return Extent(BlockRange(block), place, writable: isWritable, mark: run.mark)
+    let (run, next) = pending.find(block)
+    if let run {
+      let place = Place.device(0, sector: pending.offset(of: block, in: run) / 512)
+      let count = min(limit, run.blocks.end - block)
+      return Extent(BlockRange(block, count), place, writable: isWritable, mark: run.mark)
     }
-    if let offset = try place(of: block) {
-      switch try bits(at: offset) {
-      case .all:
-        let place = Place.device(0, sector: (offset + header.bitmapSize) / 512)
-        return Extent(BlockRange(block), place, writable: isWritable)
-      case .some:
-        let place = Place.device(
-          Self.mixedDevice, sector: block * UInt64(blockSize) / 512)
-        return Extent(BlockRange(block), place, writable: false)
-      case .none: break
-      }
+    let end = min(block + limit, block / pieces * pieces + pieces, next ?? .max)
+    guard let offset = try place(of: block / pieces) else { return try below(block, end) }
+    var sector: BitmapSector = (.max, [])
+    let state = try bits(of: block, at: offset, &sector)
+    var stop = block + 1
+    while stop < end, try bits(of: stop, at: offset, &sector) == state { stop += 1 }
+    switch state {
+    case .all:
+      let place = Place.device(0, sector: (offset + header.bitmapSize + ahead(of: block)) / 512)
+      return Extent(BlockRange(block, stop - block), place, writable: isWritable)
+    case .some:
+      let place = Place.device(Self.mixedDevice, sector: block * UInt64(blockSize) / 512)
+      return Extent(BlockRange(block, stop - block), place, writable: false)
+    case .none: return try below(block, stop)
     }
-    let (place, _) = try base.run(from: block, limit: 1)
-    return Extent(BlockRange(block), place, writable: false)
   }
 
+  private func below(_ block: UInt64, _ end: UInt64) throws(ImageError) -> Extent {
+    let (place, count) = try base.run(from: block, limit: end - block)
+    return Extent(BlockRange(block, count), place, writable: false)
+  }
+
+  /// Bytes of its block of the table that lie before a block.
+  private func ahead(of block: UInt64) -> UInt64 { block % pieces * UInt64(blockSize) }
+
   func assign(_ range: BlockRange) throws(ImageError) -> Extent {
-    let block = range.first
-    let offset: UInt64
-    if let own = try place(of: block) {
-      offset = own + header.bitmapSize
+    let entry = range.first / pieces
+    let start: UInt64
+    if let own = try place(of: entry) {
+      start = own + header.bitmapSize
+    } else if let new = newPlaces[entry] {
+      start = new
     } else {
-      offset = try newPlace()
+      start = try newPlace()
+      newPlaces[entry] = start
     }
-    let mark = pending.place(BlockRange(block), at: offset)
-    return Extent(
-      BlockRange(block), .device(0, sector: offset / 512), writable: true, mark: mark)
+    let offset = start + ahead(of: range.first)
+    let mark = pending.place(range, at: offset)
+    return Extent(range, .device(0, sector: offset / 512), writable: true, mark: mark)
   }
 
   /// Room for a block behind everything; the first byte of its data.
   func newPlace() throws(ImageError) -> UInt64 {
     // The data, not the bitmap, shall begin at a page.
     var start = (end + header.bitmapSize + 4095) / 4096 * 4096
-    if let footer = inFlight?.footer, start + UInt64(blockSize) > footer,
+    if let footer = inFlight?.footer, start + header.tableBlock > footer,
       start - header.bitmapSize < footer + VhdHeader.footerSize
     {
       // A plan that is being run writes that sector.
       start = (footer + VhdHeader.footerSize + header.bitmapSize + 4095) / 4096 * 4096
     }
-    let stop = start + UInt64(blockSize)
+    let stop = start + header.tableBlock
     guard stop / 512 < UInt64(VhdHeader.unused) else {
       throw ImageError(
         .io, "\(store.name): the image can grow no further",
@@ -216,26 +262,64 @@ package final class Vhd: RunImage {
     let groups = pending.runs(upTo: mark)
     guard !groups.isEmpty else { return CommitPlan(upTo: mark, stages: []) }
     var draft = CommitDraft(cache, clusterSize: 512)
-    let runs = groups.flatMap(\.runs)
-    // One array for all of them: a block of 256 MiB has a bitmap of 64 KiB. They need no pins,
-    // since what is pending is looked at before the bitmaps.
-    let ones = [UInt8](repeating: 0xFF, count: Int(header.bitmapSize))
-    let bitmaps =
-      runs.map { CommitPlan.Write(offset: $0.offset - header.bitmapSize, bytes: ones) }
-      + runs.flatMap { tail(of: $0.blocks, at: $0.offset) }
+    var first: [CommitPlan.Write] = []
+    var named: [(entry: UInt64, start: UInt64)] = []
+    var bitmaps: [Range<UInt64>] = []
+    for (entry, runs) in groups {
+      first += runs.flatMap { tail(of: $0.blocks, at: $0.offset) }
+      if let own = try place(of: entry) {
+        for run in runs { try set(run.blocks, at: own, in: &draft) }
+        continue
+      }
+      // What stands there is nothing, so that it needs no pins: before the table names it, what is
+      // pending is all that it has.
+      let start = runs[0].offset - ahead(of: runs[0].blocks.first) - header.bitmapSize
+      var bytes = [UInt8](repeating: 0, count: Int(header.bitmapSize))
+      for run in runs {
+        let own = bits(of: run.blocks)
+        // Of a block of the disk's own all bits are set, those with it that stand for nothing.
+        let range = pieces == 1 ? bytes.indices : Int(own.lowerBound)..<Int(own.upperBound)
+        for byte in range { bytes[byte] = 0xFF }
+      }
+      first.append(CommitPlan.Write(offset: start, bytes: bytes))
+      bitmaps.append(start..<(start + header.bitmapSize))
+      named.append((entry, start))
+    }
     let place = footerOffset
     if footerPlace != place { try draft.put(sectors: header.footer, at: place) }
     draft.seal()
-    let footer = draft.stages.flatMap { $0 }
-    for run in runs {
-      let start = run.offset - header.bitmapSize
-      let entry = header.tableOffset + run.blocks.first * 4
-      try draft.putBig(UInt32(start / 512), at: entry)
+    first += draft.stages.flatMap { $0 }
+    let sealed = draft.stages.count
+    for (entry, start) in named {
+      try draft.putBig(UInt32(start / 512), at: header.tableOffset + entry * 4)
     }
     draft.seal()
-    inFlight = (mark, draft, runs, footerPlace == place ? nil : place)
-    let entries = draft.stages.dropFirst(footer.isEmpty ? 0 : 1)
-    return CommitPlan(upTo: mark, stages: [bitmaps + footer] + entries)
+    inFlight = Flight(
+      mark: mark, draft: draft, named: named.map(\.entry), bitmaps: bitmaps,
+      footer: footerPlace == place ? nil : place)
+    return CommitPlan(upTo: mark, stages: [first] + draft.stages.dropFirst(sealed))
+  }
+
+  /// The bytes of its bitmap that stand for blocks of one block of the table.
+  private func bits(of blocks: BlockRange) -> Range<UInt64> {
+    let (first, count) = (ahead(of: blocks.first), blocks.count * UInt64(blockSize))
+    return (first / 4096)..<((first + count) / 4096)
+  }
+
+  /// Sets the bits of blocks in the bitmap at a byte of the store.
+  private func set(
+    _ blocks: BlockRange, at offset: UInt64, in draft: inout CommitDraft
+  ) throws(ImageError) {
+    let range = bits(of: blocks)
+    var byte = range.lowerBound
+    while byte < range.upperBound {
+      let end = min(range.upperBound, (byte / 512 + 1) * 512)
+      let count = Int(end - byte)
+      try draft.change(at: offset + byte) { sector, start in
+        for at in start..<(start + count) { sector[at] = 0xFF }
+      }
+      byte = end
+    }
   }
 
   /// The plan up to this mark has run.
@@ -244,9 +328,8 @@ package final class Vhd: RunImage {
     inFlight = nil
     if let footer = plan.footer, footer == footerOffset { footerPlace = footer }
     cache.unpin(sectors: plan.draft.sectors.keys, fresh: plan.draft.fresh, size: 512)
-    for run in plan.runs {
-      cache.drop(from: run.offset - header.bitmapSize, to: run.offset)
-    }
+    for range in plan.bitmaps { cache.drop(from: range.lowerBound, to: range.upperBound) }
+    for entry in plan.named { newPlaces[entry] = nil }
     pending.commit(upTo: mark)
   }
 
@@ -258,31 +341,40 @@ package final class Vhd: RunImage {
   package func restore(_ extents: [Extent]) throws(ImageError) {
     try checkWritable()
     for extent in extents {
-      try checkBounds(extent.blocks)
-      let block = extent.blocks.first
-      guard header.kind != .fixed, extent.blocks.count == 1, extent.writable,
-        extent.mark > pending.lastMark, case .device(0, let sector) = extent.place,
-        sector < 1 << 41,
-        pending.find(block).run == nil
-      else {
-        throw ImageError(.badRequest, "an uncommitted placement of block \(block) is not one")
-      }
-      let own = try place(of: block)
-      let expected = own.map { $0 + header.bitmapSize }
-      guard expected == sector * 512 || (own == nil && sector % 8 == 0) else {
-        throw ImageError(.badRequest, "an uncommitted placement at sector \(sector)")
-      }
-      if own == nil {
-        let start = sector * 512 - min(sector * 512, header.bitmapSize)
-        guard start >= surveyedEnd else {
-          throw ImageError(.badRequest, "an uncommitted placement at sector \(sector)")
-        }
-        end = max(end, sector * 512 + UInt64(blockSize))
-        footerPlace = nil
-      }
-      pending.insert(
-        PendingPlacements.Run(
-          blocks: extent.blocks, offset: sector * 512, mark: extent.mark))
+      let blocks = extent.blocks
+      let none = ImageError(
+        .badRequest, "an uncommitted placement of block \(blocks.first) is not one")
+      try checkBounds(blocks)
+      guard header.kind != .fixed, blocks.first / pieces == (blocks.end - 1) / pieces,
+        extent.writable, extent.mark > pending.lastMark, case .device(0, let sector) = extent.place,
+        sector < 1 << 41
+      else { throw none }
+      try restore(blocks, at: sector * 512)
+      let run = Run(blocks: blocks, offset: sector * 512, mark: extent.mark)
+      guard pending.insert(run) else { throw none }
+    }
+    let starts = newPlaces.values.sorted()
+    for (one, next) in zip(starts, starts.dropFirst())
+    where next < one + header.tableBlock + header.bitmapSize {
+      throw ImageError(.badRequest, "an uncommitted placement at sector \(next / 512)")
+    }
+  }
+
+  /// Sees to it that a block of the table has its place where one of its blocks has.
+  private func restore(_ blocks: BlockRange, at offset: UInt64) throws(ImageError) {
+    let entry = blocks.first / pieces
+    let refusal = ImageError(.badRequest, "an uncommitted placement at sector \(offset / 512)")
+    guard offset >= ahead(of: blocks.first) + header.bitmapSize else { throw refusal }
+    let start = offset - ahead(of: blocks.first)
+    if let own = try place(of: entry) {
+      guard start == own + header.bitmapSize else { throw refusal }
+    } else if let new = newPlaces[entry] {
+      guard start == new else { throw refusal }
+    } else {
+      guard start % 4096 == 0, start - header.bitmapSize >= surveyedEnd else { throw refusal }
+      newPlaces[entry] = start
+      end = max(end, start + header.tableBlock)
+      footerPlace = nil
     }
   }
 }

@@ -80,7 +80,7 @@ extension Vhd {
     let old = size
     try zeroTail(from: old)
     // A power cut may have left what an earlier change meant to take out.
-    try clearTable(from: blockCount)
+    try clearTable(from: tableBlocks(for: old))
     try growTable(for: newSize)
     header.size = newSize
     try hide(from: old, on: store)
@@ -90,17 +90,17 @@ extension Vhd {
   private func shrink(to newSize: UInt64) throws(ImageError) {
     var smaller = header
     smaller.size = newSize
-    let first = (newSize + header.tableBlock - 1) / header.tableBlock
+    let first = tableBlocks(for: newSize)
     let footer = header.resizedFooter(to: newSize)
     guard let batmap = header.batmap, try speaks(batmap, from: first) else {
       try putFooters(footer)
-      return try clearTable(from: blockCount)
+      return try clearTable(from: first)
     }
     smaller.footer = footer
     try putFooters(
       smaller.changedFooter(
         creatorVersion: VhdBatmap.unpromised, headerOffset: header.headerOffset))
-    try clearTable(from: blockCount)
+    try clearTable(from: first)
     try renewBatmap(footer)
   }
 
@@ -124,6 +124,11 @@ extension Vhd {
     try putFooters(header.footer)
   }
 
+  /// Blocks of the table that a disk of so many bytes has.
+  private func tableBlocks(for size: UInt64) -> UInt64 {
+    (size + header.tableBlock - 1) / header.tableBlock
+  }
+
   private func clearTable(from block: UInt64) throws(ImageError) {
     guard block < UInt64(header.tableEntries) else { return }
     let unused = [UInt8](
@@ -139,7 +144,7 @@ extension Vhd {
   /// Makes a table with an entry for each block of a longer disk, and whatever stands with it in
   /// front of the blocks, anew.
   private func growTable(for newSize: UInt64) throws(ImageError) {
-    let needed = (newSize + header.tableBlock - 1) / header.tableBlock
+    let needed = tableBlocks(for: newSize)
     guard needed > UInt64(header.tableEntries) else { return }
     guard needed <= UInt64(VhdHeader.mostEntries) else {
       throw ImageError(.badRequest, "\(needed) blocks are too many: convert to larger ones")

@@ -3,12 +3,14 @@
 // bytes. What QEMU makes is in the matrix.
 
 import BlockIO
-import DiskFormats
+import DiskModel
 import Fakes
 import Foundation
 import SystemIO
 import Testing
 import TestSupport
+
+@testable import DiskFormats
 
 @Suite struct VhdTests {
   /// Reads, writes, discards and flushes at random; returns what the disk then holds.
@@ -44,7 +46,8 @@ import TestSupport
     return model
   }
 
-  @Test func differencing() throws {
+  /// In blocks of the table, and in pieces of them.
+  @Test(arguments: [UInt64(65536), 16384, 4096]) func differencing(piece: UInt64) throws {
     let base = MemoryStore("base")
     let size: UInt64 = 3 << 20
     let uuid = [UInt8](repeating: 7, count: 16)
@@ -56,6 +59,11 @@ import TestSupport
       store: store, size: size, kind: .differencing, blockSize: 65536,
       uuid: [UInt8](repeating: 8, count: 16), base: ("base", uuid))
     func open(_ writable: Bool) throws -> DeviceEngine {
+      guard piece == Vhd.largestPiece else {
+        let below = ImageStore(try Vhd.open(store: base, writable: false), store: base)
+        let format = try Vhd.open(store: store, base: below, writable: writable, piece: piece)
+        return DeviceEngine(format, store: store)
+      }
       let format = try Chain(store, kind: .vhd) { request in
         #expect(request.path == "base")
         return base
@@ -63,6 +71,7 @@ import TestSupport
       return DeviceEngine(format, store: store)
     }
     let engine = try open(true)
+    #expect(engine.format.blockSize == piece)
     #expect(try engine.read(0, count: engine.sectors) == contents)
     var model = try Self.live(engine, contents, seed: 2)
     #expect(try open(false).read(0, count: engine.sectors) == model)
@@ -73,7 +82,8 @@ import TestSupport
       let entry = try store.read(at: header.tableOffset + UInt64(block) * 4, count: 4)
       guard entry != [255, 255, 255, 255], mixed < 8 else { continue }
       let place = entry.reduce(UInt64(0)) { $0 << 8 | UInt64($1) } * 512
-      try store.write([UInt8](repeating: 0xF0, count: 16), at: place)
+      let bits = try store.read(at: place, count: 16)
+      try store.write(bits.map { $0 & 0xF0 }, at: place)
       for sector in 0..<128 where sector % 8 >= 4 {
         let at = block * 65536 + sector * 512
         model.replaceSubrange(at..<(at + 512), with: contents[at..<(at + 512)])
@@ -101,17 +111,118 @@ import TestSupport
     #expect(error?.code == .baseChanged)
   }
 
-  private static func cuts(overBase: Bool) throws -> PowerCuts {
+  /// What a first write of 4 KiB puts into an image with blocks of 2 MiB: 64 KiB of data, their
+  /// bits and no others; the next one, into the same block, adds its own.
+  @Test func aFirstWriteTakesAPiece() throws {
+    let base = MemoryStore("base", bytes: [UInt8](repeating: 9, count: 4 << 20))
+    let store = MemoryStore("store")
+    try Vhd.create(
+      store: store, size: 4 << 20, kind: .differencing, uuid: [UInt8](repeating: 2, count: 16),
+      base: ("base", [UInt8](repeating: 0, count: 16)))
+    let disk = try Vhd.open(store: store, base: base, writable: true)
+    #expect(disk.blockSize == 65536)
+    let engine = DeviceEngine(disk, store: store)
+    var bits = [UInt8](repeating: 0, count: 512)
+    for piece in [3, 31, 4] {
+      // In the second block of the table.
+      try engine.write(4096 + piece * 128 + 8, [UInt8](repeating: 5, count: 4096))
+      try engine.flush()
+      bits.replaceSubrange((piece * 16)..<(piece * 16 + 16), with: repeatElement(0xFF, count: 16))
+      let place = try #require(try disk.place(of: 1))
+      #expect(try store.read(at: place, count: 512) == bits)
+      let data = try store.read(at: place + 512, count: 2 << 20)
+      for at in 0..<32 {
+        var wanted = [UInt8](repeating: bits[at * 16] == 0 ? 0 : 9, count: 65536)
+        if bits[at * 16] != 0 {
+          wanted.replaceSubrange(4096..<8192, with: repeatElement(5, count: 4096))
+        }
+        #expect(data[(at * 65536)..<((at + 1) * 65536)] == wanted[...], "piece \(at)")
+      }
+    }
+    #expect(try disk.place(of: 0) == nil)
+    #expect(engine.format.allocatedBlocks >= 3)
+    #expect(try Vhd.check(store: store).isClean)
+    #expect(XenServerRules(store.contents()).problems.isEmpty)
+  }
+
+  /// Pieces of two blocks, uncommitted, one block of which the table knows: a successor takes them
+  /// over, and puts what comes next into the same blocks. What cannot have been is refused.
+  @Test func piecesOutliveTheirWorker() throws {
+    let base = MemoryStore("base", bytes: [UInt8](repeating: 9, count: 1 << 20))
+    let store = MemoryStore("store")
+    try Vhd.create(
+      store: store, size: 1 << 20, kind: .differencing, blockSize: 65536,
+      uuid: [UInt8](repeating: 2, count: 16), base: ("base", [UInt8](repeating: 0, count: 16)))
+    func open() throws -> DeviceEngine {
+      let disk = try Vhd.open(store: store, base: base, writable: true, piece: 4096)
+      return DeviceEngine(disk, store: store)
+    }
+    func page(_ value: UInt8) -> [UInt8] { [UInt8](repeating: value, count: 4096) }
+    let first = try open()
+    try first.write(0, page(1))
+    try first.flush()
+    // Blocks of the disk: 16 in each of the table.
+    for (block, value) in [(3, UInt8(2)), (20, 3), (18, 4)] {
+      try first.write(block * 8, page(value))
+    }
+    let left = first.uncommitted
+    #expect(left.count == 3)
+    let heir = try open()
+    try heir.format.restore(left)
+    heir.takeOver(left)
+    try heir.write(19 * 8, page(5))
+    guard case .device(0, let sector) = try heir.format.find(19, limit: 1).place,
+      case .device(0, let before) = try heir.format.find(18, limit: 1).place
+    else { return #expect(Bool(false), "not in the store") }
+    #expect(sector == before + 8)
+    try heir.flush()
+    var wanted = [UInt8](repeating: 9, count: 1 << 20)
+    for (block, value) in [(0, UInt8(1)), (3, 2), (20, 3), (18, 4), (19, 5)] {
+      wanted.replaceSubrange((block * 4096)..<(block * 4096 + 4096), with: page(value))
+    }
+    #expect(try open().read(0, count: 2048) == wanted)
+    #expect(try Vhd.check(store: store).isClean)
+
+    let far = (store.size + 1 << 20) / 4096 * 4096
+    func placed(_ blocks: BlockRange, _ offset: UInt64, _ mark: Mark) -> Extent {
+      Extent(blocks, .device(0, sector: offset / 512), writable: true, mark: mark)
+    }
+    let place = try #require(try (heir.format as? Vhd)?.place(of: 0)) + 512
+    let wrong: [[Extent]] = [
+      // Over two blocks of the table; not where the block's place is; two places for one block.
+      [placed(BlockRange(47, 2), far, 1)],
+      [placed(BlockRange(5), place + 6 * 4096, 1)],
+      [placed(BlockRange(64), far, 1), placed(BlockRange(66), far + 3 * 4096, 2)],
+      // Before the store; over what there is; one block over another.
+      [placed(BlockRange(79), 4096, 1)], [placed(BlockRange(64), place, 1)],
+      [placed(BlockRange(64), far, 1), placed(BlockRange(80), far + 8 * 4096, 2)],
+      // Twice; under no new mark.
+      [placed(BlockRange(64), far, 1), placed(BlockRange(64), far, 2)],
+      [placed(BlockRange(64), far, 2), placed(BlockRange(65), far + 4096, 2)],
+    ]
+    for extents in wrong {
+      #expect(throws: ImageError.self, "\(extents)") { try open().format.restore(extents) }
+    }
+    try open().format.restore([
+      placed(BlockRange(64), far, 1), placed(BlockRange(66), far + 8192, 2),
+    ])
+  }
+
+  private static func cuts(
+    overBase: Bool, blockSize: UInt64 = 8192, piece: UInt64 = 8192
+  ) throws -> PowerCuts {
     let fresh = MemoryStore()
     let zeroes = [UInt8](repeating: 0, count: 16)
     try Vhd.create(
       store: fresh, size: UInt64(PowerCuts.sectors * 512),
-      kind: overBase ? .differencing : .dynamic, blockSize: 8192,
+      kind: overBase ? .differencing : .dynamic, blockSize: blockSize,
       uuid: [UInt8](repeating: 1, count: 16), base: overBase ? ("base", zeroes) : nil)
     let base = MemoryStore("base", bytes: PowerCuts.base)
     return PowerCuts(
       name: "vhd", image: fresh.contents(), isFull: overBase,
-      open: { try Vhd.open(store: $0, base: base, writable: $1) },
+      open: {
+        try Vhd.open(store: $0, base: overBase ? base : nil, writable: $1, piece: piece)
+      },
       check: { try Vhd.check(store: $0) }, repair: { try Vhd.repair(store: $0, .all) })
   }
 
@@ -119,13 +230,21 @@ import TestSupport
     try Self.cuts(overBase: overBase).run(seeds: Depth.seeds(20))
   }
 
-  @Test func powerCutsWhileResizing() throws {
-    try Self.cuts(overBase: false).runResizes(seeds: Depth.seeds(40)) { format, size in
+  @Test(arguments: [UInt64(32768), 131072]) func powerCutsOfPieces(blockSize: UInt64) throws {
+    try Self.cuts(overBase: true, blockSize: blockSize, piece: 4096).run(seeds: Depth.seeds(40))
+  }
+
+  @Test(arguments: [false, true]) func powerCutsWhileResizing(overBase: Bool) throws {
+    let cuts = try Self.cuts(overBase: overBase, blockSize: overBase ? 32768 : 8192, piece: 4096)
+    try cuts.runResizes(seeds: Depth.seeds(40)) { format, size in
       try #require(format as? Vhd).resize(to: size)
     }
   }
 
-  @Test func brokenOrderIsFound() throws { try Self.cuts(overBase: true).findBrokenOrder() }
+  @Test func brokenOrderIsFound() throws {
+    try Self.cuts(overBase: true).findBrokenOrder()
+    try Self.cuts(overBase: true, blockSize: 32768, piece: 4096).findBrokenOrder()
+  }
 
   @Test func hostile() throws {
     let store = MemoryStore()
