@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # table.awk: lines PART|what|device|figure into one table, each row against its yardstick.
 #
-# mapped: against dm-linear, at least 0.95. first: against dm-snapshot, at least 1. copy: against
-# the loop device, time, at most 1.5. Rows of which nothing is asked are there to be read.
+# mapped: against dm-linear, at least 0.95. first: against dm-snapshot, at least 1. small: against
+# dm-snapshot with chunks of 64 KiB. mixed: against dm-linear. copy: against the loop device, time, at
+# most 1.5. Rows of which nothing is asked are there to be read.
 # Exits with 1 when a row misses what is asked of it.
 
 function wanted(part, what, device) {
@@ -20,6 +21,8 @@ function ok(ratio, limit,    words) {
 BEGIN {
   yard["mapped"] = "dm-linear"
   yard["first"] = "dm-snapshot"
+  yard["small"] = "dm-snapshot 64K"
+  yard["mixed"] = "dm-linear"
   yard["copy"] = "loop"
   printf "%-38s %-16s %12s %7s  %s\n", "", "device", "ops/s or s", "ratio", "wanted"
 }
