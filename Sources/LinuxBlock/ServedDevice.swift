@@ -54,6 +54,8 @@ package struct ServedDevice: Sendable {
 
   /// The name of the target.
   package static let target = "userspace"
+  /// What the identifiers of all such devices begin with.
+  package static let prefix = "DMU-"
 
   /// The device.
   package let device: MappedDevice
@@ -63,7 +65,7 @@ package struct ServedDevice: Sendable {
   /// A device by its name. `owner` is who makes it: "cowd", "dmu-xend".
   package init(name: String, owner: String) {
     device = MappedDevice(name)
-    identifier = "DMU-\(owner)-\(name)"
+    identifier = "\(Self.prefix)\(owner)-\(name)"
   }
 
   /// Whether this kernel has the target, in a version that we can speak to; loads the module

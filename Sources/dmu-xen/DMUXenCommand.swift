@@ -23,7 +23,7 @@ struct DMUXenCommand: AsyncParsableCommand {
     version: Version.text,
     subcommands: [
       Status.self, Top.self, Logs.self, Metrics.self, Specs.self, Doctors.self, Reload.self,
-      Recover.self, Discard.self, Clear.self, Forget.self, Hotplug.self,
+      Recover.self, Discard.self, Clear.self, Forget.self, Tables.self, Hotplug.self,
     ])
 }
 
@@ -210,6 +210,60 @@ struct Specs: ParsableCommand {
     var config = Configuration.defaultPath
 
     func run() throws { try end(SpecCommand.check(spec, configurationPath: config)) }
+  }
+}
+
+struct Tables: ParsableCommand {
+  static let configuration = CommandConfiguration(
+    commandName: "table",
+    abstract: "Give a mapped device a table, and show those in use.",
+    subcommands: [Load.self, Show.self])
+
+  struct Load: ParsableCommand {
+    static let configuration = CommandConfiguration(
+      abstract: "Make a mapped device of a table, or give it another one.",
+      discussion: """
+        A line of FILE is START LENGTH TARGET ARGUMENTS, in sectors of 512 bytes, as dmsetup takes \
+        it; empty lines and those that begin with # are passed over. Targets: linear, error, zero, \
+        striped, mirror, snapshot, delay, flakey, userspace. What is wrong with a line is said by \
+        its number and field before anything changes. A device that is there gets the table \
+        between two requests. Exit status: 0, 1 failed.
+        """)
+
+    @Argument(
+      help: "The device's name in /dev/mapper.",
+      completion: .custom { _, _, _ in CompletionWords.mappedDevices() })
+    var name: String
+
+    @Argument(help: "The file with the table; '-' is stdin.", completion: .file())
+    var file: String
+
+    @Flag(name: .shortAndLong, help: "The device is only read.")
+    var readOnly = false
+
+    @Flag(help: "Only say whether the table is good.")
+    var check = false
+
+    func run() throws {
+      try end(TableCommand.load(name, file: file, readOnly: readOnly, onlyChecks: check))
+    }
+  }
+
+  struct Show: ParsableCommand {
+    static let configuration = CommandConfiguration(
+      commandName: "status",
+      abstract: "Show the tables in use, and in brackets what their targets say.",
+      discussion: "Exit status: 0, 1 failed, 3 there is no such device.")
+
+    @Argument(
+      help: "The device's name in /dev/mapper. (default: all)",
+      completion: .custom { _, _, _ in CompletionWords.mappedDevices() })
+    var name: String?
+
+    @Flag(help: "Print JSON: an array with an object for each device.")
+    var json = false
+
+    func run() throws { try end(TableCommand.status(name, json: json)) }
   }
 }
 

@@ -2,6 +2,7 @@
 // What a shell is offered while a command is being typed: what the daemon knows of disks, and specs.
 // A shell has no place for an error: where something cannot be found out, nothing is offered.
 
+internal import LinuxBlock
 internal import SystemIO
 internal import WorkerLink
 
@@ -26,6 +27,15 @@ package enum CompletionWords {
       configurationPath: words.value(after: "-c", "--config") ?? Configuration.defaultPath,
       socket: words.value(after: "--socket"))
     return self.words(of: kind, in: client.disksForCompletion())
+  }
+
+  /// The names of the mapped devices. None for a user who may not ask for them.
+  package static func mappedDevices() -> [String] {
+    do throws(DeviceMapperError) {
+      return try DeviceMapper.devices().keys.map(\.name).sorted()
+    } catch {
+      return []
+    }
   }
 
   /// The words of a kind for what status shows, each once, in its order.

@@ -11,8 +11,8 @@ enum TextFile {
 
   /// Reads a whole file. Throws the errno of open(2) or read(2), EFBIG past the limit and
   /// EILSEQ for what is not UTF-8.
-  static func read(_ path: String) throws(IOError) -> String {
-    guard let text = String(validating: try bytes(path), as: UTF8.self) else {
+  static func read(_ path: String, upTo limit: Int = limit) throws(IOError) -> String {
+    guard let text = String(validating: try bytes(path, limit), as: UTF8.self) else {
       throw IOError(EILSEQ, "read", path)
     }
     return text
@@ -20,10 +20,10 @@ enum TextFile {
 
   /// The same of a file that holds others' bytes, too: what is not UTF-8 is replaced.
   static func readRepairing(_ path: String) throws(IOError) -> String {
-    String(decoding: try bytes(path), as: UTF8.self)
+    String(decoding: try bytes(path, limit), as: UTF8.self)
   }
 
-  private static func bytes(_ path: String) throws(IOError) -> [UInt8] {
+  private static func bytes(_ path: String, _ limit: Int) throws(IOError) -> [UInt8] {
     let descriptor = try Descriptor(path: path, flags: O_RDONLY)
     var bytes: [UInt8] = []
     var buffer = [UInt8](repeating: 0, count: 4096)
