@@ -21,7 +21,7 @@ SHELL_FILES = $(shell git grep -lE '^\#!/bin/(ba)?sh|^\# shellcheck shell=' -- .
 export SWIFT
 export DMU_BIN_DIR = $(CURDIR)/$(BIN)
 
-.PHONY: help build dist test kernel-lab check run lab-shell install fuzz soak bench clean format deb rpm
+.PHONY: help build dist test kernel-lab check style run lab-shell install fuzz soak bench clean format deb rpm
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -54,13 +54,15 @@ kernel-lab: ## the module's scenarios in a checked kernel (the kernel is built o
 	@$(MAKE) --no-print-directory build
 	lab/kernel/all --programs $(BIN)
 
-check: ## format, lint, warnings as errors, shellcheck, house rules, the models of the module
+check: style ## format, lint, warnings as errors, shellcheck, house rules, the models of the module
+	Tests/run --build
+
+style:
 	@lab/prerequisites build check
 	$(SWIFT) format lint --strict --recursive Package.swift Sources Tests fuzz
 	shellcheck -x $(SHELL_FILES)
 	Tests/house
 	module/model/check
-	Tests/run --build
 
 format: ## let swift format put the sources in order
 	$(SWIFT) format --in-place --recursive Package.swift Sources Tests fuzz
