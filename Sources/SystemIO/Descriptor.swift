@@ -33,6 +33,13 @@ public struct Descriptor: ~Copyable, Sendable {
     self.raw = result
   }
 
+  /// A duplicate of a descriptor that is somebody else's. Throws the errno of fcntl(2).
+  package init(copying raw: Int32) throws(IOError) {
+    let copy = fcntl(raw, F_DUPFD_CLOEXEC, 3)
+    guard copy >= 0 else { throw IOError.last("duplicate a descriptor") }
+    self.init(owning: copy)
+  }
+
   deinit {
     _ = Glibc.close(raw)
   }
@@ -51,9 +58,5 @@ public struct Descriptor: ~Copyable, Sendable {
   }
 
   /// A second descriptor of the same open file. Throws: the errno of fcntl(2).
-  public func duplicate() throws(IOError) -> Descriptor {
-    let copy = fcntl(raw, F_DUPFD_CLOEXEC, 3)
-    guard copy >= 0 else { throw IOError.last("duplicate a descriptor") }
-    return Descriptor(owning: copy)
-  }
+  public func duplicate() throws(IOError) -> Descriptor { try Descriptor(copying: raw) }
 }

@@ -62,6 +62,7 @@ package enum TableCommand {
         CommandOutput.say("\(file): \(what)\n")
         return .done
       }
+      try checkKernel()
       let device = MappedDevice(name)
       try apply(table, to: device, readOnly: readOnly)
       CommandOutput.say("\(device.path): \(what)\n")
@@ -75,6 +76,7 @@ package enum TableCommand {
   /// Prints the tables in use, and what the targets say of themselves: of one device, or of all.
   package static func status(_ name: String?, json: Bool) -> CommandStatus {
     do throws(Fault) {
+      try checkKernel()
       var names = [name].compactMap { $0 }
       if names.isEmpty {
         names = try kernel { () throws(DeviceMapperError) in try DeviceMapper.devices().keys }
@@ -120,6 +122,13 @@ package enum TableCommand {
     do throws(DeviceMapperError) { return try body() } catch { throw .kernel(error) }
   }
 
+  private static func checkKernel() throws(Fault) {
+    guard DeviceMapper.isAvailable else {
+      throw .words(
+        "the device-mapper cannot be used: run this as root, where `modprobe dm-mod` succeeds")
+    }
+  }
+
   private static func check(_ name: String) throws(Fault) {
     guard !name.isEmpty, name.utf8.count <= 127, !name.contains("/"), name != "control" else {
       throw .words(
@@ -131,7 +140,9 @@ package enum TableCommand {
   private static func parse(_ file: String) throws(Fault) -> Table {
     let text: String
     do throws(IOError) {
-      text = try TextFile.read(file == "-" ? "/dev/stdin" : file, upTo: longest)
+      text = try TextFile.read(
+        file == "-" ? Descriptor(copying: 0) : Descriptor(path: file, flags: O_RDONLY),
+        name: file == "-" ? "stdin" : file, upTo: longest)
     } catch { throw .read(error) }
     do throws(TableError) { return try Table(parsing: text) } catch {
       throw .table(file == "-" ? "stdin" : file, error)

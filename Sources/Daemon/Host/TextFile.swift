@@ -11,20 +11,28 @@ enum TextFile {
 
   /// Reads a whole file. Throws the errno of open(2) or read(2), EFBIG past the limit and
   /// EILSEQ for what is not UTF-8.
-  static func read(_ path: String, upTo limit: Int = limit) throws(IOError) -> String {
-    guard let text = String(validating: try bytes(path, limit), as: UTF8.self) else {
-      throw IOError(EILSEQ, "read", path)
+  static func read(_ path: String) throws(IOError) -> String {
+    try read(Descriptor(path: path, flags: O_RDONLY), name: path)
+  }
+
+  /// The same of an open file, from where it stands.
+  static func read(
+    _ file: borrowing Descriptor, name: String, upTo limit: Int = limit
+  ) throws(IOError) -> String {
+    guard let text = String(validating: try bytes(file, name, limit), as: UTF8.self) else {
+      throw IOError(EILSEQ, "read", name)
     }
     return text
   }
 
   /// The same of a file that holds others' bytes, too: what is not UTF-8 is replaced.
   static func readRepairing(_ path: String) throws(IOError) -> String {
-    String(decoding: try bytes(path, limit), as: UTF8.self)
+    String(decoding: try bytes(Descriptor(path: path, flags: O_RDONLY), path, limit), as: UTF8.self)
   }
 
-  private static func bytes(_ path: String, _ limit: Int) throws(IOError) -> [UInt8] {
-    let descriptor = try Descriptor(path: path, flags: O_RDONLY)
+  private static func bytes(
+    _ descriptor: borrowing Descriptor, _ path: String, _ limit: Int
+  ) throws(IOError) -> [UInt8] {
     var bytes: [UInt8] = []
     var buffer = [UInt8](repeating: 0, count: 4096)
     while true {
