@@ -239,6 +239,9 @@ no_devices() {
 
 # The way that the daemon's configuration wishes, and the one by which a disk then is served.
 transport=$(cat /share/transport)
+# test, soak, or nothing where scenarios do all that they can.
+# shellcheck disable=SC2034  # for scenarios of both
+tier=$(cat /share/tier 2>/dev/null || true)
 # shellcheck disable=SC2034 # scenarios use it
 case $transport in nbd) way=nbd ;; *) way=dm ;; esac
 
