@@ -282,15 +282,14 @@ static void grant_waits(void)
 	struct dmu_message m;
 	struct guest *g, *h;
 
-	rig.store_table = "delay %s 0 0 %1$s 0 400";
+	rig.store_table = "delay %s 0 0 %1$s 0 1000";
 	granted_up(&rig, 100);
 	g = begin(&rig, WRITE_IT, 3 * BLOCK, 1, 9);
 	sleep_ms(50);
 	h = begin(&rig, FLUSH_IT, 0, 1, 0);
 	CHECK(!g->done);
 	CHECK(expect(rig.node, DMU_PLACED).block == 3);
-	sleep_ms(20);
-	CHECK(g->done);
+	CHECK(ended(g));
 	end(g, 0);
 	finish_flush(&rig, h, 1);
 	g = begin(&rig, WRITE_IT, 4 * BLOCK, 1, 9);
@@ -300,8 +299,7 @@ static void grant_waits(void)
 	m = expect(rig.node, DMU_PLACED);
 	CHECK(m.block == 4 && m.flags == (DMU_WRITE | DMU_IN_FLIGHT) && !g->done);
 	expect(rig.node, DMU_INVALIDATE_DONE);
-	sleep_ms(20);
-	CHECK(g->done);
+	CHECK(ended(g));
 	end(g, 0);
 	/* Requests to one block keep their order behind a placement. */
 	CHECK(answer(rig.node, grant(0, 32, 100)) == 0);

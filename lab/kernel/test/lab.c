@@ -65,6 +65,14 @@ const char *said(void)
 	return output;
 }
 
+/* Whether its request has ended: its thread may have to wait for the processor. */
+bool ended(const struct guest *guest)
+{
+	for (int i = 0; i < 50 && !guest->done; i++)
+		sleep_ms(10);
+	return guest->done;
+}
+
 uint64_t now_ms(void)
 {
 	struct timespec now;

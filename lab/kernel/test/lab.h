@@ -97,6 +97,7 @@ void check_fill(struct guest *guest, uint64_t from, uint64_t count, uint8_t fill
 void peek(const char *device, uint64_t sector, uint32_t count, uint8_t *data);
 
 void sleep_ms(int milliseconds);
+bool ended(const struct guest *guest);
 uint64_t now_ms(void);
 
 struct scenario {
