@@ -164,17 +164,21 @@ extension ImageFormat {
     }
   }
 
-  /// Makes what lies past a former end read as zeroes, and commits that to the store.
+  /// Makes what lies past a former end read as zeroes, durably, and commits that to the store.
   func hide(from old: UInt64, on store: any ByteStore) throws(ImageError) {
     let blockSize = UInt64(blockSize)
     var block = old / blockSize
     var lastMark: Mark = 0
+    // Also what had its place, which needs no commit: a longer disk shows it.
+    var zeroed: Set<UInt16> = [0]
+    var isChanged = false
     if old % blockSize != 0 {
       let found = try find(block, limit: 1)
       if found.place != .zero, !found.writable {
         let bytes = try contents(of: found.place, count: Int(old % blockSize))
         let placement = try place(BlockRange(block), whole: true)
         try put(bytes, in: placement.extent)
+        isChanged = true
         lastMark = max(lastMark, placement.extent.mark)
       }
       block += 1
@@ -184,14 +188,19 @@ extension ImageFormat {
       case .nothing(let count): block += count
       case .zero(let extent):
         try put([], in: extent)
+        isChanged = true
+        if case .device(let number, _) = extent.place { zeroed.insert(number) }
         lastMark = max(lastMark, extent.mark)
         block += extent.blocks.count
       }
     }
+    guard isChanged else { return }
+    for number in zeroed {
+      let data = try device(number)
+      try io { () throws(IOError) in try data.flush() }
+    }
     guard lastMark > 0 else { return }
-    let data = try device(0)
     let plan = try commitPlan(upTo: lastMark)
-    try io { () throws(IOError) in try data.flush() }
     try plan.carryOut(on: store)
     committed(upTo: lastMark)
   }
