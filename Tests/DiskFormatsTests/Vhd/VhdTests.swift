@@ -236,7 +236,9 @@ import TestSupport
 
   @Test(arguments: [false, true]) func powerCutsWhileResizing(overBase: Bool) throws {
     let cuts = try Self.cuts(overBase: overBase, blockSize: overBase ? 32768 : 8192, piece: 4096)
-    try cuts.runResizes(seeds: Depth.seeds(40)) { format, size in
+    // The last two: zeroes past the old end were not durable when the footer said the new length.
+    let seeds = Depth.seeds(40) + [1_356_936_866_036, 1_356_936_866_073]
+    try cuts.runResizes(seeds: seeds) { format, size in
       try #require(format as? Vhd).resize(to: size)
     }
   }
