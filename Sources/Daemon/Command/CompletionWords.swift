@@ -31,11 +31,8 @@ package enum CompletionWords {
 
   /// The names of the mapped devices. None for a user who may not ask for them.
   package static func mappedDevices() -> [String] {
-    do throws(DeviceMapperError) {
-      return try DeviceMapper.devices().keys.map(\.name).sorted()
-    } catch {
-      return []
-    }
+    guard DeviceMapper.isAvailable else { return [] }
+    do throws(DeviceMapperError) { return try TableCommand.names() } catch { return [] }
   }
 
   /// The words of a kind for what status shows, each once, in its order.

@@ -8,7 +8,7 @@ internal import SystemIO
 
 /// Tables of mapped devices.
 package enum TableCommand {
-  /// A table that was asked for, and what came of it.
+  /// What can go wrong, each with the words that it is told in.
   private enum Fault: Error, CustomStringConvertible {
     case read(IOError)
     case table(String, TableError)
@@ -79,8 +79,7 @@ package enum TableCommand {
       try checkKernel()
       var names = [name].compactMap { $0 }
       if names.isEmpty {
-        names = try kernel { () throws(DeviceMapperError) in try DeviceMapper.devices().keys }
-          .map(\.name).sorted()
+        names = try kernel { () throws(DeviceMapperError) in try Self.names() }
       }
       var found: [Status] = []
       for name in names {
@@ -98,6 +97,11 @@ package enum TableCommand {
       CommandOutput.complain("\(error)")
       return .failed
     }
+  }
+
+  /// The names of all mapped devices, in order.
+  static func names() throws(DeviceMapperError) -> [String] {
+    try DeviceMapper.devices().keys.map(\.name).sorted()
   }
 
   static func render(_ devices: [Status]) -> String {
