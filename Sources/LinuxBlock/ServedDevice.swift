@@ -147,9 +147,9 @@ package struct ServedDevice: Sendable {
   }
 
   /// Brings it into use. What a guest has written on it is for nobody here to look into, so
-  /// it is not probed.
-  package func start() throws(DeviceMapperError) {
-    try device.resume(probed: false)
+  /// it is not probed unless that is wished.
+  package func start(probed: Bool = false) throws(DeviceMapperError) {
+    try device.resume(probed: probed)
   }
 
   /// Whether a device is a file's loop device, or the device itself.

@@ -22,7 +22,8 @@ struct DMUXenCommand: AsyncParsableCommand {
       """,
     version: Version.text,
     subcommands: [
-      Status.self, Top.self, Logs.self, Metrics.self, Specs.self, Doctors.self, Reload.self,
+      Attach.self, Detach.self, Status.self, Top.self, Logs.self, Metrics.self, Specs.self,
+      Doctors.self, Reload.self,
       Recover.self, Discard.self, Clear.self, Forget.self, Tables.self, Hotplug.self,
     ])
 }
@@ -56,6 +57,93 @@ extension ParsableCommand {
   }
 }
 
+struct Attach: ParsableCommand {
+  static let configuration = CommandConfiguration(
+    abstract: "Attach a disk under a name; its device is /dev/dmu/NAME.",
+    discussion: """
+      Waits until the disk is served and prints the path of its device, for a guest's disk line as \
+      in phy:/dev/dmu/NAME,xvda,w. Without SPEC the disk is as its file in disks.d says. A disk \
+      that is attached in the same way already is no error. Exit status: 0, 1 failed, 2 dmu-xend is \
+      not running, 3 NAME has no file.
+      """)
+
+  @OptionGroup var place: Place
+
+  @Argument(
+    help: "The disk's name. With --all: none.",
+    completion: .custom { words, _, _ in CompletionWords.namedDisks(commandLine: words) })
+  var name: String?
+
+  @Argument(
+    help: "What the disk is made of: dmu:FORMAT[?OPTION=VALUE]:STORE[:BASE]",
+    completion: .custom { words, index, _ in
+      CompletionWords.specs(beginning: words.indices.contains(index) ? words[index] : "")
+    })
+  var spec: String?
+
+  @Flag(help: "The disk is only read.")
+  var readOnly = false
+
+  @Flag(help: "Create the store if it does not exist.")
+  var create = false
+
+  @Option(
+    help: "The UUID of the virtual machine that the disk belongs to; shown by status.",
+    completion: .list([]))
+  var owner: String?
+
+  @Flag(help: "Attach the disk again whenever the host has booted: write its file in disks.d.")
+  var persistent = false
+
+  @Flag(
+    help: """
+      Let udev look for file systems and volumes on the disk: for one that this host itself uses. \
+      (default: it does not)
+      """)
+  var probe = false
+
+  @Flag(help: "Attach every disk that has a file in disks.d.")
+  var all = false
+
+  func validate() throws {
+    guard !all else {
+      guard name == nil, !readOnly, !create, owner == nil, !persistent, !probe else {
+        throw ValidationError("--all takes no name and no other option of a disk")
+      }
+      return
+    }
+    guard name != nil else { throw ValidationError("give the name of a disk, or --all") }
+    guard spec != nil || (!readOnly && !create && owner == nil && !persistent && !probe) else {
+      throw ValidationError("without SPEC, the disk's file in disks.d alone says how the disk is")
+    }
+  }
+
+  func run() throws {
+    guard let name else { return try end(place.client.attachAll()) }
+    var request = NamedRequest(name, spec)
+    (request.readOnly, request.create, request.owner) = (readOnly, create, owner)
+    (request.isPersistent, request.probe) = (persistent, probe)
+    try end(place.client.attach(request))
+  }
+}
+
+struct Detach: ParsableCommand {
+  static let configuration = CommandConfiguration(
+    abstract: "Detach a named disk, also from the disks that come back after a reboot.",
+    discussion: """
+      Waits until everything is in the store and nothing of the disk is left. Refused while the \
+      device is in use. The store stays. Exit status: 0, 1 failed, 2 dmu-xend is not running, 3 \
+      there is no such disk.
+      """)
+
+  @OptionGroup var place: Place
+
+  @Argument(help: "The disk's name.", completion: .known(.named))
+  var name: String
+
+  func run() throws { try end(place.client.detachNamed(name)) }
+}
+
 struct Status: ParsableCommand {
   static let configuration = CommandConfiguration(
     abstract: "Show the disks and how they are.",
@@ -67,7 +155,8 @@ struct Status: ParsableCommand {
   @OptionGroup var place: Place
 
   @Argument(
-    help: "Only the disks of this domain, by number or name.", completion: .known(.domain))
+    help: "Only the disks of this domain, by number or name, or a named disk.",
+    completion: .known(.domain))
   var domain: String?
 
   @Flag(help: "Print JSON: an array with an object for each disk.")
@@ -96,7 +185,8 @@ struct Top: ParsableCommand {
   @OptionGroup var place: Place
 
   @Argument(
-    help: "Only the disks of this domain, by number or name.", completion: .known(.domain))
+    help: "Only the disks of this domain, by number or name, or a named disk.",
+    completion: .known(.domain))
   var domain: String?
 
   @Option(
@@ -133,7 +223,10 @@ struct Logs: ParsableCommand {
   @OptionGroup var place: Place
 
   @Argument(
-    help: "A disk: 5-51712, 5:xvda, web:xvda. Or a domain by number or name.",
+    help: """
+      A disk: 5-51712, 5:xvda, web:xvda, or a named disk by its name or path. Or a domain by \
+      number or name.
+      """,
     completion: .known(.disk))
   var disk: String
 
@@ -348,7 +441,7 @@ struct Clear: ParsableCommand {
   @OptionGroup var place: Place
 
   @Argument(
-    help: "A domain by number or name, or a disk: 5-51712, 5:xvda, web:xvda.",
+    help: "A domain by number or name, or a disk: 5-51712, 5:xvda, web:xvda, a named disk.",
     completion: .known(.disk))
   var disk: String
 

@@ -58,8 +58,8 @@ struct ChurnTests {
     do {
       try await eventually("the right disks", within: .seconds(120)) {
         let status = try await world.status()
-        last = "\(status.map { "\($0.domain)-\($0.number) \($0.state) \($0.error ?? "")" })"
-        return status.map { "\($0.domain)-\($0.number)" }.sorted() == names
+        last = "\(status.map { "\($0.id) \($0.state) \($0.error ?? "")" })"
+        return status.map { "\($0.id)" }.sorted() == names
           && status.allSatisfy { $0.state == .ready }
       }
     } catch {

@@ -16,14 +16,14 @@ import WorkerLink
 
   @Test("Disks are named as in xenstore and in the guest")
   func names() {
-    #expect(DiskID(path: "backend/vbd/5/51712") == DiskID(domain: 5, device: 51712))
-    #expect(
-      DiskID(path: "/local/domain/0/backend/vbd/5/51712/state") == DiskID(domain: 5, device: 51712))
+    let disk = VBD(domain: 5, device: 51712)
+    #expect(VBD(path: "backend/vbd/5/51712") == disk)
+    #expect(VBD(path: "/local/domain/0/backend/vbd/5/51712/state") == disk)
     for bad in [
       "backend/vbd/5", "backend/vbd", "backend/vif/5/0", "vbd/5/51712", "backend/vbd/05/1",
       "backend/vbd/-5/1", "backend/vbd/5/+1", "backend/vbd/5/x", "backend/vbd/99999999999/1",
-    ] { #expect(DiskID(path: bad) == nil, "\(bad)") }
-    #expect(DiskID("5-51712")?.backendPath == "backend/vbd/5/51712")
+    ] { #expect(VBD(path: bad) == nil, "\(bad)") }
+    #expect(DiskID("5-51712")?.vbd?.backendPath == "backend/vbd/5/51712")
     #expect(DiskID("5-") == nil)
     #expect(DiskID("5-1-2") == nil)
     let vdevs = [
@@ -31,7 +31,7 @@ import WorkerLink
       832: "hdb", 5632: "hdc", 2048: "sda", 2064: "sdb", 7: "7",
       1 << 28 | 16 << 8: "xvdq", 1 << 28 | 26 << 8 | 3: "xvdaa3",
     ]
-    for (number, name) in vdevs { #expect(DiskID(domain: 1, device: number).vdev == name) }
+    for (number, name) in vdevs { #expect(VBD(domain: 1, device: number).vdev == name) }
   }
 
   @Test("The step that follows from where a disk is and what is wanted")

@@ -15,7 +15,7 @@ import XenStore
     let client = try XenStoreClient(.init(socketPath: xenstored.socketPath))
     defer { client.close() }
     let view = XenStoreView(client: client)
-    let disk = DiskID(domain: 5, device: 51712)
+    let disk = VBD(domain: 5, device: 51712)
     func tell(_ disks: Int, anew: Bool) async throws -> Bool {
       try await view.publishSelf(state: "running", disks: disks, pending: 0, anew: anew)
     }

@@ -142,6 +142,12 @@ final class SimulatedHost: @unchecked Sendable {  // One thread.
     }
   }
 
+  /// Whether a guest has the disk's device.
+  func isConnected(_ disk: DiskID) -> Bool {
+    mapped[disk]?.isOpen == true
+      || sockets.values.contains { $0.identifier.hasSuffix(" \(disk)") && $0.isOpen }
+  }
+
   // MARK: Processes
 
   func launch(
@@ -260,6 +266,11 @@ extension SimulatedKernel: DeviceAttacher {
 
   func detach(_ node: DeviceNode) throws(IOError) {
     try check()
+    if let device = host.sockets[node.index], device.isOpen,
+      DiskID(device.identifier.dropFirst("dmu-xen ".count))?.name != nil
+    {
+      host.violated("\(device.identifier) is disconnected while a guest has it")
+    }
     host.sockets[node.index] = nil
   }
 
@@ -318,7 +329,7 @@ struct SimulatedMapper: DeviceMapping {
     return try ends.second.duplicate()
   }
 
-  func start(_ disk: DiskID) throws(DeviceMapperError) {
+  func start(_ disk: DiskID, probed: Bool) throws(DeviceMapperError) {
     try kernel.mapping { () throws(IOError) in
       guard host.mapped[disk] != nil else { throw IOError(ENXIO, "resume", "dmu-\(disk)") }
       host.mapped[disk]?.isLive = true

@@ -22,6 +22,8 @@ final class SimulatedStore: @unchecked Sendable {  // One thread.
   }
 
   var entries: [DiskID: Entry] = [:]
+  /// The devices of named disks that guests have as vbds of their own: phy:/dev/dmu/NAME.
+  var users: [VBD: String] = [:]
   /// The daemon has told of itself.
   var isKnown = false
   /// Somebody has changed a disk's entry.
@@ -44,16 +46,18 @@ final class SimulatedStore: @unchecked Sendable {  // One thread.
     changed(id)
   }
 
-  fileprivate func sight(_ id: DiskID) -> Sight {
-    guard let entry = entries[id] else { return Sight(wanted: nil, exists: false, vdev: nil) }
+  fileprivate func sight(_ vbd: VBD) -> Sight {
+    guard let entry = entries[.vbd(vbd)] else {
+      return Sight(wanted: nil, exists: false, vdev: nil)
+    }
     let isClosed = entry.state == "6" && entry.online == "0"
     guard !isClosed, entry.hotplug != "error" else {
-      return Sight(wanted: nil, exists: true, vdev: id.vdev)
+      return Sight(wanted: nil, exists: true, vdev: vbd.vdev)
     }
     let wanted = WantedDisk(
       params: entry.params, readOnly: entry.readOnly, going: entry.isGoing)
     return Sight(
-      wanted: wanted, exists: true, vdev: id.vdev, told: entry.told?.state.rawValue,
+      wanted: wanted, exists: true, vdev: vbd.vdev, told: entry.told?.state.rawValue,
       state: entry.state, device: entry.device)
   }
 }
@@ -75,32 +79,36 @@ struct SimulatedView: StoreView {
     return body()
   }
 
-  func look(_ id: DiskID) async throws(XenStoreError) -> Sight? {
-    try await ask { store.isKnown ? store.sight(id) : nil }
+  func look(_ vbd: VBD) async throws(XenStoreError) -> Sight? {
+    try await ask { store.isKnown ? store.sight(vbd) : nil }
   }
 
-  func lookAll(and known: [DiskID: Sight?]) async throws(XenStoreError) -> [DiskID: Sight]? {
+  func lookAll(and known: [VBD: Sight?]) async throws(XenStoreError) -> [VBD: Sight]? {
     try await ask {
       guard store.isKnown else { return nil }
-      let ids = Set(store.entries.keys).union(known.keys)
-      return Dictionary(uniqueKeysWithValues: ids.map { ($0, store.sight($0)) })
+      let vbds = Set(store.entries.keys.compactMap(\.vbd)).union(known.keys)
+      return Dictionary(uniqueKeysWithValues: vbds.map { ($0, store.sight($0)) })
     }
   }
 
-  func publish(_ id: DiskID, _ nodes: DiskNodes) async throws(XenStoreError) -> Bool {
+  func users(of device: String) async throws(XenStoreError) -> [VBD] {
+    try await ask { store.users.filter { $0.value == device }.keys.sorted() }
+  }
+
+  func publish(_ vbd: VBD, _ nodes: DiskNodes) async throws(XenStoreError) -> Bool {
     try await ask {
-      guard store.entries[id] != nil else { return false }
-      store.entries[id]?.told = nodes
+      guard store.entries[.vbd(vbd)] != nil else { return false }
+      store.entries[.vbd(vbd)]?.told = nodes
       return true
     }
   }
 
-  func toldDisks() async throws(XenStoreError) -> [DiskID] {
-    try await ask { store.entries.filter { $0.value.told != nil }.keys.sorted() }
+  func toldDisks() async throws(XenStoreError) -> [VBD] {
+    try await ask { store.entries.filter { $0.value.told != nil }.keys.compactMap(\.vbd).sorted() }
   }
 
-  func withdraw(_ id: DiskID) async throws(XenStoreError) {
-    try await ask { store.entries[id]?.told = nil }
+  func withdraw(_ vbd: VBD) async throws(XenStoreError) {
+    try await ask { store.entries[.vbd(vbd)]?.told = nil }
   }
 
   func publishSelf(

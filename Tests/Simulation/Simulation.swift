@@ -9,8 +9,8 @@
 // What is checked after every step: two workers never write one store; whatever a guest was told is
 // written is in the store, in its log or in its device; nobody waits without an answer; a device
 // with such writes does not go; faults are not failed under a worker that lives. When it is calm:
-// every disk is served that xenstore wants, and no other device, worker, lock, log, folder or file
-// is left.
+// every disk is served that xenstore or the admin wants, and no other device, worker, lock, log,
+// folder, link or file is left. Named disks: Simulation+Named.
 
 import BlockIO
 import Glibc
@@ -74,25 +74,30 @@ final class Simulation: @unchecked Sendable {  // One thread.
   private static let domains = 6
   private static let storeCount = 4
 
-  private struct Running {
+  struct Running {
     let life: Life
     let scheduler: SimulatedScheduler
     let poller: SimulatedPoller
     let reconciler: Reconciler
   }
 
-  private let timeline: Timeline
+  let timeline: Timeline
   private let weather: Weather
-  private let host: SimulatedHost
-  private let store = SimulatedStore()
-  private let outside: SimulatedScheduler
-  private let configuration: Configuration
+  let host: SimulatedHost
+  let store = SimulatedStore()
+  let outside: SimulatedScheduler
+  let configuration: Configuration
   private let configurationPath: String
   private let events: [Event]
   private let mutant: Mutant?
-  private var running: Running?
-  private var isStormy = true
-  private var scripts: [DiskID: Duration] = [:]
+  private(set) var running: Running?
+  private(set) var isStormy = true
+  var scripts: [DiskID: Duration] = [:]
+  /// The named disks that the admin was told of, and those that he is detaching.
+  var promises: [DiskName: Promise] = [:]
+  var leaving: Set<DiskName> = []
+  /// How they are, as the daemon said last.
+  var states: [DiskName: PublicState] = [:]
   private var keptLocks: [FileStore] = []
   private var steps = 0
   private var parts = [0, 0, 0]
@@ -120,10 +125,20 @@ final class Simulation: @unchecked Sendable {  // One thread.
     store.changed = { [unowned self] in tell($0) }
   }
 
+  /// No udev runs there: the daemon makes the links.
+  var links: DeviceLinks {
+    DeviceLinks(
+      folder: host.folder.file("dev"), files: linkFiles, udev: host.folder.file("no-udev"))
+  }
+  var linkFiles: String { host.folder.file("run/links") }
+
   /// The happenings of a seed.
   static func events(seed: UInt64) -> [Event] {
     var random = SplitMix64(seed: seed &* 0x5DEE_CE66 &+ 11)
-    func disk() -> DiskID { DiskID(domain: 1 + random.below(domains), device: 51712) }
+    func disk() -> DiskID {
+      guard random.chance(75) else { return .named(names[random.below(names.count)]) }
+      return DiskID(domain: 1 + random.below(domains), device: 51712)
+    }
     return (0..<70).map { _ in
       let at = Duration.milliseconds(random.below(storm * 1000))
       let happening: Happening
@@ -171,9 +186,12 @@ final class Simulation: @unchecked Sendable {  // One thread.
     if mutant != nil { timeline.after(.seconds(2)) { [unowned self] in mutate() } }
     advance(.seconds(Simulation.storm))
     calm()
-    advance(.seconds(200))
+    advance(.seconds(190))
+    askForStates()
+    advance(.seconds(10))
     checkServed()
     for id in store.entries.keys.sorted() { detach(id) }
+    for name in promises.keys.sorted() { detach(.named(name)) }
     advance(.seconds(60))
     admin { reconciler in
       do throws(DiskFailure) { _ = try await reconciler.recover(store: nil) } catch {}
@@ -217,11 +235,14 @@ final class Simulation: @unchecked Sendable {  // One thread.
     case .attach(let id, let index, let options, let base, let readOnly):
       attach(id, index, options, base, readOnly)
     case .detach(let id): detach(id)
+    case .crash(.named(let name)): use(name, false)
     case .crash(let id):
       guard store.entries[id] != nil else { return }
       host.connect(id, false)
       store.remove(id)
-    case .write(let id, let count): host.write(id, count)
+    case .write(let id, let count):
+      if case .named(let name) = id { use(name, true) }
+      host.write(id, count)
     case .flush(let id): host.flush(id)
     case .kill(let index): worker(index)?.finish(.signalled(SIGKILL))
     case .mute(let index): worker(index)?.isMute = true
@@ -291,7 +312,7 @@ final class Simulation: @unchecked Sendable {  // One thread.
       configuration: configuration, configurationPath: configurationPath,
       host: Host(
         scheduler: scheduler, processes: kernel, offload: offload, mapping: offload,
-        flushing: offload, poller: poller,
+        flushing: offload, links: links, poller: poller,
         view: SimulatedView(store: store, scheduler: scheduler, weather: weather),
         launcher: kernel, attacher: kernel, mapper: SimulatedMapper(kernel: kernel)),
       manager: nil, log: log)
@@ -385,7 +406,7 @@ final class Simulation: @unchecked Sendable {  // One thread.
     }
   }
 
-  private func admin(_ body: @escaping @Sendable (Reconciler) async -> Void) {
+  func admin(_ body: @escaping @Sendable (Reconciler) async -> Void) {
     guard let running, running.life.isOpen else { return }
     let reconciler = running.reconciler
     running.scheduler.start { await body(reconciler) }
@@ -419,12 +440,13 @@ final class Simulation: @unchecked Sendable {  // One thread.
   private func attach(
     _ id: DiskID, _ index: Int, _ options: String, _ base: Bool, _ readOnly: Bool
   ) {
-    guard store.entries[id] == nil, scripts[id] == nil else { return }
     let format = index == 1 ? "qcow2" : "dscow"
     let path = host.folder.file("store\(index)")
     // The last one is not there at first.
     let hasBase = base || index == Simulation.storeCount - 1
     let params = "dmu:\(format)\(options):\(path)" + (hasBase ? ":\(host.folder.file("base"))" : "")
+    if case .named(let name) = id { return attachNamed(name, params, readOnly: readOnly) }
+    guard store.entries[id] == nil, scripts[id] == nil else { return }
     store.add(id, SimulatedStore.Entry(params: params, readOnly: readOnly))
     scripts[id] = timeline.elapsed
     outside.start { [unowned self] in
@@ -451,7 +473,7 @@ final class Simulation: @unchecked Sendable {  // One thread.
       case .success(let device):
         guard let entry = store.entries[id], !entry.isGoing else { return }
         host.note("\(id) is attached: \(device.path)")
-        checkDevice(id, entry, device)
+        checkDevice(id, entry.params, device)
         host.connect(id, true)
         return store.change(id) {
           ($0.device, $0.hotplug, $0.state) = (device.hexadecimal, "connected", "4")
@@ -469,15 +491,13 @@ final class Simulation: @unchecked Sendable {  // One thread.
   }
 
   /// A guest gets the store that it was attached.
-  private func checkDevice(_ id: DiskID, _ entry: SimulatedStore.Entry, _ device: DeviceNode) {
+  func checkDevice(_ id: DiskID, _ params: String, _ device: DeviceNode) {
     let served =
       device.kind == .dm
       ? host.mapped[id]?.stores.first
       : host.living.last { $0.disk == id && $0.order != nil }?.store
-    guard let served, !entry.params.split(separator: ":").contains(Substring(served)) else {
-      return
-    }
-    host.violated("\(id) is given \(served) in place of \(entry.params)")
+    guard let served, !params.split(separator: ":").contains(Substring(served)) else { return }
+    host.violated("\(id) is given \(served) in place of \(params)")
   }
 
   private func refuse(_ id: DiskID) async {
@@ -488,6 +508,7 @@ final class Simulation: @unchecked Sendable {  // One thread.
   }
 
   private func detach(_ id: DiskID) {
+    if case .named(let name) = id { return detachNamed(name) }
     guard let entry = store.entries[id], !entry.isGoing, entry.hotplug == "connected" else {
       return
     }
@@ -508,7 +529,7 @@ final class Simulation: @unchecked Sendable {  // One thread.
     await running.reconciler.detach(id)
   }
 
-  private func pause(_ time: Duration) async {
+  func pause(_ time: Duration) async {
     do throws(CancellationError) { try await outside.sleep(for: time) } catch {}
   }
 
@@ -516,6 +537,7 @@ final class Simulation: @unchecked Sendable {  // One thread.
 
   private func checkServed() {
     guard host.violation == nil else { return }
+    checkNamesServed()
     for (id, since) in scripts { host.violated("\(id) waits for its answer since \(since)") }
     for (id, entry) in store.entries where entry.hotplug == "connected" && !entry.isGoing {
       guard entry.told?.state == .ready else {
@@ -537,6 +559,7 @@ final class Simulation: @unchecked Sendable {  // One thread.
 
   private func checkGone() {
     guard host.violation == nil else { return }
+    checkNamesGone()
     for id in store.entries.keys { host.violated("the toolstack cannot take \(id) away") }
     for device in host.mapped.values { host.violated("\(device.node.path) is left") }
     for device in host.sockets.values { host.violated("\(device.node.path) is left") }

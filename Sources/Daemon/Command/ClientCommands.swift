@@ -11,11 +11,14 @@ package struct ClientCommands: Sendable {
   /// How long a block script waits in all; libxl kills it after 40 seconds.
   static let scriptLimit = Duration.seconds(36)
 
-  private let socket: String
+  let socket: String
+  /// The named disks that are kept over a reboot.
+  let diskFiles: DiskFiles
 
   /// Commands to the daemon of a configuration file, or of a socket given by name. A file
   /// with errors is the daemon's trouble: then the socket is looked for at its usual place.
   package init(configurationPath: String, socket: String?) {
+    diskFiles = DiskFiles(configurationPath: configurationPath)
     if let socket {
       self.socket = socket
     } else {

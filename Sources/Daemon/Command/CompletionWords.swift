@@ -14,6 +14,8 @@ package enum CompletionWords {
     case domain
     /// A domain, or a disk of one, as in `web:xvda`.
     case disk
+    /// A named disk.
+    case named
     /// A domain or disk whose attach failed.
     case failed
     /// A store that has a pending log.
@@ -29,6 +31,11 @@ package enum CompletionWords {
     return self.words(of: kind, in: client.disksForCompletion())
   }
 
+  /// The names of disks of disks.d, of the configuration that the command line names.
+  package static func namedDisks(commandLine words: [String]) -> [String] {
+    ClientCommands.filedNames(words.value(after: "-c", "--config") ?? Configuration.defaultPath)
+  }
+
   /// The names of the mapped devices. None for a user who may not ask for them.
   package static func mappedDevices() -> [String] {
     guard DeviceMapper.isAvailable else { return [] }
@@ -39,12 +46,13 @@ package enum CompletionWords {
   static func words(of kind: Kind, in disks: [DiskStatus]) -> [String] {
     var seen: Set<String> = []
     let words = disks.flatMap { disk -> [String] in
-      let domains = [disk.domainName, String(disk.domain)].compactMap { $0 }
+      let domains = [disk.domainName, disk.domain.map { String($0) }].compactMap { $0 }
       let isDisk = disk.state != .pending
       switch kind {
-      case .domain: return isDisk ? domains : []
+      case .domain: return isDisk ? domains + [disk.name].compactMap { $0 } : []
+      case .named: return isDisk && disk.note == nil ? [disk.name].compactMap { $0 } : []
       case .disk where isDisk, .failed where disk.state == .failed && disk.note != nil:
-        return domains + domains.map { "\($0):\(disk.vdev)" }
+        return [disk.name].compactMap { $0 } + domains + domains.map { "\($0):\(disk.label)" }
       case .disk, .failed: return []
       case .pending: return isDisk ? [] : [disk.store].compactMap { $0 }
       }

@@ -137,10 +137,9 @@ package struct Doctor: Sendable {
       let disks = try ask(ControlRequest(.status)).disks ?? []
       var findings = disks.compactMap { disk -> Finding? in
         guard ![.ready, .pending].contains(disk.state) else { return nil }
-        let name = disk.domainName.map { "\($0) (\(disk.domain))" } ?? String(disk.domain)
-        let forget = "dmu-xen forget \(disk.domain):\(disk.vdev) takes it out of status"
+        let forget = "dmu-xen forget \(disk.target) takes it out of status"
         return Finding(
-          "the disk \(disk.vdev) of domain \(name)",
+          "the \(disk.words)",
           "\(disk.state.rawValue)\(disk.error.map { ": \($0)" } ?? "")",
           remedy: disk.note == nil ? "" : forget, .trouble)
       }

@@ -37,24 +37,26 @@ extension ClientCommands {
   /// Shows what dmu-xend and the disk's workers have logged of a disk since the host booted, by
   /// journalctl(1), which takes this process's place. `since`: as journalctl's.
   package func log(_ target: String, follow: Bool, since: String?) -> CommandStatus {
-    run(withoutDaemon: " or name the disk by its numbers, as in 5-51712") {
+    run(withoutDaemon: " or name the disk by its numbers, as in 5-51712, or its path") {
       () throws(DiskFailure) in
       var disks: [DiskID] = []
-      if let disk = DiskID(target) {
-        disks = [disk]
+      if let vbd = VBD(target) {
+        disks = [.vbd(vbd)]
+      } else if let name = DiskName(path: target) {
+        disks = [.named(name)]
       } else {
         let known = try ask(ControlRequest(.status), .seconds(10)).disks ?? []
-        disks = known.filter { $0.isMeant(by: target) }.map {
-          DiskID(domain: $0.domain, device: $0.number)
-        }
+        disks = known.filter { $0.isMeant(by: target) }.map(\.id)
       }
       guard !disks.isEmpty else {
         throw DiskFailure(
           .gone,
           "there is no disk '\(ForeignText.shown(target))': one that has gone is named by its"
-            + " numbers, as in 5-51712")
+            + " numbers, as in 5-51712, or by its path, as in /dev/dmu/NAME")
       }
+      // What a name may hold and a pattern takes for something else.
       let names = Set(disks.map { "\($0)" }).sorted().joined(separator: "|")
+        .replacing(".", with: "\\.").replacing("+", with: "\\+")
       // Every line of daemon and worker about a disk has this fact, followed by another or nothing.
       var words = [
         "journalctl", "--unit=dmu-xend.service", "--grep= disk=(\(names))( |$)",

@@ -84,6 +84,8 @@ package struct Configuration: Sendable, Equatable {
   package var controlSocket: String { runDirectory + "/control.sock" }
   /// Directory with one directory a disk.
   package var disksDirectory: String { runDirectory + "/disks" }
+  /// What is wanted of named disks.
+  var namedWishes: NamedWishes { NamedWishes(folder: runDirectory + "/named") }
   /// Directory of the links of workers that only recover a log.
   var recoveryDirectory: String { runDirectory + "/recover" }
   /// The pending logs of stores.

@@ -24,15 +24,21 @@ extension Configuration {
     _ text: String, file: String
   ) throws(ConfigurationError) -> Configuration {
     let lines = ConfigurationLines(text)
+    return try take(try document(text, lines, file: file), lines, file: file)
+  }
+
+  /// The keys and values of a text. Throws where it cannot be read.
+  static func document(
+    _ text: String, _ lines: ConfigurationLines, file: String
+  ) throws(ConfigurationError) -> TOMLTable {
     if let line = lines.strange {
       throw ConfigurationError(
         file: file, line: line, key: nil,
         reason: unquoted(text, line: line)
           ?? "this is neither a [table] nor KEY = VALUE nor a # comment, as far as is needed here")
     }
-    let document: TOMLTable
     do {
-      document = try TOMLTable(string: text)
+      return try TOMLTable(string: text)
     } catch let error as TOMLParseError {
       let line = error.source.begin.line
       throw ConfigurationError(
@@ -41,7 +47,6 @@ extension Configuration {
     } catch {
       throw ConfigurationError(file: file, line: nil, key: nil, reason: "\(error)")
     }
-    return try take(document, lines, file: file)
   }
 
   /// What to say of a line whose value is a word without quotes, the mistake that is made most; nil
@@ -155,6 +160,9 @@ struct ConfigurationLines {
   private mutating func note(_ key: String, _ line: Int) {
     if found[key] == nil { found[key] = line }
   }
+
+  /// The line of a key that stands in no table.
+  func line(_ key: String) -> Int? { found[key] }
 
   func line(table: String, key: String?) -> Int? {
     guard let key else { return found[table] }

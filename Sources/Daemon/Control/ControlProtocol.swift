@@ -4,6 +4,8 @@
 //   {"command":"status","domain":5}    -> {"ok":true,"disks":[...]}
 //   {"command":"attach","path":"backend/vbd/5/51712"}
 //                                      -> {"ok":true,"device":{"path":"/dev/nbd0",...}}
+//   {"command":"attach-named","name":"data","spec":"dmu:..."}
+//                                      -> {"ok":true,"device":{"path":"/dev/dmu/data",...}}
 //   anything that fails                -> {"ok":false,"error":"one sentence","code":"in-use"}
 
 internal import FoundationEssentials
@@ -22,6 +24,10 @@ package struct ControlRequest: Codable, Sendable, Equatable {
     case attach
     /// A block script's `remove`: the toolstack is done with the disk.
     case detach
+    /// Take a disk up under a name, and wait until it is served.
+    case attachNamed = "attach-named"
+    /// Take a named disk down, unless its device is in use.
+    case detachNamed = "detach-named"
     /// Read the configuration anew and try failed disks again.
     case reload
     /// Commit the pending logs of a store, or all.
@@ -55,6 +61,18 @@ package struct ControlRequest: Codable, Sendable, Equatable {
   /// For `clear` and `forget`: "5", "web", "5-51712", "web:xvda"; nil: all. For `clean`: the
   /// name of a leftover.
   package var target: String?
+  /// For `attach-named` and `detach-named`.
+  package var name: String?
+  /// For `attach-named`: the spec, beginning "dmu:".
+  package var spec: String?
+  /// For `attach-named`: whether the disk is only read.
+  package var readOnly: Bool?
+  /// For `attach-named`: whether a store that does not exist is created.
+  package var create: Bool?
+  /// For `attach-named`: the UUID of the virtual machine that the disk belongs to.
+  package var owner: String?
+  /// For `attach-named`: whether udev may look into the device.
+  package var probe: Bool?
 
   /// A request from its parts.
   package init(

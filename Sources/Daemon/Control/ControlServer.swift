@@ -159,7 +159,8 @@ struct ControlServer: Service {
       reply.version = Version.text
       reply.pid = getpid()
       return reply
-    case .status, .metrics, .recover, .pending, .discard, .clear, .forget, .leftovers, .clean:
+    case .status, .metrics, .recover, .pending, .discard, .clear, .forget, .leftovers, .clean,
+      .detachNamed:
       do throws(DiskFailure) { return try await obey(request) } catch { return .failure(error) }
     case .reload:
       do throws(ConfigurationError) { try await reconciler.reload() } catch {
@@ -168,6 +169,7 @@ struct ControlServer: Service {
       }
       return .done
     case .attach, .detach: return await hotplug(request)
+    case .attachNamed: return await attachNamed(request)
     }
   }
 
@@ -184,13 +186,14 @@ struct ControlServer: Service {
     case .forget: reply.count = await reconciler.forget(request.target)
     case .leftovers: reply.leftovers = try await reconciler.leftovers()
     case .clean: try await reconciler.clean(request.target ?? "")
-    case .attach, .detach, .reload, .version: break
+    case .detachNamed: try await reconciler.detach(try name(request))
+    case .attach, .detach, .attachNamed, .reload, .version: break
     }
     return reply
   }
 
   private func hotplug(_ request: ControlRequest) async -> ControlReply {
-    guard let path = request.path, let id = DiskID(path: path) else {
+    guard let path = request.path, let id = VBD(path: path).map(DiskID.vbd) else {
       return ControlReply(
         ok: false,
         error: "'\(ForeignText.shown(request.path ?? ""))' is not a disk's path in xenstore:"
@@ -200,11 +203,39 @@ struct ControlServer: Service {
       await reconciler.detach(id)
       return .done
     }
-    switch await reconciler.attach(id, boots: request.boots ?? false) {
+    return reply(await reconciler.attach(id, boots: request.boots ?? false))
+  }
+
+  private func attachNamed(_ request: ControlRequest) async -> ControlReply {
+    do throws(DiskFailure) {
+      let name = try name(request)
+      var wish = NamedWish(
+        params: request.spec ?? "", readOnly: request.readOnly ?? false,
+        isProbed: request.probe ?? false)
+      if let owner = request.owner {
+        guard let id = OwnerID(owner) else { throw .ownerBad(owner) }
+        wish.owner = id
+      }
+      let result = await reconciler.attach(name, wish, create: request.create ?? false)
+      return reply(result, path: reconciler.host.links.path(name))
+    } catch { return .failure(error) }
+  }
+
+  private func name(_ request: ControlRequest) throws(DiskFailure) -> DiskName {
+    let text = request.name ?? ""
+    guard let name = DiskName(text) else { throw .nameBad(text) }
+    return name
+  }
+
+  /// `path`: where the device is looked for, if not by its own name.
+  private func reply(
+    _ result: Result<DeviceNode, DiskFailure>, path: String? = nil
+  ) -> ControlReply {
+    switch result {
     case .failure(let failure): return .failure(failure)
     case .success(let device):
       var reply = ControlReply.done
-      reply.device = ControlReply.Device(path: device.path, number: device.hexadecimal)
+      reply.device = ControlReply.Device(path: path ?? device.path, number: device.hexadecimal)
       return reply
     }
   }

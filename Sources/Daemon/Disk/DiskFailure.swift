@@ -60,7 +60,14 @@ package struct DiskFailure: Error, Sendable, Hashable, CustomStringConvertible {
 /// A disk that holds an image, for sentences.
 struct Holder: Sendable, Equatable {
   let id: DiskID
-  let vdev: String
+  /// Its name in the guest, if that is known by another than its number's.
+  let vdev: String?
+
+  /// "domain 5 (xvda)", "the named disk web".
+  var words: String {
+    guard let vbd = id.vbd, let vdev else { return id.words }
+    return "domain \(vbd.domain) (\(vdev))"
+  }
 }
 
 extension DiskFailure {
@@ -209,13 +216,22 @@ extension DiskFailure {
     DiskFailure(.inUse, "\(role) \(path) is in use: end who uses it first")
   }
 
-  /// "domain 5 (xvda)", "domains 5 (xvda) and 7 (xvdb)".
-  static func words(_ holders: [Holder]) -> String {
-    let names = holders.map { "\($0.id.domain) (\($0.vdev))" }
-    guard let last = names.last, names.count > 1 else {
-      return "domain " + (names.first ?? "unknown")
+  /// "domain 5 (xvda)", "domains 5 (xvda) and 7 (xvdb)", "domain 5 (xvda) and the named disk web".
+  static func words(_ holders: [Holder]) -> String { words(holders.map(\.words)) ?? "another disk" }
+
+  /// The same of holders' words; nil for none.
+  static func words(_ holders: [String]) -> String? {
+    let prefix = "domain "
+    guard holders.count > 1, holders.allSatisfy({ $0.hasPrefix(prefix) }) else {
+      return list(holders)
     }
-    return "domains " + names.dropLast().joined(separator: ", ") + " and " + last
+    return list(holders.map { String($0.dropFirst(prefix.count)) }).map { "domains " + $0 }
+  }
+
+  /// "one", "one and another", "one, another and a third"; nil for none.
+  private static func list(_ words: [String]) -> String? {
+    guard let last = words.last, words.count > 1 else { return words.first }
+    return words.dropLast().joined(separator: ", ") + " and " + last
   }
 
   static func inUse(_ store: String, by holders: [Holder]) -> DiskFailure {
@@ -244,7 +260,7 @@ extension DiskFailure {
     DiskFailure(
       .inUse,
       "base \(path) is in use as the store of"
-        + " \(holders.isEmpty ? "another disk" : words(holders)): give this disk another base")
+        + " \(words(holders)): give this disk another base")
   }
 
   /// - Parameter held: what the log holds, in words.
@@ -296,6 +312,19 @@ extension DiskFailure {
   static let daemonNotRunning = DiskFailure(
     .daemon,
     "dmu-xend is not running: start it (systemctl start dmu-xend)")
+
+  /// Nobody wants a disk for which somebody waits.
+  static func unwanted(_ id: DiskID) -> DiskFailure {
+    switch id {
+    case .vbd(let vbd):
+      DiskFailure(
+        .gone,
+        "xenstore has no dmu disk that is wanted at \(vbd.backendPath): attach the disk anew")
+    case .named(let name):
+      DiskFailure(
+        .gone, "the disk \(name) was detached while it was being attached: attach it anew")
+    }
+  }
 
   static let gone = DiskFailure(
     .gone, "the disk was detached while it was being started: attach it again if it is wanted")

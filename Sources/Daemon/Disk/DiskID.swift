@@ -1,24 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which disk: the domain that sees it and its number there, as in backend/vbd/D/V.
+// Which disk: one that a domain sees as a vbd, or one that an admin has given a name.
+//
+// Invariant: the text of a vbd begins with a digit, a name with a letter. So the text of a disk
+// (of its directory, its device, its worker) is that of no other disk.
 
-/// Names one virtual disk of one domain.
-package struct DiskID: Hashable, Comparable, Sendable, CustomStringConvertible {
-  /// The domain that the disk belongs to.
+/// A virtual block device of a domain: the domain and its number there, as in backend/vbd/D/V.
+package struct VBD: Hashable, Comparable, Sendable, CustomStringConvertible {
+  /// The domain that the device belongs to.
   package let domain: Int
   /// Its number in the domain: 51712 is xvda.
   package let device: Int
 
-  /// A disk by its numbers.
+  /// A device by its numbers.
   package init(domain: Int, device: Int) {
     self.domain = domain
     self.device = device
   }
 
-  /// "5-51712": the name in messages to the worker and of the disk's directory.
-  package init?(_ name: some StringProtocol) {
-    let parts = name.split(separator: "-", omittingEmptySubsequences: false)
-    guard parts.count == 2, let domain = DiskID.number(parts[0]),
-      let device = DiskID.number(parts[1])
+  /// "5-51712"; nil for any other text.
+  package init?(_ text: some StringProtocol) {
+    let parts = text.split(separator: "-", omittingEmptySubsequences: false)
+    guard parts.count == 2, let domain = VBD.number(parts[0]), let device = VBD.number(parts[1])
     else { return nil }
     self.init(domain: domain, device: device)
   }
@@ -29,8 +31,8 @@ package struct DiskID: Hashable, Comparable, Sendable, CustomStringConvertible {
     guard
       let vbd = parts.indices.first(where: {
         parts[$0] == "vbd" && $0 > parts.startIndex && parts[$0 - 1] == "backend"
-      }), vbd + 2 < parts.endIndex, let domain = DiskID.number(parts[vbd + 1]),
-      let device = DiskID.number(parts[vbd + 2])
+      }), vbd + 2 < parts.endIndex, let domain = VBD.number(parts[vbd + 1]),
+      let device = VBD.number(parts[vbd + 2])
     else { return nil }
     self.init(domain: domain, device: device)
   }
@@ -72,7 +74,121 @@ package struct DiskID: Hashable, Comparable, Sendable, CustomStringConvertible {
   }
 
   /// By domain, then by number.
-  package static func < (one: DiskID, other: DiskID) -> Bool {
+  package static func < (one: VBD, other: VBD) -> Bool {
     (one.domain, one.device) < (other.domain, other.device)
+  }
+}
+
+/// The name of a disk that `dmu-xen attach` has made: /dev/dmu/NAME is its device.
+package struct DiskName: Hashable, Comparable, Sendable, CustomStringConvertible {
+  /// The longest name. A device of the device-mapper has room for 127 bytes with its prefix, the
+  /// path of a worker's link for 107 with the run directory.
+  package static let longest = 63
+  /// The module's own nodes in /dev/dmu begin like this, for all devices of dmu-xend.
+  static let reserved = "dmu-"
+  /// What a name has to be, in words.
+  package static let rule =
+    "a name begins with a letter and has at most \(longest) letters, digits and characters of"
+    + " '+-._'; it does not begin with '\(reserved)'"
+
+  /// The name.
+  package let description: String
+
+  /// A name from its text; nil when it breaks the rule.
+  package init?(_ text: some StringProtocol) {
+    guard (1...DiskName.longest).contains(text.utf8.count), !text.hasPrefix(DiskName.reserved),
+      let first = text.utf8.first, DiskName.isLetter(first),
+      text.utf8.allSatisfy({ DiskName.isLetter($0) || DiskName.others.contains($0) })
+    else { return nil }
+    description = String(text)
+  }
+
+  /// From the path of a disk's device, "/dev/dmu/NAME"; nil for any other.
+  package init?(path: some StringProtocol) {
+    guard path.hasPrefix(DiskName.folder) else { return nil }
+    self.init(path.dropFirst(DiskName.folder.count))
+  }
+
+  /// Where the devices of named disks are.
+  private static let folder = "/dev/dmu/"
+  private static let others = Set("0123456789+-._".utf8)
+
+  private static func isLetter(_ byte: UInt8) -> Bool {
+    (UInt8(ascii: "a")...UInt8(ascii: "z")).contains(byte | 0x20)
+  }
+
+  /// By their bytes.
+  package static func < (one: DiskName, other: DiskName) -> Bool {
+    one.description < other.description
+  }
+}
+
+/// Names one disk.
+package enum DiskID: Hashable, Comparable, Sendable, CustomStringConvertible {
+  /// The toolstack wants it for a domain: xenstore says so.
+  case vbd(VBD)
+  /// An admin wants it: the daemon has it in writing (NamedWish).
+  case named(DiskName)
+
+  /// A disk of a domain, by its numbers.
+  package init(domain: Int, device: Int) {
+    self = .vbd(VBD(domain: domain, device: device))
+  }
+
+  /// "5-51712" or a name: as in messages to the worker and as the disk's directory is called.
+  package init?(_ text: some StringProtocol) {
+    if let vbd = VBD(text) {
+      self = .vbd(vbd)
+    } else if let name = DiskName(text) {
+      self = .named(name)
+    } else {
+      return nil
+    }
+  }
+
+  /// The vbd, if it is one.
+  package var vbd: VBD? {
+    guard case .vbd(let vbd) = self else { return nil }
+    return vbd
+  }
+
+  /// The name, if it has one.
+  package var name: DiskName? {
+    guard case .named(let name) = self else { return nil }
+    return name
+  }
+
+  /// "5-51712", or the name.
+  package var description: String {
+    switch self {
+    case .vbd(let vbd): "\(vbd)"
+    case .named(let name): "\(name)"
+    }
+  }
+
+  /// For sentences: "domain 5 (xvda)", "the named disk web".
+  var words: String {
+    switch self {
+    case .vbd(let vbd): "domain \(vbd.domain) (\(vbd.vdev))"
+    case .named(let name): "the named disk \(name)"
+    }
+  }
+
+  /// What dmu-xen's commands call it: "5", "web".
+  var target: String {
+    switch self {
+    case .vbd(let vbd): "\(vbd.domain)"
+    case .named(let name): "\(name)"
+    }
+  }
+
+  /// Domains' disks first.
+  package static func < (one: DiskID, other: DiskID) -> Bool {
+    switch (one, other) {
+    case (.vbd(let one), .vbd(let other)): one < other
+    case (.named(let one), .named(let other)): one < other
+    case (.vbd, .named): true
+    case (.named, .vbd): false
+    }
   }
 }

@@ -21,7 +21,8 @@ struct DiskIdentities: Sendable, Equatable {
 struct DiskRecord: Sendable, Equatable {
   var params: String
   var readOnly: Bool
-  var vdev: String
+  /// The disk's name in the guest; nil for a named disk.
+  var vdev: String?
   /// The files that the images named and were allowed.
   var files: [AllowedFile] = []
   var worker: Int32
@@ -41,9 +42,9 @@ struct DiskRecord: Sendable, Equatable {
   var text: String {
     var fields = [
       "params=" + PercentCode.encode(params), "readonly=" + (readOnly ? "1" : "0"),
-      "vdev=" + PercentCode.encode(vdev), "worker=\(worker)", "worker-start=\(workerStart)",
-      "since=\(since)",
+      "worker=\(worker)", "worker-start=\(workerStart)", "since=\(since)",
     ]
+    if let vdev { fields.append("vdev=" + PercentCode.encode(vdev)) }
     if let pending { fields.append("pending=\(pending)") }
     if let store = identities.store { fields.append("store-file=" + store.text) }
     if let base = identities.base { fields.append("base-file=" + base.text) }
@@ -92,13 +93,12 @@ struct DiskRecord: Sendable, Equatable {
   /// Reads the text of a state file; nil when it is not one.
   init?(_ text: String) {
     guard let fields = DiskRecord.fields(text), let params = fields["params"],
-      let vdev = fields["vdev"],
       let worker = fields["worker"].flatMap({ Int32($0) }),
       let workerStart = fields["worker-start"].flatMap({ UInt64($0) }),
       let since = fields["since"].flatMap({ Int64($0) }), let files = DiskRecord.files(fields)
     else { return nil }
     self.init(
-      params: params, readOnly: fields["readonly"] == "1", vdev: vdev,
+      params: params, readOnly: fields["readonly"] == "1", vdev: fields["vdev"],
       files: files, worker: worker, workerStart: workerStart, device: nil, since: since,
       pending: fields["pending"], link: fields["link"])
     isComplete = fields["settled"] == "1"
@@ -117,7 +117,7 @@ struct DiskRecord: Sendable, Equatable {
   }
 
   init(
-    params: String, readOnly: Bool, vdev: String, files: [AllowedFile], worker: Int32,
+    params: String, readOnly: Bool, vdev: String?, files: [AllowedFile], worker: Int32,
     workerStart: UInt64, device: DeviceNode?, since: Int64, pending: String? = nil,
     link: String? = nil
   ) {

@@ -103,7 +103,7 @@ package enum DiskPhase: Sendable {
     case .serving(let trouble): trouble?.error
     case .failed(let failure, _): failure.sentence
     case .waiting(let holder):
-      "waiting for domain \(holder.domain) (\(holder.vdev)) to let go of the store"
+      "waiting for \(holder.words) to let go of the store"
     case .asking(let store):
       "store \(store) does not exist: waiting for the block script to say whether the domain boots"
     case .restarting(_, let why, hasFailed: true): why.map { "\($0) (it is tried again)" }

@@ -17,7 +17,8 @@ struct PendingInfo: Sendable, Equatable {
   /// Params of the disk.
   var params: String
   var disk: DiskID
-  var vdev: String
+  /// The disk's name in the guest; nil for a named disk.
+  var vdev: String?
   /// The domain's name, if it was known.
   var domainName: String?
   /// The files that the images named and were allowed.
@@ -34,8 +35,9 @@ struct PendingInfo: Sendable, Equatable {
   var text: String {
     var fields = [
       "store=" + PercentCode.encode(store), "params=" + PercentCode.encode(params),
-      "disk=\(disk)", "vdev=" + PercentCode.encode(vdev), "since=\(since)",
+      "disk=\(disk)", "since=\(since)",
     ]
+    if let vdev { fields.append("vdev=" + PercentCode.encode(vdev)) }
     if let domainName { fields.append("domain-name=" + PercentCode.encode(domainName)) }
     if let device { fields.append("device=" + PercentCode.encode(device)) }
     if let why { fields.append("why=" + PercentCode.encode(why)) }
@@ -47,17 +49,18 @@ struct PendingInfo: Sendable, Equatable {
   init?(_ text: String) {
     guard let fields = DiskRecord.fields(text), let store = fields["store"],
       let params = fields["params"], let disk = fields["disk"].flatMap({ DiskID($0) }),
-      let vdev = fields["vdev"], let since = fields["since"].flatMap({ Int64($0) }),
+      let since = fields["since"].flatMap({ Int64($0) }),
       let files = DiskRecord.files(fields)
     else { return nil }
     self.init(
-      store: store, params: params, disk: disk, vdev: vdev, domainName: fields["domain-name"],
+      store: store, params: params, disk: disk, vdev: fields["vdev"],
+      domainName: fields["domain-name"],
       files: files, device: fields["device"], why: fields["why"], since: since)
     others = (fields["others"] ?? "").split(separator: " ").map { String($0) }
   }
 
   init(
-    store: String, params: String, disk: DiskID, vdev: String, domainName: String? = nil,
+    store: String, params: String, disk: DiskID, vdev: String?, domainName: String? = nil,
     files: [AllowedFile] = [], device: String? = nil, why: String? = nil, since: Int64
   ) {
     self.store = store

@@ -24,8 +24,8 @@ struct FoundWorker: WorkerAtLarge {
     for pid in FileUsers.processes() where isWorker(pid) {
       for descriptor in FileUsers.descriptors(of: pid) {
         guard let target = FileUsers.link(descriptor), target.hasPrefix("socket:["),
-          let link = links[String(target.dropFirst(8).dropLast())], link.hasSuffix("/link"),
-          let disk = DiskID(link.split(separator: "/").dropLast().last ?? "")
+          let link = links[String(target.dropFirst(8).dropLast())],
+          let disk = Self.disk(ofLink: link)
         else { continue }
         do throws(IOError) {
           found.append(FoundWorker(handle: try ProcessHandle(pid: pid), disk: disk, link: link))
@@ -37,6 +37,13 @@ struct FoundWorker: WorkerAtLarge {
       }
     }
     return found
+  }
+
+  /// The disk of a link: RUN/disks/DISK/link. Others recover a log, and have no disk.
+  private static func disk(ofLink link: String) -> DiskID? {
+    let parts = link.split(separator: "/").suffix(3)
+    guard parts.count == 3, parts.first == "disks", parts.last == "link" else { return nil }
+    return DiskID(parts[parts.startIndex + 1])
   }
 
   /// Whether it has a file or device open.

@@ -180,16 +180,18 @@ struct SystemProcesses: HostProcesses {
 
 /// What the daemon reads of xenstore and writes into it; see XenStoreView.
 protocol StoreView: Sendable {
-  /// Looks at one disk. Nil: the store has forgotten us.
-  func look(_ id: DiskID) async throws(XenStoreError) -> Sight?
-  /// Looks at every disk there is, and at those known. Nil: the store has forgotten us.
-  func lookAll(and known: [DiskID: Sight?]) async throws(XenStoreError) -> [DiskID: Sight]?
-  /// Writes a disk's nodes. False, and nothing happens, when the entry has gone.
-  func publish(_ id: DiskID, _ nodes: DiskNodes) async throws(XenStoreError) -> Bool
-  /// The disks that have nodes of ours.
-  func toldDisks() async throws(XenStoreError) -> [DiskID]
-  /// Takes a disk's nodes back.
-  func withdraw(_ id: DiskID) async throws(XenStoreError)
+  /// Looks at one vbd. Nil: the store has forgotten us.
+  func look(_ vbd: VBD) async throws(XenStoreError) -> Sight?
+  /// Looks at every dmu vbd there is, and at those known. Nil: the store has forgotten us.
+  func lookAll(and known: [VBD: Sight?]) async throws(XenStoreError) -> [VBD: Sight]?
+  /// The vbds of domains that exist, whoever serves them, that use a device ("fd:5").
+  func users(of device: String) async throws(XenStoreError) -> [VBD]
+  /// Writes a vbd's nodes. False, and nothing happens, when the entry has gone.
+  func publish(_ vbd: VBD, _ nodes: DiskNodes) async throws(XenStoreError) -> Bool
+  /// The vbds that have nodes of ours.
+  func toldDisks() async throws(XenStoreError) -> [VBD]
+  /// Takes a vbd's nodes back.
+  func withdraw(_ vbd: VBD) async throws(XenStoreError)
   /// Tells of the daemon itself. False when the store has forgotten us, unless it is `anew`.
   func publishSelf(
     state: String, disks: Int, pending: Int, anew: Bool
@@ -208,6 +210,8 @@ struct Host: Sendable {
   var mapping: any Offloading = Offload(threads: 1)
   /// Flushes of devices that are about to go may hang for as long as what is below them.
   var flushing: any Offloading = Offload(threads: 32)
+  /// Where named disks have their links.
+  var links = DeviceLinks.host
   var poller: any Polling
   var view: any StoreView
   var launcher: any WorkerLauncher

@@ -59,8 +59,8 @@ package protocol DeviceMapping: Sendable {
   func make(_ wish: MappedWish) throws(DeviceMapperError) -> DeviceNode
   /// Opens a device's node for a worker. Throws EBUSY while another has it.
   func openNode(_ disk: DiskID) throws(IOError) -> Descriptor
-  /// Brings a device into use.
-  func start(_ disk: DiskID) throws(DeviceMapperError)
+  /// Brings a device into use. Unless `probed`, udev is told not to look into it.
+  func start(_ disk: DiskID, probed: Bool) throws(DeviceMapperError)
   /// What there is under the disk's name.
   func state(
     _ disk: DiskID, over backings: [ServedDevice.Backing]
@@ -104,7 +104,7 @@ package struct KernelMapper: DeviceMapping {
   /// The mapper.
   package init() {}
 
-  private static let prefix = "dmu-"
+  static let prefix = "dmu-"
 
   private func served(_ disk: DiskID) -> ServedDevice {
     ServedDevice(name: KernelMapper.prefix + "\(disk)", owner: "dmu-xend")
@@ -119,7 +119,7 @@ package struct KernelMapper: DeviceMapping {
   /// Asks the kernel for the target's version.
   package func isAvailable() throws(DeviceMapperError) -> Bool { try ServedDevice.isAvailable() }
 
-  /// Makes dmu-DOMAIN-DEVICE.
+  /// Makes dmu-DISK.
   package func make(_ wish: MappedWish) throws(DeviceMapperError) -> DeviceNode {
     let served = served(wish.disk)
     if try served.state(over: wish.backings) == .unfinished { try served.device.remove() }
@@ -128,13 +128,15 @@ package struct KernelMapper: DeviceMapping {
     return node(number, served.device)
   }
 
-  /// Opens /dev/dmu/dmu-DOMAIN-DEVICE.
+  /// Opens /dev/dmu/dmu-DISK.
   package func openNode(_ disk: DiskID) throws(IOError) -> Descriptor {
     try Descriptor(path: "/dev/dmu/" + served(disk).device.name, flags: O_RDWR)
   }
 
   /// Resumes it for the first time.
-  package func start(_ disk: DiskID) throws(DeviceMapperError) { try served(disk).start() }
+  package func start(_ disk: DiskID, probed: Bool) throws(DeviceMapperError) {
+    try served(disk).start(probed: probed)
+  }
 
   /// Compares name, identifier and table.
   package func state(

@@ -59,7 +59,7 @@ package final class StandInMapper: DeviceMapping {
   }
 
   /// Marks it as live.
-  package func start(_ disk: DiskID) throws(DeviceMapperError) {
+  package func start(_ disk: DiskID, probed: Bool) throws(DeviceMapperError) {
     try write(disk, try text(disk).replacing("SUSPENDED", with: "LIVE"))
   }
 
@@ -179,15 +179,22 @@ package final class StandInMapper: DeviceMapping {
   package func devices() throws(DeviceMapperError) -> [DiskID: DeviceNode] {
     guard isThere else { return [:] }
     do throws(IOError) {
-      let disks = try DiskDirectory.named(in: folder)
-      return Dictionary(uniqueKeysWithValues: disks.map { ($0, node($0)) })
+      var found: [DiskID: DeviceNode] = [:]
+      // Marks have names of their own, which may be those of disks.
+      for disk in try DiskDirectory.named(in: folder) {
+        let word = try TextFile.read(path(disk)).split(separator: " ").first
+        if ["SUSPENDED", "LIVE", "ERROR"].contains(word) { found[disk] = node(disk) }
+      }
+      return found
     } catch { throw DeviceMapperError(error.code, error.operation, error.subject) }
   }
 
   private func path(_ disk: DiskID) -> String { "\(folder)/\(disk)" }
 
   private func node(_ disk: DiskID) -> DeviceNode {
-    let minor = UInt32(disk.domain)
+    let minor =
+      disk.vbd.map { UInt32($0.domain) }
+      ?? "\(disk)".utf8.reduce(1000) { ($0 &* 31 &+ UInt32($1)) % 100_003 }
     return DeviceNode(
       kind: .dm, index: minor, path: "/stand-in/dmu-\(disk)", major: 253, minor: minor)
   }

@@ -48,14 +48,24 @@ enum TextFile {
   }
 
   /// Replaces a file whole: a reader sees the old text or the new one. In the run directory the
-  /// reserve is used when there is no space.
+  /// reserve is used when there is no space. `durably`: after a power cut, too.
   static func replace(
-    _ path: String, with text: String, mode: mode_t = 0o600
+    _ path: String, with text: String, mode: mode_t = 0o600, durably: Bool = false
   ) throws(IOError) {
-    try RunReserve.writing(path) { () throws(IOError) in try write(path, text, mode) }
+    try RunReserve.writing(path) { () throws(IOError) in try write(path, text, mode, durably) }
+    if durably { try syncFolder(of: path) }
   }
 
-  private static func write(_ path: String, _ text: String, _ mode: mode_t) throws(IOError) {
+  /// Has a file's name, or that it is gone, survive a power cut.
+  static func syncFolder(of path: String) throws(IOError) {
+    let folder = path.lastIndex(of: "/").map { String(path[...$0]) } ?? "."
+    let descriptor = try Descriptor(path: folder, flags: O_RDONLY | O_DIRECTORY)
+    guard fsync(descriptor.raw) == 0 else { throw IOError.last("write out", folder) }
+  }
+
+  private static func write(
+    _ path: String, _ text: String, _ mode: mode_t, _ durably: Bool
+  ) throws(IOError) {
     let new = path + ".new"
     let descriptor = try Descriptor(path: new, flags: O_WRONLY | O_CREAT | O_TRUNC, mode: mode)
     var rest = Array(text.utf8)[...]
@@ -67,6 +77,7 @@ enum TextFile {
       }
       rest = rest.dropFirst(count)
     }
+    if durably, fsync(descriptor.raw) != 0 { throw IOError.last("write out", new) }
     try descriptor.close()
     guard rename(new, path) == 0 else { throw IOError.last("replace", path) }
   }

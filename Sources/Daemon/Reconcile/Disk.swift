@@ -13,8 +13,8 @@ final class Disk {
   var phase = DiskPhase.idle
   /// What the last look at xenstore found.
   var sight: Sight?
-  /// The disk's name in the guest.
-  var vdev: String
+  /// The disk's name in the guest; nil for a named disk.
+  var vdev: String?
   /// Params as they stood when the disk was taken up.
   var params = ""
   /// The same, understood.
@@ -47,7 +47,7 @@ final class Disk {
   /// The store, as long as this attempt has made it and not yet served it.
   var newStore: NewFile?
   /// What the block script said: whether the domain boots, so that a store may be made. nil: it
-  /// has not asked yet.
+  /// has not asked yet. Of a named disk: whether the admin wishes a store to be made.
   var boots: Bool?
 
   var worker: Worker?
@@ -113,7 +113,7 @@ final class Disk {
 
   init(_ id: DiskID, configuration: Configuration, now: Int64) {
     self.id = id
-    vdev = id.vdev
+    vdev = id.vbd?.vdev
     backOff = BackOff(limit: configuration.restartLimit, window: configuration.restartWindow)
     since = now
   }

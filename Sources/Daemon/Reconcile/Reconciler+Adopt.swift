@@ -17,6 +17,7 @@ extension Reconciler {
   /// commits the logs that nobody uses any more.
   func adopt() async throws(IOError) {
     let configuration = configuration
+    try await recallWishes()
     let found = try await offload.run { () throws(IOError) -> [(DiskID, DiskRecord?)] in
       try PendingEntry.prepare(configuration.registry)
       return try DiskDirectory.all(configuration).map { id throws(IOError) in
@@ -46,6 +47,8 @@ extension Reconciler {
     if adopting.isEmpty { formerWorkers = [] }
     await adoptFound()
     if !table.isEmpty { log.notice("took over disks", metadata: ["disks": "\(table.count)"]) }
+    // xenstored may be silent for long: it has nothing to say of these.
+    lookAtNames()
     await recallFailures()
   }
 
@@ -91,6 +94,7 @@ extension Reconciler {
         attempt += 1
       }
     }
+    if !ending { await restoreLink(disk) }
     disk.activity = nil
     adopting.remove(id)
     // One that holds nothing is taken up, if it is wanted, when devices of no disk have gone.

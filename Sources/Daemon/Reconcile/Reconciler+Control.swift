@@ -108,7 +108,7 @@ extension Reconciler {
     answers += failures.filter { failure in !answers.contains { $0.isSameDisk(as: failure) } }
     answers += try await keptLogs().map { DiskStatus($0) }
     return answers.filter { answer in domain.map { answer.isMeant(by: $0) } ?? true }
-      .sorted { ($0.domain, $0.number, $0.since) < ($1.domain, $1.number, $1.since) }
+      .sorted { ($0.id, $0.since) < ($1.id, $1.since) }
   }
 
   func status(of id: DiskID, isDetailed: Bool = false) async -> DiskStatus? {
@@ -120,10 +120,13 @@ extension Reconciler {
       disk.wanted != nil || disk.spec != nil || adopting.contains(id)
     else { return nil }
     var status = DiskStatus(
-      domain: id.domain, vdev: disk.vdev, number: id.device, state: disk.phase.publicState,
-      since: disk.since, readOnly: disk.readOnly,
-      restarts: disk.backOff.recent(at: scheduler.now))
+      id, vdev: disk.vdev, state: disk.phase.publicState, since: disk.since,
+      readOnly: disk.readOnly, restarts: disk.backOff.recent(at: scheduler.now))
     status.domainName = disk.domainName
+    if let name = id.name {
+      status.owner = wishes[name]?.owner?.description
+      status.link = disk.device.map { _ in host.links.path(name) }
+    }
     status.format = disk.spec?.format
     status.store = disk.spec?.store
     status.base = disk.basePath ?? disk.report?.basePath
@@ -168,7 +171,7 @@ extension Reconciler {
       status.reads = counters.reads
       status.writes = counters.writes
       // blkback counts the guest's; the module those only that its worker was asked about.
-      status.flushes = BlkbackCounters.flushes(id) ?? counters.flushes
+      status.flushes = id.vbd.flatMap { BlkbackCounters.flushes($0) } ?? counters.flushes
       status.uncommitted = counters.uncommitted
       activity.take(counters)
     } catch {
@@ -275,10 +278,9 @@ extension DiskPhase {
 extension DiskStatus {
   /// A log without a disk.
   init(_ kept: KeptLog) {
-    let id = kept.info?.disk ?? DiskID(domain: 0, device: 0)
     self.init(
-      domain: id.domain, vdev: kept.info?.vdev ?? "-", number: id.device, state: .pending,
-      since: kept.info?.since ?? 0)
+      kept.info?.disk ?? DiskID(domain: 0, device: 0), vdev: kept.info.map(\.vdev) ?? "-",
+      state: .pending, since: kept.info?.since ?? 0)
     let spec = kept.info.flatMap { Reconciler.spec($0.params) }
     domainName = kept.info?.domainName
     format = spec?.format
@@ -292,8 +294,8 @@ extension DiskStatus {
 /// What blkback counts of a guest's requests.
 enum BlkbackCounters {
   /// Flush requests; nil when the disk has no blkback here.
-  static func flushes(_ id: DiskID) -> UInt64? {
-    let path = "/sys/bus/xen-backend/devices/vbd-\(id.domain)-\(id.device)/statistics/f_req"
+  static func flushes(_ vbd: VBD) -> UInt64? {
+    let path = "/sys/bus/xen-backend/devices/vbd-\(vbd)/statistics/f_req"
     do throws(IOError) { return UInt64(try TextFile.read(path).trimmingNewline) } catch {
       return nil
     }

@@ -16,8 +16,9 @@ extension Reconciler {
 
   /// Reads a disk's domain's name while there is one.
   func learnName(of disk: Disk) async {
+    guard let domain = disk.id.vbd?.domain else { return }
     do throws(XenStoreError) {
-      if let name = try await view.name(of: disk.id.domain) { disk.domainName = name }
+      if let name = try await view.name(of: domain) { disk.domainName = name }
     } catch {
       log(for: disk).warning("cannot read the domain's name", metadata: ["error": "\(error)"])
     }
@@ -27,14 +28,15 @@ extension Reconciler {
   func rememberFailure(of disk: Disk) {
     guard case .failed(let failure, attached: false) = disk.phase else { return }
     var status = DiskStatus(
-      domain: disk.id.domain, vdev: disk.vdev, number: disk.id.device, state: .failed,
-      since: disk.since, readOnly: disk.readOnly)
+      disk.id, vdev: disk.vdev, state: .failed, since: disk.since, readOnly: disk.readOnly)
     status.domainName = disk.domainName
     status.format = disk.spec?.format
     status.store = disk.spec?.store
     status.base = disk.spec?.base
     status.error = failure.sentence
-    status.note = "its attach failed, and the toolstack has given it up"
+    status.note =
+      disk.id.name == nil
+      ? "its attach failed, and the toolstack has given it up" : "its attach failed"
     failures.removeAll { $0.isSameDisk(as: status) }
     failures.append(status)
     if failures.count > Reconciler.mostFailures { failures.removeFirst() }
@@ -44,10 +46,16 @@ extension Reconciler {
   /// A disk is tried again: what is remembered of its former failure goes.
   func forgetFailures(like disk: Disk) {
     let count = failures.count
-    var now = DiskStatus(
-      domain: disk.id.domain, vdev: disk.vdev, number: disk.id.device, state: .starting, since: 0)
+    var now = DiskStatus(disk.id, vdev: disk.vdev, state: .starting, since: 0)
     now.domainName = disk.domainName
     failures.removeAll { $0.isSameDisk(as: now) }
+    if failures.count != count { saveFailures() }
+  }
+
+  /// A named disk that had failed was detached by order: its failure is nothing to see to any more.
+  func forgetFailures(of name: DiskName) {
+    let count = failures.count
+    failures.removeAll { $0.name == name.description }
     if failures.count != count { saveFailures() }
   }
 
@@ -92,14 +100,16 @@ extension DiskStatus {
   /// Whether it is the same disk of the same guest: a guest that is created again has another
   /// domain number.
   func isSameDisk(as other: DiskStatus) -> Bool {
-    guard number == other.number else { return false }
+    guard number == other.number, name == other.name else { return false }
     if let name = domainName, let otherName = other.domainName { return name == otherName }
     return domain == other.domain
   }
 
   /// Whether somebody means this disk: by its domain's number or name, by "5-51712", or by
-  /// "5:xvda" or "web:xvda".
+  /// "5:xvda" or "web:xvda"; a named disk by its name or the path of its device, "/dev/dmu/data".
   package func isMeant(by target: String) -> Bool {
+    if let name { return target == name || DiskName(path: target)?.description == name }
+    guard let domain, let number, let vdev else { return false }
     var names = ["\(domain)", "\(domain)-\(number)", "\(domain):\(vdev)"]
     if let domainName { names += [domainName, "\(domainName):\(vdev)"] }
     return names.contains(target)

@@ -27,7 +27,7 @@ extension Reconciler {
   func adoptFound() async {
     for (id, device) in await foundDevices() {
       do throws(XenStoreError) {
-        let sight = try await view.look(id)
+        let sight = try await look(id)
         let number = sight?.device
         if let sight, let wanted = sight.wanted, number == nil || number == device.hexadecimal,
           table[id] == nil, let spec = Reconciler.spec(wanted.params)
@@ -115,6 +115,7 @@ extension Reconciler {
     disk.busy = true
     defer { adopted(disk) }
     table[id] = disk
+    await restoreLink(disk)
     let directory = DiskDirectory(configuration, id)
     let log = log(for: disk)
     log.warning(
@@ -188,6 +189,15 @@ extension Reconciler {
     }
     guard device.kind == .dm else {
       let attacher = attacher
+      // Nothing says that guests use the device of a vbd that is not wanted; one of a named disk is
+      // theirs whatever is known of the name.
+      if id.name != nil {
+        do throws(XenStoreError) {
+          if let user = try await view.users(of: device.hexadecimal).first {
+            return stray("\(DiskID.vbd(user).words) has it")
+          }
+        } catch { return stray("\(error)") }
+      }
       do throws(IOError) {
         let isUsed = try await offload.run { () throws(IOError) in try attacher.isInUse(device) }
         return stray(isUsed ? "it is open" : nil)

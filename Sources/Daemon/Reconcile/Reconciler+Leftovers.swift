@@ -28,8 +28,8 @@ extension Reconciler {
       found.append(
         Leftover(
           name: "device \(device.path)",
-          what: "a device of domain \(id.domain) (\(id.vdev)) that"
-            + " no disk has" + (stray.hindrance.map { "; \($0)" } ?? ""),
+          what: "a device of \(id.words) that no disk has"
+            + (stray.hindrance.map { "; \($0)" } ?? ""),
           loses: stray.hindrance))
     }
     for (path, file) in await strayLoops() {
@@ -42,8 +42,8 @@ extension Reconciler {
       found.append(
         Leftover(
           name: "worker \(worker.process.pid)",
-          what: "a worker of domain \(worker.disk.domain) (\(worker.disk.vdev)) that serves no disk"
-            + " and has the lock of its store"))
+          what: "a worker of \(worker.disk.words) that serves no disk and has the lock of its store"
+        ))
     }
     for kept in try await keptLogs() {
       found.append(
@@ -52,12 +52,12 @@ extension Reconciler {
           loses: "\(kept.summary.words), which a guest believes to be written"))
     }
     do throws(XenStoreError) {
-      for id in try await view.toldDisks() where table[id] == nil {
+      for vbd in try await view.toldDisks() where table[.vbd(vbd)] == nil {
         found.append(
           Leftover(
-            name: "nodes \(id)",
+            name: "nodes \(vbd)",
             what:
-              "what the daemon wrote in xenstore at \(id.backendPath)/dmu of a disk that it does"
+              "what the daemon wrote in xenstore at \(vbd.backendPath)/dmu of a disk that it does"
               + " not have"))
       }
     } catch { throw DiskFailure(.daemon, "xenstore cannot be read: \(error): see to it") }
@@ -89,8 +89,8 @@ extension Reconciler {
       _ = try await discard(subject)
       return
     case "nodes":
-      guard let id = DiskID(subject), table[id] == nil else { break }
-      do throws(XenStoreError) { return try await view.withdraw(id) } catch {
+      guard let vbd = VBD(subject), table[.vbd(vbd)] == nil else { break }
+      do throws(XenStoreError) { return try await view.withdraw(vbd) } catch {
         throw DiskFailure(.daemon, "xenstore cannot be written: \(error): see to it")
       }
     default: break

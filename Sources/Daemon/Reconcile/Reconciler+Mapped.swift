@@ -56,7 +56,8 @@ extension Reconciler {
       return try mapper.make(wish)
     }
     try await handNode(disk)
-    try await mapped { () throws(DeviceMapperError) in try mapper.start(id) }
+    let isProbed = id.name.flatMap { wishes[$0]?.isProbed } ?? false
+    try await mapped { () throws(DeviceMapperError) in try mapper.start(id, probed: isProbed) }
   }
 
   /// Gives the node of a device that is there to a new worker.
@@ -364,7 +365,7 @@ extension DiskFailure {
     return DiskFailure(
       .device,
       "the device \(device.path) may hold writes that are not in store \(store), and \(why): see to"
-        + " that (after a flush that failed: 'dmu-xen clear \(disk.id.domain)'), or give them up with"
+        + " that (after a flush that failed: 'dmu-xen clear \(disk.id.target)'), or give them up with"
         + " 'dmu-xen discard-pending \(store)'")
   }
 

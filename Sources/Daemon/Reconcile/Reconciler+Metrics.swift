@@ -11,7 +11,7 @@ extension Reconciler {
     measuredAt = scheduler.now
     var disks = try await status(domain: domain, isDetailed: true)
     for index in disks.indices where disks[index].transport == .dm {
-      let id = DiskID(domain: disks[index].domain, device: disks[index].number)
+      let id = disks[index].id
       guard let disk = table[id], disk.device?.kind == .dm else { continue }
       let mapper = mapper
       do throws(DeviceMapperError) {

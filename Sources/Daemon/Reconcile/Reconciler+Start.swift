@@ -80,14 +80,17 @@ extension Reconciler {
     try await launch(disk, create: disk.newStore != nil, byNode: byNode)
     try await publishStore(disk)
     disk.activity = "making the device"
+    try await prepareLink(disk)
     if byNode, disk.report?.byNode == true {
       try await attachMapped(disk)
     } else {
       if byNode { try fallBack(disk, transport) }
       try await attach(disk)
     }
+    // The link comes last: who finds a disk by it finds a disk that the next daemon knows.
     try await save(disk)
     try await describeLog(disk)
+    try await makeLink(disk)
   }
 
   private func open(_ disk: Disk, _ spec: Spec) async throws(StartStop) {
@@ -168,6 +171,7 @@ extension Reconciler {
     }
     let wish: Bool?
     do { wish = try FormatOptions(spec).create } catch { throw .failed(error) }
+    guard case .vbd = disk.id else { return try await mayCreate(disk, spec, named: wish) }
     let directories = configuration.createIn
     let (isThere, isPlace) = await offload.run {
       (Images.hasFolder(spec.store), Images.isBelow(spec.store, directories))
@@ -189,6 +193,22 @@ extension Reconciler {
           spec,
           "it is created only for a domain that xl boots, which is not known of this one (it may be"
             + " restored or migrated)"))
+    }
+  }
+
+  /// The same for a named disk, for which the admin says whether a store may be made; it may lie
+  /// anywhere. `wish`: what the spec says.
+  private func mayCreate(_ disk: Disk, _ spec: Spec, named wish: Bool?) async throws(StartStop) {
+    guard await offload.run({ Images.hasFolder(spec.store) }) else {
+      throw .failed(.storeDirectoryMissing(spec.store))
+    }
+    guard disk.boots == true, wish != false else {
+      throw .failed(
+        .storeNotMade(
+          spec,
+          wish == false
+            ? "its spec forbids to create one"
+            : "for a named disk it is created only with 'dmu-xen attach --create'"))
     }
   }
 
@@ -225,7 +245,7 @@ extension Reconciler {
   /// somebody else if not.
   func isStillWanted(_ disk: Disk) async -> Bool {
     do throws(XenStoreError) {
-      if let sight = try await view.look(disk.id) { disk.sight = sight }
+      if let sight = try await look(disk.id) { disk.sight = sight }
     } catch {
       log(for: disk).warning("cannot look at the disk", metadata: ["error": "\(error)"])
     }
@@ -263,7 +283,7 @@ extension Reconciler {
   private func lookAgain(_ holder: Disk) async {
     guard !holder.isLeaving else { return }
     do throws(XenStoreError) {
-      guard let sight = try await view.look(holder.id) else { return }
+      guard let sight = try await look(holder.id) else { return }
       holder.sight = sight
       if holder.isAbandoned(sight, now: scheduler.unixTime) {
         log(for: holder).warning(
@@ -344,6 +364,7 @@ extension Reconciler {
     disk.discards = true
     if let stuck = await detach(disk) { return stuck }
     disk.device = nil
+    if let stuck = await removeLink(disk) { return stuck }
     // A log that holds something outlives the attempt, whoever has written it.
     await keepLog(disk, why: failure?.sentence ?? "the disk waits for its store")
     disk.entry = nil

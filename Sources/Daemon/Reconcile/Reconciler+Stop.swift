@@ -55,6 +55,7 @@ extension Reconciler {
     if let failure = disk.lingers { return failure }
     if let stuck = await detach(disk) { return stuck }
     disk.device = nil
+    if let stuck = await removeLink(disk) { return stuck }
     if let stuck = await stopWorker(disk) { return stuck }
     if let stuck = await endLog(disk) { return stuck }
     disk.entry = nil

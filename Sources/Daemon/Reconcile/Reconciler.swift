@@ -27,6 +27,12 @@ package actor Reconciler {
   let manager: ServiceManager?
   let log: Logger
   var table: [DiskID: Disk] = [:]
+  /// What is wanted of named disks.
+  var wishes: [DiskName: NamedWish] = [:]
+  /// Those that the next daemon finds in writing.
+  var writtenWishes: Set<DiskName> = []
+  /// Names that something is done with just now.
+  var changingNames: Set<DiskName> = []
   /// The users that workers run as.
   var users = WorkerUsers()
   let liveWorkers = LiveWorkers()
@@ -106,24 +112,35 @@ package actor Reconciler {
 
   /// Looks at everything at once and marks the disks for which something has changed.
   func lookAtEverything() async throws(XenStoreError) {
-    guard let sights = try await view.lookAll(and: table.mapValues(\.sight)) else {
+    lookAtNames()
+    var known: [VBD: Sight?] = [:]
+    for (id, disk) in table {
+      if let vbd = id.vbd { known.updateValue(disk.sight, forKey: vbd) }
+    }
+    guard let sights = try await view.lookAll(and: known) else {
       if await !storeForgotUs() { return }
       return try await lookAtEverything()
     }
-    for (id, sight) in sights {
-      guard let disk = table[id] else {
-        mark(id)
-        continue
-      }
-      if disk.sight != sight || !disk.isSettled { mark(id) }
+    for (vbd, sight) in sights { compare(.vbd(vbd), sight) }
+  }
+
+  /// The same for named disks, of which xenstore does not know.
+  func lookAtNames() {
+    for name in Set(table.keys.compactMap(\.name)).union(wishes.keys) {
+      compare(.named(name), sight(of: name))
     }
+  }
+
+  private func compare(_ id: DiskID, _ sight: Sight) {
+    guard let disk = table[id] else { return mark(id) }
+    if disk.sight != sight || !disk.isSettled { mark(id) }
   }
 
   /// xenstored has a new, empty store, or has never heard of us. Its silence about a disk says
   /// nothing: disks in use are kept until it speaks of them again, or a script's `remove` does.
   /// False when even that could not be told to xenstored.
   func storeForgotUs() async -> Bool {
-    let kept = table.values.filter { $0.worker != nil || $0.device != nil }
+    let kept = table.values.filter { $0.id.vbd != nil && ($0.worker != nil || $0.device != nil) }
     for disk in kept { disk.orphaned = true }
     for disk in table.values { disk.published = nil }
     if announced != nil, !kept.isEmpty {
@@ -144,7 +161,7 @@ package actor Reconciler {
       disk.due = false
       let waiter = nextWaiter
       do throws(XenStoreError) {
-        guard let sight = try await view.look(id) else {
+        guard let sight = try await look(id) else {
           disk.due = await storeForgotUs()
           if !disk.due { wake(disk, after: .seconds(1)) }
           continue
@@ -248,11 +265,7 @@ package actor Reconciler {
     disk.timer?.cancel()
     table[disk.id] = nil
     rememberFailure(of: disk)
-    refuseWaiters(
-      disk,
-      DiskFailure(
-        .gone,
-        "xenstore has no dmu disk that is wanted at \(disk.id.backendPath): attach the disk anew"))
+    refuseWaiters(disk, .unwanted(disk.id))
     wakeThoseWaiting(for: disk.id)
   }
 
@@ -312,16 +325,16 @@ package actor Reconciler {
     guard table[disk.id] === disk else { return }
     do throws(XenStoreError) {
       if case .idle = disk.phase {
-        if disk.published != nil { try await view.withdraw(disk.id) }
+        if disk.published != nil, let vbd = disk.id.vbd { try await view.withdraw(vbd) }
         disk.published = nil
-      } else if disk.sight?.exists == true {
+      } else if disk.sight?.exists == true, let vbd = disk.id.vbd {
         let nodes = DiskNodes(
           state: disk.phase.publicState, format: disk.spec?.format ?? "",
           device: disk.device?.path ?? "",
           worker: disk.worker.map { String($0.process.pid) } ?? "",
           error: disk.reason ?? "", since: String(disk.since))
         if disk.published != nodes {
-          let written = try await view.publish(disk.id, nodes)
+          let written = try await view.publish(vbd, nodes)
           disk.published = written ? nodes : nil
           disk.sight?.told = written ? nodes.state.rawValue : nil
         }

@@ -63,42 +63,67 @@ struct XenStoreView: StoreView {
 
   let client: XenStoreClient
 
-  /// Looks at one disk. Nil: the store has forgotten us.
-  func look(_ id: DiskID) async throws(XenStoreError) -> Sight? {
+  /// Looks at one vbd. Nil: the store has forgotten us.
+  func look(_ vbd: VBD) async throws(XenStoreError) -> Sight? {
     try await client.perform { session throws(XenStoreError) in
       guard try XenStoreView.remembersUs(session) else { return nil }
       var domains: [Int: Bool] = [:]
-      return try XenStoreView.look(id, nil, &domains, session)
+      return try XenStoreView.look(vbd, nil, &domains, session)
     }
   }
 
   /// Looks at every backend entry whose params are ours, and at these disks whether or not
   /// they have one; what does not change in a disk's life is not read again. Nil: the store
   /// has forgotten us.
-  func lookAll(and known: [DiskID: Sight?]) async throws(XenStoreError) -> [DiskID: Sight]? {
+  func lookAll(and known: [VBD: Sight?]) async throws(XenStoreError) -> [VBD: Sight]? {
     try await client.perform { session throws(XenStoreError) in
       guard try XenStoreView.remembersUs(session) else { return nil }
-      var sights: [DiskID: Sight] = [:]
+      var sights: [VBD: Sight] = [:]
       var domains: [Int: Bool] = [:]
-      for domain in try session.listIfPresent(XenStoreView.root) ?? [] {
-        for device in try session.listIfPresent(XenStoreView.root + "/" + domain) ?? [] {
-          guard let id = DiskID(domain + "-" + device) else { continue }
-          let sight = try XenStoreView.look(id, known[id] ?? nil, &domains, session)
-          if sight.wanted != nil || known.keys.contains(id) { sights[id] = sight }
-        }
+      for vbd in try XenStoreView.entries(session) {
+        let sight = try XenStoreView.look(vbd, known[vbd] ?? nil, &domains, session)
+        if sight.wanted != nil || known.keys.contains(vbd) { sights[vbd] = sight }
       }
-      for id in known.keys where sights[id] == nil {
-        sights[id] = Sight(wanted: nil, exists: false, vdev: nil)
+      for vbd in known.keys where sights[vbd] == nil {
+        sights[vbd] = Sight(wanted: nil, exists: false, vdev: nil)
       }
       return sights
     }
   }
 
-  /// Writes a disk's nodes, readable by this domain only. False, and nothing happens, when
+  /// Every backend entry, in no order.
+  private static func entries(
+    _ session: borrowing XenStoreSession
+  ) throws(XenStoreError) -> [VBD] {
+    var found: [VBD] = []
+    for domain in try session.listIfPresent(XenStoreView.root) ?? [] {
+      for device in try session.listIfPresent(XenStoreView.root + "/" + domain) ?? [] {
+        if let vbd = VBD(domain + "-" + device) { found.append(vbd) }
+      }
+    }
+    return found
+  }
+
+  /// The vbds of domains that exist, whoever serves them, that use a device. One that is closed
+  /// counts as well: blkback may still be at work on it.
+  func users(of device: String) async throws(XenStoreError) -> [VBD] {
+    try await client.perform { session throws(XenStoreError) in
+      var found: [VBD] = []
+      for vbd in try XenStoreView.entries(session) {
+        let used = try XenStoreView.text(session, vbd.backendPath + "/physical-device")
+        guard used == device, try session.readIfPresent("/local/domain/\(vbd.domain)") != nil
+        else { continue }
+        found.append(vbd)
+      }
+      return found.sorted()
+    }
+  }
+
+  /// Writes a vbd's nodes, readable by this domain only. False, and nothing happens, when
   /// the entry has gone.
-  func publish(_ id: DiskID, _ nodes: DiskNodes) async throws(XenStoreError) -> Bool {
+  func publish(_ vbd: VBD, _ nodes: DiskNodes) async throws(XenStoreError) -> Bool {
     try await client.transaction { session throws(XenStoreError) in
-      let entry = id.backendPath
+      let entry = vbd.backendPath
       guard try session.readIfPresent(entry + "/params") != nil else { return false }
       let folder = entry + "/dmu"
       try session.makeDirectory(folder)
@@ -112,25 +137,19 @@ struct XenStoreView: StoreView {
     }
   }
 
-  /// The disks that have nodes of ours.
-  func toldDisks() async throws(XenStoreError) -> [DiskID] {
+  /// The vbds that have nodes of ours.
+  func toldDisks() async throws(XenStoreError) -> [VBD] {
     try await client.perform { session throws(XenStoreError) in
-      var found: [DiskID] = []
-      for domain in try session.listIfPresent(XenStoreView.root) ?? [] {
-        for device in try session.listIfPresent(XenStoreView.root + "/" + domain) ?? [] {
-          guard let id = DiskID(domain + "-" + device),
-            try session.readIfPresent(id.backendPath + "/dmu/state") != nil
-          else { continue }
-          found.append(id)
-        }
-      }
+      var found: [VBD] = []
+      for vbd in try XenStoreView.entries(session)
+      where try session.readIfPresent(vbd.backendPath + "/dmu/state") != nil { found.append(vbd) }
       return found.sorted()
     }
   }
 
-  /// Takes a disk's nodes back.
-  func withdraw(_ id: DiskID) async throws(XenStoreError) {
-    try await client.remove(id.backendPath + "/dmu")
+  /// Takes a vbd's nodes back.
+  func withdraw(_ vbd: VBD) async throws(XenStoreError) {
+    try await client.remove(vbd.backendPath + "/dmu")
   }
 
   /// Tells of the daemon itself. False, and nothing happens, when the store has forgotten us,
@@ -169,10 +188,10 @@ struct XenStoreView: StoreView {
 
   /// `known` is what was seen of the disk before, `domains` which domains exist.
   private static func look(
-    _ id: DiskID, _ known: Sight?, _ domains: inout [Int: Bool],
+    _ vbd: VBD, _ known: Sight?, _ domains: inout [Int: Bool],
     _ session: borrowing XenStoreSession
   ) throws(XenStoreError) -> Sight {
-    let entry = id.backendPath
+    let entry = vbd.backendPath
     guard let params = try text(session, entry + "/params") else {
       return Sight(wanted: nil, exists: false, vdev: nil)
     }
@@ -181,11 +200,11 @@ struct XenStoreView: StoreView {
     let state = try text(session, entry + "/state")
     let online = try text(session, entry + "/online")
     let hotplug = try text(session, entry + "/hotplug-status")
-    if domains[id.domain] == nil {
-      domains[id.domain] = try session.readIfPresent("/local/domain/\(id.domain)") != nil
+    if domains[vbd.domain] == nil {
+      domains[vbd.domain] = try session.readIfPresent("/local/domain/\(vbd.domain)") != nil
     }
     let closed = state == "6" && online == "0"
-    guard !closed, hotplug != "error", domains[id.domain] == true else {
+    guard !closed, hotplug != "error", domains[vbd.domain] == true else {
       return Sight(wanted: nil, exists: true, vdev: vdev)
     }
     let readOnly =
@@ -198,7 +217,7 @@ struct XenStoreView: StoreView {
     let own = try text(session, "domid")
     return Sight(
       wanted: wanted, exists: true, vdev: vdev, told: told, state: state,
-      isOwn: own == String(id.domain), device: try text(session, entry + "/physical-device"))
+      isOwn: own == String(vbd.domain), device: try text(session, entry + "/physical-device"))
   }
 
   /// A node as text; one that is not UTF-8 as if it were not there.

@@ -87,9 +87,14 @@ package struct Daemon: Sendable {
     }
     let client = try XenStoreClient(wish)
     defer { client.close() }
-    let host = Host(
+    var host = Host(
       poller: try Poller(), view: XenStoreView(client: client), launcher: surroundings.launcher,
       attacher: surroundings.attacher, mapper: surroundings.mapper)
+    if surroundings.standInDevices != nil {
+      host.links = DeviceLinks(
+        folder: configuration.runDirectory + "/dev", files: configuration.runDirectory + "/links",
+        udev: configuration.runDirectory + "/no-udev")
+    }
     let reconciler = Reconciler(
       configuration: configuration, configurationPath: configurationPath, host: host,
       manager: manager, log: log)
@@ -180,8 +185,8 @@ private struct ReconcileService: Service {
           switch event {
           case .resync: try await reconciler.lookAtEverything()
           case .changed(let path):
-            if let id = DiskID(path: path) {
-              if !XenStoreView.isOurs(path) { await reconciler.mark(id) }
+            if let vbd = VBD(path: path) {
+              if !XenStoreView.isOurs(path) { await reconciler.mark(.vbd(vbd)) }
             } else {
               try await reconciler.lookAtEverything()
             }
@@ -211,7 +216,8 @@ private struct ReconcileService: Service {
       do { try await Task.sleep(for: .seconds(1)) } catch { return }
       let (keeper, log) = (keeper, log)
       do throws(IOError) {
-        try await reconciler.offload.run { () throws(IOError) in try keeper.look(log) }
+        let isNew = try await reconciler.offload.run { () throws(IOError) in try keeper.look(log) }
+        if isNew { await reconciler.rewriteWishes() }
       } catch { log.error("the run directory cannot be made", metadata: ["error": "\(error)"]) }
       await reconciler.checkLogs()
     }

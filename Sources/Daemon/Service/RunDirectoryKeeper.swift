@@ -24,11 +24,12 @@ final class RunDirectoryKeeper: Sendable {
     (remade, tell) = AsyncStream.makeStream()
   }
 
-  /// Makes it anew if it is not there. Throws the errno of what failed. Blocks.
-  func look(_ log: Logger) throws(IOError) {
+  /// Makes it anew if it is not there, and answers whether it did so. Throws the errno of what
+  /// failed. Blocks.
+  func look(_ log: Logger) throws(IOError) -> Bool {
     let directory = configuration.runDirectory
     var status = stat()
-    guard lstat(directory + "/lock", &status) != 0 else { return }
+    guard lstat(directory + "/lock", &status) != 0 else { return false }
     guard errno == ENOENT else { throw IOError.last("examine", directory + "/lock") }
     log.error("the run directory has gone and is made anew", metadata: ["path": "\(directory)"])
     let lock = try RunDirectory.prepare(configuration)
@@ -36,6 +37,7 @@ final class RunDirectoryKeeper: Sendable {
     try PendingEntry.prepare(configuration.registry)
     tell.yield()
     try RunReserve.establish(in: directory)
+    return true
   }
 
   /// The locks are held until here.

@@ -5,13 +5,15 @@ import SystemIO
 
 /// Rates of a disk over an interval. What is not known is absent: a disk whose worker was replaced
 /// meanwhile begins to count anew.
-package struct DiskRates: Codable, Sendable, Hashable {
+package struct DiskRates: Codable, Sendable, Hashable, DiskNaming {
+  /// The name of a named disk, which has neither domain nor vdev.
+  package var name: String?
   /// The domain that sees the disk.
-  package var domain: Int
+  package var domain: Int?
   /// The domain's name.
   package var domainName: String?
   /// The disk's name in the domain.
-  package var vdev: String
+  package var vdev: String?
   /// By which way the kernel reaches it.
   package var transport: DeviceKind?
   /// Where the disk stands.
@@ -36,19 +38,19 @@ package struct DiskRates: Codable, Sendable, Hashable {
   package static func between(
     _ before: [DiskStatus], _ now: [DiskStatus], seconds: Double
   ) -> [DiskRates] {
-    let former = Dictionary(before.map { ($0.key, $0) }) { $1 }
-    return now.filter { $0.state != .pending }
-      .map { DiskRates(former[$0.key], $0, seconds: seconds) }
-      .sorted { one, other in
-        let (first, second) = (one.isWell, other.isWell)
+    let former = Dictionary(before.map { ($0.id, $0) }) { $1 }
+    return now.filter { $0.state != .pending }.sorted { $0.id < $1.id }
+      .map { DiskRates(former[$0.id], $0, seconds: seconds) }
+      .enumerated().sorted { one, other in
+        let (first, second) = (one.element.isWell, other.element.isWell)
         if first != second { return second }
-        if one.operations != other.operations { return one.operations > other.operations }
-        return (one.domain, one.vdev) < (other.domain, other.vdev)
-      }
+        let (some, more) = (one.element.operations, other.element.operations)
+        return some != more ? some > more : one.offset < other.offset
+      }.map(\.element)
   }
 
   private init(_ before: DiskStatus?, _ now: DiskStatus, seconds: Double) {
-    (domain, domainName, vdev) = (now.domain, now.domainName, now.vdev)
+    (domain, domainName, vdev, name) = (now.domain, now.domainName, now.vdev, now.name)
     (transport, state) = (now.transport, now.state)
     guard let before else { return }
     func rate(_ value: (DiskStatus) -> UInt64?) -> Double? {
@@ -67,8 +69,4 @@ package struct DiskRates: Codable, Sendable, Hashable {
 
   private var isWell: Bool { state == .ready }
   private var operations: Double { (reads ?? 0) + (writes ?? 0) + (flushes ?? 0) }
-}
-
-extension DiskStatus {
-  fileprivate var key: DiskID { DiskID(domain: domain, device: number) }
 }

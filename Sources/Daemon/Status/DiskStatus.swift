@@ -1,16 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0
 // What status says of a disk: the values of one line of the table, and of the JSON.
 
+internal import SystemIO
+
 /// A disk as status shows it. Fields that are not known are absent from the JSON.
-package struct DiskStatus: Codable, Sendable, Hashable {
+package struct DiskStatus: Codable, Sendable, Hashable, DiskNaming {
+  /// The name of a named disk. Such a disk has no domain, no vdev and no number.
+  package var name: String?
+  /// The virtual machine that a named disk belongs to, if its attach said so.
+  package var owner: String?
+  /// Path of the link to a named disk's device.
+  package var link: String?
   /// The domain that sees the disk.
-  package var domain: Int
+  package var domain: Int?
   /// The domain's name.
   package var domainName: String?
   /// The disk's name in the domain.
-  package var vdev: String
+  package var vdev: String?
   /// The disk's number in the domain.
-  package var number: Int
+  package var number: Int?
   /// The image format.
   package var format: String?
   /// Path of the store.
@@ -73,4 +81,53 @@ package struct DiskStatus: Codable, Sendable, Hashable {
     self.readOnly = readOnly
     self.restarts = restarts
   }
+
+  /// The same of a disk of either kind.
+  init(
+    _ id: DiskID, vdev: String?, state: PublicState, since: Int64, readOnly: Bool = false,
+    restarts: Int = 0
+  ) {
+    switch id {
+    case .vbd(let vbd):
+      (domain, number, self.vdev) = (vbd.domain, vbd.device, vdev ?? vbd.vdev)
+    case .named(let name): self.name = "\(name)"
+    }
+    self.state = state
+    self.since = since
+    self.readOnly = readOnly
+    self.restarts = restarts
+  }
+
+  /// Which disk it is of.
+  package var id: DiskID {
+    if let name = name.flatMap({ DiskName($0) }) { return .named(name) }
+    return DiskID(domain: domain ?? 0, device: number ?? 0)
+  }
+
+  /// For sentences: "disk xvda of domain web (5)", "named disk data".
+  var words: String {
+    name.map { "named disk \($0)" } ?? "disk \(label) of domain \(domainWords)"
+  }
+
+  /// What dmu-xen's commands call it.
+  var target: String { name ?? "\(domain ?? 0):\(label)" }
+}
+
+/// What says of which disk something is: a vbd's domain and name in it, or its own name.
+protocol DiskNaming {
+  var name: String? { get }
+  var domain: Int? { get }
+  var domainName: String? { get }
+  var vdev: String? { get }
+}
+
+extension DiskNaming {
+  /// The disk's domain, for tables: "web (5)", "5", "-" for a named disk.
+  var domainWords: String {
+    guard let domain else { return "-" }
+    return domainName.map { "\(ForeignText.shown($0)) (\(domain))" } ?? "\(domain)"
+  }
+
+  /// The disk's name in its domain, or its own.
+  var label: String { ForeignText.shown(vdev ?? name ?? "-") }
 }

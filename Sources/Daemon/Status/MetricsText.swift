@@ -56,28 +56,27 @@ package enum MetricsText {
   }
 
   /// The disks, without logs that have none, each under labels of its own: the domain's name, or
-  /// its number if it has none, and the disk's name in it. A name that two domains have (one of
+  /// its number if it has none, and the disk's name in it; "-" and the name for a named disk. A name that two domains have (one of
   /// them is going) stands for the newer one, and is followed by its number for the other.
   private static func disks(_ statuses: [DiskStatus]) -> [Labelled] {
     var newest: [String: Int] = [:]
     let disks = statuses.filter { $0.state != .pending }
     for disk in disks {
-      if let name = disk.domainName { newest[name] = max(newest[name] ?? 0, disk.domain) }
+      if let name = disk.domainName { newest[name] = max(newest[name] ?? 0, disk.domain ?? 0) }
     }
     var found: [[String: String]: DiskStatus] = [:]
     for disk in disks {
-      var domain = "\(disk.domain)"
+      var domain = disk.domain.map { "\($0)" } ?? "-"
       if let name = disk.domainName {
-        domain = ForeignText.shown(name)
-        if newest[name] != disk.domain { domain += " (\(disk.domain))" }
+        domain = newest[name] == disk.domain ? ForeignText.shown(name) : disk.domainWords
       }
-      let labels = ["domain": domain, "disk": ForeignText.shown(disk.vdev)]
+      let labels = ["domain": domain, "disk": disk.label]
       // An attach that failed may stand beside the same disk's next one.
       if let other = found[labels], other.since > disk.since { continue }
       found[labels] = disk
     }
     return found.map { Labelled(status: $1, labels: $0) }
-      .sorted { ($0.status.domain, $0.status.number) < ($1.status.domain, $1.status.number) }
+      .sorted { $0.status.id < $1.status.id }
   }
 
   private static func writeStates(_ disks: [Labelled], _ text: inout MetricsWriter) {
@@ -85,7 +84,7 @@ package enum MetricsText {
     for disk in disks {
       let status = disk.status
       let more = [
-        "domid": "\(status.domain)", "format": status.format ?? "",
+        "domid": status.domain.map { "\($0)" } ?? "", "format": status.format ?? "",
         "transport": status.transport?.rawValue ?? "", "device": status.device ?? "",
         "mode": status.readOnly ? "ro" : "rw",
       ]

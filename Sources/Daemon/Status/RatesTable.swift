@@ -16,8 +16,8 @@ package enum RatesTable {
   }
 
   private static let columns = [
-    Column(heading: "DOMAIN", rank: 0, isRight: false) { domain($0) },
-    Column(heading: "VDEV", rank: 0, isRight: false) { ForeignText.shown($0.vdev) },
+    Column(heading: "DOMAIN", rank: 0, isRight: false) { $0.domainWords },
+    Column(heading: "VDEV", rank: 0, isRight: false) { $0.label },
     Column(heading: "VIA", rank: 7, isRight: false) { $0.transport?.rawValue ?? "-" },
     Column(heading: "STATE", rank: 1, isRight: false) { $0.state.rawValue },
     Column(heading: "R/S", rank: 2, isRight: true) { count($0.reads) },
@@ -60,10 +60,6 @@ package enum RatesTable {
       while line.last == " " { line.removeLast() }
       return line
     }
-  }
-
-  private static func domain(_ disk: DiskRates) -> String {
-    disk.domainName.map { "\(ForeignText.shown($0)) (\(disk.domain))" } ?? "\(disk.domain)"
   }
 
   private static func count(_ value: Double?) -> String {

@@ -31,20 +31,17 @@ package enum StatusTable {
     }
     for disk in disks {
       for line in [disk.error, disk.note].compactMap({ $0 }) {
-        text += "\(domain(disk)) \(disk.vdev): \(line)\n"
+        text += (disk.name ?? "\(disk.domainWords) \(disk.label)") + ": \(line)\n"
       }
     }
     return text
   }
 
-  private static func domain(_ disk: DiskStatus) -> String {
-    disk.domainName.map { "\($0) (\(disk.domain))" } ?? String(disk.domain)
-  }
-
   private static func row(_ disk: DiskStatus) -> [String] {
     [
-      domain(disk), disk.vdev, disk.format ?? "-", disk.store ?? "-", disk.base ?? "-",
-      disk.device ?? "-", disk.transport?.rawValue ?? "-", disk.size.map(ByteCount.short) ?? "-",
+      disk.domainWords, disk.label, disk.format ?? "-", disk.store ?? "-", disk.base ?? "-",
+      disk.link ?? disk.device ?? "-", disk.transport?.rawValue ?? "-",
+      disk.size.map(ByteCount.short) ?? "-",
       disk.allocated.map(ByteCount.short) ?? "-", disk.state.rawValue,
       disk.worker.map { String($0) } ?? "-", time(disk.since),
     ]
