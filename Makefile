@@ -103,7 +103,7 @@ install: ## install into $(DESTDIR)$(PREFIX), etc. into $(DESTDIR)/etc
 	then to=dmu-xen.toml.new; echo "install: /etc/dmu-xen.toml is kept; the new one is /etc/$$to"; \
 	else to=dmu-xen.toml; fi; install -m 644 etc/dmu-xen.toml $(DESTDIR)/etc/$$to
 	for unit in etc/systemd/*.service; do \
-	  sed 's|/usr/sbin/dmu-xend|$(PREFIX)/sbin/dmu-xend|' $$unit \
+	  sed 's|/usr/sbin/dmu-xen|$(PREFIX)/sbin/dmu-xen|' $$unit \
 	    >$(DESTDIR)/lib/systemd/system/$${unit##*/} || exit 1; done
 	chmod 644 $(DESTDIR)/lib/systemd/system/*.service
 	install -D -m 644 -t $(DESTDIR)/usr/lib/udev/rules.d etc/09-dmu-xen.rules
@@ -111,7 +111,7 @@ install: ## install into $(DESTDIR)$(PREFIX), etc. into $(DESTDIR)/etc
 	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/dmu-xen etc/grafana/dmu-xen.json
 	@# Where cowd looks, whatever PREFIX is.
 	install -d -m 755 $(DESTDIR)/usr/lib/dmu-xen/plugins
-	install -d -m 755 $(DESTDIR)/var/lib/dmu-xen
+	install -d -m 755 $(DESTDIR)/var/lib/dmu-xen $(DESTDIR)/etc/dmu-xen/disks.d
 	install -D -m 644 -t $(DESTDIR)$(PREFIX)/include Sources/CPlugin/include/dmu_plugin.h \
 	  Sources/DMUProtocol/include/dmu.h
 	etc/completion/generate $(BIN) $(DESTDIR)$(PREFIX)/share $(DESTDIR)$(ZSH_FUNCTIONS) \
