@@ -56,6 +56,25 @@ import TestSupport
     #expect(lines().allSatisfy { $0.hasPrefix("ok  ") })
   }
 
+  @Test func keptDisks() throws {
+    #expect(doctor.keptDisks().isEmpty)
+    let folder = host.file("none/disks.d")
+    try put("/none/disks.d/data.toml", "spec = \"dmu:raw:/x\"\n")
+    #expect(doctor.keptDisks().map(\.text) == ["ok       the named disks of \(folder) (1)\n"])
+    try put("/none/disks.d/bad.toml", "spec = 5\n")
+    try put("/none/disks.d/5.toml", "")
+    try put("/run/systemd/system/x", "")
+    let lines = doctor.keptDisks().map(\.text)
+    #expect(lines.count == 3)
+    #expect(lines[0].hasPrefix("TROUBLE  the file \(folder)/5.toml: it is named like no disk"))
+    #expect(
+      lines[1].hasPrefix(
+        "TROUBLE  the named disk bad: \(folder)/bad.toml line 1: spec: the value must be a spec\n"))
+    #expect(lines[2].hasPrefix("note     the named disks of \(folder) (2): dmu-xen-disks.service is"))
+    try put("/etc/systemd/system/multi-user.target.wants/dmu-xen-disks.service", "")
+    #expect(doctor.keptDisks().last?.trouble == nil)
+  }
+
   @Test func rightsOfAWorker() throws {
     func status(_ uid: Int, _ capabilities: String, _ noNew: Int) throws {
       try put(

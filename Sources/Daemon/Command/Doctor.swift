@@ -51,7 +51,7 @@ package struct Doctor: Sendable {
     }
   }
 
-  private let configurationPath: String
+  let configurationPath: String
   private let socket: String?
   /// Stands before every path, in tests.
   let root: String
@@ -124,7 +124,7 @@ package struct Doctor: Sendable {
     findings += devices(configuration.transport)
     findings += hooks()
     findings += [worker(configuration), runDirectory(configuration)]
-    findings += probing()
+    findings += probing() + keptDisks()
     let daemon = daemon(configuration)
     findings.append(daemon)
     if daemon.trouble == nil { findings += inUse() }
