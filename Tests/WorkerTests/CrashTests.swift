@@ -117,11 +117,10 @@ struct Violation: Error, CustomStringConvertible {
 }
 
 /// One worker's life: a target, a format and the loop between them.
-private final class Life: RequestOwner {
+private final class Life {
   let executor: ShuffledExecutor
   let target: UserTarget
   let worker: Worker
-  let owner: CrashRun
 
   init(_ run: CrashRun, log: PendingLog) throws {
     executor = ShuffledExecutor(devices: [run.disk, run.base], seed: run.random.next())
@@ -139,11 +138,8 @@ private final class Life: RequestOwner {
         ? dscow : BrokenOrder(dscow, store: run.disk, order: run.order),
       store: run.disk, log: Log(level: .error, journal: false, output: run.errors),
       offload: { work, then in target.run(work, then: then) })
-    owner = run
     try worker.restore()
   }
-
-  func completed(tag: UInt64, code: Int32) { owner.completed(tag, code) }
 }
 
 /// What a disk was doing when the power went.
@@ -152,7 +148,7 @@ private enum CutMoment: String, CaseIterable {
 }
 
 /// One seeded run: lives, deaths, and power cuts.
-private final class CrashRun {
+private final class CrashRun: RequestOwner {
   static let blockSize = 4096
   let seed: UInt64
   let order: CommitOrder
@@ -206,6 +202,8 @@ private final class CrashRun {
   /// A power cut ends it; some workers die before.
   func live() throws {
     let log = LogFile()
+    // The target keeps its owner, which is this.
+    defer { life = nil }
     disk.cutPower(after: random.below(80))
     for _ in 0..<(1 + random.below(3)) {
       do {
@@ -241,7 +239,7 @@ private final class CrashRun {
       self,
       log: PendingLog(
         mapping: log.raw, size: UInt64(model.count * 512), blockSize: UInt32(Self.blockSize)))
-    ownerNumber = next.target.enroll(next)
+    ownerNumber = next.target.enroll(self)
     life = next
     model.breakOff()
     for tag in requests.keys.sorted() {
@@ -311,11 +309,13 @@ private final class CrashRun {
     guard let kept = requests[tag], let life else { return }
     var request = kept.request
     request.tag = tag
-    if let code = life.target.submit(request, owner: ownerNumber) { completed(tag, code) }
+    if let code = life.target.submit(request, owner: ownerNumber) {
+      completed(tag: tag, code: code)
+    }
     if let violation { throw violation }
   }
 
-  func completed(_ tag: UInt64, _ code: Int32) {
+  func completed(tag: UInt64, code: Int32) {
     guard !disk.isOff else { return }
     guard let request = requests.removeValue(forKey: tag) else {
       violation = Violation(description: "seed \(seed): request \(tag) ended twice")
