@@ -169,6 +169,8 @@ package final class Worker {
 
   private func handle(_ fault: Fault) {
     trace?.fault(fault)
+    // Most of them, when the module places first writes: they need no turn where none waits.
+    if case .placed(let extent) = fault, isIdle, !isFetching, placed(extent) { return }
     enqueue(.fault(fault))
   }
 
