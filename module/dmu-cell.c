@@ -14,6 +14,7 @@
 #include "dmu-cell.h"
 #include "dmu-core.h"
 #include "dmu-io.h"
+#include "dmu-layer.h"
 #include "dmu-map.h"
 #include "dmu-place.h"
 #include "dmu-trace.h"
@@ -47,13 +48,16 @@ static bool dmu_is_run(struct dmu_device *dev, struct bio *bio)
 /* Whether the index serves the bio. */
 unsigned long dmu_serving(struct dmu_device *dev, struct bio *bio)
 {
+	u64 block = dmu_block_of(dev, bio->bi_iter.bi_sector), run;
 	unsigned long word;
-	u64 run;
 
 	if (dmu_is_run(dev, bio))
 		return 0;
 	rcu_read_lock();
-	word = dmu_index_lookup(dev, dmu_block_of(dev, bio->bi_iter.bi_sector), 1, &run);
+	word = dmu_find(dev, block, 1, &run);
+	if (unlikely(READ_ONCE(dev->layer)) && !dmu_word_writable(word) &&
+	    !op_is_write(bio_op(bio)) && dmu_touch_meets(dev, block, 1))
+		word = 0;
 	rcu_read_unlock();
 	if (op_is_write(bio_op(bio)) && !dmu_word_writable(word))
 		return 0;
@@ -183,6 +187,7 @@ void dmu_cell_remove(struct dmu_cell *cell)
 
 	lockdep_assert_held(&dev->lock);
 	dmu_cell_name(cell, 0);
+	dmu_layer_leave(cell);
 	list_del(&cell->all);
 	list_del_init(&cell->unsent);
 	smp_store_release(&dev->removals, dev->removals + 1);	/* see dmu-core.h */
@@ -216,6 +221,7 @@ void dmu_ask(struct dmu_cell *cell)
 		cell->flags = bio_op(bio) == REQ_OP_WRITE_ZEROES ? DMU_ZEROING : 0;
 	}
 	dmu_cell_name(cell, dev->next_id++);
+	dmu_layer_tell_from(cell);
 	cell->state = DMU_ASKING;
 	cell->orphan = false;
 	cell->told = false;
@@ -276,8 +282,13 @@ static bool dmu_queue(struct dmu_device *dev, struct bio *bio)
 	if (!cell)
 		return false;
 	bio_list_add(&cell->bios, bio);
-	if (!dmu_grant_offer(cell))
+	if (dmu_layer_stand(cell)) {
+		cell->state = DMU_CLAIMED;
+		list_add_tail(&cell->unsent, &dev->standing);
+		queue_work(dev->wq, &dev->standing_work);
+	} else if (!dmu_grant_offer(cell)) {
 		dmu_ask(cell);
+	}
 	return true;
 }
 
@@ -289,8 +300,11 @@ bool dmu_ask_unasked(struct dmu_device *dev, u64 block)
 	spin_lock_irq(&dev->lock);
 	if (!dmu_requeueing(dev) && !dmu_cell_find(dev, block, 1))
 		cell = dmu_cell_make(dev, DMU_FAULT, block, 1);
-	if (cell)
+	if (cell) {
+		/* It only asks: no touch is in its way. */
+		dmu_layer_stand(cell);
 		dmu_ask(cell);
+	}
 	spin_unlock_irq(&dev->lock);
 	return cell;
 }
@@ -478,6 +492,28 @@ void dmu_process(struct dmu_cell *cell)
 			spin_unlock_irq(&dev->lock);
 		}
 	}
+	spin_unlock_irq(&dev->lock);
+}
+
+void dmu_take_up(struct dmu_cell *cell)
+	__releases(&cell->dev->lock)
+{
+	struct dmu_device *dev = cell->dev;
+
+	lockdep_assert_held(&dev->lock);
+	if (cell->type != DMU_DISCARD) {
+		spin_unlock_irq(&dev->lock);
+		dmu_process(cell);
+		return;
+	}
+	if (dmu_requeueing(dev)) {
+		dmu_return_cell(cell);
+		return;
+	}
+	if (bio_list_empty(&cell->bios))
+		dmu_cell_remove(cell);
+	else
+		dmu_ask(cell);
 	spin_unlock_irq(&dev->lock);
 }
 
@@ -717,6 +753,7 @@ void dmu_reask_all(struct dmu_device *dev)
 				dmu_io(bio)->since = jiffies;
 		if (cell->orphan)
 			dmu_ask(cell);
+		dmu_layer_tell_from(cell);
 		cell->state = DMU_ASKING;
 		cell->told = true;
 		list_for_each_entry(at, &dev->unsent, unsent)

@@ -49,6 +49,12 @@ void dmu_return_cell(struct dmu_cell *cell) __releases(&cell->dev->lock);
  */
 void dmu_process(struct dmu_cell *cell);
 
+/*
+ * Process; lock held, and dropped. Takes up a cell that waited for touches, claimed: as
+ * dmu_process(), but for a discard, whose question is raised.
+ */
+void dmu_take_up(struct dmu_cell *cell) __releases(&cell->dev->lock);
+
 /* Any; lock held. Raises the question of a claimed cell's first bio, or where its block is read. */
 void dmu_ask(struct dmu_cell *cell);
 

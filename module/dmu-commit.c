@@ -17,6 +17,7 @@
 #include "dmu-commit.h"
 #include "dmu-core.h"
 #include "dmu-io.h"
+#include "dmu-layer.h"
 #include "dmu-node.h"
 #include "dmu-place.h"
 #include "dmu-trace.h"
@@ -103,7 +104,7 @@ static bool dmu_flush_uncommitted(struct dmu_device *dev)
 	struct dmu_placement *placement;
 
 	placement = list_first_entry_or_null(&dev->placements, struct dmu_placement, list);
-	return placement && placement->mark <= dev->flush.upto;
+	return (placement && placement->mark <= dev->flush.upto) || dmu_layer_closed(dev);
 }
 
 /* The flush is over; its requests end with the lock dropped. */
@@ -135,6 +136,7 @@ static void dmu_flush_devices_done(struct dmu_device *dev)
 		dmu_flush_end(dev, BLK_STS_DM_REQUEUE);
 	} else {
 		flush->id = dev->next_id++;
+		flush->tell = 0;
 		flush->told = false;
 		flush->since = jiffies;
 		WRITE_ONCE(flush->state, DMU_FLUSH_ASKING);
@@ -153,7 +155,7 @@ static bool dmu_flush_due(struct dmu_device *dev)
 
 	if (!bio_list_empty(&flush->waiting))
 		return true;
-	if (!atomic_read(&dev->uncommitted))
+	if (!dmu_has_uncommitted(dev))
 		flush->wanted = false;
 	return flush->wanted && !flush->suspended;
 }
@@ -169,6 +171,13 @@ void dmu_flush_work(struct work_struct *work)
 		if (flush->state == DMU_FLUSH_IDLE) {
 			if (!dmu_flush_due(dev))
 				break;
+			if (dmu_layer_closed(dev)) {
+				/* Of a flush that has not been answered. */
+				spin_unlock_irq(&dev->lock);
+				dmu_layer_merge(dev);
+				spin_lock_irq(&dev->lock);
+				continue;
+			}
 			flush->wanted = false;
 			flush->active = flush->waiting;
 			bio_list_init(&flush->waiting);
@@ -176,6 +185,9 @@ void dmu_flush_work(struct work_struct *work)
 				dmu_flush_end(dev, BLK_STS_IOERR);
 				continue;
 			}
+			/* No placement has the mark of bits: it may come to nothing. */
+			if (dmu_layer_close(dev))
+				WRITE_ONCE(dev->last_mark, dev->last_mark + 1);
 			flush->upto = dev->last_mark;
 			WRITE_ONCE(flush->state, DMU_FLUSH_DATA);
 		} else if (flush->state == DMU_FLUSH_DATA) {
@@ -213,7 +225,7 @@ void dmu_flush_late(struct work_struct *work)
 
 	spin_lock_irq(&dev->lock);
 	until = flush->uncommitted + DMU_ASK_AFTER;
-	if (!atomic_read(&dev->uncommitted)) {
+	if (!dmu_has_uncommitted(dev)) {
 		delay = 0;
 	} else if (time_before(jiffies, until)) {
 		delay = until - jiffies;
@@ -257,6 +269,11 @@ int dmu_flush_answer(struct dmu_device *dev, u64 id, int error)
 	trace_dmu_commit(dev->minor, id, flush->upto, error);
 	if (error == -EIO)
 		dmu_flush_failed(dev, error);
+	if (!error) {
+		spin_unlock_irq(&dev->lock);
+		dmu_layer_committed(dev);
+		spin_lock_irq(&dev->lock);
+	}
 	while (!error && dmu_flush_uncommitted(dev)) {
 		placement = list_first_entry(&dev->placements, struct dmu_placement, list);
 		dmu_placed_drop(dev, placement);

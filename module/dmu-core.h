@@ -19,6 +19,7 @@
  *                  its blocks queues behind it.
  *   dmu_placement  an answer that is not committed: listed by mark, found by block.
  *   dmu_grant      where first writes may go without a question.
+ *   dmu_layer      blocks that have one place each, with a bit for whether they are there.
  *   dmu_epoch      counts requests that were sent to a place; there are two, and an
  *                  invalidation turns from one to the other and waits for the old one.
  *   dmu_io         what we keep beside each bio.
@@ -28,6 +29,7 @@
  *   dmu-target.c   tables, devices, suspend and resume, status
  *   dmu-io.c       the path of a request
  *   dmu-map.c      from a block to its word; what is committed may be forgotten there
+ *   dmu-layer.c    blocks of which only has to be known whether they are there
  *   dmu-cell.c     blocks in question
  *   dmu-place.c    MAP, grants, the preparation of a place, uncommitted placements
  *   dmu-commit.c   flushes, invalidations
@@ -60,6 +62,7 @@
  *   map_mutex           changes of the index; new marks
  *   lock                (spin, any context) cells, placements, messages, marks, the flush,
  *                       forced, failed and returned requests, invalidations, opener
+ *   layer->lock         (spin, any context) bits, touches, the round in which they end
  *
  * Memory
  *
@@ -96,6 +99,8 @@
 
 struct dmu_device;
 struct dmu_index;
+struct dmu_layer;
+struct dmu_layer_page;
 
 struct dmu_epoch {
 	struct percpu_ref ref;
@@ -117,6 +122,10 @@ struct dmu_io {
 	struct bvec_iter iter;		/* what of a write was sent, for when it fails */
 	bool written;			/* only the commit is left */
 	bool passed;			/* a flush that a backing device got as it is */
+	struct dmu_layer_page *touched;	/* while it is a touch of blocks of this page, */
+	u64 touch_block;		/* from this one on */
+	unsigned int touch_count;
+	struct list_head touching;	/* of the region's */
 };
 
 struct dmu_backing {
@@ -148,7 +157,7 @@ enum dmu_cell_state {
 	DMU_ASKING,		/* in dev->unsent */
 	DMU_ASKED,		/* the worker has read it */
 	DMU_PARKED,		/* the worker said DMU_WAIT */
-	DMU_CLAIMED,		/* whoever claimed it works on its queue, or dev->granting has it */
+	DMU_CLAIMED,		/* whoever claimed it works on its queue, or a list of dev has it */
 	DMU_PREPARING,		/* copies or writes are under way */
 };
 
@@ -158,7 +167,7 @@ struct dmu_cell {
 	struct hlist_node by_id;
 	struct list_head all;
 	struct list_head range;		/* discards */
-	struct list_head unsent;	/* or dev->granting */
+	struct list_head unsent;	/* or dev->granting, or dev->standing */
 	struct bio_list bios;
 	u64 id;
 	u64 block;
@@ -168,6 +177,10 @@ struct dmu_cell {
 	enum dmu_cell_state state;
 	bool orphan;			/* the request that raised the question has left */
 	bool told;			/* to an earlier opener */
+	bool stands;			/* it counts in the layer */
+	unsigned int tell_round;	/* what of the layer is to be told before the question: from */
+	u64 tell;			/* which word of which round on, */
+	u64 tell_mark;			/* under which mark, if it has one */
 
 	/* The preparation. */
 	struct bio *active;
@@ -218,6 +231,7 @@ struct dmu_flush {
 	u64 id;
 	u64 upto;
 	unsigned long since;
+	u64 tell;			/* of the round's bits from which word on are to be told */
 	bool wanted;			/* a commit that no request waits for */
 	bool suspended;			/* and that has to wait for a resume */
 	unsigned long uncommitted;	/* since when something is, in jiffies */
@@ -277,6 +291,7 @@ struct dmu_device {
 	unsigned int fault_timeout;
 
 	struct dmu_index __rcu *index;	/* on a line that is read only */
+	struct dmu_layer *layer;	/* set once */
 	u64 extents ____cacheline_aligned_in_smp;	/* changed under map_mutex */
 	struct mutex map_mutex;
 	unsigned long index_tables;	/* this and the hand under map_mutex */
@@ -313,6 +328,7 @@ struct dmu_device {
 	struct list_head writing;	/* those whose data is still being written, by mark */
 	struct rb_root placed;
 	atomic_t uncommitted;
+	atomic_t touched;		/* blocks that touches have made present, uncommitted */
 	u64 last_mark;			/* never lowered: no mark means two placements */
 	struct dmu_flush flush;
 	struct list_head forced;	/* forced writes that have not ended */
@@ -322,6 +338,8 @@ struct dmu_device {
 	struct dmu_grant grant;
 	struct list_head granting;	/* cells for grant_work */
 	struct work_struct grant_work;
+	struct list_head standing;	/* cells that wait for touches */
+	struct work_struct standing_work;
 	struct list_head untold;	/* placements of it that the worker has not read of */
 	unsigned int untold_count;
 	bool telling;			/* they are worth a message, up to the last */
@@ -330,9 +348,12 @@ struct dmu_device {
 	unsigned int event_count;
 	bool dumping;
 	struct list_head *dump_next;	/* of dev->placements, the first that is still to be told */
-	u64 dump_last;			/* the mark of the last of them */
+	u64 dump_last;			/* the mark of the last of them, and of bits */
+	u64 dump_bits;			/* from which word of which round on they are to be told */
+	unsigned int dump_round;	/* 0 and 1: those of a layer; 2: all are told */
 
 	bool opened;
+	bool knows_layers;		/* the opener does */
 	u32 message_size;		/* what the opener reads as one */
 	bool gone;
 	bool failing;			/* nothing is to wait, until an opener comes */

@@ -9,6 +9,7 @@
 #include "dmu-commit.h"
 #include "dmu-core.h"
 #include "dmu-io.h"
+#include "dmu-layer.h"
 #include "dmu-map.h"
 #include "dmu-node.h"
 #include "dmu-place.h"
@@ -584,9 +585,9 @@ static unsigned long dmu_failed_place(struct dmu_device *dev, u64 block, u64 cou
 	u64 run, more;
 
 	rcu_read_lock();
-	word = dmu_index_lookup(dev, block, count, &run);
+	word = dmu_find(dev, block, count, &run);
 	if (word && run < count)
-		next = dmu_index_lookup(dev, block + run, 1, &more);
+		next = dmu_find(dev, block + run, 1, &more);
 	rcu_read_unlock();
 	*missing = U64_MAX;
 	if (word && !dmu_word_writable(word))
@@ -629,12 +630,60 @@ static bool dmu_failed_wide(struct dmu_device *dev, struct bio *bio, u64 count)
 	return false;
 }
 
+/* Whether all the blocks are where word says. */
+static bool dmu_failed_mapped(struct dmu_device *dev, u64 block, u64 count, unsigned long word)
+{
+	u64 run = 0;
+
+	rcu_read_lock();
+	for (; count; block += run, count -= run) {
+		if (dmu_find(dev, block, count, &run) != word)
+			break;
+		run = min(run, count);
+	}
+	rcu_read_unlock();
+	return !count;
+}
+
+/*
+ * Sends a write to several blocks of a layer, as a touch where not all are present. False: not now,
+ * or not as long as nothing is granted.
+ */
+static bool dmu_failed_layered(struct dmu_device *dev, struct bio *bio, struct dmu_layer *layer,
+			       u64 count)
+{
+	u64 block = dmu_block_of(dev, bio->bi_iter.bi_sector);
+	struct dmu_epoch *epoch = dmu_epoch_enter(dev);
+	bool send = dmu_failed_mapped(dev, block, count, layer->word);
+
+	smp_rmb();	/* see dmu-core.h: the index before the cells */
+	if ((atomic_read(&dev->busy) && dmu_free_run(dev, block, count) < count) ||
+	    dmu_forced_may_meet(dev, bio)) {
+		dmu_epoch_leave(epoch);
+		return false;
+	}
+	if (!send) {
+		rcu_read_lock();
+		send = dmu_touch_run(dev, bio, block, count) >= count;
+		rcu_read_unlock();
+		send = send && dmu_touch_begin(dev, bio, bio_sectors(bio));
+	}
+	if (send)
+		dmu_issue(dev, bio, layer->word, epoch);
+	else
+		dmu_epoch_leave(epoch);
+	return send;
+}
+
 /* Sends a write as if it had just come. False: not now. */
 static bool dmu_failed_send(struct dmu_device *dev, struct bio *bio)
 {
+	struct dmu_layer *layer = dmu_layer_of(dev, dmu_block_of(dev, bio->bi_iter.bi_sector));
 	u64 count = dmu_wide(dev, bio);
 	bool requeue;
 
+	if (count > 1 && layer)
+		return dmu_failed_layered(dev, bio, layer, count);
 	if (count > 1)
 		return dmu_failed_wide(dev, bio, count);
 	for (;;) {
@@ -708,7 +757,7 @@ static int dmu_map_flush(struct dmu_table *table, struct bio *bio)
 
 	if (dmu_requeueing(dev))
 		return DM_MAPIO_REQUEUE;
-	if (atomic_read(&dev->uncommitted) || table->writable != 1 ||
+	if (dmu_has_uncommitted(dev) || table->writable != 1 ||
 	    READ_ONCE(dev->flush.failed)) {
 		dmu_flush_join(dev, bio);
 		return DM_MAPIO_SUBMITTED;
@@ -749,11 +798,25 @@ static int dmu_map_discard(struct dmu_device *dev, struct bio *bio)
 	}
 }
 
+/* Whether the write goes to more blocks, as a touch, than the word that was found serves. */
+static bool dmu_lookup_touch(struct dmu_device *dev, struct bio *bio, u64 block,
+			     unsigned int blocks, unsigned long *word, u64 *run)
+{
+	unsigned int most = dmu_touch_run(dev, bio, block, blocks);
+
+	if (!most || (dmu_word_writable(*word) && *run >= most))
+		return false;
+	*word = dev->layer->word;
+	*run = most;
+	return true;
+}
+
 /*
- * The fast path: how many sectors of the bio go where word says, 0 when it has to wait.
- * The caller has entered the epoch and holds the RCU read lock.
+ * The fast path: how many sectors of the bio go where word says, 0 when it has to wait. With touch
+ * they go there as a touch. The caller has entered the epoch and holds the RCU read lock.
  */
-static unsigned int dmu_lookup(struct dmu_table *table, struct bio *bio, unsigned long *word)
+static unsigned int dmu_lookup(struct dmu_table *table, struct bio *bio, unsigned long *word,
+			       bool *touch)
 {
 	struct dmu_device *dev = table->dev;
 	unsigned int count, blocks, free, removals;
@@ -764,8 +827,16 @@ again:
 	sector = bio->bi_iter.bi_sector;
 	block = dmu_block_of(dev, sector);
 	count = bio_sectors(bio);
-	*word = dmu_index_lookup(dev, block, dmu_block_of(dev, sector + count - 1) - block + 1,
-				 &run);
+	blocks = dmu_block_of(dev, sector + count - 1) - block + 1;
+	*word = dmu_find(dev, block, blocks, &run);
+	*touch = false;
+	if (unlikely(READ_ONCE(dev->layer))) {
+		if (op_is_write(bio_op(bio)))
+			*touch = dmu_lookup_touch(dev, bio, block, blocks, word, &run);
+		else if (!dmu_word_writable(*word) &&
+			 dmu_touch_meets(dev, block, min_t(u64, run, blocks)))
+			return 0;
+	}
 	if (!*word || (op_is_write(bio_op(bio)) && !dmu_word_writable(*word)))
 		return 0;
 	count = min_t(u64, count, ((block + run) << dev->block_shift) - sector);
@@ -773,6 +844,8 @@ again:
 		size = dmu_bdev_sectors(table->devs[dmu_word_device(*word)].dm_dev->bdev);
 		sector += dmu_word_shift(*word);
 		if (unlikely(sector + count > size)) {
+			if (*touch)
+				return 0;
 			if (sector < size)
 				count = size - sector;
 			else
@@ -845,11 +918,12 @@ int dmu_map(struct dm_target *ti, struct bio *bio)
 	struct dmu_epoch *epoch;
 	unsigned int count, rest;
 	unsigned long word;
-	bool force;
+	bool force, touch;
 	int result;
 
 	io->dev = dev;
 	io->epoch = NULL;
+	io->touched = NULL;
 	io->forced = 0;
 	io->written = false;
 	io->passed = false;
@@ -874,16 +948,23 @@ int dmu_map(struct dm_target *ti, struct bio *bio)
 	for (;;) {
 		rcu_read_lock();
 		epoch = dmu_epoch_enter_rcu(dev);
-		count = dmu_lookup(table, bio, &word);
+		count = dmu_lookup(table, bio, &word, &touch);
 		rcu_read_unlock();
 		if (likely(count) && likely(!dmu_requeueing(dev))) {
 			force = unlikely(bio->bi_opf & REQ_FUA) &&
-				(atomic_read(&dev->uncommitted) || READ_ONCE(dev->flush.failed));
+				(touch || dmu_has_uncommitted(dev) ||
+				 READ_ONCE(dev->flush.failed));
 			if (force)
 				count = min(count, dmu_unit_rest(dev, bio));
-			if (count < bio_sectors(bio))
-				dm_accept_partial_bio(bio, count);
-			return dmu_remap(table, bio, word, epoch, force);
+			if (touch)
+				dmu_stop(DMU_STOP_TOUCHING);
+			if (!touch || dmu_touch_begin(dev, bio, count)) {
+				if (count < bio_sectors(bio))
+					dm_accept_partial_bio(bio, count);
+				return dmu_remap(table, bio, word, epoch, force);
+			}
+			/* A cell has come, or no memory is there. */
+			count = 0;
 		}
 		dmu_epoch_leave(epoch);
 		rest = dmu_unit_rest(dev, bio);
@@ -918,6 +999,8 @@ int dmu_end_io(struct dm_target *ti, struct bio *bio, blk_status_t *error)
 	bool issued = io->epoch;
 	unsigned long flags;
 
+	if (unlikely(io->touched))
+		dmu_touch_end(io->dev, bio, !*error);
 	if (issued) {
 		dmu_epoch_leave(io->epoch);
 		io->epoch = NULL;

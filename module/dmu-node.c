@@ -22,6 +22,7 @@
 #include "dmu-commit.h"
 #include "dmu-core.h"
 #include "dmu-io.h"
+#include "dmu-layer.h"
 #include "dmu-map.h"
 #include "dmu-node.h"
 #include "dmu-place.h"
@@ -389,6 +390,9 @@ static int dmu_take_invalidate(struct dmu_device *dev, struct dmu_answer *a)
 
 	if (dmu_bad_run(dev, a->block, a->count))
 		return -ERANGE;
+	/* The bits of a layer say for good that a block is there. */
+	if (dmu_layer_of(dev, a->block))
+		return -EEXIST;
 	event = dmu_event_alloc(dev, GFP_NOIO | __GFP_NOWARN);
 	if (!event)
 		return -ENOBUFS;
@@ -416,7 +420,7 @@ static int dmu_take_version(struct dmu_device *dev)
 	if (!event)
 		return -ENOBUFS;
 	event->message.type = DMU_VERSION_IS;
-	event->message.flags = DMU_TAKES_GRANTS;
+	event->message.flags = DMU_TAKES_GRANTS | DMU_TAKES_LAYERS;
 	event->message.version = DMU_VERSION;
 	event->message.count = dev->sectors;
 	event->message.device = dev->table->count;
@@ -438,7 +442,8 @@ static int dmu_take_stats(struct dmu_device *dev)
 		event->message.id = i;
 		event->message.mark = atomic64_read(&dev->stats[i]);
 		if (i == DMU_STAT_UNCOMMITTED)
-			event->message.mark = atomic_read(&dev->uncommitted);
+			event->message.mark = atomic_read(&dev->uncommitted) +
+					      atomic_read(&dev->touched);
 		else if (i == DMU_STAT_WAITING)
 			event->message.mark = atomic_read(&dev->busy);
 		dmu_event_post(dev, event);
@@ -448,13 +453,26 @@ static int dmu_take_stats(struct dmu_device *dev)
 
 static int dmu_take_dump(struct dmu_device *dev)
 {
+	bool touched = atomic_read(&dev->touched);
+	int error = 0;
+
 	spin_lock_irq(&dev->lock);
-	dev->dumping = true;
-	dev->dump_next = dev->placements.next;
-	dev->dump_last = dev->last_mark;
-	wake_up(&dev->wait);
+	/* Who would pass over them must not come to commit. */
+	if (touched && !dev->knows_layers) {
+		error = -EPROTO;
+	} else {
+		dev->dumping = true;
+		dev->dump_next = dev->placements.next;
+		dev->dump_bits = 0;
+		dev->dump_round = touched ? 0 : 2;
+		/* A mark that no placement has, nor a flush under way. */
+		if (touched)
+			WRITE_ONCE(dev->last_mark, dev->last_mark + 1);
+		dev->dump_last = dev->last_mark;
+		wake_up(&dev->wait);
+	}
 	spin_unlock_irq(&dev->lock);
-	return 0;
+	return error;
 }
 
 static int dmu_take_hold_failed(struct dmu_device *dev, struct dmu_answer *a)
@@ -503,6 +521,10 @@ static int dmu_take_one(struct dmu_device *dev, struct dmu_answer *a, struct dmu
 		return dmu_take_grant(dev, a);
 	case DMU_HOLD_FAILED:
 		return dmu_take_hold_failed(dev, a);
+	case DMU_LAYER:
+		return dmu_take_layer(dev, a);
+	case DMU_BITS:
+		return dmu_take_bits(dev, a);
 	default:
 		return -EINVAL;
 	}
@@ -626,7 +648,7 @@ static long dmu_answer_batch(struct dmu_device *dev, struct dmu_batch __user *ar
 }
 
 /*
- * write(2): as many as are taken in a row. No address of the caller is followed, so DATA is
+ * write(2): as many as are taken in a row. No address of the caller is followed, so DATA and BITS are
  * not taken here: the descriptor may have become the standard output of somebody else.
  */
 static ssize_t dmu_answer_write(struct dmu_device *dev, const char __user *buffer, size_t size)
@@ -646,7 +668,7 @@ static ssize_t dmu_answer_write(struct dmu_device *dev, const char __user *buffe
 			error = -EFAULT;
 		else if (dev->gone || !dev->table)
 			error = -ENODEV;
-		else if (a.type == DMU_DATA)
+		else if (a.type == DMU_DATA || a.type == DMU_BITS)
 			error = -EPERM;
 		else
 			error = dmu_take(dev, &a, &chain, 0);
@@ -663,7 +685,10 @@ static ssize_t dmu_answer_write(struct dmu_device *dev, const char __user *buffe
 
 static void dmu_device_free(struct kref *ref)
 {
-	kfree(container_of(ref, struct dmu_device, ref));
+	struct dmu_device *dev = container_of(ref, struct dmu_device, ref);
+
+	dmu_layer_free(dev);
+	kfree(dev);
 }
 
 void dmu_device_put(struct dmu_device *dev)
@@ -691,6 +716,7 @@ static int dmu_open(struct inode *inode, struct file *file)
 		error = -EBUSY;
 	} else {
 		dev->opened = true;
+		dev->knows_layers = false;
 		dev->failing = false;
 		dev->session++;
 		WRITE_ONCE(dev->message_size, DMU_MIN_MESSAGE);
@@ -722,6 +748,7 @@ static int dmu_release(struct inode *inode, struct file *file)
 		dev->flush.state = DMU_FLUSH_ASKING;
 		dev->flush.told = true;
 	}
+	dev->flush.tell = 0;
 	if (dev->failed.state == DMU_FAILED_ASKED) {
 		dev->failed.state = DMU_FAILED_ASKING;
 		dev->failed.told = true;
@@ -733,10 +760,17 @@ static int dmu_release(struct inode *inode, struct file *file)
 	return 0;
 }
 
+/* Whether there is a flush to ask about, of one who hears what has become present. */
+static bool dmu_flush_asks(struct dmu_device *dev)
+{
+	return dev->flush.state == DMU_FLUSH_ASKING &&
+	       (dev->knows_layers || !dmu_layer_closed(dev));
+}
+
 static bool dmu_has_message(struct dmu_device *dev)
 {
 	return dev->dumping || !list_empty(&dev->events) || !list_empty(&dev->unsent) ||
-	       dev->flush.state == DMU_FLUSH_ASKING || dev->telling ||
+	       dmu_flush_asks(dev) || dev->telling ||
 	       dev->failed.state == DMU_FAILED_ASKING ||
 	       READ_ONCE(dev->flush.failed) != dev->flush.failure_told;
 }
@@ -754,6 +788,18 @@ static void dmu_tell_placement(struct dmu_device *dev, struct dmu_placement *pla
 	dmu_grant_told(dev, placement);
 }
 
+/* The next word of bits for a dump. */
+static bool dmu_dump_bits(struct dmu_device *dev, struct dmu_message *message)
+{
+	for (; dev->dump_round < 2; dev->dump_round++, dev->dump_bits = 0) {
+		if (!dmu_layer_next(dev, dev->dump_round, &dev->dump_bits, message))
+			continue;
+		message->mark = dmu_layer_mark(dev, dev->dump_round, &dev->dump_last);
+		return true;
+	}
+	return false;
+}
+
 /* The next record of a dump: a placement, or that there are no more. */
 static void dmu_next_dump(struct dmu_device *dev, struct dmu_message *message)
 {
@@ -768,6 +814,8 @@ static void dmu_next_dump(struct dmu_device *dev, struct dmu_message *message)
 			return;
 		}
 	}
+	if (dmu_dump_bits(dev, message))
+		return;
 	message->type = DMU_DUMP_DONE;
 	message->mark = dev->last_mark;
 	dev->dumping = false;
@@ -820,6 +868,8 @@ static bool dmu_next(struct dmu_device *dev, struct dmu_message *message,
 		message->code = dev->flush.failure_told ? EIO : 0;
 	} else if (!list_empty(&dev->unsent)) {
 		cell = list_first_entry(&dev->unsent, struct dmu_cell, unsent);
+		if (dmu_layer_next_for(cell, message))
+			return true;
 		list_del_init(&cell->unsent);
 		cell->state = DMU_ASKED;
 		message->type = cell->type;
@@ -835,7 +885,10 @@ static bool dmu_next(struct dmu_device *dev, struct dmu_message *message,
 		message->id = dev->failed.id;
 		message->code = dev->failed.error;
 		dev->failed.told = false;
-	} else if (dev->flush.state == DMU_FLUSH_ASKING) {
+	} else if (dmu_flush_asks(dev) &&
+		   dmu_layer_next_closed(dev, &dev->flush.tell, message)) {
+		message->mark = dev->flush.upto;
+	} else if (dmu_flush_asks(dev)) {
 		dev->flush.state = DMU_FLUSH_ASKED;
 		message->type = DMU_FLUSH;
 		message->flags = dev->flush.told ? DMU_AGAIN : 0;
@@ -873,6 +926,14 @@ static void dmu_untake(struct dmu_device *dev, struct dmu_message *message,
 				break;
 			dev->dump_next = &placement->list;
 		}
+	} else if (message->type == DMU_PRESENT) {
+		/* What is told twice is no news. */
+		dev->dump_round = 0;
+		dev->dump_bits = 0;
+		dev->flush.tell = 0;
+		if (!list_empty(&dev->unsent))
+			dmu_layer_tell_from(list_first_entry(&dev->unsent, struct dmu_cell,
+							     unsent));
 	} else if (message->type == DMU_DUMP_DONE) {
 		dev->dumping = true;
 		dev->dump_next = &dev->placements;
@@ -967,7 +1028,7 @@ static long dmu_abi(struct dmu_device *dev, struct dmu_abi __user *argument, siz
 	abi.message_known = sizeof(struct dmu_message);
 	abi.answer_known = sizeof(struct dmu_answer);
 	abi.features = DMU_FEATURE_GRANTS | DMU_FEATURE_HOLD_FAILED | DMU_FEATURE_MARKS_RISE |
-		       DMU_FEATURE_COMMITS;
+		       DMU_FEATURE_COMMITS | DMU_FEATURE_LAYERS;
 	return copy_to_user(argument, &abi, min(size, sizeof(abi))) ? -EFAULT : 0;
 }
 

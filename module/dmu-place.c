@@ -19,6 +19,7 @@
 #include "dmu-commit.h"
 #include "dmu-core.h"
 #include "dmu-io.h"
+#include "dmu-layer.h"
 #include "dmu-map.h"
 #include "dmu-node.h"
 #include "dmu-place.h"
@@ -294,6 +295,18 @@ static void dmu_prepare(struct dmu_cell *cell)
 		dmu_place_put(cell);
 }
 
+/* Of a layer only what this placement has made present is absent again. */
+static int dmu_place_erase(struct dmu_cell *cell)
+{
+	struct dmu_answer *a = &cell->answer;
+
+	if (!dmu_layer_has(cell->dev, a->block, a->count, cell->word))
+		return dmu_extent_erase(cell->dev, a->block, a->count);
+	if (a->flags & DMU_HOLD_FLUSH)
+		dmu_layer_forget(cell->dev, a->block, a->count);
+	return 0;
+}
+
 /* Takes a place that came to nothing out of the index; memory is there sooner or later. */
 static void dmu_place_forget(struct dmu_cell *cell)
 {
@@ -304,7 +317,7 @@ static void dmu_place_forget(struct dmu_cell *cell)
 		int error;
 
 		mutex_lock(&dev->map_mutex);
-		error = dmu_extent_erase(dev, cell->answer.block, cell->answer.count);
+		error = dmu_place_erase(cell);
 		mutex_unlock(&dev->map_mutex);
 		memalloc_noreclaim_restore(flags);
 		if (!error)
@@ -503,12 +516,16 @@ static int dmu_remember(struct dmu_device *dev, struct dmu_answer *a, struct dmu
 			struct dmu_placement *placement)
 {
 	unsigned long word = dmu_answer_word(dev, a);
+	/* What lies under a layer may be told whatever becomes of the blocks. */
+	bool under = dmu_under_layer(dev, a->block, a->count, word);
 	unsigned int flags;
 	int error = 0;
 
 	mutex_lock(&dev->map_mutex);
 	spin_lock_irq(&dev->lock);
-	if (dmu_preparing_overlap(dev, a->block, a->count, cell, word) ||
+	if (under)
+		error = 0;
+	else if (dmu_preparing_overlap(dev, a->block, a->count, cell, word) ||
 	    dmu_placed_overlap(dev, a->block, a->count, word, !(a->flags & DMU_HOLD_FLUSH)))
 		error = -EEXIST;
 	else if (placement && a->mark <= dev->last_mark)
@@ -516,24 +533,26 @@ static int dmu_remember(struct dmu_device *dev, struct dmu_answer *a, struct dmu
 	else if (placement && atomic_read(&dev->uncommitted) >= DMU_MAX_UNCOMMITTED)
 		error = -ENOBUFS;
 	spin_unlock_irq(&dev->lock);
-	if (!error && dmu_extent_conflict(dev, a->block, a->count, word))
+	if (!error && dmu_store_conflict(dev, a->block, a->count, word, placement))
 		error = -EEXIST;
 	if (!error && !(a->flags & DMU_TEMPORARY)) {
 		flags = dmu_reserve_save(cell);
-		error = dmu_index_ready(dev, a->block, a->count, word, GFP_NOIO);
+		error = dmu_store_ready(dev, a->block, a->count, word, GFP_NOIO);
 		dmu_reserve_restore(cell, flags);
 	}
 	if (!error && placement) {
 		spin_lock_irq(&dev->lock);
-		dmu_placed_add(dev, placement);
+		/* A flush may have taken it meanwhile. */
+		if (a->mark <= dev->last_mark)
+			error = -ERANGE;
+		else
+			dmu_placed_add(dev, placement);
 		spin_unlock_irq(&dev->lock);
 	}
 	dmu_stop(DMU_STOP_LISTED);
 	/* Who finds the place finds it uncommitted, too: a forced write asks for that. */
-	if (!error && !(a->flags & DMU_TEMPORARY)) {
-		dmu_extent_store(dev, a->block, a->count, word);
-		dmu_index_bound(dev, a->block, a->count);
-	}
+	if (!error && !(a->flags & DMU_TEMPORARY))
+		dmu_store(dev, a->block, a->count, word);
 	mutex_unlock(&dev->map_mutex);
 	return error;
 }
@@ -612,6 +631,9 @@ static int dmu_check_write(struct dmu_answer *a, struct dmu_cell *cell)
 {
 	if (a->block != cell->block)
 		return -ERANGE;
+	/* Blocks of a layer that are present are so for good. */
+	if (dmu_under_layer(cell->dev, a->block, a->count, dmu_answer_word(cell->dev, a)))
+		return -EEXIST;
 	/* A write that fails takes its placement along: that must be its own block only. */
 	if (cell->type == DMU_FAULT && a->count != 1)
 		return -ERANGE;
@@ -749,7 +771,7 @@ static unsigned long dmu_grant_lookup(struct dmu_device *dev, u64 block)
 	u64 run;
 
 	rcu_read_lock();
-	word = dmu_index_lookup(dev, block, 1, &run);
+	word = dmu_find(dev, block, 1, &run);
 	rcu_read_unlock();
 	return word;
 }
@@ -832,7 +854,7 @@ static bool dmu_grant_place(struct dmu_cell *cell)
 	if (!from || dmu_word_writable(from))
 		goto out;
 	flags = memalloc_noreclaim_save();
-	error = dmu_index_ready(dev, cell->block, 1, word, GFP_NOWAIT);
+	error = dmu_store_ready(dev, cell->block, 1, word, GFP_NOWAIT);
 	memalloc_noreclaim_restore(flags);
 	if (error)
 		goto out;
@@ -851,10 +873,8 @@ static bool dmu_grant_place(struct dmu_cell *cell)
 	}
 	spin_unlock_irq(&dev->lock);
 	dmu_stop(DMU_STOP_LISTED);
-	if (placed) {
-		dmu_extent_store(dev, cell->block, 1, word);
-		dmu_index_bound(dev, cell->block, 1);
-	}
+	if (placed)
+		dmu_store(dev, cell->block, 1, word);
 out:
 	mutex_unlock(&dev->map_mutex);
 	return placed;
@@ -926,6 +946,7 @@ void dmu_grant_end(struct dmu_device *dev)
 
 	lockdep_assert_held(&dev->lock);
 	memset(&dev->grant, 0, sizeof(dev->grant));
+	dmu_layer_grant(dev);
 	list_for_each_entry_safe(placement, next, &dev->untold, untold)
 		dmu_grant_told(dev, placement);
 }
@@ -941,6 +962,7 @@ void dmu_grant_renew(struct dmu_device *dev)
 			    (grant->block << dev->block_shift) + dmu_word_shift(grant->word),
 			    dmu_run_sectors(dev, grant->block, grant->count), true))
 		memset(grant, 0, sizeof(*grant));
+	dmu_layer_grant(dev);
 }
 
 int dmu_take_grant(struct dmu_device *dev, struct dmu_answer *a)
@@ -962,9 +984,12 @@ int dmu_take_grant(struct dmu_device *dev, struct dmu_answer *a)
 		grant.word = dmu_word(a->device, true,
 				      a->sector - (a->block << dev->block_shift));
 		grant.budget = a->length;
+		if (dev->layer && dev->layer->word != grant.word)
+			return -EEXIST;
 	}
 	spin_lock_irq(&dev->lock);
 	dev->grant = grant;
+	dmu_layer_grant(dev);
 	dev->telling = dev->untold_count > 0;
 	wake_up(&dev->wait);
 	spin_unlock_irq(&dev->lock);

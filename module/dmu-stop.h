@@ -26,6 +26,9 @@ enum dmu_stop {
 	DMU_STOP_ENDED,		/* the request of a cell has ended, its cell stands */
 	DMU_STOP_SCATTERED,	/* a cell is gone, its requests are about to be sent */
 	DMU_STOP_GRANTING,	/* a cell is about to be placed by a grant */
+	DMU_STOP_TOUCHING,	/* a touch is about to begin */
+	DMU_STOP_MISSED,	/* a read has found no touch, and looks at the bits again */
+	DMU_STOP_TOUCHED,	/* a touch has ended, its bits are not set yet */
 	DMU_STOP_FLUSHING,	/* a flush is about to take its next step */
 	DMU_STOP_TURNING,	/* invalidations are about to turn the epoch */
 	DMU_STOP_OPENING,	/* the device of a node is found, it is not opened yet */

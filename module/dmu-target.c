@@ -18,6 +18,7 @@
 #include "dmu-commit.h"
 #include "dmu-core.h"
 #include "dmu-io.h"
+#include "dmu-layer.h"
 #include "dmu-map.h"
 #include "dmu-node.h"
 #include "dmu-place.h"
@@ -98,6 +99,7 @@ static void dmu_device_destroy(struct dmu_device *dev)
 	cancel_delayed_work_sync(&dev->timeout_work);
 	cancel_delayed_work_sync(&dev->deferred_work);
 	cancel_work_sync(&dev->grant_work);
+	cancel_work_sync(&dev->standing_work);
 	cancel_work_sync(&dev->fail_work);
 	cancel_delayed_work_sync(&dev->failed.work);
 	cancel_delayed_work_sync(&dev->returned.work);
@@ -153,6 +155,8 @@ static void dmu_device_init(struct dmu_device *dev)
 	dev->next_id = 1;
 	INIT_LIST_HEAD(&dev->granting);
 	INIT_WORK(&dev->grant_work, dmu_grant_work);
+	INIT_LIST_HEAD(&dev->standing);
+	INIT_WORK(&dev->standing_work, dmu_standing_work);
 	INIT_LIST_HEAD(&dev->untold);
 	INIT_LIST_HEAD(&dev->placements);
 	INIT_LIST_HEAD(&dev->writing);
@@ -595,7 +599,8 @@ static void dmu_status(struct dm_target *ti, status_type_t type, unsigned int fl
 	case STATUSTYPE_INFO:
 		DMEMIT("%s %d:%d %s %llu %d %d %s", dev->name, dev->major, dev->minor,
 		       dev->opened ? "worker" : "no-worker", READ_ONCE(dev->extents),
-		       atomic_read(&dev->uncommitted), atomic_read(&dev->busy),
+		       atomic_read(&dev->uncommitted) + atomic_read(&dev->touched),
+		       atomic_read(&dev->busy),
 		       READ_ONCE(dev->flush.failed) ? "flush-failed" : "ok");
 		break;
 	case STATUSTYPE_TABLE:
@@ -641,7 +646,7 @@ static int dmu_message(struct dm_target *ti, unsigned int argc, char **argv, cha
 		u64 value = atomic64_read(&dev->stats[i]);
 
 		if (i == DMU_STAT_UNCOMMITTED)
-			value = atomic_read(&dev->uncommitted);
+			value = atomic_read(&dev->uncommitted) + atomic_read(&dev->touched);
 		else if (i == DMU_STAT_WAITING)
 			value = atomic_read(&dev->busy);
 		DMEMIT("%s%s=%llu", i > 1 ? " " : "", names[i], value);

@@ -40,6 +40,9 @@
 /* The most placements that a grant may have that the worker has not read of. */
 #define DMU_MAX_BUDGET		65536
 
+/* The most blocks of one DMU_BITS. */
+#define DMU_MAX_BITS		(8ULL << 20)
+
 /* The greatest mark. */
 #define DMU_MAX_MARK		(1ULL << 62)
 
@@ -91,6 +94,12 @@ enum dmu_message_type {
 	 * wait. DMU_FAIL ends all of them, DMU_RETRY sends all of them again.
 	 */
 	DMU_WRITES_FAILED = 14,
+	/*
+	 * Of the count blocks of a layer from block on those whose bit in sector is set (the first's
+	 * is the lowest) have become present, uncommitted under mark. Told before the DMU_FLUSH
+	 * of that mark, and by a dump; perhaps more than once. Only to who has said DMU_LAYER.
+	 */
+	DMU_PRESENT = 15,
 };
 
 /* From the kernel: struct dmu_message.flags. */
@@ -101,6 +110,7 @@ enum dmu_message_type {
 #define DMU_IN_FLIGHT		0x10	/* dump: its data is still being written */
 #define DMU_AGAIN		0x20	/* an earlier opener was told this already */
 #define DMU_TAKES_GRANTS	0x40	/* version: DMU_GRANT is known */
+#define DMU_TAKES_LAYERS	0x80	/* version: and DMU_LAYER */
 
 /* One record of read(2). */
 struct dmu_message {
@@ -109,8 +119,8 @@ struct dmu_message {
 	__u64 id;		/* what an answer has to name; 0 where none is due */
 	__u64 block;		/* the first block */
 	__u64 count;		/* how many blocks; version: length in sectors */
-	__u64 mark;		/* flush, errors, dump, placed: a mark */
-	__u64 sector;		/* dump, placed: of the first; fault: of the request */
+	__u64 mark;		/* flush, errors, dump, placed, present: a mark */
+	__u64 sector;		/* dump, placed: of the first; fault: of the request; present: bits */
 	__u16 device;		/* dump, placed: its device; version: how many */
 	__u16 version;		/* version: DMU_VERSION */
 	__s32 code;		/* errors: a positive errno */
@@ -142,6 +152,14 @@ enum dmu_answer_type {
 	 * becomes of it. Stays so when the node is closed. With code 0: it fails.
 	 */
 	DMU_HOLD_FAILED = 14,
+	/*
+	 * Each of the count blocks from block 0 on has one place, which are in a row, and is there
+	 * or not: one bit says. There is one layer, which stays for as long as the device, and may
+	 * become longer. Whoever says this takes DMU_PRESENT; with count 0 that is all it says.
+	 */
+	DMU_LAYER = 15,
+	/* Of the blocks of a layer those are present, and committed, whose bits are set. */
+	DMU_BITS = 16,
 };
 
 /* To the kernel: struct dmu_answer.flags. */
@@ -159,15 +177,15 @@ struct dmu_answer {
 	__u32 type;		/* enum dmu_answer_type */
 	__u32 flags;
 	__u64 id;		/* the fault that is answered, or 0 */
-	__u64 block;		/* map, invalidate, grant: the first block */
-	__u64 count;		/* map, invalidate, done, grant: how many blocks */
-	__u64 sector;		/* map, grant: the first's place; data with id 0: where */
+	__u64 block;		/* map, invalidate, grant, bits: the first block */
+	__u64 count;		/* map, invalidate, done, grant, layer, bits: how many blocks */
+	__u64 sector;		/* map, grant, layer: the first's place; data with id 0: where */
 	__u64 from_sector;	/* map with DMU_COPY_FIRST */
 	__u64 mark;		/* map with DMU_HOLD_FLUSH: greater than all before */
-	__u64 address;		/* data: where the bytes are, in the caller's memory */
+	__u64 address;		/* data, bits: where they are, in the caller's memory */
 	__u32 length;		/* data: bytes, whole sectors; grant: at most so many untold */
 	__u32 offset;		/* data: where in the block they begin, in bytes */
-	__u16 device;		/* map, grant; data with id 0 */
+	__u16 device;		/* map, grant, layer; data with id 0 */
 	__u16 from_device;	/* map with DMU_COPY_FIRST */
 	__s32 code;		/* fail: a positive errno */
 	__s32 result;		/* set by DMU_IOC_ANSWER: 0 or a negative errno */
@@ -212,6 +230,7 @@ struct dmu_abi {
 #define DMU_FEATURE_HOLD_FAILED	0x02	/* and DMU_HOLD_FAILED */
 #define DMU_FEATURE_MARKS_RISE	0x04	/* no mark is given twice, whoever has the node open */
 #define DMU_FEATURE_COMMITS	0x08	/* DMU_FLUSH is asked after a time without any flush, too */
+#define DMU_FEATURE_LAYERS	0x10	/* DMU_LAYER and DMU_BITS are known */
 
 /* The largest record of either kind, and the least of read(2), which it has unless it is told. */
 #define DMU_MAX_RECORD		4096
@@ -225,7 +244,7 @@ enum dmu_stat {
 	DMU_STAT_COPIES,	/* blocks copied or zeroed before a first write */
 	DMU_STAT_FLUSHES,	/* flushes that the worker was asked about */
 	DMU_STAT_INVALIDATES,	/* invalidations completed */
-	DMU_STAT_UNCOMMITTED,	/* placements uncommitted now */
+	DMU_STAT_UNCOMMITTED,	/* placements, and blocks of a layer, uncommitted now */
 	DMU_STAT_WAITING,	/* blocks with a question or a preparation now */
 	DMU_STAT_ERRORS,	/* placements that came to nothing */
 	DMU_STAT_GRANTED,	/* blocks placed by what was granted */

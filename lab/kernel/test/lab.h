@@ -106,7 +106,7 @@ struct scenario {
 };
 
 extern const struct scenario rule_scenarios[], more_rule_scenarios[], life_scenarios[],
-	hostile_scenarios[], random_scenarios[], killed_scenarios[], grant_scenarios[], failed_scenarios[],
-	bound_scenarios[];
+	hostile_scenarios[], random_scenarios[], killed_scenarios[], grant_scenarios[],
+	layer_scenarios[], failed_scenarios[], bound_scenarios[];
 
 #endif

@@ -12,10 +12,11 @@ int main(int argc, char **argv)
 {
 	static const struct scenario *const all[] = {
 		rule_scenarios, more_rule_scenarios, life_scenarios, hostile_scenarios, random_scenarios,
-		killed_scenarios, grant_scenarios, failed_scenarios, bound_scenarios,
+		killed_scenarios, grant_scenarios, layer_scenarios, failed_scenarios,
+		bound_scenarios,
 		stop_scenarios, race_scenarios,
 	};
-	const size_t smp = 9;
+	const size_t smp = 10;
 	bool list = argc >= 2 && !strcmp(argv[1], "list");
 	bool group = argc == 3 && !strcmp(argv[2], "smp");
 	size_t i;

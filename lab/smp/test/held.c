@@ -610,6 +610,175 @@ static void sent_without_reserve(void)
 	rig_down(&rig);
 }
 
+/* Blocks with a place each, read from the base, which first writes may go to. */
+static void layered_up(struct rig *rig)
+{
+	rig_up(rig);
+	CHECK(answer(rig->node, (struct dmu_answer){ .type = DMU_LAYER, .count = 64,
+		     .sector = PLACE(0) }) == 0);
+	CHECK(answer(rig->node, map(0, 0, 64, 1, 0, 0)) == 0);
+	CHECK(answer(rig->node, (struct dmu_answer){ .type = DMU_GRANT, .count = 64,
+		     .sector = PLACE(0), .length = 64 }) == 0);
+}
+
+/* Answers flushes until a request has ended; the bits that were told. */
+static uint64_t serve_flush(struct rig *rig, struct guest *guest)
+{
+	uint64_t until = now_ms() + 20000, bits = 0;
+	struct dmu_message m;
+
+	while (!guest->done) {
+		CHECK(now_ms() < until, "a request does not end");
+		if (!next_message(rig->node, &m, 20))
+			continue;
+		if (m.type == DMU_PRESENT)
+			bits |= m.sector;
+		else if (m.type == DMU_FLUSH)
+			answer(rig->node, (struct dmu_answer){ .type = DMU_FLUSH_DONE,
+							       .id = m.id });
+		else
+			CHECK(m.type == DMU_PLACED, "type %u", m.type);
+	}
+	end(guest, 0);
+	return bits;
+}
+
+/* A part of a block is placed while a write of all of it is about to go there as a touch. */
+static void part_before_touch(void)
+{
+	struct rig rig = plain();
+	struct guest *t, *p, *r;
+
+	layered_up(&rig);
+	stop_hold("touching", 1);
+	t = begin(&rig, WRITE_IT, 5 * BLOCK, BLOCK, 0x77);
+	stop_reached("touching", 1);
+	p = begin(&rig, WRITE_IT, 5 * BLOCK + 2, 2, 0x55);
+	end(p, 0);
+	stop_release("touching");
+	end(t, 0);
+	r = begin(&rig, READ_IT, 5 * BLOCK, BLOCK, 0);
+	end(r, 0);
+	check_fill(r, 0, BLOCK * SECTOR, 0x77);
+	rig_down(&rig);
+}
+
+/* The same while the part waits to be placed: the touch is none, and queues. */
+static void touch_beside_cell(void)
+{
+	struct rig rig = plain();
+	struct guest *t, *p, *r;
+
+	layered_up(&rig);
+	stop_hold("touching", 1);
+	t = begin(&rig, WRITE_IT, 5 * BLOCK, BLOCK, 0x77);
+	stop_reached("touching", 1);
+	stop_hold("granting", 1);
+	p = begin(&rig, WRITE_IT, 5 * BLOCK + 2, 2, 0x55);
+	stop_reached("granting", 1);
+	stop_release("touching");
+	still_waits(t);
+	stop_release("granting");
+	end(p, 0);
+	end(t, 0);
+	r = begin(&rig, READ_IT, 5 * BLOCK, BLOCK, 0);
+	end(r, 0);
+	check_fill(r, 0, BLOCK * SECTOR, 0x77);
+	CHECK(stat_of("granted") == 1);
+	rig_down(&rig);
+}
+
+/* What comes after a touch waits until its bits are set: a part of the block, and a read of it. */
+static void part_after_touch(void)
+{
+	struct rig rig = plain();
+	struct guest *t, *p, *r, *other;
+
+	layered_up(&rig);
+	stop_hold("touched", 1);
+	t = begin(&rig, WRITE_IT, 5 * BLOCK, BLOCK, 0x77);
+	stop_reached("touched", 1);
+	r = begin(&rig, READ_IT, 5 * BLOCK, BLOCK, 0);
+	sleep_ms(50);
+	p = begin(&rig, WRITE_IT, 5 * BLOCK + 2, 2, 0x55);
+	/* Another block does not wait. */
+	other = begin(&rig, READ_IT, 6 * BLOCK, BLOCK, 0);
+	end(other, 0);
+	check_bytes(other, 0, BLOCK * SECTOR, 0, 6 * BLOCK * SECTOR);
+	still_waits(r);
+	still_waits(p);
+	stop_release("touched");
+	end(t, 0);
+	end(r, 0);
+	end(p, 0);
+	check_fill(r, 0, BLOCK * SECTOR, 0x77);
+	r = begin(&rig, READ_IT, 5 * BLOCK, BLOCK, 0);
+	end(r, 0);
+	check_fill(r, 0, 2 * SECTOR, 0x77);
+	check_fill(r, 2 * SECTOR, 2 * SECTOR, 0x55);
+	check_fill(r, 4 * SECTOR, (BLOCK - 4) * SECTOR, 0x77);
+	CHECK(stat_of("copies") == 0 && stat_of("faults") == 0);
+	rig_down(&rig);
+}
+
+/* A read has found no bit and no touch; the touch that came before it ends just then. */
+static void read_looks_again(void)
+{
+	struct rig rig = plain();
+	struct guest *t, *r;
+
+	layered_up(&rig);
+	stop_hold("looked", 1);
+	r = begin(&rig, READ_IT, 5 * BLOCK, BLOCK, 0);
+	stop_reached("looked", 1);
+	t = begin(&rig, WRITE_IT, 5 * BLOCK, BLOCK, 0x77);
+	end(t, 0);
+	stop_release("looked");
+	end(r, 0);
+	/* It came before the write. */
+	if (r->data[0] == 0x77)
+		check_fill(r, 0, BLOCK * SECTOR, 0x77);
+	else
+		check_bytes(r, 0, BLOCK * SECTOR, 0, 5 * BLOCK * SECTOR);
+	stop_hold("touched", 1);
+	t = begin(&rig, WRITE_IT, 7 * BLOCK, BLOCK, 0x66);
+	stop_reached("touched", 1);
+	stop_hold("missed", 1);
+	r = begin(&rig, READ_IT, 8 * BLOCK, BLOCK, 0);
+	stop_reached("missed", 1);
+	stop_release("touched");
+	end(t, 0);
+	t = begin(&rig, WRITE_IT, 8 * BLOCK, BLOCK, 0x44);
+	end(t, 0);
+	stop_release("missed");
+	end(r, 0);
+	check_fill(r, 0, BLOCK * SECTOR, 0x44);
+	rig_down(&rig);
+}
+
+/* A flush covers what has ended, and tells nothing of what has not. */
+static void flush_beside_touch(void)
+{
+	struct rig rig = plain();
+	struct guest *one, *t, *f;
+
+	layered_up(&rig);
+	one = begin(&rig, WRITE_IT, 3 * BLOCK, BLOCK, 0x11);
+	end(one, 0);
+	stop_hold("touched", 1);
+	t = begin(&rig, WRITE_IT, 5 * BLOCK, BLOCK, 0x77);
+	stop_reached("touched", 1);
+	f = begin(&rig, FLUSH_IT, 0, 1, 0);
+	CHECK(serve_flush(&rig, f) == 1 << 3);
+	stop_release("touched");
+	end(t, 0);
+	CHECK(stat_of("uncommitted") == 1);
+	f = begin(&rig, FLUSH_IT, 0, 1, 0);
+	CHECK(serve_flush(&rig, f) == 1 << 5);
+	CHECK(stat_of("uncommitted") == 0);
+	rig_down(&rig);
+}
+
 const struct scenario stop_scenarios[] = {
 	{ "sent-without-reserve", sent_without_reserve },
 	{ "copy-while-writing", copy_while_writing },
@@ -628,5 +797,10 @@ const struct scenario stop_scenarios[] = {
 	{ "mark-of-another", mark_of_another },
 	{ "removed-while-ending", removed_while_ending },
 	{ "removed-while-committing", removed_while_committing },
+	{ "part-before-touch", part_before_touch },
+	{ "touch-beside-cell", touch_beside_cell },
+	{ "part-after-touch", part_after_touch },
+	{ "read-looks-again", read_looks_again },
+	{ "flush-beside-touch", flush_beside_touch },
 	{ 0 },
 };
