@@ -152,6 +152,35 @@ public struct Answer: Sendable {
   /// Nothing is granted any more: what was placed is told, and no more is.
   public static var revoke: Answer { Answer(DMU_GRANT) }
 
+  /// Each of so many blocks from block 0 on has one place, the first's and the others after it, and
+  /// is there or not: see `bits`. It stays for as long as the device; a longer one may follow.
+  /// Source: `Geometry.takesLayers` says whether it is known.
+  public static func layer(count: UInt64, at place: Place) -> Answer {
+    var answer = Answer(DMU_LAYER)
+    answer.raw.count = count
+    answer.raw.device = place.device
+    answer.raw.sector = place.sector
+    return answer
+  }
+
+  /// Whoever says this takes `Message.present`. An older module refuses it with EINVAL.
+  public static var knowsLayers: Answer { Answer(DMU_LAYER) }
+
+  /// The most blocks of one `bits`.
+  public static let mostBits = UInt64(DMU_MAX_BITS)
+
+  /// Of the blocks of a layer from `block` on, a multiple of 64, those are there whose bits are set,
+  /// the lowest bit being the first's; none past `count`. The memory is read while the answer is given.
+  public static func bits(
+    block: UInt64, count: UInt64, _ words: UnsafeBufferPointer<UInt64>
+  ) -> Answer {
+    var answer = Answer(DMU_BITS)
+    answer.raw.block = block
+    answer.raw.count = count
+    answer.raw.address = UInt64(UInt(bitPattern: words.baseAddress))
+    return answer
+  }
+
   /// A write that fails on its device waits from now on, even when this worker is gone, and
   /// `Message.writesFailed` asks what becomes of it; or not any more. An older module refuses it with EINVAL.
   public static func holdFailed(_ hold: Bool) -> Answer {

@@ -30,6 +30,9 @@ public enum Message: Sendable, Equatable {
   /// A placement that was made because it was granted. Comes before every question that was
   /// raised after it.
   case placed(Uncommitted)
+  /// Of 64 blocks of a layer those whose bits are set have become present, uncommitted under the mark;
+  /// perhaps told before. Only after `Answer.layer` or `Answer.knowsLayers`.
+  case present(block: UInt64, bits: UInt64, mark: UInt64)
   /// A flush has failed with this errno, and every one will; 0: they may be tried again.
   case flushFailed(code: Int32)
   /// Writes have failed on their devices, the last with this errno, and wait. `Answer.fail` ends
@@ -66,6 +69,8 @@ public enum Message: Sendable, Equatable {
     public var devices: UInt16
     /// Whether `Answer.grant` is known.
     public var takesGrants: Bool
+    /// Whether `Answer.layer` is known.
+    public var takesLayers: Bool
   }
 
   /// A placement that is not committed.
@@ -109,10 +114,12 @@ public enum Message: Sendable, Equatable {
       self = .version(
         Geometry(
           version: raw.version, blockSectors: raw.block_sectors, sectors: count,
-          devices: raw.device, takesGrants: has(DMU_TAKES_GRANTS)))
+          devices: raw.device, takesGrants: has(DMU_TAKES_GRANTS),
+          takesLayers: has(DMU_TAKES_LAYERS)))
     case DMU_STATS_ARE: self = .statistic(number: id, value: mark)
     case DMU_UNCOMMITTED_IS: self = .uncommitted(Uncommitted(raw))
     case DMU_PLACED: self = .placed(Uncommitted(raw))
+    case DMU_PRESENT: self = .present(block: block, bits: raw.sector, mark: mark)
     case DMU_FLUSH_FAILED: self = .flushFailed(code: raw.code)
     case DMU_DUMP_DONE: self = .dumpDone(mark: mark)
     case DMU_WRITES_FAILED: self = .writesFailed(id: id, code: raw.code)

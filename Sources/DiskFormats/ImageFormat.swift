@@ -132,8 +132,11 @@ package protocol ImageFormat: AnyObject {
   /// leave `Grant.room`.
   func grant() -> Grant?
 
+  /// The mapping as a layer, where each block has one place that never changes; else nil.
+  var layered: (any LayeredMapping)? { get }
+
   /// The target has placed blocks as granted, uncommitted under the extent's mark. Marks that
-  /// the format has given since may be greater.
+  /// the format has given since may be greater. Of blocks of a layer what was told before is no news.
   func granted(_ extent: Extent) throws(ImageError)
 
   /// A placement that came to nothing; its block is where it was before.
@@ -166,6 +169,8 @@ extension ImageFormat {
     throw ImageError(
       .unsupported, "a disk of \(size) bytes cannot be given another length: convert it")
   }
+  /// Not known to be one.
+  package var layered: (any LayeredMapping)? { nil }
   /// Every first write is asked for.
   package func grant() -> Grant? { nil }
   /// Nothing was granted.
@@ -173,6 +178,20 @@ extension ImageFormat {
     throw ImageError(
       .badRequest, "blocks \(extent.blocks.first)+\(extent.blocks.count) were not granted")
   }
+}
+
+/// A mapping of which only has to be known whether each block is in its place, and what is read
+/// where it is not.
+package protocol LayeredMapping: AnyObject {
+  /// The blocks and their places.
+  var layer: Layer { get }
+  /// What lies under a block: the longest run from it on that does so alike, up to `limit`.
+  func under(_ block: UInt64, limit: UInt64) throws(ImageError) -> Extent
+  /// Reads which blocks are in their places, durably: from `block` on, a multiple of 64, the lowest bit
+  /// of the first word being the first's. Bits past the last block are 0.
+  func readPresent(
+    from block: UInt64, into words: UnsafeMutableBufferPointer<UInt64>
+  ) throws(ImageError)
 }
 
 /// An image that is only read: all that it has to know is where its blocks are.

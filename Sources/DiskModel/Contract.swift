@@ -31,7 +31,8 @@ package enum Fault: Sendable, Equatable {
   /// The blocks have no mapping any more, and no request is under way to the old place.
   case invalidateDone(BlockRange)
   /// A first write went where a grant let it: the extent is uncommitted, under the mark after
-  /// the last. Told before every fault that was raised after it.
+  /// the last. Told before every fault that was raised after it; of blocks of a layer before the
+  /// flush that covers it, under that flush's mark, and perhaps again.
   case placed(Extent)
 }
 
@@ -93,6 +94,15 @@ package protocol TargetEngine: AnyObject {
   /// fault, and are told as `placed`. The worker's own marks leave `Grant.room` from then on.
   /// Takes the place of any grant before it; nil takes it back. It ends with the worker.
   func grant(_ grant: Grant?) throws(AnswerRefusal)
+  /// Whether it can be told of a layer.
+  var takesLayers: Bool { get }
+  /// Each block of the disk has one place, and is there as soon as it is said to be (`present`, or by an
+  /// answer) or has been written. What is primed with another place lies under it: it is the block's as
+  /// long as it is not there. Stays so when the worker dies.
+  func layer(_ layer: Layer) throws(AnswerRefusal)
+  /// The blocks from `block` on, a multiple of 64, whose bits are set are there, the lowest bit of
+  /// the first word being the first's.
+  func present(from block: UInt64, _ words: UnsafeBufferPointer<UInt64>) throws(AnswerRefusal)
   /// Takes an answer.
   func answer(_ answer: Answer) throws(AnswerRefusal)
 }
@@ -100,6 +110,14 @@ package protocol TargetEngine: AnyObject {
 extension TargetEngine {
   /// It cannot, unless it says otherwise.
   package var takesGrants: Bool { false }
+  /// It cannot, unless it says otherwise.
+  package var takesLayers: Bool { false }
+  /// Refuses any.
+  package func layer(_ layer: Layer) throws(AnswerRefusal) { throw .badBlocks(layer.blocks) }
+  /// There is no layer.
+  package func present(
+    from block: UInt64, _ words: UnsafeBufferPointer<UInt64>
+  ) throws(AnswerRefusal) { throw .badBlocks(BlockRange(block)) }
   /// Refuses any.
   package func grant(_ grant: Grant?) throws(AnswerRefusal) {
     if let grant { throw .badBlocks(grant.blocks) }

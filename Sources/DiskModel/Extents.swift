@@ -80,6 +80,20 @@ package struct Grant: Sendable, Hashable {
   }
 }
 
+/// The blocks of a disk of which each has one place where it is, if it is there at all.
+package struct Layer: Sendable, Hashable {
+  /// All blocks of the disk.
+  package var blocks: BlockRange
+  /// Where the first of them has its place; the others follow it.
+  package var place: Place
+
+  /// A layer from its parts.
+  package init(_ blocks: BlockRange, _ place: Place) {
+    self.blocks = blocks
+    self.place = place
+  }
+}
+
 /// What must happen to a block's place before a first write may reach it.
 package enum Preparation: Sendable, Hashable {
   /// Nothing: the place holds the block, or the write covers it whole.

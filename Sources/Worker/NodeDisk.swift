@@ -50,7 +50,8 @@ final class NodeDisk {
     let pool = try system { () throws(IOError) in try ThreadPool(loop: loop) }
     let target: KernelTarget
     do throws(IOError) {
-      target = try KernelTarget(node, plan.devices, offload: { pool.run($0, then: $1) })
+      target = try KernelTarget(
+        node, plan.devices, layer: format.layered?.layer, offload: { pool.run($0, then: $1) })
     } catch {
       pool.shutdown()
       throw WorkerError(error)
@@ -201,17 +202,61 @@ final class NodeDisk {
     pool.shutdown()
   }
 
-  /// Tells the whole mapping, so that a read of what has a place never asks. What the device
-  /// knows better (a former worker's answers) it refuses, and goes on as it was.
+  /// Tells the whole mapping, so that a read of what has a place never asks.
   private func prime(_ format: any ImageFormat) throws(WorkerError) {
+    if target.takesLayers, let layered = format.layered, try prime(layered) { return }
+    try tell(format) { (block, limit) throws(ImageError) in
+      try format.findMerged(block, limit: limit)
+    }
+  }
+
+  /// Tells a mapping that is a layer: its places, what lies under it, what is there. False: the
+  /// device has some of it elsewhere, and was told nothing.
+  private func prime(_ layered: any LayeredMapping) throws(WorkerError) -> Bool {
+    do throws(AnswerRefusal) {
+      try target.layer(layered.layer)
+    } catch {
+      log(.info, "the mapping is told by extents", ["refusal": "\(error)"])
+      return false
+    }
+    try tell(image.format) { (block, limit) throws(ImageError) in
+      try layered.under(block, limit: limit)
+    }
+    let words = UnsafeMutableBufferPointer<UInt64>.allocate(capacity: 1 << 17)
+    defer { words.deallocate() }
+    let blocks = layered.layer.blocks.count
+    var block: UInt64 = 0
+    while block < blocks {
+      let count = min(UInt64(words.count) * 64, blocks - block)
+      let part = UnsafeMutableBufferPointer(rebasing: words[..<Int((count + 63) / 64)])
+      do throws(ImageError) {
+        try layered.readPresent(from: block, into: part)
+      } catch { throw WorkerError(error) }
+      if part.contains(where: { $0 != 0 }) {
+        do throws(AnswerRefusal) {
+          try target.present(from: block, UnsafeBufferPointer(part))
+        } catch {
+          throw WorkerError(.offLink, "the device refuses the mapping: \(error)")
+        }
+      }
+      block += count
+    }
+    return true
+  }
+
+  /// Tells all runs of a mapping. What the device knows better (a former worker's answers) it
+  /// refuses, and goes on as it was.
+  private func tell(
+    _ format: any ImageFormat, _ find: (UInt64, UInt64) throws(ImageError) -> Extent
+  ) throws(WorkerError) {
     let blockSize = UInt64(format.blockSize)
     let blocks = (format.size + blockSize - 1) / blockSize
     var block: UInt64 = 0
     while block < blocks {
       let extent: Extent
-      do throws(ImageError) {
-        extent = try format.findMerged(block, limit: blocks - block)
-      } catch { throw WorkerError(error) }
+      do throws(ImageError) { extent = try find(block, blocks - block) } catch {
+        throw WorkerError(error)
+      }
       do throws(AnswerRefusal) {
         try target.answer(.prime(extent))
       } catch .overlap {

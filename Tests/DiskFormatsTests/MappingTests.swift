@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The answers of an open dscow disk, one rule at a time.
 
+import BlockIO
 import DiskModel
 import Fakes
 import Testing
@@ -147,8 +148,8 @@ import TestSupport
         == Placement(bench.inStore(9, 1, mark: next)))
     #expect(bench.disk.allocatedBlocks == 5)
     for wrong in [
-      bench.inStore(3, 1, mark: 9), bench.inStore(2, 2, mark: 9), bench.inStore(8, 1, mark: 9),
-      bench.inStore(16, 1, mark: 9), bench.inStore(10, 1), bench.inBase(10, 1),
+      bench.inStore(16, 1, mark: 9), bench.inStore(15, 2, mark: 9), bench.inStore(10, 1),
+      bench.inBase(10, 1),
     ] {
       #expect(throws: ImageError.self) { try bench.disk.granted(wrong) }
     }
@@ -162,6 +163,55 @@ import TestSupport
     #expect(
       try bench.disk.place(BlockRange(10), whole: true)
         == Placement(bench.inStore(10, 1, mark: next + 7 + Grant.room)))
+  }
+
+  @Test func whatIsToldTwiceIsNoNews() throws {
+    let bench = try Bench()
+    _ = try #require(bench.disk.grant())
+    try bench.disk.granted(bench.inStore(3, 1, mark: 1))
+    try bench.disk.granted(bench.inStore(7, 2, mark: 2))
+    try bench.disk.granted(bench.inStore(2, 7, mark: 5))
+    #expect(bench.disk.allocatedBlocks == 7)
+    try bench.disk.granted(bench.inStore(2, 7, mark: 6))
+    #expect(bench.disk.allocatedBlocks == 7)
+    #expect(try bench.disk.find(3, limit: 9) == bench.inStore(3, 1, mark: 1))
+    #expect(try bench.disk.find(4, limit: 9) == bench.inStore(4, 3, mark: 5))
+    try bench.commit(2)
+    let some = try Dscow.open(store: bench.store, base: bench.base, writable: true)
+    #expect(try some.find(2, limit: 1) == bench.inBase(2, 1))
+    #expect(try some.find(3, limit: 9) == bench.inStore(3, 1))
+    #expect(try some.find(7, limit: 9) == bench.inStore(7, 2))
+    // What is committed may be told, too: its flush was not heard of.
+    try bench.disk.granted(bench.inStore(3, 2, mark: 7))
+    #expect(bench.disk.allocatedBlocks == 7)
+    try bench.commit(7)
+    let all = try Dscow.open(store: bench.store, base: bench.base, writable: true)
+    #expect(try all.find(2, limit: 9) == bench.inStore(2, 7))
+  }
+
+  @Test func theMappingIsALayer() throws {
+    let bench = try Bench()
+    let layered = try #require(bench.disk.layered)
+    #expect(layered.layer == Layer(BlockRange(0, 16), bench.inStore(0, 16).place))
+    _ = try bench.disk.place(BlockRange(2, 2), whole: true)
+    // What is under a block is the base's, whatever became of the block.
+    #expect(try layered.under(0, limit: 99) == bench.inBase(0, 12))
+    #expect(try layered.under(3, limit: 2) == bench.inBase(3, 2))
+    #expect(try layered.under(12, limit: 99) == Extent(BlockRange(12, 4), .zero, writable: false))
+    func words() throws -> [UInt64] {
+      let words = UnsafeMutableBufferPointer<UInt64>.allocate(capacity: 2)
+      defer { words.deallocate() }
+      try layered.readPresent(from: 0, into: words)
+      return Array(words)
+    }
+    #expect(try words() == [0, 0])
+    try bench.commit(1)
+    #expect(try words() == [0b1100, 0])
+    // Bits past the last block mean nothing, and are not told.
+    try bench.store.write([0xff, 0xff, 0xff], at: bench.disk.header.bitmapOffset)
+    #expect(try words() == [0xffff, 0])
+    let reader = try Dscow.open(store: bench.store, base: bench.base, writable: false)
+    #expect(reader.layered == nil)
   }
 
   @Test func discards() throws {

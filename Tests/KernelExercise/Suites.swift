@@ -104,6 +104,38 @@ func tryTraces(seed: UInt64, count: Int) throws {
     "killed \(tally.deaths) and \(other.deaths) times, \(tally.suspends) suspends")
 }
 
+/// Traces on the module alone, with a format whose blocks have one place each. What is there stays
+/// so, so that each trace has a device of its own; the store keeps what those before have written.
+func tryLayers(seed: UInt64, count: Int) throws {
+  let batch: UInt64 = 50
+  let end = seed + UInt64(count)
+  var next = seed
+  var tally = Trace.Tally()
+  while next < end {
+    let shape = Shape.all[Int(next / batch % UInt64(Shape.all.count))]
+    let seeds = next..<min(end, (next / batch + 1) * batch)
+    next = seeds.upperBound
+    try withDisks(onLoops: shape.onLoops) { paths in
+      for seed in seeds {
+        let kernel = try KernelTargetDriver(
+          sectors: shape.sectors, blockSize: shape.blockSize, paths: paths,
+          hasCache: shape.onLoops)
+        let trace = Trace(seed: seed, sectors: shape.sectors, blockSize: shape.blockSize)
+        do {
+          try trace.run(on: kernel, layered: true, tally: &tally)
+        } catch {
+          kernel.abandon()
+          complain("the module, layered, \(shape): \(error)")
+        }
+        try kernel.close()
+      }
+    }
+  }
+  print(
+    "# \(count) traces from seed \(seed) on, with layers: \(tally.requests) requests, workers",
+    "killed \(tally.deaths) times, \(tally.suspends) suspends, \(tally.touched) blocks told of")
+}
+
 private func withBatch(
   _ shape: Shape, _ body: (KernelTargetDriver, UserTargetDriver) throws -> Void
 ) throws {

@@ -23,6 +23,7 @@ let numbers = arguments.dropFirst(2).compactMap { UInt64($0) }
 let trials: [String: () throws -> Void] = [
   "device-mapper": tryDeviceMapper, "loop": tryLoopDevices, "served": tryServedDevice,
   "supervised": trySupervisedWorker, "rules": tryRules,
+  "layers": { try tryLayers(seed: numbers.first ?? 1, count: Int(numbers.last ?? 100)) },
   "traces": { try tryTraces(seed: numbers.first ?? 1, count: Int(numbers.last ?? 500)) },
 ]
 let names = trials.keys.sorted().joined(separator: "|")

@@ -107,7 +107,9 @@ package final class KernelTargetDriver: EngineDriver {
   private func start() throws(IOError) {
     guard let known else { fatalError("closed") }
     // The kernel knows both: there is nothing to read elsewhere.
-    target = try KernelTarget(Node(name: name), known, offload: { $1($0()) })
+    let blocks = UInt64((sectors + block - 1) / block)
+    let layer = Layer(BlockRange(0, blocks), .device(0, sector: UInt64(block)))
+    target = try KernelTarget(Node(name: name), known, layer: layer, offload: { $1($0()) })
     hasNews = true
   }
 

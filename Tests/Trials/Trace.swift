@@ -73,6 +73,8 @@ package struct Trace: Sendable {
     package var deaths = 0
     /// Suspends.
     package var suspends = 0
+    /// Blocks of a layer that workers were told of.
+    package var touched = 0
     /// Requests, invalidations not counted.
     package var requests = 0
     /// Nothing yet.
@@ -80,9 +82,12 @@ package struct Trace: Sendable {
   }
 
   /// Runs it on a disk that was just made or renewed, and leaves it with nothing under way.
-  /// Throws what was found broken.
-  package func run(on driver: any EngineDriver, tally: inout Tally) throws {
-    var run = try TraceRun(driver, seed: seed)
+  /// Throws what was found broken. `layered`: its blocks have one place each, and the engine takes
+  /// layers.
+  package func run(
+    on driver: any EngineDriver, layered: Bool = false, tally: inout Tally
+  ) throws {
+    var run = try TraceRun(driver, layered: layered, seed: seed)
     do {
       for (number, step) in steps.enumerated() {
         // The last two wait for all that came before them.
@@ -93,6 +98,7 @@ package struct Trace: Sendable {
       try run.finish()
       tally.deaths += run.deaths
       tally.suspends += run.suspends
+      tally.touched += run.medium.told
       tally.requests += steps.count
     } catch {
       throw TrialBroken(
@@ -122,7 +128,7 @@ extension Trace: CustomStringConvertible {
 /// A trace under way.
 private struct TraceRun {
   private let driver: any EngineDriver
-  private let medium = TraceMedium()
+  let medium: TraceMedium
   private let lateness: Int
   private var worker: TraceWorker
   private var random: SplitMix64
@@ -139,8 +145,9 @@ private struct TraceRun {
   private(set) var suspends = 0
   private let deadly: Bool
 
-  init(_ driver: any EngineDriver, seed: UInt64) throws {
+  init(_ driver: any EngineDriver, layered: Bool, seed: UInt64) throws {
     self.driver = driver
+    medium = TraceMedium(isLayered: layered)
     random = SplitMix64(seed: ~seed)
     lateness = [0, 40, 80][random.below(3)]
     deadly = random.chance(40)

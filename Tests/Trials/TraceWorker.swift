@@ -16,6 +16,12 @@ final class TraceMedium {
   var committed: Set<UInt64> = []
   /// Blocks that lie in their second place.
   var moved: Set<UInt64> = []
+  /// Whether there is no second place, and the engine is told of a layer.
+  let isLayered: Bool
+  /// Blocks of the layer that workers were told of, as far as they knew them not.
+  var told = 0
+
+  init(isLayered: Bool) { self.isLayered = isLayered }
 }
 
 /// One life of the worker.
@@ -58,7 +64,41 @@ final class TraceWorker {
       }
       lastMark = extent.mark
     }
-    if engine.takesGrants, random.chance(60) { try grant() }
+    if medium.isLayered {
+      try layer()
+    } else if engine.takesGrants, random.chance(60) {
+      try grant()
+    }
+  }
+
+  /// Tells of the blocks' places, of what lies under them and of which are there; and perhaps lets first
+  /// writes go there without a question.
+  private func layer() throws {
+    let all = BlockRange(0, blocks)
+    let place = Place.device(0, sector: perBlock)
+    try engine.layer(Layer(all, place))
+    try engine.answer(.prime(Extent(all, .device(1, sector: 0), writable: false)))
+    var words = [UInt64](repeating: 0, count: Int((blocks + 63) / 64))
+    for block in medium.committed { words[Int(block / 64)] |= 1 << (block % 64) }
+    try words.withUnsafeBufferPointer { words throws(AnswerRefusal) in
+      try engine.present(from: 0, words)
+    }
+    guard random.chance(80) else { return }
+    try engine.grant(Grant(all, place))
+    isGranting = true
+    tell("  grants the layer")
+  }
+
+  /// The engine tells of blocks of the layer that are there.
+  private func present(_ extent: Extent) throws {
+    try expect(
+      extent == self.extent(extent.blocks.first, extent.blocks.count, mark: extent.mark)
+        && extent.mark > 0, "another place: \(extent)")
+    for block in extent.blocks.first..<extent.blocks.end where !isPlaced(block) {
+      placed[block] = extent.mark
+      medium.told += 1
+    }
+    lastMark = max(lastMark, extent.mark)
   }
 
   /// Tells where unplaced blocks are read, and lets first writes to them, or to some, go without
@@ -83,6 +123,7 @@ final class TraceWorker {
 
   /// The engine has placed a block as granted.
   private func granted(_ extent: Extent) throws {
+    if medium.isLayered { return try present(extent) }
     let block = extent.blocks.first
     try expect(
       isGranting && extent.blocks.count == 1 && !isPlaced(block)
@@ -99,6 +140,9 @@ final class TraceWorker {
 
   /// Whether it has no question in its hands.
   var isIdle: Bool { waiting.isEmpty }
+
+  /// From one mark to the next.
+  private var step: Mark { isGranting || medium.isLayered ? Grant.room : 1 }
 
   private func isPlaced(_ block: UInt64) -> Bool {
     placed[block] != nil || medium.committed.contains(block)
@@ -173,7 +217,7 @@ final class TraceWorker {
     while count < range.count, !isPlaced(first + count),
       medium.moved.contains(first + count) == medium.moved.contains(first), !random.chance(10)
     { count += 1 }
-    lastMark += (isGranting ? Grant.room : 1) + UInt64(random.below(2))
+    lastMark += step + UInt64(random.below(2))
     for block in first..<(first + count) {
       placed[block] = lastMark
       touched.insert(block)
@@ -193,7 +237,7 @@ final class TraceWorker {
       try engine.answer(.map(id, Placement(extent(block, 1), .zero)))
       return
     }
-    lastMark += isGranting ? Grant.room : 1
+    lastMark += step
     placed[block] = lastMark
     try engine.answer(.map(id, Placement(extent(block, 1, mark: lastMark), .zero)))
   }
@@ -210,7 +254,7 @@ final class TraceWorker {
 
   /// Takes a mapping back. What is uncommitted is left alone.
   func invalidateSomething() throws {
-    guard invalidating == nil else { return }
+    guard invalidating == nil, !medium.isLayered else { return }
     let first = UInt64(random.below(Int(blocks)))
     let range = BlockRange(first, min(blocks - first, 1 + UInt64(random.below(3))))
     guard !(range.first..<range.end).contains(where: { placed[$0] != nil }) else { return }

@@ -15,6 +15,7 @@
 
 package import BlockIO
 package import DiskModel
+import SystemIO
 
 /// A dscow store that is open as a disk. Used from one thread; its plans run on any.
 package final class Dscow: StoredImage {
@@ -102,12 +103,18 @@ package final class Dscow: StoredImage {
     if isSet {
       return Extent(BlockRange(block, limit), storePlace(block), writable: isWritable)
     }
-    if block < baseEnd {
-      limit = min(limit, baseEnd - block)
-      if let view {
-        let (place, count) = try view.run(from: block, limit: limit)
-        return Extent(BlockRange(block, count), place, writable: false)
-      }
+    return try runBelow(block, limit)
+  }
+
+  /// What of the base is at a block, and how far.
+  private func runBelow(_ block: UInt64, _ limit: UInt64) throws(ImageError) -> Extent {
+    guard block < baseEnd else {
+      return Extent(BlockRange(block, limit), basePlace(block), writable: false)
+    }
+    let limit = min(limit, baseEnd - block)
+    if let view {
+      let (place, count) = try view.run(from: block, limit: limit)
+      return Extent(BlockRange(block, count), place, writable: false)
     }
     return Extent(BlockRange(block, limit), basePlace(block), writable: false)
   }
@@ -173,6 +180,9 @@ package final class Dscow: StoredImage {
     pending.remove { $0.mark == mark }
   }
 
+  /// See `ImageFormat`.
+  package var layered: (any LayeredMapping)? { isWritable ? self : nil }
+
   /// The whole disk: a block's place is known before it is asked for.
   package func grant() -> Grant? {
     guard isWritable else { return nil }
@@ -186,8 +196,27 @@ package final class Dscow: StoredImage {
     guard pending.step > 1, extent.place == storePlace(extent.blocks.first), extent.writable,
       extent.mark > 0
     else { throw notOurs(extent) }
-    try forEachRun(of: extent) { (run) throws(ImageError) in
-      guard pending.insert(run) else { throw notOurs(extent) }
+    let page = extent.blocks.first / DscowBitmap.blocksPerPage
+    if (extent.blocks.end - 1) / DscowBitmap.blocksPerPage == page,
+      pending.insert(try pendingRun(of: extent))
+    {
+      return
+    }
+    // A block has no other place, so that what is pending already is this.
+    var block = extent.blocks.first
+    while block < extent.blocks.end {
+      let (run, next) = pending.find(block)
+      if let run {
+        block = min(run.blocks.end, extent.blocks.end)
+        continue
+      }
+      let end = (block / DscowBitmap.blocksPerPage + 1) * DscowBitmap.blocksPerPage
+      let count = min(extent.blocks.end, end, next ?? .max) - block
+      pending.insert(
+        try pendingRun(
+          of: Extent(
+            BlockRange(block, count), storePlace(block), writable: true, mark: extent.mark)))
+      block += count
     }
   }
 
@@ -225,17 +254,54 @@ package final class Dscow: StoredImage {
   ) throws(ImageError) {
     var block = extent.blocks.first
     while block < extent.blocks.end {
-      let page = block / DscowBitmap.blocksPerPage
-      let end = min(extent.blocks.end, (page + 1) * DscowBitmap.blocksPerPage)
-      var run = PendingPlacements.Run(
-        blocks: BlockRange(block, end - block), offset: storeOffset(block), mark: extent.mark,
-        fresh: 0)
-      while block < end {
-        let (isSet, count) = try bitmap.run(from: block, limit: end - block)
-        if !isSet { run.fresh += count }
-        block += count
-      }
-      try take(run)
+      let end = (block / DscowBitmap.blocksPerPage + 1) * DscowBitmap.blocksPerPage
+      let count = min(extent.blocks.end, end) - block
+      try take(
+        pendingRun(
+          of: Extent(
+            BlockRange(block, count), storePlace(block), writable: true, mark: extent.mark)))
+      block += count
+    }
+  }
+
+  /// An extent that crosses no border of a bitmap page, its blocks without a bit counted.
+  private func pendingRun(of extent: Extent) throws(ImageError) -> PendingPlacements.Run {
+    var run = PendingPlacements.Run(
+      blocks: extent.blocks, offset: storeOffset(extent.blocks.first), mark: extent.mark,
+      fresh: 0)
+    var block = extent.blocks.first
+    while block < extent.blocks.end {
+      let (isSet, count) = try bitmap.run(from: block, limit: extent.blocks.end - block)
+      if !isSet { run.fresh += count }
+      block += count
+    }
+    return run
+  }
+}
+
+// MARK: As a layer
+
+extension Dscow: LayeredMapping {
+  /// Every block's place in the store.
+  package var layer: Layer { Layer(BlockRange(0, blocks), storePlace(0)) }
+
+  /// What the base has, or zeroes.
+  package func under(_ block: UInt64, limit: UInt64) throws(ImageError) -> Extent {
+    try merged(block, limit: limit, while: { _, runs in runs < 1024 }, runBelow)
+  }
+
+  /// The bitmap of the store, past the cache.
+  package func readPresent(
+    from block: UInt64, into words: UnsafeMutableBufferPointer<UInt64>
+  ) throws(ImageError) {
+    let offset = header.bitmapOffset + block / 8
+    try io { () throws(IOError) in
+      try store.read(UnsafeMutableRawBufferPointer(words), at: offset)
+    }
+    for index in words.indices {
+      let left = Int64(clamping: blocks) - Int64(clamping: block) - Int64(index) * 64
+      let word = UInt64(littleEndian: words[index])
+      words[index] = left >= 64 ? word : left <= 0 ? 0 : word & ((1 << UInt64(left)) - 1)
     }
   }
 }

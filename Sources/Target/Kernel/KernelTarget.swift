@@ -30,6 +30,8 @@ package final class KernelTarget: TargetEngine {
   package let sectors: UInt64
   /// Whether it can place first writes by itself: this module does, and it knows all devices.
   package let takesGrants: Bool
+  /// Whether it can be told of a layer: the same.
+  package let takesLayers: Bool
   /// Why the node is of no use any more.
   package internal(set) var failure: IOError?
   /// How the disk is.
@@ -77,16 +79,22 @@ package final class KernelTarget: TargetEngine {
   var queue: [Reading] = []
   var reading = 0
 
+  /// The blocks that have one place each, if the format has said so.
+  private let layer: Layer?
+
   /// Shakes hands with the module and takes up what a former worker left. Throws: what the
-  /// node says; EPROTO when it speaks another version; EINVAL when what it has uncommitted
-  /// cannot be of these devices.
+  /// node says; EPROTO when it speaks another version, or when blocks of a layer are uncommitted
+  /// and `layer` is nil; EINVAL when what it has uncommitted cannot be of these devices.
   package init(
-    _ node: Node, _ devices: KernelDevices, offload: @escaping Offload
+    _ node: Node, _ devices: KernelDevices, layer: Layer? = nil, offload: @escaping Offload
   ) throws(IOError) {
     self.node = node
     self.devices = devices
+    self.layer = layer
     self.offload = offload
     lengths = devices.known.map(\.store.size)
+    // Before the dump, which has what became present of a layer.
+    let knowsLayers = layer == nil ? false : try node.answer(.knowsLayers) == 0
     let results = try node.answer([.getVersion, .dump])
     guard results == [0, 0] else {
       throw IOError(results.first { $0 != 0 } ?? EPROTO, "shake hands with", "a dmu node")
@@ -94,6 +102,7 @@ package final class KernelTarget: TargetEngine {
     var geometry: Message.Geometry?
     var last: Mark?
     var found: [Extent] = []
+    var present: [(block: UInt64, bits: UInt64, mark: Mark)] = []
     while last == nil || geometry == nil {
       guard let message = try node.next(within: 10_000) else {
         throw IOError(ETIMEDOUT, "shake hands with", "a dmu node")
@@ -101,6 +110,8 @@ package final class KernelTarget: TargetEngine {
       switch message {
       case .version(let it): geometry = it
       case .uncommitted(let it): found.append(try Self.extent(it, devices))
+      case .present(let block, let bits, let mark):
+        present.append((block, bits, mark))
       case .dumpDone(let mark): last = mark
       default: break
       }
@@ -111,6 +122,12 @@ package final class KernelTarget: TargetEngine {
     blockSize = geometry.blockSectors * 512
     sectors = geometry.sectors
     takesGrants = geometry.takesGrants && devices.isComplete
+    takesLayers = knowsLayers && geometry.takesLayers && takesGrants
+    // What became present comes after the placements, whatever its mark.
+    for (block, bits, mark) in present {
+      found += Self.extents(of: bits, from: block, layer, geometry.blockSectors, mark)
+    }
+    found.sort { ($0.mark, $0.blocks.first) < ($1.mark, $1.blocks.first) }
     restored = found
     dumped = found.last?.mark ?? 0
     highest = dumped
@@ -127,6 +144,27 @@ package final class KernelTarget: TargetEngine {
     }
     return Extent(
       BlockRange(it.block, it.count), place, writable: it.writable, mark: it.mark)
+  }
+
+  /// The runs of blocks of a layer whose bits are set.
+  private static func extents(
+    of bits: UInt64, from block: UInt64, _ layer: Layer?, _ blockSectors: UInt32, _ mark: Mark
+  ) -> [Extent] {
+    guard let layer else { return [] }
+    var found: [Extent] = []
+    var (bits, at) = (bits, block)
+    while bits != 0 {
+      let skipped = bits.trailingZeroBitCount
+      bits >>= UInt64(skipped)
+      let count = (~bits).trailingZeroBitCount
+      bits = count == 64 ? 0 : bits >> UInt64(count)
+      at += UInt64(skipped)
+      let blocks = BlockRange(at, UInt64(count))
+      let place = layer.place.advanced(by: at * UInt64(blockSectors))
+      found.append(Extent(blocks, place, writable: true, mark: mark))
+      at += UInt64(count)
+    }
+    return found
   }
 
   /// What the module had uncommitted when this worker came.
@@ -181,6 +219,11 @@ package final class KernelTarget: TargetEngine {
       extent.mark = fromKernel(extent.mark)
       noteMark(extent.mark)
       return .placed(extent)
+    case .present(let block, let bits, let mark):
+      let mark = fromKernel(mark)
+      noteMark(mark)
+      news += Self.extents(of: bits, from: block, layer, blockSize / 512, mark).map { .placed($0) }
+      return news.isEmpty ? nil : news.removeFirst()
     case .flushFailed(let code):
       noteFlushes(code)
       return nil
@@ -271,6 +314,40 @@ package final class KernelTarget: TargetEngine {
     } else {
       said = .revoke
     }
+    try say(said, of: blocks)
+  }
+
+  /// See `TargetEngine`. The blocks' place has to be one run of one device of the kernel's.
+  package func layer(_ layer: Layer) throws(AnswerRefusal) {
+    let (place, count) = devices.translate(layer.place, blocks: layer.blocks.count)
+    guard takesLayers, layer == self.layer, layer.blocks.first == 0, let place,
+      count == layer.blocks.count
+    else { throw .badBlocks(layer.blocks) }
+    let extent = Extent(layer.blocks, place, writable: true)
+    guard canCover(extent) else { throw .badBlocks(layer.blocks) }
+    try cover(extent, .prime(extent))
+    try say(.layer(count: count, at: Self.place(place)), of: layer.blocks)
+  }
+
+  /// See `TargetEngine`.
+  package func present(
+    from block: UInt64, _ words: UnsafeBufferPointer<UInt64>
+  ) throws(AnswerRefusal) {
+    guard let layer, let base = words.baseAddress, block < layer.blocks.count else {
+      throw .badBlocks(BlockRange(block))
+    }
+    var done: UInt64 = 0
+    let count = min(UInt64(words.count) * 64, layer.blocks.count - block)
+    while done < count {
+      let part = min(count - done, DMU.Answer.mostBits)
+      let words = UnsafeBufferPointer(start: base + Int(done / 64), count: Int((part + 63) / 64))
+      try say(.bits(block: block + done, count: part, words), of: BlockRange(block + done, part))
+      done += part
+    }
+  }
+
+  /// Says something that no question was asked for.
+  private func say(_ said: DMU.Answer, of blocks: BlockRange) throws(AnswerRefusal) {
     let code: Int32
     do throws(IOError) {
       code = try tell(said)
@@ -278,7 +355,7 @@ package final class KernelTarget: TargetEngine {
       failure = error
       throw .badBlocks(blocks)
     }
-    guard code == 0 else { throw .badBlocks(blocks) }
+    guard code == 0 else { throw code == EEXIST ? .overlap(blocks) : .badBlocks(blocks) }
   }
 
   /// So many placements are not told at most; half of them are worth a message.
