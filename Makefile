@@ -42,7 +42,7 @@ run: ## boot a real Xen and run a guest from a dmu disk (10 minutes once, then u
 	{ status=$$?; tail -n 20 .lab-prepare.log; exit $$status; }
 	@lab/xen/demo $(DIST)
 
-test: ## every suite: unit, xenstored, NBD clients, the labs (half an hour on two processors, longer the first time)
+test: ## every suite: unit, xenstored, NBD clients, the labs (25 minutes on two processors, longer the first time)
 	@lab/prerequisites build test xen kernel module builds packages
 	@echo "test: building the kernel lab's kernel beside the programs and the first suites"
 	@lab/kernel/prepare >.lab-kernel.log 2>&1 & lab=$$!; \
