@@ -70,7 +70,8 @@ import TestSupport
     #expect(
       lines[1].hasPrefix(
         "TROUBLE  the named disk bad: \(folder)/bad.toml line 1: spec: the value must be a spec\n"))
-    #expect(lines[2].hasPrefix("note     the named disks of \(folder) (2): dmu-xen-disks.service is"))
+    #expect(
+      lines[2].hasPrefix("note     the named disks of \(folder) (2): dmu-xen-disks.service is"))
     try put("/etc/systemd/system/multi-user.target.wants/dmu-xen-disks.service", "")
     #expect(doctor.keptDisks().last?.trouble == nil)
   }
