@@ -28,7 +28,8 @@ help: ## list the targets
 
 build: ## build the programs (release, static Swift runtime)
 	@lab/prerequisites build
-	$(SWIFT) build $(RELEASE)
+	@# With another version of a package what is left out may be needed: then nothing is.
+	DMU_LEAVE_OUT=1 $(SWIFT) build $(RELEASE) || $(SWIFT) build $(RELEASE)
 
 dist: build
 	@rm -rf $(DIST)

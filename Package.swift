@@ -18,14 +18,18 @@ let swiftSettings: [SwiftSetting] = [
 let linkerSettings = linker(
   "--no-export-dynamic", "-z", "pack-relative-relocs",
   "--remap-inputs=*/libFoundation.a=/dev/null")
-/// Of dmu-xend's file: without what NIO has for tests, and without the parts of AsyncAlgorithms
-/// that ServiceLifecycle does not use. Neither is called, but the linker keeps a type's metadata. A
-/// part that a new version of a package needs is an undefined symbol.
-let unusedParts = linker(
-  ["NIOEmbedded.build/*", "NIO.build/*"].map(leftOut)
-    + ["A", "B", "Chai", "Chun", "Co", "D", "E", "F", "I", "J", "Ma", "R", "S", "T", "Z"].map {
-      leftOut("AsyncAlgorithms.build/Async\($0)*")
-    } + ["Bo", "Co", "Deb", "Fl", "Unb"].map { leftOut("AsyncAlgorithms.build/\($0)*") })
+/// Of dmu-xend's file as it is installed (`make build`): without what NIO has for tests, and without the
+/// parts of AsyncAlgorithms that ServiceLifecycle does not use. Neither is called, but the linker keeps
+/// a type's metadata. Which objects need each other depends on how they are compiled: other builds,
+/// those for tests, have all.
+let unusedParts =
+  Context.environment["DMU_LEAVE_OUT"] == nil
+  ? []
+  : linker(
+    ["NIOEmbedded.build/*", "NIO.build/*"].map(leftOut)
+      + ["A", "B", "Chai", "Chun", "Co", "D", "E", "F", "I", "J", "Ma", "R", "S", "T", "Z"].map {
+        leftOut("AsyncAlgorithms.build/Async\($0)*")
+      } + ["Bo", "Co", "Deb", "Fl", "Unb"].map { leftOut("AsyncAlgorithms.build/\($0)*") })
 
 func leftOut(_ objects: String) -> String { "--remap-inputs=*/\(objects).o=/dev/null" }
 /// The same with the little of libstdc++ that is used: loading all of it takes a seventh of a start.
