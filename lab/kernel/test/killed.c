@@ -230,7 +230,7 @@ static void fio_kills(void)
 		 "--verify_fatal=1 --fsync=16 --randrepeat=0 --randseed=$((%s + i)) "
 		 "--output=/mnt/fio.$i || { cat /mnt/fio.$i; exit 1; }; done",
 		 DISK, getenv("DMU_SEED") ?: "1");
-	under_kills(load, 500 * rounds(), 60);
+	under_kills(load, 250 * rounds(), 60);
 	run("awk -F'[ (),=:]+' '/ clat \\(/ { m = $7 * ($3 == \"msec\" ? 1000 : $3 == \"nsec\" ? "
 	    ".001 : 1); if (m > most) most = m } END { printf \"%%d\", most / 1000 }' /mnt/fio.*");
 	printf("# the longest of fio's requests took %s ms\n", said());
