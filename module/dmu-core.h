@@ -41,7 +41,9 @@
  *   that no cell stands (one atomic; while there are some, the heads of the blocks' buckets) and
  *   that none has gone meanwhile, send the bio on. No lock, no memory, no shared cache line
  *   written. The lock is taken for a block in whose bucket a cell stands, and by everybody while
- *   dev->broad says that there is what any block may have to wait for.
+ *   dev->broad says that there is what any block may have to wait for. A touch of a layer takes
+ *   the layer's lock, once when it begins and once when it ends, and so does a read of what is not
+ *   present where one is near.
  *   dmu_end_io(): leave the epoch.
  *
  *   The reading comes before the look for cells, and a place enters the index after its

@@ -31,8 +31,8 @@ package enum Fault: Sendable, Equatable {
   /// The blocks have no mapping any more, and no request is under way to the old place.
   case invalidateDone(BlockRange)
   /// A first write went where a grant let it: the extent is uncommitted, under the mark after
-  /// the last. Told before every fault that was raised after it; of blocks of a layer before the
-  /// flush that covers it, under that flush's mark, and perhaps again.
+  /// the last. Told before every fault that was raised after it. Of blocks of a layer it is told
+  /// before the flush that covers it, or before a discard of blocks around it, and perhaps again.
   case placed(Extent)
 }
 
@@ -96,9 +96,9 @@ package protocol TargetEngine: AnyObject {
   func grant(_ grant: Grant?) throws(AnswerRefusal)
   /// Whether it can be told of a layer.
   var takesLayers: Bool { get }
-  /// Each block of the disk has one place, and is there as soon as it is said to be (`present`, or by an
-  /// answer) or has been written. What is primed with another place lies under it: it is the block's as
-  /// long as it is not there. Stays so when the worker dies.
+  /// Each block of the disk has one place, and is there as soon as it is said to be (`present`, or
+  /// by an answer) or has been written. What is primed with another place lies under it: it is the
+  /// block's as long as it is not there. Stays so when the worker dies.
   func layer(_ layer: Layer) throws(AnswerRefusal)
   /// The blocks from `block` on, a multiple of 64, whose bits are set are there, the lowest bit of
   /// the first word being the first's.

@@ -97,7 +97,8 @@ enum dmu_message_type {
 	/*
 	 * Of the count blocks of a layer from block on those whose bit in sector is set (the first's
 	 * is the lowest) have become present, uncommitted under mark. Told before the DMU_FLUSH
-	 * of that mark, and by a dump; perhaps more than once. Only to who has said DMU_LAYER.
+	 * that covers them, before a DMU_DISCARD of blocks around them, and by a dump; perhaps more
+	 * than once. Only to who has said DMU_LAYER.
 	 */
 	DMU_PRESENT = 15,
 };
