@@ -643,23 +643,38 @@ static uint64_t serve_flush(struct rig *rig, struct guest *guest)
 	return bits;
 }
 
-/* A part of a block is placed while a write of all of it is about to go there as a touch. */
+/* A write of all of a block that is about to go there as a touch. */
+static struct guest *touch_held(struct rig *rig)
+{
+	struct guest *touch;
+
+	layered_up(rig);
+	stop_hold("touching", 1);
+	touch = begin(rig, WRITE_IT, 5 * BLOCK, BLOCK, 0x77);
+	stop_reached("touching", 1);
+	return touch;
+}
+
+/* It has come last, whatever was written to a part of the block meanwhile. */
+static void touch_is_last(struct rig *rig)
+{
+	struct guest *r = begin(rig, READ_IT, 5 * BLOCK, BLOCK, 0);
+
+	end(r, 0);
+	check_fill(r, 0, BLOCK * SECTOR, 0x77);
+}
+
+/* A part of the block is placed meanwhile. */
 static void part_before_touch(void)
 {
 	struct rig rig = plain();
-	struct guest *t, *p, *r;
+	struct guest *t = touch_held(&rig), *p;
 
-	layered_up(&rig);
-	stop_hold("touching", 1);
-	t = begin(&rig, WRITE_IT, 5 * BLOCK, BLOCK, 0x77);
-	stop_reached("touching", 1);
 	p = begin(&rig, WRITE_IT, 5 * BLOCK + 2, 2, 0x55);
 	end(p, 0);
 	stop_release("touching");
 	end(t, 0);
-	r = begin(&rig, READ_IT, 5 * BLOCK, BLOCK, 0);
-	end(r, 0);
-	check_fill(r, 0, BLOCK * SECTOR, 0x77);
+	touch_is_last(&rig);
 	rig_down(&rig);
 }
 
@@ -667,12 +682,8 @@ static void part_before_touch(void)
 static void touch_beside_cell(void)
 {
 	struct rig rig = plain();
-	struct guest *t, *p, *r;
+	struct guest *t = touch_held(&rig), *p;
 
-	layered_up(&rig);
-	stop_hold("touching", 1);
-	t = begin(&rig, WRITE_IT, 5 * BLOCK, BLOCK, 0x77);
-	stop_reached("touching", 1);
 	stop_hold("granting", 1);
 	p = begin(&rig, WRITE_IT, 5 * BLOCK + 2, 2, 0x55);
 	stop_reached("granting", 1);
@@ -681,9 +692,7 @@ static void touch_beside_cell(void)
 	stop_release("granting");
 	end(p, 0);
 	end(t, 0);
-	r = begin(&rig, READ_IT, 5 * BLOCK, BLOCK, 0);
-	end(r, 0);
-	check_fill(r, 0, BLOCK * SECTOR, 0x77);
+	touch_is_last(&rig);
 	CHECK(stat_of("granted") == 1);
 	rig_down(&rig);
 }
