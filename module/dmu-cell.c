@@ -13,6 +13,7 @@
 #include <linux/hash.h>
 #include "dmu-cell.h"
 #include "dmu-core.h"
+#include "dmu-grant.h"
 #include "dmu-io.h"
 #include "dmu-layer.h"
 #include "dmu-map.h"

@@ -31,7 +31,8 @@
  *   dmu-map.c      from a block to its word; what is committed may be forgotten there
  *   dmu-layer.c    blocks of which only has to be known whether they are there
  *   dmu-cell.c     blocks in question
- *   dmu-place.c    MAP, grants, the preparation of a place, uncommitted placements
+ *   dmu-place.c    MAP, the preparation of a place, uncommitted placements
+ *   dmu-grant.c    first writes that are placed without a question
  *   dmu-commit.c   flushes, invalidations
  *   dmu-node.c     /dev/dmu: messages, and answers
  *
@@ -211,11 +212,23 @@ struct dmu_placement {
 	bool in_flight;
 };
 
+/* Places of a block each, taken in their order. */
+struct dmu_pool {
+	u16 device;
+	u32 units;
+	u32 used;			/* of them, so far */
+	u64 sector;			/* of the first */
+	u64 stride;			/* from one to the next, in sectors */
+};
+
 struct dmu_grant {
 	u64 block;
 	u64 count;			/* 0: nothing is granted */
-	unsigned long word;		/* where the blocks go */
-	u32 budget;			/* so many may be untold */
+	bool pooled;			/* the blocks go to the units of a pool */
+	unsigned long word;		/* else: where they go, in a row */
+	u32 budget;			/* so many may be untold; of a pool: its units */
+	struct dmu_pool pool;
+	struct dmu_pool next;		/* when that has no unit left */
 };
 
 enum dmu_flush_state {

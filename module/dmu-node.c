@@ -21,6 +21,7 @@
 #include "dmu-cell.h"
 #include "dmu-commit.h"
 #include "dmu-core.h"
+#include "dmu-grant.h"
 #include "dmu-io.h"
 #include "dmu-layer.h"
 #include "dmu-map.h"
@@ -420,7 +421,8 @@ static int dmu_take_version(struct dmu_device *dev)
 	if (!event)
 		return -ENOBUFS;
 	event->message.type = DMU_VERSION_IS;
-	event->message.flags = DMU_TAKES_GRANTS | DMU_TAKES_LAYERS;
+	event->message.flags = DMU_TAKES_GRANTS | DMU_TAKES_LAYERS |
+			       DMU_TAKES_POOLS;
 	event->message.version = DMU_VERSION;
 	event->message.count = dev->sectors;
 	event->message.device = dev->table->count;
@@ -485,12 +487,17 @@ static int dmu_take_hold_failed(struct dmu_device *dev, struct dmu_answer *a)
 	return 0;
 }
 
+/* The flags that an answer may have. */
+static u32 dmu_flags_of(struct dmu_answer *a)
+{
+	if (a->type == DMU_MAP)
+		return DMU_ALL_ANSWER_FLAGS & ~DMU_POOL;
+	return a->type == DMU_GRANT ? DMU_LINKED | DMU_POOL : DMU_LINKED;
+}
+
 static int dmu_take_one(struct dmu_device *dev, struct dmu_answer *a, struct dmu_chain *chain)
 {
-	if (a->flags & ~DMU_ALL_ANSWER_FLAGS || a->reserved[0] || a->reserved[1] ||
-	    a->reserved[2])
-		return -EINVAL;
-	if (a->type != DMU_MAP && a->flags & ~DMU_LINKED)
+	if (a->flags & ~dmu_flags_of(a) || a->reserved[0] || a->reserved[1] || a->reserved[2])
 		return -EINVAL;
 	switch (a->type) {
 	case DMU_MAP:
@@ -607,6 +614,12 @@ static int dmu_answer_get(struct dmu_answer *a, struct dmu_answer __user *at, si
 	return min(zeroed, 0);
 }
 
+/* Whether the answer makes something uncommitted, under a mark that it had or has been given. */
+static bool dmu_marks(struct dmu_answer *a)
+{
+	return a->type == DMU_MAP && a->flags & DMU_HOLD_FLUSH;
+}
+
 /* DMU_IOC_ANSWER, with an argument of so many bytes: every answer has its own result. */
 static long dmu_answer_batch(struct dmu_device *dev, struct dmu_batch __user *argument, size_t size)
 {
@@ -638,6 +651,9 @@ static long dmu_answer_batch(struct dmu_device *dev, struct dmu_batch __user *ar
 			result = dmu_take(dev, &a, &chain, refusal);
 		refused += result != 0;
 		error = put_user(result, &at->result);
+		/* Its placement is in the list by now, whether the caller can be told or not. */
+		if (!error && dmu_marks(&a))
+			error = put_user(a.mark, &at->mark);
 		cond_resched();
 	}
 	dmu_chain_end(&chain);
@@ -670,6 +686,8 @@ static ssize_t dmu_answer_write(struct dmu_device *dev, const char __user *buffe
 			error = -ENODEV;
 		else if (a.type == DMU_DATA || a.type == DMU_BITS)
 			error = -EPERM;
+		else if (dmu_marks(&a) && !a.mark)
+			error = -ERANGE;	/* nobody would hear of it */
 		else
 			error = dmu_take(dev, &a, &chain, 0);
 		if (!error)
@@ -1028,7 +1046,7 @@ static long dmu_abi(struct dmu_device *dev, struct dmu_abi __user *argument, siz
 	abi.message_known = sizeof(struct dmu_message);
 	abi.answer_known = sizeof(struct dmu_answer);
 	abi.features = DMU_FEATURE_GRANTS | DMU_FEATURE_HOLD_FAILED | DMU_FEATURE_MARKS_RISE |
-		       DMU_FEATURE_COMMITS | DMU_FEATURE_LAYERS;
+		       DMU_FEATURE_COMMITS | DMU_FEATURE_LAYERS | DMU_FEATURE_POOLS;
 	return copy_to_user(argument, &abi, min(size, sizeof(abi))) ? -EFAULT : 0;
 }
 

@@ -18,6 +18,7 @@
 #include "dmu-cell.h"
 #include "dmu-commit.h"
 #include "dmu-core.h"
+#include "dmu-grant.h"
 #include "dmu-io.h"
 #include "dmu-layer.h"
 #include "dmu-map.h"
@@ -65,8 +66,7 @@ bool dmu_placed_overlap(struct dmu_device *dev, u64 block, u64 count, unsigned l
 	return false;
 }
 
-/* Lists a placement; it overlaps no other, and its mark is the highest. */
-static void dmu_placed_add(struct dmu_device *dev, struct dmu_placement *placement)
+void dmu_placed_add(struct dmu_device *dev, struct dmu_placement *placement)
 {
 	struct rb_node **link = &dev->placed.rb_node, *parent = NULL;
 	unsigned int count;
@@ -265,8 +265,7 @@ static void dmu_place_write(struct dmu_cell *cell)
 	dmu_submit_bio(bio);
 }
 
-/* Starts the preparation that the cell's answer asks for. Process context. */
-static void dmu_prepare(struct dmu_cell *cell)
+void dmu_prepare(struct dmu_cell *cell)
 {
 	struct dmu_device *dev = cell->dev;
 	struct dmu_answer *a = &cell->answer;
@@ -503,12 +502,18 @@ static int dmu_check_map(struct dmu_device *dev, struct dmu_answer *a)
 		if (error)
 			return error;
 	}
-	if ((a->flags & DMU_HOLD_FLUSH) &&
+	if ((a->flags & DMU_HOLD_FLUSH) && a->mark &&
 	    (a->mark <= READ_ONCE(dev->last_mark) || a->mark > DMU_MAX_MARK))
 		return -ERANGE;
 	if (!(a->flags & DMU_HOLD_FLUSH) && a->mark)
 		return -EINVAL;
 	return 0;
+}
+
+/* Whether a placement can have no mark, or not the one that the answer gives it. */
+static bool dmu_mark_bad(struct dmu_device *dev, struct dmu_answer *a)
+{
+	return a->mark ? a->mark <= dev->last_mark : dev->last_mark >= DMU_MAX_MARK;
 }
 
 /* Stores the run, unless it would move what may be in use, and lists its placement. */
@@ -528,7 +533,7 @@ static int dmu_remember(struct dmu_device *dev, struct dmu_answer *a, struct dmu
 	else if (dmu_preparing_overlap(dev, a->block, a->count, cell, word) ||
 	    dmu_placed_overlap(dev, a->block, a->count, word, !(a->flags & DMU_HOLD_FLUSH)))
 		error = -EEXIST;
-	else if (placement && a->mark <= dev->last_mark)
+	else if (placement && dmu_mark_bad(dev, a))
 		error = -ERANGE;	/* grants have used it up meanwhile */
 	else if (placement && atomic_read(&dev->uncommitted) >= DMU_MAX_UNCOMMITTED)
 		error = -ENOBUFS;
@@ -543,10 +548,14 @@ static int dmu_remember(struct dmu_device *dev, struct dmu_answer *a, struct dmu
 	if (!error && placement) {
 		spin_lock_irq(&dev->lock);
 		/* A flush may have taken it meanwhile. */
-		if (a->mark <= dev->last_mark)
+		if (dmu_mark_bad(dev, a)) {
 			error = -ERANGE;
-		else
+		} else {
+			if (!a->mark)
+				a->mark = dev->last_mark + 1;
+			placement->mark = a->mark;
 			dmu_placed_add(dev, placement);
+		}
 		spin_unlock_irq(&dev->lock);
 	}
 	dmu_stop(DMU_STOP_LISTED);
@@ -569,7 +578,6 @@ static struct dmu_placement *dmu_placement_make(struct dmu_answer *a, struct dmu
 		return NULL;
 	placement->block = a->block;
 	placement->count = a->count;
-	placement->mark = a->mark;
 	placement->sector = a->sector;
 	placement->device = a->device;
 	placement->writable = a->flags & DMU_WRITABLE;
@@ -735,263 +743,4 @@ int dmu_take_map(struct dmu_device *dev, struct dmu_answer *a, struct dmu_chain 
 	if (!a->id)
 		return a->flags & DMU_TEMPORARY ? -EINVAL : dmu_map_plain(dev, a, NULL);
 	return dmu_map_fault(dev, a, chain);
-}
-
-/*
- * Grants: first writes that are placed without a question.
- *
- * The worker says beforehand where the blocks of a run go (GRANT). A write to one of them that
- * is mapped to be read only is then treated as if the worker had answered at once: the block is
- * carried along from where it is read, and its placement is uncommitted, under the mark after
- * the last. The worker reads of it (PLACED) before it reads any question.
- *
- * A cell that finds a grant goes to dev->granting, and grant_work decides: not every context in
- * which a request arrives may sleep, and many cells share one run of the work. Whatever
- * stands in the way there, memory included, only means that the worker is asked.
- *
- * A grant ends with its opener: what decides looks at it again under dev->lock, in the moment
- * in which the placement is listed. So after the end, or an answer that takes it back, every
- * placement of it is in the list, for PLACED and for a dump.
- */
-
-/* Whether a write to the block may be placed now. */
-static bool dmu_grant_holds(struct dmu_device *dev, u64 block)
-{
-	struct dmu_grant *grant = &dev->grant;
-
-	lockdep_assert_held(&dev->lock);
-	return block - grant->block < grant->count && dev->untold_count < grant->budget &&
-	       !dev->requeue && atomic_read(&dev->uncommitted) < DMU_MAX_UNCOMMITTED &&
-	       dev->last_mark < DMU_MAX_MARK;
-}
-
-static unsigned long dmu_grant_lookup(struct dmu_device *dev, u64 block)
-{
-	unsigned long word;
-	u64 run;
-
-	rcu_read_lock();
-	word = dmu_find(dev, block, 1, &run);
-	rcu_read_unlock();
-	return word;
-}
-
-/* Takes the first bio of a cell that is to ask, if it need not. The caller holds dev->lock. */
-bool dmu_grant_offer(struct dmu_cell *cell)
-{
-	struct dmu_device *dev = cell->dev;
-	struct bio *bio = bio_list_peek(&cell->bios);
-
-	if (cell->type != DMU_FAULT || !op_is_write(bio_op(bio)) ||
-	    !dmu_grant_holds(dev, cell->block) || !dmu_grant_lookup(dev, cell->block))
-		return false;
-	cell->active = bio_list_pop(&cell->bios);
-	cell->state = DMU_CLAIMED;
-	list_move_tail(&cell->unsent, &dev->granting);
-	queue_work(dev->wq, &dev->grant_work);
-	return true;
-}
-
-/* The worker has to be asked after all. */
-static void dmu_grant_ask(struct dmu_cell *cell)
-{
-	struct dmu_device *dev = cell->dev;
-
-	spin_lock_irq(&dev->lock);
-	bio_list_add_head(&cell->bios, cell->active);
-	cell->active = NULL;
-	if (dmu_requeueing(dev)) {
-		dmu_return_cell(cell);
-		return;
-	}
-	dmu_ask(cell);
-	spin_unlock_irq(&dev->lock);
-}
-
-/* Makes the cell one that was answered. Its block is read where from says. */
-static void dmu_grant_fill(struct dmu_cell *cell, unsigned long word, unsigned long from)
-{
-	u64 start = cell->block << cell->dev->block_shift;
-	struct dmu_placement *placement = cell->placement;
-	struct dmu_answer *a = &cell->answer;
-
-	memset(a, 0, sizeof(*a));
-	a->type = DMU_MAP;
-	a->flags = DMU_WRITABLE | DMU_COPY_FIRST | DMU_HOLD_FLUSH;
-	a->block = cell->block;
-	a->count = 1;
-	a->device = dmu_word_device(word);
-	a->sector = start + dmu_word_shift(word);
-	a->from_device = DMU_DEVICE_ZERO;
-	if (dmu_word_device(from) != DMU_WORD_ZERO) {
-		a->from_device = dmu_word_device(from);
-		a->from_sector = start + dmu_word_shift(from);
-	}
-	a->mark = cell->dev->last_mark + 1;
-	placement->block = cell->block;
-	placement->count = 1;
-	placement->mark = a->mark;
-	placement->sector = a->sector;
-	placement->device = a->device;
-	placement->writable = true;
-	placement->in_flight = true;
-	cell->word = word;
-	cell->error = 0;
-}
-
-/* Lists the placement and maps the block to it; the cell has what that needs. */
-static bool dmu_grant_place(struct dmu_cell *cell)
-{
-	struct dmu_device *dev = cell->dev;
-	unsigned long from, word;
-	bool placed = false;
-	unsigned int flags;
-	int error;
-
-	mutex_lock(&dev->map_mutex);
-	from = dmu_grant_lookup(dev, cell->block);
-	word = READ_ONCE(dev->grant.word);
-	if (!from || dmu_word_writable(from))
-		goto out;
-	flags = memalloc_noreclaim_save();
-	error = dmu_store_ready(dev, cell->block, 1, word, GFP_NOWAIT);
-	memalloc_noreclaim_restore(flags);
-	if (error)
-		goto out;
-	spin_lock_irq(&dev->lock);
-	if (dmu_grant_holds(dev, cell->block) && dev->grant.word == word &&
-	    !dmu_placed_overlap(dev, cell->block, 1, word, false)) {
-		dmu_grant_fill(cell, word, from);
-		dmu_placed_add(dev, cell->placement);
-		list_add_tail(&cell->placement->untold, &dev->untold);
-		if (++dev->untold_count >= dev->grant.budget / 2 && !dev->telling) {
-			dev->telling = true;
-			wake_up(&dev->wait);
-		}
-		cell->state = DMU_PREPARING;
-		placed = true;
-	}
-	spin_unlock_irq(&dev->lock);
-	dmu_stop(DMU_STOP_LISTED);
-	if (placed)
-		dmu_store(dev, cell->block, 1, word);
-out:
-	mutex_unlock(&dev->map_mutex);
-	return placed;
-}
-
-static void dmu_grant_cell(struct dmu_cell *cell)
-{
-	struct dmu_device *dev = cell->dev;
-	unsigned int flags;
-
-	dmu_stop(DMU_STOP_GRANTING);
-	cell->epoch = dmu_epoch_enter(dev);
-	/* As an answer to it: see dmu_reserve_save(). */
-	flags = memalloc_noreclaim_save();
-	cell->event = dmu_event_alloc(dev, GFP_NOWAIT | __GFP_NOWARN);
-	cell->placement = kmem_cache_alloc(dmu_placement_cache, GFP_NOWAIT | __GFP_NOWARN);
-	memalloc_noreclaim_restore(flags);
-	if (cell->event && cell->placement && dmu_grant_place(cell)) {
-		dmu_count(dev, DMU_STAT_GRANTED);
-		trace_dmu_answer(dev->minor, DMU_GRANT, cell->answer.flags, 0, cell->block, 0);
-		dmu_prepare(cell);
-		return;
-	}
-	if (cell->placement)
-		kmem_cache_free(dmu_placement_cache, cell->placement);
-	cell->placement = NULL;
-	if (cell->event)
-		dmu_event_free(dev, cell->event);
-	cell->event = NULL;
-	dmu_epoch_leave(cell->epoch);
-	cell->epoch = NULL;
-	dmu_grant_ask(cell);
-}
-
-void dmu_grant_work(struct work_struct *work)
-{
-	struct dmu_device *dev = container_of(work, struct dmu_device, grant_work);
-	unsigned int flags = memalloc_noio_save();	/* for what is sent to a device */
-	struct dmu_cell *cell;
-
-	for (;;) {
-		spin_lock_irq(&dev->lock);
-		cell = list_first_entry_or_null(&dev->granting, struct dmu_cell, unsent);
-		if (cell)
-			list_del_init(&cell->unsent);
-		spin_unlock_irq(&dev->lock);
-		if (!cell)
-			break;
-		dmu_grant_cell(cell);
-	}
-	memalloc_noio_restore(flags);
-}
-
-/* The worker knows of the placement, or need not any more. */
-void dmu_grant_told(struct dmu_device *dev, struct dmu_placement *placement)
-{
-	lockdep_assert_held(&dev->lock);
-	if (list_empty(&placement->untold))
-		return;
-	list_del_init(&placement->untold);
-	if (!--dev->untold_count)
-		dev->telling = false;
-}
-
-/* Nothing is granted any more; whoever comes next hears of what was placed by a dump. */
-void dmu_grant_end(struct dmu_device *dev)
-{
-	struct dmu_placement *placement, *next;
-
-	lockdep_assert_held(&dev->lock);
-	memset(&dev->grant, 0, sizeof(dev->grant));
-	dmu_layer_grant(dev);
-	list_for_each_entry_safe(placement, next, &dev->untold, untold)
-		dmu_grant_told(dev, placement);
-}
-
-/* Another table has come: a place that it has not is granted no more. */
-void dmu_grant_renew(struct dmu_device *dev)
-{
-	struct dmu_grant *grant = &dev->grant;
-
-	lockdep_assert_held(&dev->lock);
-	if (grant->count &&
-	    dmu_check_place(dev, dmu_word_device(grant->word),
-			    (grant->block << dev->block_shift) + dmu_word_shift(grant->word),
-			    dmu_run_sectors(dev, grant->block, grant->count), true))
-		memset(grant, 0, sizeof(*grant));
-	dmu_layer_grant(dev);
-}
-
-int dmu_take_grant(struct dmu_device *dev, struct dmu_answer *a)
-{
-	struct dmu_grant grant = {};
-	int error;
-
-	if (a->count) {
-		if (dmu_bad_run(dev, a->block, a->count))
-			return -ERANGE;
-		if (!a->length || a->length > DMU_MAX_BUDGET)
-			return -EINVAL;
-		error = dmu_check_place(dev, a->device, a->sector,
-					dmu_run_sectors(dev, a->block, a->count), true);
-		if (error)
-			return error;
-		grant.block = a->block;
-		grant.count = a->count;
-		grant.word = dmu_word(a->device, true,
-				      a->sector - (a->block << dev->block_shift));
-		grant.budget = a->length;
-		if (dev->layer && dev->layer->word != grant.word)
-			return -EEXIST;
-	}
-	spin_lock_irq(&dev->lock);
-	dev->grant = grant;
-	dmu_layer_grant(dev);
-	dev->telling = dev->untold_count > 0;
-	wake_up(&dev->wait);
-	spin_unlock_irq(&dev->lock);
-	return 0;
 }

@@ -1,7 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
- * dmu-place.c: how a block gets to a new place: MAP, grants, the preparation, and what is not
- * committed. See dmu-map.h for what is said of each function.
+ * dmu-place.c: how a block gets to a new place: MAP, the preparation, and what is not committed. See dmu-map.h for what is said of each function.
  */
 #ifndef DMU_PLACE_H
 #define DMU_PLACE_H
@@ -26,9 +25,14 @@ bool dmu_bad_run(struct dmu_device *dev, u64 block, u64 count);
 int dmu_check_place(struct dmu_device *dev, unsigned int device, u64 sector, u64 count,
 		    bool written);
 
-/* Process; answer_mutex held. The answers MAP and GRANT; a refused one has changed nothing. */
+/*
+ * Process; answer_mutex held. The answer MAP; a refused one has changed nothing. Where a has no mark
+ * and is to be uncommitted it gets one, unless it comes to nothing at once.
+ */
 int dmu_take_map(struct dmu_device *dev, struct dmu_answer *a, struct dmu_chain *chain);
-int dmu_take_grant(struct dmu_device *dev, struct dmu_answer *a);
+
+/* Process. Starts the preparation that the answer of a cell asks for: it is the cell's owner then. */
+void dmu_prepare(struct dmu_cell *cell);
 
 /* Process: the work that ends a preparation, and goes on with the queue behind it. */
 void dmu_place_work(struct work_struct *work);
@@ -44,23 +48,13 @@ void dmu_zero_bio(struct dmu_device *dev, struct bio *bio, unsigned long word,
 bool dmu_placed_overlap(struct dmu_device *dev, u64 block, u64 count, unsigned long word,
 			bool same_allowed);
 
+/*
+ * Any; lock held. Lists a placement, whose owner the lists are then; it overlaps no other, and its
+ * mark is the highest.
+ */
+void dmu_placed_add(struct dmu_device *dev, struct dmu_placement *placement);
+
 /* Any; lock held. Takes a placement out of all lists, and frees it. */
 void dmu_placed_drop(struct dmu_device *dev, struct dmu_placement *placement);
-
-/*
- * Any; lock held. Takes the first bio of a claimed cell that is to ask, if it need not: then the
- * cell is dev->grant_work's.
- */
-bool dmu_grant_offer(struct dmu_cell *cell);
-void dmu_grant_work(struct work_struct *work);
-
-/* Any; lock held. Nothing is granted any more; who comes next hears of what was by a dump. */
-void dmu_grant_end(struct dmu_device *dev);
-
-/* Any; lock held. The worker knows of the placement, or need not any more. */
-void dmu_grant_told(struct dmu_device *dev, struct dmu_placement *placement);
-
-/* Any; lock held. Another table has come: a place that it has not is granted no more. */
-void dmu_grant_renew(struct dmu_device *dev);
 
 #endif

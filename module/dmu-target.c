@@ -17,6 +17,7 @@
 #include "dmu-cell.h"
 #include "dmu-commit.h"
 #include "dmu-core.h"
+#include "dmu-grant.h"
 #include "dmu-io.h"
 #include "dmu-layer.h"
 #include "dmu-map.h"

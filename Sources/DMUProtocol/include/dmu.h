@@ -112,6 +112,7 @@ enum dmu_message_type {
 #define DMU_AGAIN		0x20	/* an earlier opener was told this already */
 #define DMU_TAKES_GRANTS	0x40	/* version: DMU_GRANT is known */
 #define DMU_TAKES_LAYERS	0x80	/* version: and DMU_LAYER */
+#define DMU_TAKES_POOLS		0x100	/* version: and DMU_POOL, and placements without a mark */
 
 /* One record of read(2). */
 struct dmu_message {
@@ -146,6 +147,8 @@ enum dmu_answer_type {
 	/*
 	 * A first write to blocks that are mapped to be read need not ask: they go to the place,
 	 * which is in a row as the blocks are. There is one grant at a time; with count 0 none.
+	 * With DMU_POOL they go to the next of length places, which lie from_sector sectors apart;
+	 * a pool for the same blocks while one has places left follows it, and only one does.
 	 */
 	DMU_GRANT = 13,
 	/*
@@ -171,7 +174,8 @@ enum dmu_answer_type {
 #define DMU_HOLD_FLUSH		0x10	/* map: uncommitted, mark is its mark */
 #define DMU_SYNC		0x20	/* map: say DMU_SYNC_DONE */
 #define DMU_LINKED		0x40	/* the next answer belongs to this one */
-#define DMU_ALL_ANSWER_FLAGS	0x7f
+#define DMU_POOL		0x80	/* grant: to whichever place is next */
+#define DMU_ALL_ANSWER_FLAGS	0xff
 
 /* One answer. */
 struct dmu_answer {
@@ -181,10 +185,14 @@ struct dmu_answer {
 	__u64 block;		/* map, invalidate, grant, bits: the first block */
 	__u64 count;		/* map, invalidate, done, grant, layer, bits: how many blocks */
 	__u64 sector;		/* map, grant, layer: the first's place; data with id 0: where */
-	__u64 from_sector;	/* map with DMU_COPY_FIRST */
-	__u64 mark;		/* map with DMU_HOLD_FLUSH: greater than all before */
+	__u64 from_sector;	/* map with DMU_COPY_FIRST; grant with DMU_POOL: the distance */
+	/*
+	 * map with DMU_HOLD_FLUSH: greater than all before, or 0: then DMU_IOC_ANSWER sets it to the
+	 * one after the last; 0 still: the placement has come to nothing, and DMU_MAP_ERROR says so
+	 */
+	__u64 mark;
 	__u64 address;		/* data, bits: where they are, in the caller's memory */
-	__u32 length;		/* data: bytes, whole sectors; grant: at most so many untold */
+	__u32 length;		/* data: bytes, whole sectors; grant: untold at most, or places */
 	__u32 offset;		/* data: where in the block they begin, in bytes */
 	__u16 device;		/* map, grant, layer; data with id 0 */
 	__u16 from_device;	/* map with DMU_COPY_FIRST */
@@ -232,6 +240,7 @@ struct dmu_abi {
 #define DMU_FEATURE_MARKS_RISE	0x04	/* no mark is given twice, whoever has the node open */
 #define DMU_FEATURE_COMMITS	0x08	/* DMU_FLUSH is asked after a time without any flush, too */
 #define DMU_FEATURE_LAYERS	0x10	/* DMU_LAYER and DMU_BITS are known */
+#define DMU_FEATURE_POOLS	0x20	/* DMU_POOL is known, and the module gives marks */
 
 /* The largest record of either kind, and the least of read(2), which it has unless it is told. */
 #define DMU_MAX_RECORD		4096

@@ -36,7 +36,7 @@ static struct {
 	uint64_t last_mark;
 	uint64_t parked;
 	bool granting;
-	unsigned int deaths, placed, granted, commits, errors;
+	unsigned int deaths, placed, granted, pools, commits, errors;
 } format;
 
 #define GRANTED (BLOCKS * 2 + 4)	/* in blocks of the store */
@@ -161,9 +161,10 @@ static struct dmu_answer place(struct actor *actor, struct dmu_message *m)
 	if (!fresh)
 		return a;
 	format.placed++;
-	format.last_mark += format.granting ? 1 << 20 : 1;
-	a.mark = format.mark[block] = format.last_mark;
 	a.flags |= DMU_HOLD_FLUSH;
+	/* The module gives a mark, or we do and keep a distance. */
+	if (draw(&actor->state) % 2)
+		a.mark = format.last_mark += format.granting ? 1 << 20 : 1;
 	if (draw(&actor->state) % 8 == 0)
 		a.flags |= DMU_SYNC;
 	if (m->type == DMU_FAULT && (!(m->flags & DMU_WHOLE) || draw(&actor->state) % 4 == 0)) {
@@ -180,6 +181,22 @@ static void tell(struct dmu_answer a)
 
 	CHECK(result == 0, "answer %u flags %#x block %llu count %llu: %d", a.type, a.flags,
 	      (unsigned long long)a.block, (unsigned long long)a.count, result);
+}
+
+/* An answer with a new placement, whose mark it notes. */
+static void tell_place(struct dmu_answer a)
+{
+	CHECK(answers(rig.node, &a, 1) == 0, "flags %#x block %llu: %d", a.flags,
+	      (unsigned long long)a.block, a.result);
+	if (!(a.flags & DMU_HOLD_FLUSH))
+		return;
+	/* Nobody waits for it any more. */
+	if (!a.mark)
+		forget(a.block);
+	else
+		format.mark[a.block] = a.mark;
+	if (format.last_mark < a.mark)
+		format.last_mark = a.mark;
 }
 
 static void answer_read(struct actor *actor, struct dmu_message *m)
@@ -222,7 +239,7 @@ static void answer_discard(struct actor *actor, struct dmu_message *m)
 	}
 	a = place(actor, m);
 	a.flags &= ~DMU_COPY_FIRST;
-	tell(a);
+	tell_place(a);
 }
 
 static void commit(struct dmu_message *m)
@@ -236,6 +253,32 @@ static void commit(struct dmu_message *m)
 	tell((struct dmu_answer){ .type = DMU_FLUSH_DONE, .id = m->id });
 }
 
+/* Makes an answer a pool of places that are free, if there are so many and enough beside them. */
+static bool make_pool(struct actor *actor, struct dmu_answer *a)
+{
+	unsigned int places = 1 + draw(&actor->state) % 8, at, i, free = 0, homeless = 0;
+	unsigned int stride = 1 + draw(&actor->state) % 2;
+
+	for (i = 0; i < BLOCKS * 2; i++)
+		free += !format.used[i];
+	for (i = 0; i < BLOCKS; i++)
+		homeless += format.place[i] < 0;
+	if (free < homeless + places)
+		return false;
+	for (at = 0; at + (places - 1) * stride < BLOCKS * 2; at++) {
+		for (i = 0; i < places && !format.used[at + i * stride]; i++)
+			;
+		if (i < places)
+			continue;
+		a->flags = DMU_POOL;
+		a->sector = (at + 1) * BLOCK;
+		a->from_sector = stride * BLOCK;
+		a->length = places;
+		return true;
+	}
+	return false;
+}
+
 /* First writes need no question from now on, or do again. Marks keep their distance. */
 static void change_grant(struct actor *actor)
 {
@@ -243,6 +286,17 @@ static void change_grant(struct actor *actor)
 	int result = 0;
 	uint64_t i;
 
+	if (draw(&actor->state) % 3 == 0 && make_pool(actor, &a)) {
+		a.block = draw(&actor->state) % 3 ? 0 : draw(&actor->state) % (BLOCKS / 2);
+		a.count = BLOCKS - a.block;
+		result = answer(rig.node, a);
+		CHECK(!result || result == -ENOBUFS, "%d", result);
+		for (i = 0; i < a.length && !result; i++)
+			format.used[a.sector / BLOCK - 1 + i * a.from_sector / BLOCK] = true;
+		format.granting |= !result;
+		format.pools += !result;
+		return;
+	}
 	if (draw(&actor->state) % 3) {
 		a.block = draw(&actor->state) % (BLOCKS / 2);
 		a.count = BLOCKS - a.block;
@@ -259,10 +313,35 @@ static void change_grant(struct actor *actor)
 	}
 }
 
+/* Whether a block has the place already. */
+static bool housed(int64_t sector)
+{
+	uint64_t i;
+
+	for (i = 0; i < BLOCKS; i++)
+		if (format.place[i] == sector)
+			return true;
+	return false;
+}
+
+/* What of pools went to no block is free again: they have ended, and all that was placed is known. */
+static void end_pools(void)
+{
+	uint64_t i;
+
+	memset(format.used, 0, sizeof(format.used));
+	for (i = 0; i < BLOCKS; i++)
+		if (format.place[i] >= 0)
+			format.used[format.place[i] / BLOCK - 1] = true;
+}
+
 static void take_up(struct dmu_message *m)
 {
-	CHECK(format.place[m->block] < 0 && m->count == 1 &&
-	      m->sector == (GRANTED + m->block) * BLOCK, "block %llu",
+	unsigned int at = m->sector / BLOCK - 1;
+
+	CHECK(format.place[m->block] < 0 && m->count == 1 && m->sector % BLOCK == 0 &&
+	      (m->sector == (GRANTED + m->block) * BLOCK ||
+	       (at < BLOCKS * 2 && format.used[at] && !housed(m->sector))), "block %llu",
 	      (unsigned long long)m->block);
 	format.place[m->block] = m->sector;
 	format.used[m->sector / BLOCK - 1] = true;
@@ -284,6 +363,7 @@ static void replace_worker(void)
 	for (i = 0; i < BLOCKS; i++)
 		if (format.mark[i])
 			forget(i);
+	end_pools();
 	/* A child of the administrator may hold the old descriptor until it runs its program. */
 	while ((rig.node = open(NODE, O_RDWR | O_CLOEXEC)) < 0 && errno == EBUSY)
 		sleep_ms(1);
@@ -317,7 +397,7 @@ static void handle(struct actor *actor, struct dmu_message *m)
 		} else if (m->flags & DMU_READ) {
 			answer_read(actor, m);
 		} else {
-			tell(place(actor, m));
+			tell_place(place(actor, m));
 		}
 		break;
 	case DMU_DISCARD:
@@ -350,6 +430,9 @@ static void wipe(void)
 	struct dmu_message m;
 	uint64_t i;
 
+	tell((struct dmu_answer){ .type = DMU_GRANT });
+	format.granting = false;
+	end_pools();
 	tell((struct dmu_answer){ .type = DMU_INVALIDATE, .block = 0, .count = BLOCKS });
 	do {
 		CHECK(next_message(rig.node, &m, 20000));
@@ -453,10 +536,10 @@ static void random_traces(void)
 	over = true;
 	pthread_join(admin.thread, NULL);
 	pthread_join(worker.thread, NULL);
-	printf("# %u traces of %u requests in %llu ms: %u placed, %u granted, %u commits, "
-	       "%u deaths, %u cancelled\n", traces, GUESTS * OPERATIONS,
+	printf("# %u traces of %u requests in %llu ms: %u placed, %u granted, %u pools, "
+	       "%u commits, %u deaths, %u cancelled\n", traces, GUESTS * OPERATIONS,
 	       (unsigned long long)(now_ms() - start), format.placed, format.granted,
-	       format.commits, format.deaths, format.errors);
+	       format.pools, format.commits, format.deaths, format.errors);
 	rig_down(&rig);
 }
 
