@@ -71,6 +71,10 @@ package protocol ByteStore: AnyObject, Sendable {
   /// Sets the length in bytes. What is new reads as zeroes.
   func resize(to size: UInt64) throws(IOError)
 
+  /// Gives a range within the length its space now, where the medium can; what it reads as stays.
+  /// Throws ENOSPC where there is none.
+  func reserve(at offset: UInt64, count: UInt64) throws(IOError)
+
   /// Returns when everything written before the call is durable.
   func flush() throws(IOError)
 
@@ -106,6 +110,9 @@ package protocol JoinedStore: ByteStore {
 }
 
 extension ByteStore {
+  /// Its space is given when it is written to.
+  package func reserve(at offset: UInt64, count: UInt64) throws(IOError) {}
+
   /// Itself.
   package var underlying: any ByteStore { self }
 

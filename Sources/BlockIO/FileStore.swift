@@ -465,6 +465,12 @@ package final class FileStore: ByteStore {
     }
   }
 
+  /// fallocate(2), on a file system that knows it.
+  package func reserve(at offset: UInt64, count: UInt64) throws(IOError) {
+    guard !isBlockDevice, dmu_allocate(raw, Int64(offset), Int64(count)) != 0 else { return }
+    guard [EOPNOTSUPP, ENOSYS].contains(errno) else { throw IOError.last("reserve space in", name) }
+  }
+
   /// fdatasync(2): data, and the metadata that is needed to find it.
   package func flush() throws(IOError) {
     guard fdatasync(raw) == 0 else { throw IOError.last("flush", name) }

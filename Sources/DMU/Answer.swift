@@ -47,11 +47,12 @@ public struct Answer: Sendable {
   }
 
   /// The blocks are there. `id` 0: nobody asked. A mark other than 0 makes the placement
-  /// uncommitted: the next flush is held for it, and it has to be the greatest so far.
+  /// uncommitted: the next flush is held for it, and it has to be the greatest so far. It is
+  /// `isUncommitted` without one if it is given by `Node.answer(marking:)`.
   public static func map(
     id: UInt64, block: UInt64, count: UInt64, at place: Place, writable: Bool,
-    preparation: Preparation = .none, mark: UInt64 = 0, temporary: Bool = false,
-    sync: Bool = false
+    preparation: Preparation = .none, mark: UInt64 = 0, isUncommitted: Bool = false,
+    temporary: Bool = false, sync: Bool = false
   ) -> Answer {
     var answer = Answer(DMU_MAP, id: id)
     var flags: Int32 = writable ? DMU_WRITABLE : 0
@@ -63,7 +64,7 @@ public struct Answer: Sendable {
       answer.raw.from_device = from.device
       answer.raw.from_sector = from.sector
     }
-    if mark != 0 { flags |= DMU_HOLD_FLUSH }
+    if mark != 0 || isUncommitted { flags |= DMU_HOLD_FLUSH }
     if temporary { flags |= DMU_TEMPORARY }
     if sync { flags |= DMU_SYNC }
     answer.raw.flags = UInt32(flags)
@@ -87,6 +88,16 @@ public struct Answer: Sendable {
     answer.raw.offset = offset
     return answer
   }
+
+  /// The same with a mark, where a module gives none.
+  public func marked(_ mark: UInt64) -> Answer {
+    var answer = self
+    answer.raw.mark = mark
+    return answer
+  }
+
+  /// The first block that it speaks of.
+  public var block: UInt64 { raw.block }
 
   /// The bytes go to a place, and are there when the answer has been taken: part of what is
   /// linked. Length and address are multiples of the device's sector.
@@ -146,6 +157,24 @@ public struct Answer: Sendable {
     answer.raw.device = place.device
     answer.raw.sector = place.sector
     answer.raw.length = budget
+    return answer
+  }
+
+  /// As `grant`, but the first write goes to the place, the second to that which lies `stride` sectors
+  /// behind it, and so on for so many places, whichever of the blocks they are to. A pool that is
+  /// given while one for the same blocks has places left follows that; a third is refused with ENOBUFS.
+  /// Source: `Geometry.takesPools` says whether it is known.
+  public static func pool(
+    block: UInt64, count: UInt64, at place: Place, stride: UInt64, places: UInt32
+  ) -> Answer {
+    var answer = Answer(DMU_GRANT)
+    answer.raw.flags = UInt32(DMU_POOL)
+    answer.raw.block = block
+    answer.raw.count = count
+    answer.raw.device = place.device
+    answer.raw.sector = place.sector
+    answer.raw.from_sector = stride
+    answer.raw.length = places
     return answer
   }
 

@@ -71,6 +71,8 @@ public enum Message: Sendable, Equatable {
     public var takesGrants: Bool
     /// Whether `Answer.layer` is known.
     public var takesLayers: Bool
+    /// Whether `Answer.pool` is known, and the module gives marks: see `Node.answer(marking:)`.
+    public var takesPools: Bool
   }
 
   /// A placement that is not committed.
@@ -115,7 +117,7 @@ public enum Message: Sendable, Equatable {
         Geometry(
           version: raw.version, blockSectors: raw.block_sectors, sectors: count,
           devices: raw.device, takesGrants: has(DMU_TAKES_GRANTS),
-          takesLayers: has(DMU_TAKES_LAYERS)))
+          takesLayers: has(DMU_TAKES_LAYERS), takesPools: has(DMU_TAKES_POOLS)))
     case DMU_STATS_ARE: self = .statistic(number: id, value: mark)
     case DMU_UNCOMMITTED_IS: self = .uncommitted(Uncommitted(raw))
     case DMU_PLACED: self = .placed(Uncommitted(raw))

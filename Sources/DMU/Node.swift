@@ -86,6 +86,17 @@ public final class Node {
     }
   }
 
+  /// Gives one answer that maps something uncommitted; its mark, which the module gives if it has none,
+  /// or the errno of its refusal. Mark 0: nobody waits for it any more, and the placement has come to
+  /// nothing, which `Message.mapError` says.
+  public func answer(
+    marking answer: Answer
+  ) throws(IOError) -> (code: Int32, mark: UInt64) {
+    var raw = answer.raw
+    try withUnsafeMutablePointer(to: &raw) { (one) throws(IOError) in try call(one, 1) }
+    return (-raw.result, raw.mark)
+  }
+
   /// Gives one answer; 0, or the errno of its refusal. Needs no memory.
   public func answer(_ answer: Answer) throws(IOError) -> Int32 {
     var raw = answer.raw

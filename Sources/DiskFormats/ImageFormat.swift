@@ -128,15 +128,27 @@ package protocol ImageFormat: AnyObject {
 
   /// Space for first writes that a target may place by itself, if there is any that needs no
   /// more thought: each block of it, as long as `find` has it for reading only, goes there as
-  /// `place` would have it, the rest of the block carried along. From then on its own marks
-  /// leave `Grant.room`.
+  /// `place` would have it, the rest of the block carried along. Asked only after `takeMarks`.
   func grant() -> Grant?
+
+  /// The like where a block's place is not known beforehand: room for some first writes, which is the
+  /// target's until it tells of them (`granted`). Asked for more when half of it is used; nil: there
+  /// is none, and every first write is asked for. Throws as `place`. Asked only after `takeMarks`.
+  func pool() throws(ImageError) -> Pool?
+
+  /// From now on the target gives the marks: those of `place` and `discard` are provisional, greater
+  /// than all others, and no plan has such placements until `marked` says which they have. False: it
+  /// gives its own.
+  func takeMarks() -> Bool
+
+  /// The target has taken the placement with this provisional mark, under another.
+  func marked(_ provisional: Mark, as mark: Mark)
 
   /// The mapping as a layer, where each block has one place that never changes; else nil.
   var layered: (any LayeredMapping)? { get }
 
-  /// The target has placed blocks as granted, uncommitted under the extent's mark. Marks that
-  /// the format has given since may be greater. Of blocks of a layer what was told before is no news.
+  /// The target has placed blocks as granted, uncommitted under the extent's mark. Of blocks of a
+  /// layer what was told before is no news.
   func granted(_ extent: Extent) throws(ImageError)
 
   /// A placement that came to nothing; its block is where it was before.
@@ -173,6 +185,12 @@ extension ImageFormat {
   package var layered: (any LayeredMapping)? { nil }
   /// Every first write is asked for.
   package func grant() -> Grant? { nil }
+  /// Every first write is asked for.
+  package func pool() throws(ImageError) -> Pool? { nil }
+  /// It gives its own.
+  package func takeMarks() -> Bool { false }
+  /// It gives its own.
+  package func marked(_ provisional: Mark, as mark: Mark) {}
   /// Nothing was granted.
   package func granted(_ extent: Extent) throws(ImageError) {
     throw ImageError(

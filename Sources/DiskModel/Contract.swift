@@ -34,6 +34,9 @@ package enum Fault: Sendable, Equatable {
   /// the last. Told before every fault that was raised after it. Of blocks of a layer it is told
   /// before the flush that covers it, or before a discard of blocks around it, and perhaps again.
   case placed(Extent)
+  /// The target has taken the placement with this provisional mark, and the mark is another. Told
+  /// before every fault that was raised after it.
+  case marked(Mark, as: Mark)
 }
 
 extension Fault {
@@ -41,7 +44,7 @@ extension Fault {
   package var id: FaultID? {
     switch self {
     case .read(let id, _), .write(let id, _, _), .flush(let id, _), .discard(let id, _, _): id
-    case .mapError, .invalidateDone, .placed: nil
+    case .mapError, .invalidateDone, .placed, .marked: nil
     }
   }
 }
@@ -91,9 +94,14 @@ package protocol TargetEngine: AnyObject {
   /// Whether it can place first writes by itself.
   var takesGrants: Bool { get }
   /// First writes to blocks that are mapped for reading may go where the grant says, without a
-  /// fault, and are told as `placed`. The worker's own marks leave `Grant.room` from then on.
+  /// fault, and are told as `placed`. The worker's own marks are provisional from then on.
   /// Takes the place of any grant before it; nil takes it back. It ends with the worker.
   func grant(_ grant: Grant?) throws(AnswerRefusal)
+  /// As `grant`, the writes going to the places of a pool. One for the same blocks waits until the
+  /// one before it is used up; while one waits there is no third.
+  func pool(_ pool: Pool) throws(AnswerRefusal)
+  /// Whether it gives the marks: a provisional one in an answer is told as `marked`, or as `mapError`.
+  var givesMarks: Bool { get }
   /// Whether it can be told of a layer.
   var takesLayers: Bool { get }
   /// Each block of the disk has one place, and is there as soon as it is said to be (`present`, or
@@ -108,6 +116,10 @@ package protocol TargetEngine: AnyObject {
 }
 
 extension TargetEngine {
+  /// It does not, unless it says otherwise.
+  package var givesMarks: Bool { false }
+  /// Refuses any.
+  package func pool(_ pool: Pool) throws(AnswerRefusal) { throw .badBlocks(pool.blocks) }
   /// It cannot, unless it says otherwise.
   package var takesGrants: Bool { false }
   /// It cannot, unless it says otherwise.

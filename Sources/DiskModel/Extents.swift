@@ -41,6 +41,14 @@ package enum Place: Sendable, Hashable {
 /// greater than all before it. 0 means committed.
 package typealias Mark = UInt64
 
+extension Mark {
+  /// From here on marks are provisional: see `ImageFormat.takeMarks`.
+  package static let firstProvisional: Mark = 1 << 63
+
+  /// Whether it only tells a placement from others until the target gives it a mark.
+  package var isProvisional: Bool { self >= Self.firstProvisional }
+}
+
 /// A run of blocks that are mapped alike.
 package struct Extent: Sendable, Hashable {
   /// The blocks of the disk.
@@ -64,10 +72,6 @@ package struct Extent: Sendable, Hashable {
 /// Space handed over in advance: where first writes to a run of blocks go. Whoever makes them
 /// gives each placement the mark after the last that was made.
 package struct Grant: Sendable, Hashable {
-  /// More marks than are ever made by grants before a format hears of them: a format that has
-  /// granted something leaves so many free after the last that it knows.
-  package static let room: Mark = 1 << 20
-
   /// The blocks.
   package var blocks: BlockRange
   /// Where the first of them goes; the others follow it.
@@ -77,6 +81,27 @@ package struct Grant: Sendable, Hashable {
   package init(_ blocks: BlockRange, _ place: Place) {
     self.blocks = blocks
     self.place = place
+  }
+}
+
+/// Space handed over in advance, piece by piece: each first write to a run of blocks goes to the
+/// next of some places, whichever of the blocks it is to.
+package struct Pool: Sendable, Hashable {
+  /// The blocks.
+  package var blocks: BlockRange
+  /// The first of the places, each long enough for a block.
+  package var place: Place
+  /// From one place to the next, in sectors.
+  package var stride: UInt64
+  /// How many places.
+  package var count: UInt32
+
+  /// A pool from its parts.
+  package init(_ blocks: BlockRange, _ place: Place, stride: UInt64, count: UInt32) {
+    self.blocks = blocks
+    self.place = place
+    self.stride = stride
+    self.count = count
   }
 }
 

@@ -28,6 +28,7 @@ package final class MetadataGate: Sendable {
     case write(offset: UInt64, bytes: [UInt8])
     case zero(offset: UInt64, count: UInt64)
     case resize(UInt64)
+    case reserve(offset: UInt64, count: UInt64)
   }
 
   private struct Key: Hashable, Sendable {
@@ -147,6 +148,7 @@ package final class MetadataGate: Sendable {
     case .write(let offset, let bytes): try store.write(bytes, at: offset)
     case .zero(let offset, let count): try store.zero(at: offset, count: count)
     case .resize(let size): try store.resize(to: size)
+    case .reserve(let offset, let count): try store.reserve(at: offset, count: count)
     }
     return nil
   }
@@ -217,6 +219,11 @@ final class GatedStore: ByteStore {
   func zero(at offset: UInt64, count: UInt64) throws(IOError) {
     guard gate.isClosed else { return try underlying.zero(at: offset, count: count) }
     try gate.perform(.zero(offset: offset, count: count), on: underlying)
+  }
+
+  func reserve(at offset: UInt64, count: UInt64) throws(IOError) {
+    guard gate.isClosed else { return try underlying.reserve(at: offset, count: count) }
+    try gate.perform(.reserve(offset: offset, count: count), on: underlying)
   }
 
   func resize(to size: UInt64) throws(IOError) {

@@ -95,6 +95,8 @@ final class Trace {
     case .mapError(let block, let mark, let code):
       line("failed block \(block) mark \(mark) errno \(code)")
     case .placed(let extent): line("placed \(Self.words(Placement(extent)))")
+    case .marked(let provisional, let mark):
+      line("mark \(provisional) is \(mark)")
     case .invalidateDone(let blocks): line("forgotten \(Self.words(blocks))")
     }
   }

@@ -63,10 +63,12 @@ package final class Worker {
   typealias Fetch = (_ work: @escaping @Sendable () -> Void, _ then: @escaping () -> Void) -> Void
 
   /// Something to be done in its turn.
-  private enum Step {
+  enum Step {
     case fault(Fault)
     /// The plan of the first flush that waits.
     case commit
+    /// The target wants room for first writes.
+    case pool
   }
 
   /// How many blocks a read fault is answered with at most: what lies beside is often read
@@ -80,20 +82,22 @@ package final class Worker {
   /// Whether a commit plan is being run.
   package var isCommitting: Bool { !flushes.isEmpty }
 
-  private let target: any TargetEngine
-  private let format: any ImageFormat
+  let target: any TargetEngine
+  let format: any ImageFormat
   private let store: any ByteStore
   private let offload: Offload
-  private let gate: MetadataGate
+  let gate: MetadataGate
   /// Does what the gate wants, and then calls back on the worker's thread.
   private let fetch: Fetch
-  private let log: Log
+  let log: Log
   private let trace: Trace?
   /// The greatest mark that the target has been given. What bears one up to it is no news to
   /// the target, which takes only marks that grow.
   private var lastMark: Mark = 0
   /// The first mark that the format could not take up: nothing from there on is ever durable.
   private var lost: Mark?
+  /// Room for first writes that the target has.
+  var pools = Pools()
   /// Flush faults not yet answered; the first one's plan is being run.
   private var flushes: [(id: FaultID, upTo: Mark)] = []
   /// A flush has failed that nobody heard of: every one fails until an admin acts.
@@ -161,7 +165,7 @@ package final class Worker {
     var any = false
     while let fault = target.nextFault() {
       any = true
-      if case .placed = fault {} else { faults += 1 }
+      if !fault.isNewsOfPlacement { faults += 1 }
       handle(fault)
     }
     return any
@@ -171,12 +175,14 @@ package final class Worker {
     trace?.fault(fault)
     // Most of them, when the module places first writes: they need no turn where none waits.
     if case .placed(let extent) = fault, isIdle, !isFetching, placed(extent) { return }
+    // What waits before it is older, and has nothing to do with it.
+    if case .marked(let provisional, let mark) = fault { return marked(provisional, mark) }
     enqueue(.fault(fault))
   }
 
   // MARK: Steps
 
-  private func enqueue(_ step: Step) {
+  func enqueue(_ step: Step) {
     steps.append(step)
     proceed()
   }
@@ -209,7 +215,12 @@ package final class Worker {
 
   /// Whether the step is done; else it is taken again when what the gate wants is there.
   private func take(_ step: Step) -> Bool {
-    guard case .fault(let fault) = step else { return commit() }
+    let fault: Fault
+    switch step {
+    case .fault(let it): fault = it
+    case .commit: return commit()
+    case .pool: return givePool()
+    }
     asked = fault
     defer { asked = nil }
     switch fault {
@@ -236,6 +247,7 @@ package final class Worker {
       if mark != 0 { format.abandon(mark) }
       log(.warning, "a placement failed", ["block": String(block), "errno": reason(code)])
     case .placed(let extent): return placed(extent)
+    case .marked(let provisional, let mark): marked(provisional, mark)
     case .invalidateDone:
       break
     }
@@ -245,13 +257,23 @@ package final class Worker {
   /// Lets the target place first writes by itself where the format knows beforehand where they
   /// go. Once the mapping is told.
   package func grant() {
-    guard target.takesGrants, let grant = format.grant() else { return }
+    guard target.givesMarks, format.takeMarks(), target.takesGrants else { return }
+    guard let grant = format.grant() else {
+      pools.isOn = true
+      wantPool()
+      return
+    }
     do throws(AnswerRefusal) {
       try target.grant(grant)
     } catch {
       // Then it asks, as it does without.
       log(.info, "first writes are asked for", ["refusal": "\(error)"])
     }
+  }
+
+  private func marked(_ provisional: Mark, _ mark: Mark) {
+    format.marked(provisional, as: mark)
+    lastMark = max(lastMark, mark)
   }
 
   /// As `take`.
@@ -261,6 +283,8 @@ package final class Worker {
         return false
       }
       lastMark = max(lastMark, extent.mark)
+      pools.use()
+      wantPool()
     } catch {
       // What the format does not know of it cannot commit: the flush must not end well.
       log(.error, "the image cannot take up a placement", ["error": "\(error)"])
@@ -306,7 +330,12 @@ package final class Worker {
     }
     let mark: Mark = if case .map(_, let placement, _) = answer { placement.extent.mark } else { 0 }
     guard !give(answer) else {
-      lastMark = max(lastMark, mark)
+      if !mark.isProvisional { lastMark = max(lastMark, mark) }
+      // Where one was placed there may be room for others.
+      if mark != 0 {
+        pools.isMissing = false
+        wantPool()
+      }
       return
     }
     if mark != 0 { format.abandon(mark) }

@@ -132,20 +132,20 @@ import TestSupport
   @Test func whatWasGrantedIsTakenUp() throws {
     let bench = try Bench()
     #expect(throws: ImageError.self) { try bench.disk.granted(bench.inStore(3, 1, mark: 1)) }
+    #expect(bench.disk.takeMarks())
     let grant = try #require(bench.disk.grant())
     #expect(grant == Grant(BlockRange(0, 16), bench.inStore(0, 16).place))
     try bench.disk.granted(bench.inStore(3, 1, mark: 1))
     #expect(try bench.disk.find(3, limit: 9) == bench.inStore(3, 1, mark: 1))
     #expect(try bench.disk.place(BlockRange(3), whole: false) == Placement(bench.inStore(3, 1)))
-    // Marks of its own stay away from those that it may not have heard of.
-    let own = 1 + Grant.room
+    // Marks of its own are none until the target has given others.
+    let own = Mark.firstProvisional + 1
     #expect(
       try bench.disk.place(BlockRange(5), whole: true) == Placement(bench.inStore(5, 1, mark: own)))
     try bench.disk.granted(bench.inStore(7, 2, mark: 2))
-    let next = own + Grant.room
     #expect(
       try bench.disk.place(BlockRange(9), whole: true)
-        == Placement(bench.inStore(9, 1, mark: next)))
+        == Placement(bench.inStore(9, 1, mark: own + 1)))
     #expect(bench.disk.allocatedBlocks == 5)
     for wrong in [
       bench.inStore(16, 1, mark: 9), bench.inStore(15, 2, mark: 9), bench.inStore(10, 1),
@@ -158,16 +158,22 @@ import TestSupport
     #expect(try again.find(3, limit: 1) == bench.inStore(3, 1))
     #expect(try again.find(7, limit: 2) == bench.inStore(7, 2))
     #expect(try again.find(5, limit: 1) == bench.inBase(5, 1))
-    // One that failed and was never heard of has used its mark.
-    bench.disk.abandon(next + 7)
-    #expect(
-      try bench.disk.place(BlockRange(10), whole: true)
-        == Placement(bench.inStore(10, 1, mark: next + 7 + Grant.room)))
+    #expect(try bench.disk.commitPlan(upTo: 1 << 62).stages.isEmpty)
+    bench.disk.marked(own, as: 3)
+    bench.disk.abandon(own + 1)
+    #expect(try bench.disk.find(5, limit: 1) == bench.inStore(5, 1, mark: 3))
+    #expect(try bench.disk.find(9, limit: 1) == bench.inBase(9, 1))
+    // What has come to nothing is marked no more.
+    bench.disk.marked(own + 1, as: 4)
+    try bench.commit(4)
+    let last = try Dscow.open(store: bench.store, base: bench.base, writable: true)
+    #expect(try last.find(5, limit: 1) == bench.inStore(5, 1))
+    #expect(try last.find(9, limit: 1) == bench.inBase(9, 1))
   }
 
   @Test func whatIsToldTwiceIsNoNews() throws {
     let bench = try Bench()
-    _ = try #require(bench.disk.grant())
+    #expect(bench.disk.takeMarks())
     try bench.disk.granted(bench.inStore(3, 1, mark: 1))
     try bench.disk.granted(bench.inStore(7, 2, mark: 2))
     try bench.disk.granted(bench.inStore(2, 7, mark: 5))

@@ -62,6 +62,35 @@ import TestSupport
     }
   }
 
+  /// A provisional mark is none that a commit has; one that is gone is marked no more.
+  @Test func marksGivenLater() {
+    var pending = PendingPlacements(blocksPerGroup: 1000, blockSize: 4096)
+    pending.isMarkedLater = true
+    let marks = (0..<200).map { pending.place(BlockRange(UInt64($0) * 2), at: UInt64($0)) }
+    #expect(marks.allSatisfy(\.isProvisional) && Set(marks).count == 200)
+    #expect(pending.lastMark == 0 && pending.runs(upTo: 1 << 62).isEmpty)
+    // In any order, and some of them never.
+    for (index, mark) in marks.enumerated().reversed() where index % 3 != 0 {
+      pending.mark(mark, as: UInt64(200 - index))
+    }
+    let few = pending.runs(upTo: 100).flatMap(\.runs).map(\.blocks.first)
+    var expected: [UInt64] = []
+    for index: UInt64 in 100..<200 where index % 3 != 0 { expected.append(index * 2) }
+    #expect(few == expected)
+    pending.commit(upTo: 1 << 62)
+    #expect(pending.fresh == 67 && pending.find(0).run?.mark == marks[0])
+    #expect(pending.remove { $0.mark == marks[3] }.count == 1)
+    pending.mark(marks[3], as: 300)
+    pending.insert(Self.run(BlockRange(6), 301))
+    pending.mark(marks[3], as: 302)
+    #expect(pending.find(6).run?.mark == 301 && pending.lastMark == 301)
+    for (index, mark) in marks.enumerated() where index % 3 == 0 {
+      pending.mark(mark, as: UInt64(400 + index))
+    }
+    pending.commit(upTo: 1000)
+    #expect(pending.isEmpty && pending.fresh == 0)
+  }
+
   static func run(_ blocks: BlockRange, _ mark: Mark) -> PendingPlacements.Run {
     PendingPlacements.Run(blocks: blocks, offset: blocks.first * 4096, mark: mark)
   }

@@ -31,17 +31,26 @@ struct PowerCuts {
   let isFull: Bool
   let open: (any ByteStore, _ writable: Bool) throws -> any ImageFormat
   let check: (any ByteStore) throws -> CheckReport
+  /// Whether the format has pools.
+  var hasPools = false
   /// Leaves nothing to find.
   let repair: (any ByteStore) throws -> Void
 
   func run(seeds: [UInt64]) throws {
-    var leaks: UInt64 = 0
+    var (leaks, pooled) = (UInt64(0), 0)
     for seed in seeds {
-      do { leaks += try live(seed: seed) } catch {
+      do {
+        let found = try live(seed: seed)
+        leaks += found.leaks
+        pooled += found.pooled
+      } catch {
         Issue.record("\(name), seed \(seed): \(error)")
       }
     }
-    print("\(name): \(seeds.count) seeds, \(seeds.count * 3) power cuts, \(leaks) leaks")
+    #expect(pooled > 0 || !hasPools, "\(name): no place of a pool was used")
+    print(
+      "\(name): \(seeds.count) seeds, \(seeds.count * 3) power cuts, \(pooled) placed in pools, "
+        + "\(leaks) leaks")
   }
 
   /// The suite must be able to fail: a commit whose stages are not kept apart is found out.
@@ -54,7 +63,10 @@ struct PowerCuts {
     Issue.record("\(name): 600 seeds with stages run together found nothing")
   }
 
-  private func live(seed: UInt64, keepsOrder: Bool = true) throws -> UInt64 {
+  private func live(
+    seed: UInt64, keepsOrder: Bool = true
+  ) throws -> (leaks: UInt64, pooled: Int) {
+    var pooled = 0
     var random = SplitMix64(seed: seed)
     let isFull = isFull
     var model = NaiveDisk(sectors: Self.sectors) { isFull ? UInt64($0 + 1) : 0 }
@@ -68,8 +80,9 @@ struct PowerCuts {
       // A file grows where a disk cannot: each life goes on where the last one ended.
       let store = GrowingDisk(disks, used: used, fuse: GrowingDisk.Fuse(random.below(90)))
       do {
-        let engine = DeviceEngine(try open(store, true), store: store)
+        let engine = DeviceEngine(try open(store, true), store: store, pools: seed % 2 == 1)
         engine.keepsOrder = keepsOrder
+        defer { pooled += engine.pooled }
         for _ in 0..<40 { try step(engine, &model, &stamp, &random) }
       } catch let error as IOError where error.code == 5 || error.code == 28 {
       } catch let error as ImageError where [5, 28].contains(error.cause?.code ?? 0) {}
@@ -91,7 +104,7 @@ struct PowerCuts {
       }
       try inspect(after, &model)
     }
-    return leaks
+    return (leaks, pooled)
   }
 
   /// Cuts the power while the disk is given another length: it has the old one or the new, what

@@ -74,6 +74,12 @@ package final class FailingStore: ByteStore {
     try inner.resize(to: size)
   }
 
+  /// Counts, then reserves space.
+  package func reserve(at offset: UInt64, count: UInt64) throws(IOError) {
+    try call("reserve space in")
+    try inner.reserve(at: offset, count: count)
+  }
+
   /// Counts, then flushes.
   package func flush() throws(IOError) {
     try call("flush")

@@ -68,19 +68,6 @@ import TestSupport
   }
 
   /// What is read for a request covers it, lies in the block, and fits into one answer.
-  @Test func nothingIsGrantedWhereSomethingIsReadThroughUserSpace() {
-    #expect(!devices.isComplete)
-    func isComplete(_ part: KernelDevices.Part) -> Bool {
-      let store = MemoryStore("device")
-      return KernelDevices(
-        [(store, .whole(0)), (store, part)], known: [], blockSize: 4096
-      ).isComplete
-    }
-    #expect(isComplete(.whole(1)) && isComplete(.joined([1, 2], bits: 41)))
-    #expect(!isComplete(.nothing) && !isComplete(.whole(1, torn: 7)))
-    #expect(!isComplete(.joined([1, nil], bits: 41)))
-  }
-
   @Test func whatIsReadCoversWhatIsWanted() {
     var random = SplitMix64(seed: 5)
     for _ in 0..<10000 {

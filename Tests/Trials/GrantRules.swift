@@ -12,6 +12,9 @@ extension Rules {
     ("granted-placements-are-told-before-questions", { try $0.grantedOrder() }),
     ("grants-end-and-what-they-placed-stays", { try $0.grantedSuccessor() }),
     ("grants-that-cannot-be-are-refused", { try $0.grantRefusals() }),
+    ("pools-are-used-in-order", { try $0.pooledWrites() }),
+    ("pools-that-cannot-be-are-refused", { try $0.poolRefusals() }),
+    ("marks-are-given-where-they-are-provisional", { try $0.givenMarks() }),
   ]
 
   /// Everything is in the base; some blocks may go to the store. False: the engine takes none.
@@ -57,7 +60,7 @@ extension Rules {
     // A block that was not granted.
     let outside = write(48, 1, 9)
     let (id, _) = try writeFault(6, whole: false)
-    let mark = 3 + Grant.room
+    let mark: Mark = 3 + 1 << 20
     try engine.answer(.map(id, Placement(place(6, mark: mark), .copy(from: base(6).place))))
     try ended(outside)
     try ended(write(0, 1, 9))
@@ -128,5 +131,95 @@ extension Rules {
     // The one that was good stands.
     try ended(write(0, 1, 7))
     try told(0, mark: 1)
+  }
+
+  // MARK: Pools
+
+  /// Where a pool's places are: every second block of the store from its first on.
+  private func pooled(_ index: UInt64) -> Place { .device(0, sector: 16 * index) }
+
+  /// As `granted`, the writes going to a pool of so many places.
+  private func pooling(_ first: UInt64, _ count: UInt32) throws -> Bool {
+    let pool = Pool(BlockRange(0, 6), pooled(first), stride: 16, count: count)
+    guard engine.takesGrants else {
+      do throws(AnswerRefusal) {
+        try engine.pool(pool)
+      } catch { return false }
+      throw TrialBroken("takes no pools, but has taken \(pool)")
+    }
+    if first == 0 { try engine.answer(.prime(base(0, 8))) }
+    try engine.pool(pool)
+    return true
+  }
+
+  private func told(_ block: UInt64, in place: UInt64, mark: Mark, line: Int = #line) throws {
+    let extent = Extent(BlockRange(block), pooled(place), writable: true, mark: mark)
+    let fault = next()
+    try expect(fault == .placed(extent), "told \(String(describing: fault))", line: line)
+  }
+
+  func pooledWrites() throws {
+    guard try pooling(0, 2) else { return }
+    try ended(write(42, 2, 7))
+    // Half of the pool is used: the worker may give another, which follows it.
+    try told(5, in: 0, mark: 1)
+    guard try pooling(2, 2) else { return }
+    try ended(write(16, 8, 8), write(24, 1, 9))
+    try holds(read(40, 8), [1040, 1041, 7, 7] + old(44..<48))
+    try holds(read(16, 8), [UInt64](repeating: 8, count: 8))
+    let flush = driver.submit(.flush)
+    try told(2, in: 1, mark: 2)
+    try told(3, in: 2, mark: 3)
+    try engine.answer(.flushDone(flushFault(upTo: 3)))
+    try ended(flush)
+    try ended(write(0, 1, 1))
+    // None is left.
+    let last = write(8, 1, 1)
+    try told(0, in: 3, mark: 4)
+    let (id, _) = try writeFault(1, whole: false)
+    try engine.answer(.fail(id, code: EIO))
+    try ended(last, with: EIO)
+  }
+
+  func poolRefusals() throws {
+    guard try pooling(0, 1) else { return }
+    let all = BlockRange(0, 8)
+    for pool in [
+      Pool(BlockRange(0, 9), pooled(0), stride: 16, count: 1),
+      Pool(all, pooled(0), stride: 7, count: 2), Pool(all, pooled(0), stride: 16, count: 0),
+      Pool(all, pooled(0), stride: 1 << 62, count: 4),
+      Pool(all, .device(0, sector: 1 << 50), stride: 16, count: 1),
+      Pool(all, .device(1, sector: 0), stride: 16, count: 1),
+      Pool(all, .zero, stride: 16, count: 1),
+      Pool(all, .device(7, sector: 0), stride: 16, count: 1),
+    ] {
+      do throws(AnswerRefusal) {
+        try engine.pool(pool)
+      } catch { continue }
+      throw TrialBroken("has taken \(pool)")
+    }
+    try ended(write(0, 1, 7))
+    try told(0, in: 0, mark: 1)
+  }
+
+  func givenMarks() throws {
+    guard engine.givesMarks else { return }
+    try engine.answer(.prime(base(0, 8)))
+    let (one, other) = (Mark.firstProvisional + 1, Mark.firstProvisional + 2)
+    let first = write(8, 8, 7)
+    let (id, _) = try writeFault(1, whole: true)
+    try engine.answer(.map(id, Placement(place(1, mark: one))))
+    try ended(first)
+    let news = next()
+    try expect(news == .marked(one, as: 1), "told \(String(describing: news))")
+    let second = driver.submit(.discard(16 * 512, 8 * 512))
+    let (discard, _) = try discardFault(2, zeroing: false)
+    try engine.answer(.map(discard, Placement(place(2, mark: other), .zero)))
+    try ended(second)
+    let later = next()
+    try expect(later == .marked(other, as: 2), "told \(String(describing: later))")
+    let flush = driver.submit(.flush)
+    try engine.answer(.flushDone(flushFault(upTo: 2)))
+    try ended(flush)
   }
 }

@@ -88,6 +88,7 @@ package final class ShiftWorker {
       }
       invalidating.remove(at: index)
     case .placed(let extent): preconditionFailure("nothing was granted: \(extent)")
+    case .marked(let mark, _): preconditionFailure("no mark was left out: \(mark)")
     }
   }
 

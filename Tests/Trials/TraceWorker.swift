@@ -37,6 +37,9 @@ final class TraceWorker {
   private var random: SplitMix64
   private var placed: [UInt64: Mark] = [:]
   private var lastMark: Mark = 0
+  private var provisional: Mark = .firstProvisional
+  /// Whether the engine gives the marks. One life gives all of its own, or none.
+  private let isMarkedLater: Bool
   private var waiting: [Fault] = []
   private var invalidating: BlockRange?
   /// Blocks that an answer named since they were invalidated.
@@ -52,7 +55,9 @@ final class TraceWorker {
     let engine = driver.engine
     perBlock = UInt64(engine.blockSize) / 512
     blocks = (engine.sectors + perBlock - 1) / perBlock
-    random = SplitMix64(seed: seed)
+    var random = SplitMix64(seed: seed)
+    isMarkedLater = engine.givesMarks && random.chance(60)
+    self.random = random
     for extent in engine.uncommitted() {
       // Blocks that one answer has placed have one mark.
       try expect(extent.mark >= lastMark, "marks go backwards: \(extent)")
@@ -142,7 +147,17 @@ final class TraceWorker {
   var isIdle: Bool { waiting.isEmpty }
 
   /// From one mark to the next.
-  private var step: Mark { isGranting || medium.isLayered ? Grant.room : 1 }
+  private var step: Mark { isGranting || medium.isLayered ? 1 << 20 : 1 }
+
+  /// A mark of ours, or one that the engine will replace.
+  private func newMark(_ more: UInt64 = 0) -> Mark {
+    if isMarkedLater {
+      provisional += 1
+      return provisional
+    }
+    lastMark += step + more
+    return lastMark
+  }
 
   private func isPlaced(_ block: UInt64) -> Bool {
     placed[block] != nil || medium.committed.contains(block)
@@ -159,7 +174,7 @@ final class TraceWorker {
     while let fault = driver.nextFault() {
       tell("  told \(fault)")
       switch fault {
-      case .mapError, .invalidateDone, .placed: try handle(fault)
+      case .mapError, .invalidateDone, .placed, .marked: try handle(fault)
       default: waiting.append(fault)
       }
     }
@@ -179,6 +194,9 @@ final class TraceWorker {
       for (block, other) in placed where other == mark { placed[block] = nil }
     case .invalidateDone(let range): try invalidated(range)
     case .placed(let extent): try granted(extent)
+    case .marked(let provisional, let mark):
+      for (block, other) in placed where other == provisional { placed[block] = mark }
+      lastMark = max(lastMark, mark)
     }
   }
 
@@ -217,14 +235,14 @@ final class TraceWorker {
     while count < range.count, !isPlaced(first + count),
       medium.moved.contains(first + count) == medium.moved.contains(first), !random.chance(10)
     { count += 1 }
-    lastMark += step + UInt64(random.below(2))
+    let mark = newMark(UInt64(random.below(2)))
     for block in first..<(first + count) {
-      placed[block] = lastMark
+      placed[block] = mark
       touched.insert(block)
     }
     let from = Place.device(1, sector: first * perBlock)
     let preparation: Preparation = whole ? .none : .copy(from: from)
-    try engine.answer(.map(id, Placement(extent(first, count, mark: lastMark), preparation)))
+    try engine.answer(.map(id, Placement(extent(first, count, mark: mark), preparation)))
   }
 
   private func discard(_ id: FaultID, _ block: UInt64, _ zeroing: Bool) throws {
@@ -237,9 +255,9 @@ final class TraceWorker {
       try engine.answer(.map(id, Placement(extent(block, 1), .zero)))
       return
     }
-    lastMark += step
-    placed[block] = lastMark
-    try engine.answer(.map(id, Placement(extent(block, 1, mark: lastMark), .zero)))
+    let mark = newMark()
+    placed[block] = mark
+    try engine.answer(.map(id, Placement(extent(block, 1, mark: mark), .zero)))
   }
 
   private func commit(_ id: FaultID, _ upTo: Mark) throws {

@@ -20,11 +20,17 @@ private final class ScriptedTarget: TargetEngine {
   var answers: [Answer] = []
   var refusing = false
   var takesGrants = false
+  var givesMarks: Bool { takesGrants }
   var grants: [Grant?] = []
+  var pools: [Pool] = []
   /// Answers for more than one block that find something in their way.
   var crowded = false
 
   func grant(_ grant: Grant?) throws(AnswerRefusal) { grants.append(grant) }
+  func pool(_ pool: Pool) throws(AnswerRefusal) {
+    if refusing { throw .badBlocks(pool.blocks) }
+    pools.append(pool)
+  }
   func uncommitted() -> [Extent] { left }
   func nextFault() -> Fault? { faults.isEmpty ? nil : faults.removeFirst() }
   func answer(_ answer: Answer) throws(AnswerRefusal) {
@@ -49,7 +55,20 @@ private final class ScriptedFormat: ImageFormat {
   var plansEmpty = false
   var grantedExtents: [Extent] = []
 
-  func grant() -> Grant? { Grant(BlockRange(0, 1000), .device(0, sector: 1000)) }
+  /// What there is for pools; nil: it has grants.
+  var poolRoom: UInt32?
+  var marked: [[Mark]] = []
+
+  func takeMarks() -> Bool { true }
+  func marked(_ provisional: Mark, as mark: Mark) { marked.append([provisional, mark]) }
+  func grant() -> Grant? {
+    poolRoom == nil ? Grant(BlockRange(0, 1000), .device(0, sector: 1000)) : nil
+  }
+  func pool() throws(ImageError) -> Pool? {
+    guard let room = poolRoom, room > 0 else { throw ImageError(IOError(ENOSPC, "place", "store")) }
+    poolRoom = room - 1
+    return Pool(BlockRange(0, 1000), .device(0, sector: UInt64(room)), stride: 8, count: 4)
+  }
   func granted(_ extent: Extent) throws(ImageError) {
     try fail()
     grantedExtents.append(extent)
@@ -244,6 +263,56 @@ private final class Elsewhere {
     elsewhere.runNext()
     #expect(target.answers == [.flushDone(1), .flushDone(2), .fail(3, code: EIO)])
     #expect(worker.condition.state == .degraded)
+  }
+
+  /// Another pool comes when half of the last is used, and never a third.
+  @Test func poolsAreGivenAsTheyAreUsed() {
+    target.takesGrants = true
+    format.poolRoom = 3
+    func use(_ blocks: Range<UInt64>) {
+      target.faults = blocks.map {
+        .placed(Extent(BlockRange($0), .device(0, sector: 8 * $0), writable: true, mark: $0))
+      }
+      _ = worker.pump()
+    }
+    func sectors() -> [UInt64] {
+      target.pools.map { if case .device(_, let sector) = $0.place { sector } else { 0 } }
+    }
+    worker.grant()
+    #expect(target.grants.isEmpty && sectors() == [3])
+    use(1..<2)
+    #expect(sectors() == [3])
+    use(2..<3)
+    #expect(sectors() == [3, 2])
+    use(3..<5)
+    #expect(sectors() == [3, 2], "the second has all of its places")
+    use(5..<7)
+    #expect(sectors() == [3, 2, 1])
+    use(7..<11)
+    #expect(sectors() == [3, 2, 1] && worker.condition == .ready, "there is no room for a fourth")
+    // It is tried again when a first write that asks has found some.
+    format.poolRoom = 9
+    format.mark = 100
+    use(11..<12)
+    #expect(sectors() == [3, 2, 1])
+    target.faults = [.write(1, blocks: BlockRange(50), whole: true)]
+    _ = worker.pump()
+    #expect(sectors() == [3, 2, 1, 9])
+    // A target that refuses one is given no other.
+    target.refusing = true
+    use(12..<20)
+    target.refusing = false
+    use(20..<30)
+    #expect(sectors() == [3, 2, 1, 9] && worker.condition == .ready)
+  }
+
+  @Test func aMarkThatIsGivenReachesTheFormat() {
+    target.takesGrants = true
+    worker.grant()
+    target.faults = [.marked(Mark.firstProvisional + 1, as: 7), .flush(1, upTo: 7)]
+    _ = worker.pump()
+    #expect(format.marked == [[Mark.firstProvisional + 1, 7]])
+    #expect(worker.faults == 1, "it is no question")
   }
 
   @Test func aReadIsAnsweredBesideBlocksPlacedMeanwhile() {

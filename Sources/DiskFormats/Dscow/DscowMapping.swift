@@ -18,7 +18,7 @@ package import DiskModel
 import SystemIO
 
 /// A dscow store that is open as a disk. Used from one thread; its plans run on any.
-package final class Dscow: StoredImage {
+package final class Dscow: MarkedImage {
   /// The device number of the store in extents.
   package static let storeDevice: UInt16 = 0
   /// The device number of the base in extents.
@@ -40,7 +40,7 @@ package final class Dscow: StoredImage {
   /// The base when it is itself an image.
   private let view: BaseView?
   private var bitmap: DscowBitmap
-  private var pending: PendingPlacements
+  var pending: PendingPlacements
   private let durableBlocks: UInt64
 
   /// `baseSize` is the base's length in bytes, 0 without one; `base` is needed only when it
@@ -175,8 +175,6 @@ package final class Dscow: StoredImage {
 
   /// A placement that came to nothing.
   package func abandon(_ mark: Mark) {
-    // It may be a granted one that was never heard of.
-    if pending.step > 1 { pending.skip(to: mark) }
     pending.remove { $0.mark == mark }
   }
 
@@ -186,14 +184,13 @@ package final class Dscow: StoredImage {
   /// The whole disk: a block's place is known before it is asked for.
   package func grant() -> Grant? {
     guard isWritable else { return nil }
-    pending.step = Grant.room
     return Grant(BlockRange(0, blocks), storePlace(0))
   }
 
   /// See `ImageFormat`. Throws `badRequest` for what is none of what was granted.
   package func granted(_ extent: Extent) throws(ImageError) {
     try checkBounds(extent.blocks)
-    guard pending.step > 1, extent.place == storePlace(extent.blocks.first), extent.writable,
+    guard pending.isMarkedLater, extent.place == storePlace(extent.blocks.first), extent.writable,
       extent.mark > 0
     else { throw notOurs(extent) }
     let page = extent.blocks.first / DscowBitmap.blocksPerPage

@@ -8,7 +8,8 @@
 // - The runs of a group are in the order of their blocks, in shelves of at most `shelfSize`, none
 //   of them empty. A guest that writes all over a group puts runs between others, and a shelf is
 //   all that moves.
-// - No mark is given twice, nor one that is less than any that has been taken in.
+// - No mark is given twice, nor one that is less than any that has been taken in. Where the target
+//   gives the marks, a run has a provisional one until it is marked, and is not committed before.
 
 import DiskModel
 
@@ -45,8 +46,11 @@ struct PendingPlacements {
   var placed: UInt64 { committed + fresh }
   /// The greatest mark that was given or taken in.
   private(set) var lastMark: Mark = 0
-  /// From one mark to the next: what is between them is the target's, see `Grant.room`.
-  var step: Mark = 1
+  /// Whether the target gives the marks, those of `place` being provisional.
+  var isMarkedLater = false
+  /// The last provisional mark, and where the runs are that have one still, by their first block.
+  private var lastProvisional: Mark = .firstProvisional
+  private var unmarked: [Mark: UInt64] = [:]
 
   init(blocksPerGroup: UInt64, blockSize: UInt64) {
     self.blocksPerGroup = blocksPerGroup
@@ -123,9 +127,27 @@ struct PendingPlacements {
   /// Takes in blocks that get a place now, under the next mark, which is returned. They overlap no
   /// run and cross no group.
   mutating func place(_ blocks: BlockRange, at offset: UInt64) -> Mark {
-    let mark = lastMark + step
-    insert(Run(blocks: blocks, offset: offset, mark: mark))
-    return mark
+    guard isMarkedLater else {
+      let mark = lastMark + 1
+      insert(Run(blocks: blocks, offset: offset, mark: mark))
+      return mark
+    }
+    lastProvisional += 1
+    unmarked[lastProvisional] = blocks.first
+    insert(Run(blocks: blocks, offset: offset, mark: lastProvisional))
+    return lastProvisional
+  }
+
+  /// A run with a provisional mark gets one that counts; nothing happens when it is gone.
+  mutating func mark(_ provisional: Mark, as mark: Mark) {
+    guard let block = unmarked.removeValue(forKey: provisional) else { return }
+    let group = block / blocksPerGroup
+    guard let shelves = groups[group] else { return }
+    let at = Self.shelf(in: shelves, of: block)
+    let index = Self.firstIndex(in: shelves[at], after: block) - 1
+    guard index >= 0, shelves[at][index].mark == provisional else { return }
+    groups[group]?[at][index].mark = mark
+    skip(to: mark)
   }
 
   /// Gives no mark up to this one any more.
@@ -139,7 +161,7 @@ struct PendingPlacements {
       return false
     }
     fresh += run.fresh
-    skip(to: run.mark)
+    if !run.mark.isProvisional { skip(to: run.mark) }
     return true
   }
 
@@ -166,7 +188,7 @@ struct PendingPlacements {
   /// Takes out the runs up to a mark, which are committed.
   mutating func commit(upTo mark: Mark) {
     let before = fresh
-    if mark >= lastMark {
+    if mark >= lastMark, unmarked.isEmpty {
       groups.removeAll(keepingCapacity: true)
       fresh = 0
     } else {
@@ -180,6 +202,7 @@ struct PendingPlacements {
   mutating func remove(where condition: (Run) -> Bool) -> [Run] {
     var removed: [Run] = []
     take(where: condition) { removed.append($0) }
+    for run in removed { unmarked[run.mark] = nil }
     return removed
   }
 

@@ -13,7 +13,7 @@ import Glibc
 import SystemIO
 
 /// A qcow image of version 1 that is open as a disk. Used from one thread.
-package final class Qcow: RunImage {
+package final class Qcow: RunImage, PooledImage {
   private static let compressedDevice: UInt16 = 2
   static let blocksPerFind: UInt64 = 65536
 
@@ -23,7 +23,8 @@ package final class Qcow: RunImage {
   private let base: BaseView
   let cache: MetadataCache
   let isWritable: Bool
-  private(set) var pending: PendingPlacements
+  var pending: PendingPlacements
+  var pooled = PooledPlaces()
   private var planned: [UInt64: UInt64] = [:]
   private var inFlight: (mark: Mark, draft: CommitDraft, tables: [UInt64])?
   /// Where the next cluster goes.
@@ -208,6 +209,15 @@ package final class Qcow: RunImage {
     end = start + bytes
     limit = max(limit, end)
     return start
+  }
+
+  /// A pool has so many clusters at most: what of it is not used is lost with the worker.
+  private static let pooledClusters: UInt64 = 64
+
+  /// At the end of the file, as every cluster.
+  func takeRoom(_ wanted: UInt64) throws(ImageError) -> PoolRoom? {
+    let (size, count) = (header.clusterSize, min(wanted, Self.pooledClusters))
+    return PoolRoom(first: try take(count * size), stride: size, count: count)
   }
 
   func assign(_ range: BlockRange) throws(ImageError) -> Extent {

@@ -49,6 +49,7 @@ package final class Qcow2: StoredImage {
   var pending: PendingPlacements
   var planned = Qcow2Planned()
   var inFlight: Qcow2InFlight?
+  var pooled = PooledPlaces()
   let durableBlocks: UInt64
   /// Where the files ended when that was last looked at, rounded up to clusters: tables lie in
   /// the store, blocks in the data. They may end within their last cluster.
@@ -405,7 +406,7 @@ package final class Qcow2: StoredImage {
     try copy(block % header.subclusters, of: cluster, entry, to: place)
   }
 
-  /// A placement that came to nothing.
+  /// A placement that came to nothing: see `ImageFormat`.
   package func abandon(_ mark: Mark) {
     for run in pending.remove(where: { $0.mark == mark }) {
       release(run)

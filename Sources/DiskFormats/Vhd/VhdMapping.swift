@@ -27,7 +27,7 @@ import Glibc
 import SystemIO
 
 /// A VHD image that is open as a disk. Used from one thread; its plans run on any.
-package final class Vhd: RunImage {
+package final class Vhd: RunImage, PooledImage {
   /// The device number of the store, of the base, and of the mixed blocks.
   private static let mixedDevice: UInt16 = 2
   /// Bytes of a piece of a block that is over a base, at most and unless it is said otherwise.
@@ -50,7 +50,8 @@ package final class Vhd: RunImage {
   private let base: BaseView
   let cache: MetadataCache
   let isWritable: Bool
-  private(set) var pending: PendingPlacements
+  var pending: PendingPlacements
+  var pooled = PooledPlaces()
   private var inFlight: Flight?
   /// Where the data of blocks goes that the table does not name yet, by their number there.
   private var newPlaces: [UInt64: UInt64] = [:]
@@ -229,17 +230,35 @@ package final class Vhd: RunImage {
     return Extent(range, .device(0, sector: offset / 512), writable: true, mark: mark)
   }
 
-  /// Room for a block behind everything; the first byte of its data.
-  func newPlace() throws(ImageError) -> UInt64 {
+  /// A pool has so many blocks at most: what of it is not used is lost with the worker.
+  private static let pooledBlocks: UInt64 = 8
+
+  /// Behind everything, as every block. None over a base, where blocks of the disk are pieces of the
+  /// table's and go where those are.
+  func takeRoom(_ wanted: UInt64) throws(ImageError) -> PoolRoom? {
+    guard header.kind == .dynamic else { return nil }
+    let count = min(wanted, Self.pooledBlocks)
+    return PoolRoom(first: try newPlace(count: count), stride: stride, count: count)
+  }
+
+  /// A block may have had a place before, with no bit set: it has another one then.
+  func placed(_ block: UInt64, at offset: UInt64) { newPlaces[block] = offset }
+
+  /// From the data of one new block to that of the next.
+  private var stride: UInt64 { (header.tableBlock + header.bitmapSize + 4095) / 4096 * 4096 }
+
+  /// Room for blocks in a row behind everything; the first byte of the first one's data.
+  func newPlace(count: UInt64 = 1) throws(ImageError) -> UInt64 {
+    let length = (count - 1) * stride + header.tableBlock
     // The data, not the bitmap, shall begin at a page.
     var start = (end + header.bitmapSize + 4095) / 4096 * 4096
-    if let footer = inFlight?.footer, start + header.tableBlock > footer,
+    if let footer = inFlight?.footer, start + length > footer,
       start - header.bitmapSize < footer + VhdHeader.footerSize
     {
       // A plan that is being run writes that sector.
       start = (footer + VhdHeader.footerSize + header.bitmapSize + 4095) / 4096 * 4096
     }
-    let stop = start + header.tableBlock
+    let stop = start + length
     guard stop / 512 < UInt64(VhdHeader.unused) else {
       throw ImageError(
         .io, "\(store.name): the image can grow no further",
@@ -267,7 +286,7 @@ package final class Vhd: RunImage {
     var bitmaps: [Range<UInt64>] = []
     for (entry, runs) in groups {
       first += runs.flatMap { tail(of: $0.blocks, at: $0.offset) }
-      if let own = try place(of: entry) {
+      if newPlaces[entry] == nil, let own = try place(of: entry) {
         for run in runs { try set(run.blocks, at: own, in: &draft) }
         continue
       }
@@ -366,7 +385,7 @@ package final class Vhd: RunImage {
     let refusal = ImageError(.badRequest, "an uncommitted placement at sector \(offset / 512)")
     guard offset >= ahead(of: blocks.first) + header.bitmapSize else { throw refusal }
     let start = offset - ahead(of: blocks.first)
-    if let own = try place(of: entry) {
+    if let own = try place(of: entry), start == own + header.bitmapSize || pieces > 1 {
       guard start == own + header.bitmapSize else { throw refusal }
     } else if let new = newPlaces[entry] {
       guard start == new else { throw refusal }

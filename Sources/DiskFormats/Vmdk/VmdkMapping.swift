@@ -15,7 +15,7 @@ import Glibc
 import SystemIO
 
 /// A VMDK image that is open as a disk. Used from one thread; its plans run on any.
-package final class Vmdk: RunImage {
+package final class Vmdk: RunImage, PooledImage {
   static let blocksPerFind: UInt64 = 65536
   private static let groupBlocks: UInt64 = 4096
 
@@ -67,6 +67,7 @@ package final class Vmdk: RunImage {
   let cache: MetadataCache
   private let base: BaseView
   var pending: PendingPlacements
+  var pooled = PooledPlaces()
   /// Tables that a commit has to make, kept until a plan with them has run: the place of each
   /// in `primary` by the place of its entry in the directory, in bytes.
   private var planned: [UInt64: UInt64] = [:]
@@ -246,6 +247,20 @@ package final class Vmdk: RunImage {
     sparse[index].end = start + bytes
     sparse[index].limit = max(sparse[index].limit, start + bytes)
     return start
+  }
+
+  /// A pool has so many grains at most: what of it is not used is lost with the worker.
+  private static let pooledGrains: UInt64 = 64
+
+  /// At the end of the file, as every grain; none where the disk is more than one sparse extent.
+  func takeRoom(_ wanted: UInt64) throws(ImageError) -> PoolRoom? {
+    guard pieces.count == 1, pieces[0].isWritable, case .sparse(let index) = pieces[0].kind else {
+      return nil
+    }
+    let count = min(wanted, Self.pooledGrains)
+    let start = try take(count * UInt64(blockSize), in: index)
+    return PoolRoom(
+      first: sparse[index].base * 512 + start, stride: UInt64(blockSize), count: count)
   }
 
   func assign(_ range: BlockRange) throws(ImageError) -> Extent {

@@ -73,17 +73,6 @@ package struct KernelDevices: Sendable {
     }
   }
 
-  /// Whether every place of the format is one of the kernel's.
-  var isComplete: Bool {
-    parts.allSatisfy { part in
-      switch part {
-      case .whole(_, let torn): torn == nil
-      case .joined(let numbers, _): !numbers.contains(nil)
-      case .nothing: false
-      }
-    }
-  }
-
   /// A place of the kernel in the format's numbers; nil for a device that is none of the
   /// format's.
   package func restore(_ place: Place) -> Place? {

@@ -5,10 +5,12 @@
 // - One thread. The module checks every answer; what it refuses has changed nothing.
 // - The module counts marks on across workers, a format starts from what it restores. Marks
 //   beyond those of the dump are therefore moved by `shift`, both ways.
-// - The module takes marks only in their order. An answer that has to wait (KernelTarget+Bytes)
-//   therefore holds up those with later marks.
+// - A placement with a provisional mark is given its mark in the moment in which the module lists it,
+//   and the format hears of it before it hears of anything else. An older module gives none; then it
+//   is the one after the last, since nobody else gives any.
+// - A format that gives its own marks has them taken in their order: an answer that has to wait
+//   (KernelTarget+Bytes) holds up those with later ones. Nothing is granted there.
 // - What may be written lies within its file: see `cover`.
-// - Nothing is granted where an answer may have to wait: its mark would be overtaken.
 // - A node that fails (the device is gone) yields no more faults; `failure` says why.
 
 import BlockIO
@@ -28,10 +30,14 @@ package final class KernelTarget: TargetEngine {
   package let blockSize: UInt32
   /// Length in 512-byte sectors.
   package let sectors: UInt64
-  /// Whether it can place first writes by itself: this module does, and it knows all devices.
+  /// Whether it can place first writes by itself: this module does.
   package let takesGrants: Bool
   /// Whether it can be told of a layer: the same.
   package let takesLayers: Bool
+  /// Always: see the head of this file.
+  package let givesMarks = true
+  /// Whether the module gives them.
+  private let isMarking: Bool
   /// Why the node is of no use any more.
   package internal(set) var failure: IOError?
   /// How the disk is.
@@ -80,7 +86,7 @@ package final class KernelTarget: TargetEngine {
   var reading = 0
 
   /// The blocks that have one place each, if the format has said so.
-  private let layer: Layer?
+  let layer: Layer?
 
   /// Shakes hands with the module and takes up what a former worker left. Throws: what the
   /// node says; EPROTO when it speaks another version, or when blocks of a layer are uncommitted
@@ -121,7 +127,9 @@ package final class KernelTarget: TargetEngine {
     }
     blockSize = geometry.blockSectors * 512
     sectors = geometry.sectors
-    takesGrants = geometry.takesGrants && devices.isComplete
+    // Marks of an older module's grants would be those of answers that have to wait.
+    isMarking = geometry.takesPools
+    takesGrants = geometry.takesGrants && isMarking
     takesLayers = knowsLayers && geometry.takesLayers && takesGrants
     // What became present comes after the placements, whatever its mark.
     for (block, bits, mark) in present {
@@ -299,74 +307,13 @@ package final class KernelTarget: TargetEngine {
     }
   }
 
-  /// See `TargetEngine`. The blocks' place has to be one run of one device of the kernel's.
-  package func grant(_ grant: Grant?) throws(AnswerRefusal) {
-    let said: DMU.Answer
-    let blocks = grant?.blocks ?? BlockRange(0, 0)
-    if let grant {
-      let (place, count) = devices.translate(grant.place, blocks: blocks.count)
-      guard takesGrants, let place, count == blocks.count else { throw .badBlocks(blocks) }
-      let extent = Extent(blocks, place, writable: true)
-      guard canCover(extent) else { throw .badBlocks(blocks) }
-      try cover(extent, .prime(extent))
-      said = .grant(
-        block: blocks.first, count: count, at: Self.place(place), budget: Self.budget)
-    } else {
-      said = .revoke
-    }
-    try say(said, of: blocks)
-  }
-
-  /// See `TargetEngine`. The blocks' place has to be one run of one device of the kernel's.
-  package func layer(_ layer: Layer) throws(AnswerRefusal) {
-    let (place, count) = devices.translate(layer.place, blocks: layer.blocks.count)
-    guard takesLayers, layer == self.layer, layer.blocks.first == 0, let place,
-      count == layer.blocks.count
-    else { throw .badBlocks(layer.blocks) }
-    let extent = Extent(layer.blocks, place, writable: true)
-    guard canCover(extent) else { throw .badBlocks(layer.blocks) }
-    try cover(extent, .prime(extent))
-    try say(.layer(count: count, at: Self.place(place)), of: layer.blocks)
-  }
-
-  /// See `TargetEngine`.
-  package func present(
-    from block: UInt64, _ words: UnsafeBufferPointer<UInt64>
-  ) throws(AnswerRefusal) {
-    guard let layer, let base = words.baseAddress, block < layer.blocks.count else {
-      throw .badBlocks(BlockRange(block))
-    }
-    var done: UInt64 = 0
-    let count = min(UInt64(words.count) * 64, layer.blocks.count - block)
-    while done < count {
-      let part = min(count - done, DMU.Answer.mostBits)
-      let words = UnsafeBufferPointer(start: base + Int(done / 64), count: Int((part + 63) / 64))
-      try say(.bits(block: block + done, count: part, words), of: BlockRange(block + done, part))
-      done += part
-    }
-  }
-
-  /// Says something that no question was asked for.
-  private func say(_ said: DMU.Answer, of blocks: BlockRange) throws(AnswerRefusal) {
-    let code: Int32
-    do throws(IOError) {
-      code = try tell(said)
-    } catch {
-      failure = error
-      throw .badBlocks(blocks)
-    }
-    guard code == 0 else { throw code == EEXIST ? .overlap(blocks) : .badBlocks(blocks) }
-  }
-
-  /// So many placements are not told at most; half of them are worth a message.
-  private static let budget: UInt32 = 8192
-
   /// Whether the place is there, or is in a file, which can be made longer.
-  private func canCover(_ extent: Extent) -> Bool {
+  func canCover(_ extent: Extent, bytes: UInt64? = nil) -> Bool {
     guard case .device(let number, let sector) = extent.place, Int(number) < lengths.count else {
       return false
     }
-    let (end, isTooFar) = (sector &* 512).addingReportingOverflow(bytes(of: extent.blocks))
+    let (end, isTooFar) = (sector &* 512).addingReportingOverflow(
+      bytes ?? self.bytes(of: extent.blocks))
     guard sector < 1 << 54, !isTooFar else { return false }
     guard end > lengths[Int(number)] else { return true }
     let store = devices.known[Int(number)].store
@@ -375,9 +322,11 @@ package final class KernelTarget: TargetEngine {
 
   /// Sees to it that a file is as long as what may be written in it: its loop device is longer,
   /// and what a read finds past the file's end is not defined.
-  private func cover(_ extent: Extent, _ answer: DiskModel.Answer) throws(AnswerRefusal) {
+  func cover(
+    _ extent: Extent, bytes: UInt64? = nil, _ answer: DiskModel.Answer
+  ) throws(AnswerRefusal) {
     guard extent.writable, case .device(let number, let sector) = extent.place else { return }
-    let end = sector * 512 + bytes(of: extent.blocks)
+    let end = sector * 512 + (bytes ?? self.bytes(of: extent.blocks))
     let index = Int(number)
     guard end > lengths[index] else { return }
     let store = devices.known[index].store
@@ -401,19 +350,24 @@ package final class KernelTarget: TargetEngine {
   /// Gives an answer when it is its turn.
   private func take(_ said: DMU.Answer, _ answer: DiskModel.Answer) throws(AnswerRefusal) {
     let mark = Self.extent(of: answer)?.mark ?? 0
-    guard !turns.isEmpty, mark > highest else { return try give(said, answer) }
+    guard !turns.isEmpty, mark > highest, !mark.isProvisional else {
+      return try give(said, answer)
+    }
     let turn = Turn(answer, said)
     turn.isReady = true
     turns.append(turn)
     noteMark(mark)
   }
 
-  private func noteMark(_ mark: Mark) { highest = max(highest, mark) }
+  private func noteMark(_ mark: Mark) {
+    if !mark.isProvisional { highest = max(highest, mark) }
+  }
 
   func give(_ said: DMU.Answer, _ answer: DiskModel.Answer) throws(AnswerRefusal) {
+    let mark = Self.extent(of: answer)?.mark ?? 0
     let code: Int32
     do throws(IOError) {
-      code = try tell(said)
+      code = mark.isProvisional ? try tellLater(said, mark) : try tell(said)
     } catch {
       failure = error
       throw refusal(answer, error.code)
@@ -425,20 +379,43 @@ package final class KernelTarget: TargetEngine {
       reads[id] = nil
     case .prime, .flushDone, .invalidate: break
     }
-    noteMark(Self.extent(of: answer)?.mark ?? 0)
+    noteMark(mark)
+  }
+
+  /// As `tell`, for a placement that gets its mark now.
+  private func tellLater(_ said: DMU.Answer, _ provisional: Mark) throws(IOError) -> Int32 {
+    let (code, mark) = try insist { () throws(IOError) in
+      try node.answer(marking: isMarking ? said : said.marked(toKernel(highest + 1)))
+    }
+    guard code == 0 else { return code }
+    if mark == 0 {
+      // Whoever waited has left; the module says so of no mark.
+      news.append(.mapError(block: said.block, mark: provisional, code: ECANCELED))
+    } else {
+      let mark = fromKernel(mark)
+      noteMark(mark)
+      news.append(.marked(provisional, as: mark))
+    }
+    return 0
   }
 
   /// The errno of an answer's refusal, or 0. One that finds no memory in the kernel is given
   /// again.
   func tell(_ said: DMU.Answer) throws(IOError) -> Int32 {
-    var code = try node.answer(said)
+    try insist { () throws(IOError) in (try node.answer(said), 0) }.code
+  }
+
+  private func insist(
+    _ give: () throws(IOError) -> (code: Int32, mark: Mark)
+  ) throws(IOError) -> (code: Int32, mark: Mark) {
+    var result = try give()
     var tries = 0
-    while code == ENOMEM || code == ENOBUFS, tries < 1000 {
+    while result.code == ENOMEM || result.code == ENOBUFS, tries < 1000 {
       usleep(1000)
       tries += 1
-      code = try node.answer(said)
+      result = try give()
     }
-    return code
+    return result
   }
 
   /// The extent's place and the preparation's are the kernel's.
@@ -452,14 +429,15 @@ package final class KernelTarget: TargetEngine {
       case .copy(let from): .copy(from: Self.place(from))
       }
     // An old placement may come along with what is found: the module knows it.
-    let mark = extent.mark > highest ? toKernel(extent.mark) : 0
+    let isLater = extent.mark.isProvisional
+    let mark = !isLater && extent.mark > highest ? toKernel(extent.mark) : 0
     return .map(
       id: id, block: extent.blocks.first, count: extent.blocks.count,
       at: Self.place(extent.place), writable: extent.writable, preparation: first, mark: mark,
-      temporary: isTemporary)
+      isUncommitted: isLater, temporary: isTemporary)
   }
 
-  private static func place(_ place: Place) -> DMU.Answer.Place {
+  static func place(_ place: Place) -> DMU.Answer.Place {
     switch place {
     case .device(let number, let sector): .init(device: number, sector: sector)
     case .zero: .zero

@@ -17,7 +17,8 @@ import TestSupport
     return PowerCuts(
       name: "qcow", image: fresh.contents(), isFull: overBase,
       open: { try Qcow.open(store: $0, base: base, writable: $1) },
-      check: { try Qcow.check(store: $0) }, repair: { try Qcow.repair(store: $0, .all) })
+      check: { try Qcow.check(store: $0) }, hasPools: true,
+      repair: { try Qcow.repair(store: $0, .all) })
   }
 
   @Test(arguments: [false, true]) func powerCuts(overBase: Bool) throws {

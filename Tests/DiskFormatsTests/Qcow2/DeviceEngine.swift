@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // A small synchronous engine over every device of a format, for formats whose blocks live in
 // more places than a store and a base. Writes may be placed and left without their data, and
-// a commit plan may be held back while others write.
+// a commit plan may be held back while others write. It may give the marks, and take places from pools,
+// as the module does.
 
 import BlockIO
 import DiskFormats
@@ -28,13 +29,24 @@ final class DeviceEngine {
   private var unwritten: (placement: Placement, sector: Int, bytes: [UInt8])?
   /// Whether the last placement was made for the last request.
   private var isNew = false
+  /// Whether it gives the marks, and where first writes go until that is used up.
+  private let givesMarks: Bool
+  private var pools: [Pool] = []
+  /// Placements in pools, and first writes that could have been one.
+  private(set) var pooled = 0
+  private var chances = 0
 
   var sectors: Int { Int(format.size / 512) }
   private var blockSectors: Int { Int(format.blockSize) / 512 }
 
-  init(_ format: any ImageFormat, store: any ByteStore, base: (any ByteStore)? = nil) {
+  /// With `pools` it gives the marks, if the format lets it, and takes pools, if that has any.
+  init(
+    _ format: any ImageFormat, store: any ByteStore, base: (any ByteStore)? = nil,
+    pools: Bool = false
+  ) {
     self.format = format
     self.store = store
+    givesMarks = pools && format.takeMarks()
     devices = format.devices ?? [store] + (base.map { [$0] } ?? [])
   }
 
@@ -121,20 +133,62 @@ final class DeviceEngine {
     let range = BlockRange(first, isWhole ? wholeEnd - first : 1)
     let found = try format.find(first, limit: range.count)
     try check(found, covers: first, limit: range.count)
-    let placement =
-      found.writable ? Placement(found) : try format.place(range, whole: isWhole)
+    var placement: Placement
+    if found.writable {
+      placement = Placement(found)
+    } else if let taken = try takePlace(found, isWhole: isWhole) {
+      placement = taken
+    } else {
+      placement = try format.place(range, whole: isWhole)
+    }
     try check(placement.extent, covers: first, limit: range.count)
-    note(placement.extent)
+    placement.extent = note(placement.extent)
     let reach = Int(placement.extent.blocks.end) * blockSectors
     return (placement, min(end, reach) - sector)
   }
 
-  /// Keeps in mind an extent that is not committed.
-  func note(_ extent: Extent) {
+  /// The next place of a pool for a block, if there is one; of three first writes one asks all the same.
+  private func takePlace(_ found: Extent, isWhole: Bool) throws -> Placement? {
+    guard givesMarks else { return nil }
+    chances += 1
+    if pools.isEmpty { try addPool() }
+    guard chances % 3 != 0, let pool = pools.first, pool.blocks.contains(found.blocks.first) else {
+      return nil
+    }
+    pools[0].place = pool.place.advanced(by: pool.stride)
+    pools[0].count -= 1
+    if pools[0].count == 0 { pools.removeFirst() }
+    if chances % 5 == 0, pools.count == 1 { try addPool() }
+    let extent = Extent(
+      BlockRange(found.blocks.first), pool.place, writable: true, mark: lastMark + 1)
+    try format.granted(extent)
+    pooled += 1
+    if isWhole { return Placement(extent) }
+    return Placement(extent, found.place == .zero ? .zero : .copy(from: found.place))
+  }
+
+  /// Asks for a pool; there may be no room for one.
+  private func addPool() throws {
+    do throws(ImageError) {
+      if let pool = try format.pool() { pools.append(pool) }
+    } catch {
+      guard error.cause?.code == 28 else { throw error }
+    }
+  }
+
+  /// Keeps in mind an extent that is not committed, and gives it a mark if that is due.
+  @discardableResult func note(_ extent: Extent) -> Extent {
+    var extent = extent
+    if extent.mark.isProvisional {
+      let mark = lastMark + 1
+      format.marked(extent.mark, as: mark)
+      extent.mark = mark
+    }
     isNew = extent.mark > lastMark
-    guard isNew else { return }
+    guard isNew else { return extent }
     lastMark = extent.mark
     uncommitted.append(extent)
+    return extent
   }
 
   /// Prepares a placement and writes the data.

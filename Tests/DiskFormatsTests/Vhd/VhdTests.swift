@@ -223,7 +223,8 @@ import TestSupport
       open: {
         try Vhd.open(store: $0, base: overBase ? base : nil, writable: $1, piece: piece)
       },
-      check: { try Vhd.check(store: $0) }, repair: { try Vhd.repair(store: $0, .all) })
+      check: { try Vhd.check(store: $0) }, hasPools: !overBase,
+      repair: { try Vhd.repair(store: $0, .all) })
   }
 
   @Test(arguments: [false, true]) func powerCuts(overBase: Bool) throws {

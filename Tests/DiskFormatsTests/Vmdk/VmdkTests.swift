@@ -229,7 +229,8 @@ import TestSupport
         let below = ImageStore(try Vmdk.open(store: base, writable: false), store: base)
         return try Vmdk.open(store: store, base: below, writable: writable)
       },
-      check: { try Vmdk.check(store: $0) }, repair: { try Vmdk.repair(store: $0, .all) })
+      check: { try Vmdk.check(store: $0) }, hasPools: true,
+      repair: { try Vmdk.repair(store: $0, .all) })
   }
 
   @Test(arguments: [false, true]) func powerCuts(overBase: Bool) throws {
