@@ -53,7 +53,7 @@ struct Create: ParsableCommand {
   @Argument(help: "The base; without one, unwritten blocks read as zeroes.", completion: .file())
   var base: String?
   @Option(
-    name: .shortAndLong, help: "Bytes of a block, 4K to 4M. (default: 64K)",
+    name: .shortAndLong, help: "Bytes of a block, 4K to 4M. (default: 4K)",
     completion: blockSizes)
   var blockSize: Size?
   @Option(

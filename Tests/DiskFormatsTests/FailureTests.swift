@@ -17,7 +17,7 @@ import TestSupport
   }
 
   static func make() throws -> SimulatedDisk {
-    let disk = SimulatedDisk("store", size: 65536)
+    let disk = SimulatedDisk("store", size: 131072)
     try Dscow.create(store: disk, base: base(), baseName: "base", blockSize: 4096)
     return disk
   }

@@ -11,10 +11,11 @@ import TestSupport
 @Suite struct HeaderTests {
   static let fixtureBase: UInt64 = 537_919_488
 
-  static func fixtureHeader() throws -> DscowHeader {
+  /// Of a store as they were made before blocks of 4 KiB were the default, or with other blocks.
+  static func fixtureHeader(blockSize: UInt32 = 65536) throws -> DscowHeader {
     let base = MemoryStore("base", size: fixtureBase, modified: 1_153_958_400_000_000_000)
     let store = MemoryStore("store")
-    try Dscow.create(store: store, base: base, baseName: "/images/base.img")
+    try Dscow.create(store: store, base: base, baseName: "/images/base.img", blockSize: blockSize)
     return try Dscow.header(of: store).header
   }
 
@@ -41,10 +42,15 @@ import TestSupport
     #expect(CRC32C.of([UInt8]("123456789".utf8)) == 0xE306_9283)
   }
 
-  @Test func goldenBytes() throws {
-    let text = try Fixture.text("dscow-header.hex")
+  @Test(arguments: [
+    (Dscow.defaultBlockSize, "4k", "4096", "131328", "4104"),
+    (UInt32(65536), "64k", "65536", "8208", "257"),
+  ]) func goldenBytes(
+    blockSize: UInt32, name: String, size: String, blocks: String, words: String
+  ) throws {
+    let text = try Fixture.text("dscow-header-\(name).hex")
     let golden = text.split(separator: "\n").joined()
-    var header = try Self.fixtureHeader()
+    var header = try Self.fixtureHeader(blockSize: blockSize)
     // The bytes from 120 on were not used by all who made stores of version 1.
     #expect(header.stampFlags == 1)
     #expect(header.encoded()[120..<128] == [1, 0, 0, 0, 0, 0, 0, 0])
@@ -57,11 +63,24 @@ import TestSupport
       DscowTool.geometry(header) == """
         Size:         537919488
         First block:  65536
-        Block size:   65536
-        Blocks:       8208
-        Bitmap count: 257
+        Block size:   \(size)
+        Blocks:       \(blocks)
+        Bitmap count: \(words)
 
         """)
+  }
+
+  /// It lies at a multiple of 64 KiB, or of larger blocks, behind the bitmap.
+  @Test func theFirstBlockIsAligned() throws {
+    for size: UInt64 in [512, 1 << 20, (1 << 30) + 512, 1792 << 20, 1793 << 20, 1 << 40, 64 << 40] {
+      for shift in UInt32(12)...22 {
+        let header = try DscowHeader(size: size, blockSize: 1 << shift, base: nil)
+        let unit = max(65536, UInt64(header.blockSize))
+        #expect(header.firstBlock % unit == 0)
+        #expect(header.firstBlock >= header.bitmapOffset + header.bitmapBytes)
+        #expect(header.firstBlock - header.bitmapOffset - header.bitmapBytes < unit)
+      }
+    }
   }
 
   @Test func readsWhatItWrote() throws {

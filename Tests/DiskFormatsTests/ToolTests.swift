@@ -64,9 +64,9 @@ final class ToolRun {
       result.out == """
         Size:         537919488
         First block:  65536
-        Block size:   65536
-        Blocks:       8208
-        Bitmap count: 257
+        Block size:   4096
+        Blocks:       131328
+        Bitmap count: 4104
 
         """)
     #expect(result.error == "")
@@ -78,10 +78,10 @@ final class ToolRun {
   @Test func optionsOfCreate() throws {
     let tool = try ToolRun()
     try tool.makeFile("base", size: 1_000_000)
-    let result = try tool.run("-c", "store", "base", "-b", "4K", "--size", "1G")
+    let result = try tool.run("-c", "store", "base", "-b", "8K", "--size", "1G")
     #expect(result.exit == 0)
     #expect(result.out.contains("Size:         1073741824\n"))
-    #expect(result.out.contains("First block:  40960\nBlock size:   4096\nBlocks:       262144\n"))
+    #expect(result.out.contains("First block:  65536\nBlock size:   8192\nBlocks:       131072\n"))
     let again = try tool.run("create", "store", "base")
     #expect(again.exit == 1)
     #expect(
@@ -169,7 +169,7 @@ final class ToolRun {
       try tool.run("map", "store").out == """
         Start           Length          Place  Offset there
         0               4096            base   0
-        4096            4096            store  16384
+        4096            4096            store  69632
         8192            4096            base   8192
         12288           8192            zero
 
@@ -178,7 +178,7 @@ final class ToolRun {
       try tool.run("map", "--json", "store").out == """
         [
           {"start": 0, "length": 4096, "place": "base", "offset": 0},
-          {"start": 4096, "length": 4096, "place": "store", "offset": 16384},
+          {"start": 4096, "length": 4096, "place": "store", "offset": 69632},
           {"start": 8192, "length": 4096, "place": "base", "offset": 8192},
           {"start": 12288, "length": 8192, "place": "zero", "offset": null}
         ]
@@ -195,12 +195,12 @@ final class ToolRun {
     #expect(try tool.run("-c", "store", "base", "-b", "4k").exit == 0)
     let store = try FileStore(path: tool.path("store"), writable: true)
     // Data of block 2, which has no bit.
-    try store.write(Stamp.sectors(8, 9), at: 12288 + 2 * 4096)
+    try store.write(Stamp.sectors(8, 9), at: 65536 + 2 * 4096)
     var check = try tool.run("check", "store")
     #expect(check.exit == 3)
     #expect(check.out.hasPrefix("leftover: 1 blocks take up space without being in use\n"))
     #expect(try tool.run("check", "--repair", "store").exit == 0)
-    #expect(try store.read(at: 12288 + 2 * 4096, count: 4096).allSatisfy { $0 == 0 })
+    #expect(try store.read(at: 65536 + 2 * 4096, count: 4096).allSatisfy { $0 == 0 })
     // A header copy, and a bit of a block that is none.
     try store.write([1], at: 4096 + 600)
     try store.write([0xE1], at: 8192)
@@ -211,10 +211,10 @@ final class ToolRun {
     #expect(try tool.run("check", "--repair", "store").exit == 0)
     #expect(try tool.run("check", "store").out.hasPrefix("1 of 5 blocks"))
     // Both header copies; a store cut short; no store at all.
-    try store.resize(to: 30000)
+    try store.resize(to: 80000)
     check = try tool.run("check", "store", "--json")
     #expect(check.exit == 2)
-    #expect(check.out.contains("cut short: it has 30000 bytes where 32768 belong"))
+    #expect(check.out.contains("cut short: it has 80000 bytes where 86016 belong"))
     try store.write([1], at: 600)
     try store.write([1], at: 4096 + 600)
     #expect(try tool.run("check", "store").exit == 2)

@@ -36,8 +36,9 @@ struct DeviceTests {
         Way("qcow2", "-c"), Way("qcow2", "-S", "0"), Way("qcow2", "-o", "cluster_size=2M"),
         Way("qcow2", "-o", "extended_l2=on,cluster_size=128k"),
         Way("vpc", "-o", "block_size=65536"), Way("vmdk", "-o", "subformat=streamOptimized"),
-        Way("dscow", "-o", "block_size=4096"), Way("qcow2", "-B", "raw"), Way("dscow", "-B", "raw"),
-        Way("vpc", "-B", "vpc"), Way("vmdk", "-B", "vmdk"), Way("qcow", "-B", "raw"),
+        Way("dscow", "-o", "block_size=65536"), Way("dscow", "-B", "raw"),
+        Way("qcow2", "-B", "raw"), Way("vpc", "-B", "vpc"), Way("vmdk", "-B", "vmdk"),
+        Way("qcow", "-B", "raw"),
       ]
     static let raw = [
       Way("raw"), Way("raw", "-S", "0"), Way("raw", "-n"), Way("raw", "-o", "preallocation=falloc"),

@@ -182,7 +182,7 @@ private final class CrashRun: RequestOwner {
     base = MemoryStore(
       "base", bytes: Self.contents(whole) + [UInt8](repeating: 0, count: tail))
     model = NaiveDisk(sectors: sectors) { $0 < whole ? UInt64($0 + 1) : 0 }
-    disk = SimulatedDisk("store", size: 16384 + (sectors / 8 + 1) * Self.blockSize)
+    disk = SimulatedDisk("store", size: 65536 + (sectors / 8 + 1) * Self.blockSize)
     try Dscow.create(
       store: disk, base: base, baseName: "base", blockSize: UInt32(Self.blockSize),
       size: UInt64(sectors * 512), overwrite: true)

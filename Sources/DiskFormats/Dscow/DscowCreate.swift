@@ -16,8 +16,9 @@ import Glibc
 import SystemIO
 
 extension Dscow {
-  /// The block size unless asked otherwise.
-  package static let defaultBlockSize: UInt32 = 65536
+  /// The block size unless asked otherwise: what guests write at least. A first write of a whole
+  /// block copies nothing.
+  package static let defaultBlockSize: UInt32 = 4096
 
   /// Makes a store.
   ///

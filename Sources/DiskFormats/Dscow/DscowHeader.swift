@@ -41,6 +41,10 @@ package struct DscowHeader: Sendable, Equatable {
   package static let largestBlock: UInt32 = 4 << 20
   /// The largest disk in bytes: 64 TiB.
   package static let largestDisk: UInt64 = 64 << 40
+  /// The first block of a new store lies at a multiple of this, also where blocks are smaller: what a
+  /// guest aligns stays aligned on what is below (stripes, chunks of a thin pool), and the blocks can
+  /// become so large later.
+  static let firstBlockUnit: UInt64 = 65536
   /// The bitmap is read and written in pages of so many bytes.
   static let pageSize: UInt64 = 4096
   /// A compatible feature: the store's blocks are being written into its base, which therefore
@@ -111,7 +115,7 @@ package struct DscowHeader: Sendable, Equatable {
     let blocks = (size - 1) / UInt64(blockSize) + 1
     // Within the limits nothing here comes near an overflow: the bitmap is 2 GiB at most.
     let metadata = self.bitmapOffset + (blocks + 7) / 8
-    let unit = UInt64(blockSize)
+    let unit = max(UInt64(blockSize), Self.firstBlockUnit)
     self.firstBlock = (metadata + unit - 1) / unit * unit
     self.base = base
     self.raw = [UInt8](repeating: 0, count: Self.copySize)
