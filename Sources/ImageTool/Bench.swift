@@ -5,7 +5,7 @@ import BlockIO
 package import DiskFormats
 import Glibc
 import Synchronization
-import SystemIO
+package import SystemIO
 
 extension ImageTool {
   /// What `bench` is asked for.

@@ -8,7 +8,7 @@
 import BlockIO
 package import DiskFormats
 import Glibc
-import SystemIO
+package import SystemIO
 
 extension ImageTool {
   private static let piece = 1 << 20

@@ -4,7 +4,7 @@
 package import DiskFormats
 import Glibc
 import Synchronization
-import SystemIO
+package import SystemIO
 
 extension ImageTool {
   /// Compares two disks and says how they differ. Returns whether they are the same. The longer

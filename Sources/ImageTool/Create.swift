@@ -3,6 +3,7 @@
 
 import BlockIO
 package import DiskFormats
+package import SystemIO
 
 /// The commands of dmu-img. Each throws `ImageError`; what it prints goes to an `Output`.
 package enum ImageTool {}

@@ -3,7 +3,7 @@
 
 import BlockIO
 package import DiskFormats
-import SystemIO
+package import SystemIO
 
 extension ImageTool {
   /// Describes an image, or with `chain` every image from it down.

@@ -3,6 +3,7 @@
 
 import BlockIO
 package import DiskFormats
+package import SystemIO
 
 /// A run of the disk in a map.
 struct MapRow {
@@ -49,7 +50,7 @@ extension ImageTool {
     var isFirst = true
     try rows(of: chain, from: start, count: count) { row in
       if isText { return line(row, to: output) }
-      output.put(isFirst ? "[{ \"start\": " : ",\n{ \"start\": ")
+      output.put(known: isFirst ? "[{ \"start\": " : ",\n{ \"start\": ")
       isFirst = false
       object(row, to: output)
     }
@@ -63,27 +64,27 @@ extension ImageTool {
     if let offset = row.offset, !row.isCompressed {
       output.put(hexadecimal: offset, width: 16)
     } else {
-      output.put("compressed      ")
+      output.put(known: "compressed      ")
     }
     output.put(store.name)
-    output.put("\n")
+    output.put(known: "\n")
   }
 
   private static func object(_ row: MapRow, to output: Output) {
     output.put(row.start)
-    output.put(", \"length\": ")
+    output.put(known: ", \"length\": ")
     output.put(row.count)
-    output.put(", \"depth\": ")
+    output.put(known: ", \"depth\": ")
     output.put(UInt64(row.depth))
-    output.put(row.isPresent ? ", \"present\": true" : ", \"present\": false")
-    output.put(row.isZero ? ", \"zero\": true" : ", \"zero\": false")
-    output.put(row.isData ? ", \"data\": true" : ", \"data\": false")
-    if row.isCompressed { output.put(", \"compressed\": true") }
+    output.put(known: row.isPresent ? ", \"present\": true" : ", \"present\": false")
+    output.put(known: row.isZero ? ", \"zero\": true" : ", \"zero\": false")
+    output.put(known: row.isData ? ", \"data\": true" : ", \"data\": false")
+    if row.isCompressed { output.put(known: ", \"compressed\": true") }
     if let offset = row.offset, !row.isCompressed {
-      output.put(", \"offset\": ")
+      output.put(known: ", \"offset\": ")
       output.put(offset)
     }
-    output.put("}")
+    output.put(known: "}")
   }
 
   /// The runs of a disk in order, as long as they can be.

@@ -121,8 +121,10 @@ struct Map: ParsableCommand {
 
   func run() throws {
     try finish { () throws(ImageError) in
+      let output = Output()
       try DscowTool.map(
-        store: store, json: looking.json, evenInUse: looking.evenInUse, print: put)
+        store: store, json: looking.json, evenInUse: looking.evenInUse, to: output)
+      do throws(IOError) { try output.finish() } catch { throw ImageError(error) }
       return .done
     }
   }

@@ -320,6 +320,45 @@ import TestSupport
     #expect(store.allocatedBytes() <= 16384 + 8192)
   }
 
+  /// A map has every block once, where it is, in runs as long as they can be.
+  @Test(arguments: [UInt64(0), 100, 40_000, 66_000]) func theMapOfRandomBits(short: UInt64) throws {
+    let bench = try Bench(blocks: 66_001, short: short)
+    var random = SplitMix64(seed: short)
+    var block: UInt64 = 0
+    while block < 66_001 {
+      // Some runs end with a page, some go on over one.
+      let count = min(
+        66_001 - block, random.chance(80) ? 1 + random.next() % 40 : 1 + random.next() % 40_000)
+      if random.chance(50) { _ = try bench.disk.place(BlockRange(block, count), whole: true) }
+      block += count
+    }
+    try bench.commit(.max)
+    var runs: [Extent] = []
+    let header = try Dscow.map(store: bench.store) { runs.append($0) }
+    #expect(header.blocks == 66_001)
+    var at: UInt64 = 0
+    var last: Extent?
+    for run in runs {
+      #expect(run.blocks.first == at && run.blocks.count > 0)
+      if let last {
+        #expect(last.place.advanced(by: last.blocks.count * Self.sectors) != run.place)
+      }
+      for block in [run.blocks.first, run.blocks.end - 1] {
+        let found = try bench.disk.find(block, limit: 1)
+        #expect(found.place == run.place.advanced(by: (block - run.blocks.first) * Self.sectors))
+      }
+      var inside = run.blocks.first
+      while inside < run.blocks.end {
+        let found = try bench.disk.find(inside, limit: run.blocks.end - inside)
+        #expect(found.place == run.place.advanced(by: (inside - run.blocks.first) * Self.sectors))
+        inside = found.blocks.end
+      }
+      at = run.blocks.end
+      last = run
+    }
+    #expect(at == 66_001)
+  }
+
   /// The word-wise search agrees with a look at each bit.
   @Test func runsOfRandomBits() throws {
     let bench = try Bench(blocks: 33000, short: 100)

@@ -328,25 +328,47 @@ import WorkerLink
     #expect(try daemon.worker.process.wait(milliseconds: 10_000) == .exited(0))
   }
 
-  /// What a worker costs that has nothing to do, however large its disk.
-  @Test func anIdleWorkerOfATebibyteIsSmall() throws {
+  /// What a worker costs that has nothing to do, however large its disk; also where one block of each
+  /// second 64 KiB is in the store, so that there is a bitmap of 32 MiB to look through.
+  @Test(arguments: [false, true]) func anIdleWorkerOfATebibyteIsSmall(isMixed: Bool) throws {
     let image = try TestImage(sectors: 256, blockSize: 4096, create: false)
     let base = try FileStore(path: image.base, writable: true)
     try base.resize(to: 1 << 40)
-    try Dscow.create(
-      store: FileStore(path: image.store, writable: true), base: base, baseName: image.base)
+    let store = try FileStore(path: image.store, writable: true)
+    let header = try Dscow.create(store: store, base: base, baseName: image.base)
+    if isMixed {
+      #expect(header.bitmapCount * 4 == 32 << 20)
+      let piece = (0..<1 << 20).map { UInt8($0 % 4 == 0 ? 1 : 0) }
+      for number in UInt64(0)..<32 {
+        try store.write(piece, at: header.bitmapOffset + number << 20)
+      }
+    }
     let daemon = try TestDaemon(image)
     let report = try daemon.startReady()
     #expect(report.size == 1 << 40)
     let client = try daemon.attach()
     #expect(try client.run(.read, offset: 1 << 39, length: 4096).allSatisfy { $0 == 0 })
     let status = try daemon.status()
+    #expect(status.allocated == (isMixed ? 1 << 23 : 0) * 4096)
     let memory = try memory(daemon.worker.process.pid)
-    print("an idle worker of 1 TiB: \(memory.resident) KiB resident, \(memory.own) of them its own")
+    let milliseconds = try processorTime(daemon.worker.process.pid)
+    print(
+      "an idle worker of 1 TiB\(isMixed ? ", half of it mixed" : ""): \(memory.resident) KiB resident,"
+        + " \(memory.own) of them its own, \(milliseconds) ms of processor time")
+    #expect(milliseconds <= 1000)
     #expect(status.memory / 1024 <= memory.resident + 64)
     // Not as it is installed, it shares far larger libraries with everybody.
     if getenv("DMU_BIN_DIR") != nil { #expect(memory.resident < 16 * 1024) }
     #expect(memory.own < 6 * 1024)
+  }
+
+  /// Milliseconds of processor time.
+  private func processorTime(_ pid: Int32) throws -> Int {
+    let words = try kernelText("/proc/\(pid)/stat").split(separator: ")").last?
+      .split(separator: " ")
+    let fields = try #require(words)
+    let ticks = try #require(Int(fields[11])) + #require(Int(fields[12]))
+    return ticks * 1000 / sysconf(Int32(_SC_CLK_TCK))
   }
 
   /// KiB resident in all, and of those not backed by files.

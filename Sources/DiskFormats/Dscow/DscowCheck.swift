@@ -185,30 +185,32 @@ extension Dscow {
   package static func map(
     store: any ByteStore, visit: (Extent) -> Void
   ) throws(ImageError) -> DscowHeader {
-    let (header, copies) = try Self.header(of: store)
-    let disk = Dscow(
-      store: store, baseSize: header.base?.size ?? 0, base: nil, header: header, copies: copies,
-      writable: false, durableBlocks: 0)
-    var last: Extent?
+    let header = try Self.header(of: store).header
+    let unit = UInt64(header.blockSize)
+    let baseEnd = header.base.map { ($0.size + unit - 1) / unit } ?? 0
+    var bitmap = DscowBitmap(store: store, header: header)
+    func tell(_ first: UInt64, _ end: UInt64, _ place: Place) {
+      guard first < end else { return }
+      visit(Extent(BlockRange(first, end - first), place, writable: false))
+    }
     var block: UInt64 = 0
     while block < header.blocks {
-      let next = try disk.find(block, limit: header.blocks - block)
-      block = next.blocks.end
-      guard let before = last else {
-        last = next
+      let first = block
+      // Not only to the end of a page.
+      let (isSet, count) = try bitmap.run(from: block, limit: header.blocks - block)
+      block += count
+      while block < header.blocks, block % DscowBitmap.blocksPerPage == 0 {
+        let next = try bitmap.run(from: block, limit: header.blocks - block)
+        guard next.isSet == isSet else { break }
+        block += next.count
+      }
+      guard !isSet else {
+        tell(first, block, .device(storeDevice, sector: (header.firstBlock + first * unit) / 512))
         continue
       }
-      let sectors = before.blocks.count * UInt64(header.blockSize) / 512
-      if before.place.advanced(by: sectors) == next.place {
-        last = Extent(
-          BlockRange(before.blocks.first, before.blocks.count + next.blocks.count),
-          before.place, writable: false)
-      } else {
-        visit(before)
-        last = next
-      }
+      tell(first, min(block, baseEnd), .device(baseDevice, sector: first * unit / 512))
+      tell(max(first, baseEnd), block, .zero)
     }
-    if let last { visit(last) }
     return header
   }
 

@@ -3,6 +3,7 @@
 
 import BlockIO
 import DiskModel
+package import SystemIO
 
 /// The commands of dscow_tool. Each throws `ImageError`.
 package enum DscowTool {
@@ -179,34 +180,30 @@ package enum DscowTool {
     ])
   }
 
-  /// Says where everything is, piece by piece to `print`.
+  /// Says where everything is.
   package static func map(
-    store path: String, json: Bool, evenInUse: Bool, print: (String) -> Void
+    store path: String, json: Bool, evenInUse: Bool, to output: Output
   ) throws(ImageError) {
     let store = try ImageFile.store(path, writable: false, evenInUse: evenInUse)
     let header = try Dscow.header(of: store).header
     var isFirst = true
-    print(json ? "[" : line("Start", "Length", "Place", "Offset there"))
+    output.put(json ? "[" : "Start           Length          Place  Offset there\n")
     _ = try Dscow.map(store: store) { extent in
       let unit = UInt64(header.blockSize)
       let start = extent.blocks.first * unit
       let length = min(extent.blocks.count * unit, header.size - start)
-      let (name, offset) = place(extent.place)
       if json {
-        let row = JSON.object([
-          ("start", .number(start)), ("length", .number(length)), ("place", .string(name)),
-          ("offset", offset.map { .number($0) } ?? .null),
-        ])
-        print((isFirst ? "\n  " : ",\n  ") + row.text)
+        output.put(known: isFirst ? "\n  {\"start\": " : ",\n  {\"start\": ")
+        object(start, length, extent.place, to: output)
       } else {
-        print(line("\(start)", "\(length)", name, offset.map { "\($0)" } ?? ""))
+        line(start, length, extent.place, to: output)
       }
       isFirst = false
     }
-    if json { print("\n]\n") }
+    if json { output.put(known: "\n]\n") }
   }
 
-  private static func place(_ place: Place) -> (String, UInt64?) {
+  private static func words(_ place: Place) -> (name: StaticString, offset: UInt64?) {
     switch place {
     case .zero: ("zero", nil)
     case .device(Dscow.storeDevice, let sector): ("store", sector * 512)
@@ -215,13 +212,33 @@ package enum DscowTool {
   }
 
   private static func line(
-    _ start: String, _ length: String, _ place: String, _ offset: String
-  ) -> String {
-    let columns = [(start, 15), (length, 15), (place, 6)].map { text, width in
-      text + String(repeating: " ", count: max(0, width - text.count))
+    _ start: UInt64, _ length: UInt64, _ place: Place, to output: Output
+  ) {
+    let (name, offset) = words(place)
+    output.put(start, width: 15)
+    output.put(known: " ")
+    output.put(length, width: 15)
+    output.put(known: " ")
+    output.put(known: name)
+    if let offset {
+      for _ in name.utf8CodeUnitCount..<7 { output.put(known: " ") }
+      output.put(offset)
     }
-    let line = (columns + [offset]).joined(separator: " ")
-    return String(line.reversed().drop { $0 == " " }.reversed()) + "\n"
+    output.put(known: "\n")
+  }
+
+  private static func object(
+    _ start: UInt64, _ length: UInt64, _ place: Place, to output: Output
+  ) {
+    let (name, offset) = words(place)
+    output.put(start)
+    output.put(known: ", \"length\": ")
+    output.put(length)
+    output.put(known: ", \"place\": \"")
+    output.put(known: name)
+    output.put(known: "\", \"offset\": ")
+    if let offset { output.put(offset) } else { output.put(known: "null") }
+    output.put(known: "}")
   }
 
   /// Stamps a store with its base as it is now: the one its header names, or another, whose

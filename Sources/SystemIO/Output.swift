@@ -1,9 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // What a command prints: collected in a large buffer, so that a million lines cost little.
 
-import DiskFormats
 import Glibc
-package import SystemIO
 
 /// Text on its way to a descriptor. Used from one thread.
 package final class Output {
@@ -27,8 +25,8 @@ package final class Output {
     text.withUTF8 { put($0) }
   }
 
-  /// Adds text that is known when the program is built.
-  func put(_ text: StaticString) {
+  /// Adds text that is known when the program is built, at less cost.
+  package func put(known text: StaticString) {
     put(UnsafeBufferPointer(start: text.utf8Start, count: text.utf8CodeUnitCount))
   }
 
@@ -44,14 +42,14 @@ package final class Output {
     }
   }
 
-  /// Adds a number in decimal digits.
-  func put(_ number: UInt64) { digits(number, base: 10, width: 0) }
+  /// Adds a number in decimal digits, filled with blanks to a width.
+  package func put(_ number: UInt64, width: Int = 0) { digits(number, base: 10, width: width) }
 
   /// Adds 0x and a number in hexadecimal digits (0 without the 0x), filled with blanks to a
   /// width.
-  func put(hexadecimal number: UInt64, width: Int) {
+  package func put(hexadecimal number: UInt64, width: Int) {
     guard number > 0 else { return digits(0, base: 16, width: width) }
-    put("0x" as StaticString)
+    put(known: "0x")
     digits(number, base: 16, width: width - 2)
   }
 
