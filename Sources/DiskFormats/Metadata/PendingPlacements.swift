@@ -177,6 +177,11 @@ struct PendingPlacements {
     let isLast = index == shelves[at].count
     let next = isLast ? at + 1 < shelves.count ? shelves[at + 1][0] : nil : shelves[at][index]
     guard next.map({ run.blocks.end <= $0.blocks.first }) ?? true else { return false }
+    if isLast, index == shelfSize, at + 1 == shelves.count {
+      // Runs that come in a row leave full shelves behind them.
+      shelves.insert([run], at: at + 1)
+      return true
+    }
     shelves[at].insert(run, at: index)
     guard shelves[at].count > shelfSize else { return true }
     let rest = Array(shelves[at][(shelfSize / 2)...])

@@ -204,10 +204,17 @@ final class ExtentMap {
     var leaf = leaf
     var index = index
     if leaves[leaf].count == ExtentMap.fanout {
-      split(leaf)
-      if index > leaves[leaf].count {
-        index -= leaves[leaf].count
+      if index == ExtentMap.fanout, leaf + 1 == leafCount {
+        // Runs that come in a row leave full leaves behind them.
+        addLeaf(at: leaf + 1)
         leaf += 1
+        index = 0
+      } else {
+        split(leaf)
+        if index > leaves[leaf].count {
+          index -= leaves[leaf].count
+          leaf += 1
+        }
       }
     }
     let runs = leaves[leaf].runs
