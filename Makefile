@@ -86,7 +86,7 @@ soak: dist ## the seeded suites for longer, with other seeds: DMU_DEPTH=10 times
 bench: dist ## measure against dm-linear, dm-snapshot, loop, qemu-nbd, qemu-img and a plain disk
 	@lab/prerequisites bench xen module
 	@status=0; for part in "bench/starts $(DIST)" bench/nbd "env FORMAT=qcow2 bench/nbd" \
-	  bench/images lab/speed/run "env COUNTED=1 bench/guest-boot"; do \
+	  bench/files bench/tebibyte bench/images lab/speed/run "env COUNTED=1 bench/guest-boot"; do \
 	  echo "bench: $$part"; $$part || { echo "bench: MISSED: $$part"; status=1; }; done; exit $$status
 
 install: ## install into $(DESTDIR)$(PREFIX), etc. into $(DESTDIR)/etc
