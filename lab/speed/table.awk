@@ -3,7 +3,8 @@
 #
 # mapped: against dm-linear, at least 0.95. first: against dm-snapshot, at least 1. small: against
 # dm-snapshot with chunks of 64 KiB. mixed: against dm-linear. pools: qcow2 against dscow, at least
-# 0.9. copy: against the loop device, time, at most 1.5. Rows of which nothing is asked are there to be read.
+# 0.9. files: against a sparse file. copy: against the loop device, time, at most 1.5. Rows of which
+# nothing is asked are there to be read.
 # Exits with 1 when a row misses what is asked of it.
 
 function wanted(part, what, device) {
@@ -25,8 +26,9 @@ BEGIN {
   yard["small"] = "dm-snapshot 64K"
   yard["mixed"] = "dm-linear"
   yard["pools"] = "dscow 64K in a file"
+  yard["files"] = "loop, direct"
   yard["copy"] = "loop"
-  printf "%-38s %-16s %12s %7s  %s\n", "", "device", "ops/s or s", "ratio", "wanted"
+  printf "%-38s %-16s %12s %7s  %s\n", "", "device", "figure", "ratio", "wanted"
 }
 
 NF == 4 {
