@@ -368,7 +368,7 @@ package final class Worker {
   }
 
   /// Whether time alone may change something: to be told of by `tick` every second.
-  package var wantsTicks: Bool { starvingSince != 0 || condition != .ready }
+  package var wantsTicks: Bool { starvingSince != 0 || condition.state != .ready }
 
   /// A second has passed: what waits for space is tried again. After `quiet` seconds without a
   /// new one, errors that the format met are forgotten; 0: never.
