@@ -41,6 +41,15 @@ enum Opening {
     return try openSocket(path: path, explicit: explicit, generation: generation, limit: limit)
   }
 
+  /// Whether such a connection goes by the kernel's device.
+  static func goesByDevice(_ explicit: String?) -> Bool {
+    var status = stat()
+    guard stat(explicit ?? SocketVariable.defaultPath(), &status) == 0 else {
+      return explicit == nil && !runsInControlDomain()
+    }
+    return status.st_mode & S_IFMT != S_IFSOCK
+  }
+
   private static func openDevice(
     path: String?, generation: Int
   ) throws(OpeningFailure) -> Connection {

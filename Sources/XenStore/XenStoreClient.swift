@@ -51,6 +51,11 @@ package final class XenStoreClient: Sendable {
     case closed
   }
 
+  /// Whether requests go by the kernel's device, as in a domain that does not run xenstored.
+  package static func goesByDevice(socketPath: String?) -> Bool {
+    Opening.goesByDevice(socketPath)
+  }
+
   let core: Core
 
   /// Starts a client, which connects in the background.

@@ -70,6 +70,7 @@ extension World {
   func use(_ device: ControlReply.Device, by domain: Int) throws -> FakeDisk {
     var disk = FakeDisk(domain: domain, params: "/dev/dmu/data")
     disk.script = "/etc/xen/scripts/block"
+    disk.backendDomain = driver ?? 0
     try toolstack.createDomain(domain, name: "guest\(domain)")
     try toolstack.attach(disk)
     try toolstack.backendWaits(disk)

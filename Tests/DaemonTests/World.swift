@@ -71,12 +71,16 @@ final class World: Sendable {
 
   /// The daemon of this world has a device-mapper, which is played, and so are its workers.
   let hasMapper: Bool
+  /// The driver domain in which the daemon runs; nil: it runs in domain 0.
+  let driver: Int?
 
-  init(_ settings: [String: String] = [:], hasMapper: Bool = false) throws {
+  init(_ settings: [String: String] = [:], hasMapper: Bool = false, driver: Int? = nil) throws {
     self.hasMapper = hasMapper
+    self.driver = driver
     folder = try TemporaryFolder()
-    xenstored = try XenStored.start()
+    xenstored = try XenStored.start(domain: driver)
     toolstack = try FakeToolstack(xenstored)
+    if let driver { try toolstack.createDomain(driver, name: "driver") }
     try useWorkers()
     try #require(mkdir(mapper, 0o700) == 0)
     try configure(settings)
@@ -95,6 +99,8 @@ final class World: Sendable {
     try #require(rename(new, folder.file("cowd")) == 0)
   }
 
+  /// How programs of the domain in which the daemon runs find xenstored.
+  var xenstorePath: String { driver == nil ? xenstored.socketPath : xenstored.domainPath }
   var configurationPath: String { folder.file("dmu-xen.toml") }
   var workerLog: String { folder.file("workers.log") }
   /// Where the stand-in of the device-mapper has its devices.
@@ -155,7 +161,7 @@ final class World: Sendable {
       Programs.directory + "/dmu-xend",
       ["--config", configurationPath, "--stand-in-devices"] + options
         + (hasMapper ? ["--stand-in-mapper", mapper] : []),
-      environment: ["XENSTORED_PATH=\(xenstored.socketPath)", "PATH=/usr/bin:/bin"]
+      environment: ["XENSTORED_PATH=\(xenstorePath)", "PATH=/usr/bin:/bin"]
         + environment)
     let log = try Descriptor(
       path: folder.file("daemon.log"), flags: O_WRONLY | O_CREAT | O_APPEND, mode: 0o600)
@@ -249,7 +255,8 @@ final class World: Sendable {
   func attach(
     _ domain: Int, _ params: String, name: String = "xvda", writable: Bool = true
   ) throws -> FakeDisk {
-    let disk = FakeDisk(domain: domain, name: name, params: params, isWritable: writable)
+    var disk = FakeDisk(domain: domain, name: name, params: params, isWritable: writable)
+    disk.backendDomain = driver ?? 0
     if try toolstack.read("/local/domain/\(domain)/domid") == nil {
       try toolstack.createDomain(domain, name: "guest\(domain)")
     }
@@ -365,9 +372,9 @@ final class World: Sendable {
 /// Runs a test in a world and ends it, whatever the test throws.
 func inWorld(
   _ settings: [String: String] = [:], daemon: Bool = true, hasMapper: Bool = false,
-  _ body: (World) async throws -> Void
+  driver: Int? = nil, _ body: (World) async throws -> Void
 ) async throws {
-  let world = try World(settings, hasMapper: hasMapper)
+  let world = try World(settings, hasMapper: hasMapper, driver: driver)
   do {
     if daemon { try await world.startDaemon() }
     try await body(world)

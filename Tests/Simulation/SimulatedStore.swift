@@ -103,6 +103,11 @@ struct SimulatedView: StoreView {
     }
   }
 
+  // The simulated host is a domain 0, where a script does these.
+  func connect(_ vbd: VBD, _ device: DeviceNode) async throws(XenStoreError) -> Bool { false }
+  func refuse(_ vbd: VBD, _ sentence: String) async throws(XenStoreError) {}
+  func delete(_ vbd: VBD) async throws(XenStoreError) {}
+
   func toldDisks() async throws(XenStoreError) -> [VBD] {
     try await ask { store.entries.filter { $0.value.told != nil }.keys.compactMap(\.vbd).sorted() }
   }

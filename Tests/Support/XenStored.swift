@@ -27,22 +27,30 @@ package final class XenStored: Sendable {
   package let directory: String
   private let program: String
   private let shim: String
+  /// The unprivileged domain that has a way in beside domain 0; nil: none.
+  private let domain: Int?
   private let state: Mutex<State>
 
   /// Where clients connect.
   package var socketPath: String { directory + "/run/socket" }
+  /// What stands for /dev/xen/xenbus in the unprivileged domain, once that was introduced. One
+  /// client may use it.
+  package var domainPath: String { directory + "/run/domain" }
   /// The process, or 0 while none runs.
   package var pid: Int32 { state.withLock { $0.pid } }
 
   /// Starts xenstored and waits until it listens. `options` are given to it beside `-N -I`, and
-  /// `--trace` among them makes it keep a `trace`.
-  package static func start(options: [String] = []) throws(XenStoredFailure) -> XenStored {
-    let instance = try XenStored(options)
+  /// `--trace` among them makes it keep a `trace`. `domain`: one that has a `domainPath`.
+  package static func start(
+    options: [String] = [], domain: Int? = nil
+  ) throws(XenStoredFailure) -> XenStored {
+    let instance = try XenStored(options, domain)
     try instance.launch()
     return instance
   }
 
-  private init(_ options: [String]) throws(XenStoredFailure) {
+  private init(_ options: [String], _ domain: Int?) throws(XenStoredFailure) {
+    self.domain = domain
     program = try Self.program()
     shim = try Self.builtShim.get()
     state = Mutex(State(options: options))
@@ -56,7 +64,9 @@ package final class XenStored: Sendable {
 
   deinit {
     stop()
-    for part in ["/run/socket", "/run/xenstored.pid", "/log", "/trace", "/run", "/root"] {
+    for part in [
+      "/run/socket", "/run/domain", "/run/xenstored.pid", "/log", "/trace", "/run", "/root",
+    ] {
       remove(directory + part)
     }
     rmdir(directory)
@@ -141,10 +151,13 @@ extension XenStored {
     sigemptyset(&none)
     posix_spawnattr_setsigmask(&attributes, &none)
     posix_spawnattr_setflags(&attributes, Int16(POSIX_SPAWN_SETSIGMASK))
-    let environment = [
+    var environment = [
       "LD_PRELOAD=\(shim)", "SHIM_LIFELINE=3", "PATH=/usr/sbin:/usr/bin:/sbin:/bin",
       "XENSTORED_RUNDIR=\(directory)/run", "XENSTORED_ROOTDIR=\(directory)/root",
     ]
+    if let domain {
+      environment += ["SHIM_DOMAIN=\(domain)", "SHIM_DOMAIN_PATH=\(domainPath)"]
+    }
     var child: pid_t = 0
     let options = state.withLock { $0.options }.flatMap { (option: String) -> [String] in
       option == "--trace" ? ["--trace-file", directory + "/trace"] : [option]

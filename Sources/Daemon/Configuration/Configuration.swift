@@ -22,6 +22,8 @@ package struct Configuration: Sendable, Equatable {
 
   /// By which way the kernel reaches the disks that do not say so themselves.
   package var transport = Transport.auto
+  /// Who attaches and detaches disks where this is a driver domain.
+  package var driverDomain = DriverDomain.devd
 
   /// Path of cowd; empty: beside dmu-xend, then along PATH.
   package var workerProgram = ""
@@ -90,6 +92,14 @@ package struct Configuration: Sendable, Equatable {
   var recoveryDirectory: String { runDirectory + "/recover" }
   /// The pending logs of stores.
   var registry: PendingRegistry { PendingRegistry(runDirectory: runDirectory) }
+}
+
+/// Who attaches and detaches disks in a driver domain.
+package enum DriverDomain: String, Sendable, CaseIterable {
+  /// `xl devd`, which runs the block script.
+  case devd
+  /// The daemon itself.
+  case alone
 }
 
 /// What happens to a write for which there is no space.

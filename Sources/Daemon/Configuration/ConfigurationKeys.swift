@@ -26,6 +26,7 @@ struct ConfigurationKey: Sendable {
     seconds("daemon", "look-interval", \.lookInterval, 1...86_400),
     seconds("daemon", "attach-timeout", \.attachTimeout, 1...35),
     transport,
+    driverDomain,
     path("worker", "program", \.workerProgram, mayBeEmpty: true),
     users("worker", "uids", \.workerUsers),
     sandbox,
@@ -64,6 +65,7 @@ struct ConfigurationKey: Sendable {
       if configuration.metricsListen == nil, !text.isEmpty { throw Wanted(MetricsAddress.wanted) }
     }, show: { "\"\($0.metricsListen?.description ?? "")\"" })
   private static let transport = word("daemon", "transport", \.transport)
+  private static let driverDomain = word("daemon", "driver-domain", \.driverDomain)
 
   private static func word<Word: RawRepresentable<String> & CaseIterable & Sendable>(
     _ table: String, _ name: String,

@@ -190,6 +190,12 @@ protocol StoreView: Sendable {
   func publish(_ vbd: VBD, _ nodes: DiskNodes) async throws(XenStoreError) -> Bool
   /// The vbds that have nodes of ours.
   func toldDisks() async throws(XenStoreError) -> [VBD]
+  /// Gives the backend a disk's device; false, and nothing happens, when it waits for none.
+  func connect(_ vbd: VBD, _ device: DeviceNode) async throws(XenStoreError) -> Bool
+  /// Says in a disk's entry why it cannot be had.
+  func refuse(_ vbd: VBD, _ sentence: String) async throws(XenStoreError)
+  /// Deletes the entry of a vbd that has closed.
+  func delete(_ vbd: VBD) async throws(XenStoreError)
   /// Takes a vbd's nodes back.
   func withdraw(_ vbd: VBD) async throws(XenStoreError)
   /// Tells of the daemon itself. False when the store has forgotten us, unless it is `anew`.

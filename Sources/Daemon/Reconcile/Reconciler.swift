@@ -183,8 +183,11 @@ package actor Reconciler {
         break
       }
       guard !ending else { break }
+      // No script comes that could say whether the domain boots.
+      if isAlone(disk), disk.boots == nil { disk.boots = false }
       await takeStep(disk)
       await publish(disk)
+      await actAsScript(for: disk)
     }
     disk.busy = false
     settle(disk)

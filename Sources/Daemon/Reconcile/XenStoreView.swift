@@ -9,6 +9,8 @@
 // - Nor does the look into a store that has forgotten what we told of ourselves: it is a new
 //   one, and what is missing in it was not taken away. Every look asks for that first, and we
 //   tell a new store of ourselves only when the disks that it does not know are marked.
+// - In a driver domain xenstored shows the backend entries and this domain's own nodes, and nothing
+//   else. What may not be read says nothing: there a guest exists as long as its entry does.
 
 internal import SystemIO
 internal import XenStore
@@ -27,6 +29,10 @@ struct Sight: Sendable, Equatable {
   var state: String?
   /// Whether the disk is attached to the very domain that serves it.
   var isOwn = false
+  /// Whether it is served in a driver domain.
+  var isInDriverDomain = false
+  /// Whether the backend has closed and the toolstack wants the entry gone.
+  var isClosed = false
   /// The device that the toolstack was given, "fd:5"; nil when it has none yet.
   var device: String?
 
@@ -56,10 +62,12 @@ struct DiskNodes: Sendable, Equatable {
 struct XenStoreView: StoreView {
   /// Where the disks are, below this domain's own path.
   static let root = "backend/vbd"
-  /// Where the daemon tells of itself, below this domain's own path.
-  static let own = "dmu-xen"
-  /// Longest sentence in a node, in bytes: a request has room for 4096 with its path.
-  static let longest = 2048
+  /// Where the daemon tells of itself, below this domain's own path: the second is for a driver
+  /// domain, which may not write to the first.
+  static let own = ["dmu-xen", "data/dmu-xen"]
+  /// Longest sentence in a node, in bytes. A node of a driver domain has room for 2048 with its
+  /// permissions. Source: quota_max_entry_size in Xen's xenstored_core.c.
+  static let longest = 1500
 
   let client: XenStoreClient
 
@@ -82,7 +90,8 @@ struct XenStoreView: StoreView {
       var domains: [Int: Bool] = [:]
       for vbd in try XenStoreView.entries(session) {
         let sight = try XenStoreView.look(vbd, known[vbd] ?? nil, &domains, session)
-        if sight.wanted != nil || known.keys.contains(vbd) { sights[vbd] = sight }
+        let isLeft = sight.isClosed && sight.isInDriverDomain
+        if sight.wanted != nil || isLeft || known.keys.contains(vbd) { sights[vbd] = sight }
       }
       for vbd in known.keys where sights[vbd] == nil {
         sights[vbd] = Sight(wanted: nil, exists: false, vdev: nil)
@@ -111,8 +120,7 @@ struct XenStoreView: StoreView {
       var found: [VBD] = []
       for vbd in try XenStoreView.entries(session) {
         let used = try XenStoreView.text(session, vbd.backendPath + "/physical-device")
-        guard used == device, try session.readIfPresent("/local/domain/\(vbd.domain)") != nil
-        else { continue }
+        guard used == device, try XenStoreView.exists(vbd.domain, session) else { continue }
         found.append(vbd)
       }
       return found.sorted()
@@ -147,6 +155,47 @@ struct XenStoreView: StoreView {
     }
   }
 
+  /// Gives the backend the device of a disk, as a block script does. False, and nothing happens,
+  /// when it does not wait for one.
+  func connect(_ vbd: VBD, _ device: DeviceNode) async throws(XenStoreError) -> Bool {
+    try await client.transaction { session throws(XenStoreError) in
+      let entry = vbd.backendPath
+      guard try XenStoreView.text(session, entry + "/state") == "2",
+        try session.readIfPresent(entry + "/physical-device") == nil
+      else { return false }
+      try XenStoreView.write(
+        [
+          ("physical-device", device.hexadecimal), ("physical-device-path", device.path),
+          ("hotplug-status", "connected"),
+        ], below: entry, session)
+      return true
+    }
+  }
+
+  /// Says in a disk's entry why it cannot be had, as a block script does. Nothing happens when the
+  /// entry has gone.
+  func refuse(_ vbd: VBD, _ sentence: String) async throws(XenStoreError) {
+    try await client.transaction { session throws(XenStoreError) in
+      let entry = vbd.backendPath
+      guard try session.readIfPresent(entry + "/params") != nil else { return }
+      try XenStoreView.write(
+        [("hotplug-error", XenStoreView.cut(sentence)), ("hotplug-status", "error")],
+        below: entry, session)
+    }
+  }
+
+  /// Deletes the entry of a vbd that has closed, for which the toolstack in domain 0 waits. Nothing
+  /// happens when it has not closed, or has come again.
+  func delete(_ vbd: VBD) async throws(XenStoreError) {
+    try await client.transaction { session throws(XenStoreError) in
+      let entry = vbd.backendPath
+      guard try XenStoreView.text(session, entry + "/state") == "6",
+        try XenStoreView.text(session, entry + "/online") == "0"
+      else { return }
+      try session.remove(entry)
+    }
+  }
+
   /// Takes a vbd's nodes back.
   func withdraw(_ vbd: VBD) async throws(XenStoreError) {
     try await client.remove(vbd.backendPath + "/dmu")
@@ -160,12 +209,24 @@ struct XenStoreView: StoreView {
     try await client.transaction { session throws(XenStoreError) in
       let remembersUs = try XenStoreView.remembersUs(session)
       guard anew || remembersUs else { return false }
-      try session.write(XenStoreView.own + "/version", Version.text)
-      try session.write(XenStoreView.own + "/state", state)
-      try session.write(XenStoreView.own + "/disks", String(disks))
-      try session.write(XenStoreView.own + "/pending", String(pending))
+      let nodes = [
+        ("version", Version.text), ("state", state), ("disks", String(disks)),
+        ("pending", String(pending)),
+      ]
+      do throws(XenStoreError) {
+        try XenStoreView.write(nodes, below: XenStoreView.own[0], session)
+      } catch {
+        guard error.code == .accessDenied else { throw error }
+        try XenStoreView.write(nodes, below: XenStoreView.own[1], session)
+      }
       return true
     }
+  }
+
+  private static func write(
+    _ nodes: [(String, String)], below folder: String, _ session: borrowing XenStoreSession
+  ) throws(XenStoreError) {
+    for (name, value) in nodes { try session.write(folder + "/" + name, value) }
   }
 
   /// Whether a changed path below `root` is one of those that the daemon writes itself.
@@ -173,17 +234,35 @@ struct XenStoreView: StoreView {
     path.split(separator: "/").dropFirst(4).first == "dmu"
   }
 
-  /// The domain's name, nil when it has none.
+  /// The domain's name, nil when it has none, or none that this domain may read.
   func name(of domain: Int) async throws(XenStoreError) -> String? {
     try await client.perform { session throws(XenStoreError) in
-      try XenStoreView.text(session, "/local/domain/\(domain)/name")
+      do throws(XenStoreError) {
+        return try XenStoreView.text(session, "/local/domain/\(domain)/name")
+      } catch {
+        guard error.code == .accessDenied else { throw error }
+        return nil
+      }
     }
   }
 
   private static func remembersUs(
     _ session: borrowing XenStoreSession
   ) throws(XenStoreError) -> Bool {
-    try session.readIfPresent(own + "/version") != nil
+    for folder in own where try session.readIfPresent(folder + "/version") != nil { return true }
+    return false
+  }
+
+  /// Whether a domain exists, as far as this one may know.
+  private static func exists(
+    _ domain: Int, _ session: borrowing XenStoreSession
+  ) throws(XenStoreError) -> Bool {
+    do throws(XenStoreError) {
+      return try session.readIfPresent("/local/domain/\(domain)") != nil
+    } catch {
+      guard error.code == .accessDenied else { throw error }
+      return true
+    }
   }
 
   /// `known` is what was seen of the disk before, `domains` which domains exist.
@@ -201,11 +280,15 @@ struct XenStoreView: StoreView {
     let online = try text(session, entry + "/online")
     let hotplug = try text(session, entry + "/hotplug-status")
     if domains[vbd.domain] == nil {
-      domains[vbd.domain] = try session.readIfPresent("/local/domain/\(vbd.domain)") != nil
+      domains[vbd.domain] = try exists(vbd.domain, session)
     }
-    let closed = state == "6" && online == "0"
-    guard !closed, hotplug != "error", domains[vbd.domain] == true else {
-      return Sight(wanted: nil, exists: true, vdev: vdev)
+    let isClosed = state == "6" && online == "0"
+    let own = try text(session, "domid")
+    let isInDriverDomain = own != nil && own != "0"
+    guard !isClosed, hotplug != "error", domains[vbd.domain] == true else {
+      return Sight(
+        wanted: nil, exists: true, vdev: vdev, isInDriverDomain: isInDriverDomain,
+        isClosed: isClosed)
     }
     let readOnly =
       if let before = known?.wanted, before.params == params { before.readOnly } else {
@@ -214,10 +297,10 @@ struct XenStoreView: StoreView {
     let going = online == "0" || state == "5" || state == "6"
     let wanted = WantedDisk(params: params, readOnly: readOnly, going: going)
     let told = try text(session, entry + "/dmu/state")
-    let own = try text(session, "domid")
     return Sight(
       wanted: wanted, exists: true, vdev: vdev, told: told, state: state,
-      isOwn: own == String(vbd.domain), device: try text(session, entry + "/physical-device"))
+      isOwn: own == String(vbd.domain), isInDriverDomain: isInDriverDomain,
+      device: try text(session, entry + "/physical-device"))
   }
 
   /// A node as text; one that is not UTF-8 as if it were not there.
@@ -227,7 +310,13 @@ struct XenStoreView: StoreView {
     try session.readIfPresent(path).flatMap { String(validating: $0, as: UTF8.self) }
   }
 
+  /// The beginning of a text that a node has room for, in whole characters.
   private static func cut(_ text: String) -> String {
-    String(decoding: text.utf8.prefix(longest), as: UTF8.self)
+    let bytes = text.utf8
+    var end = bytes.index(bytes.startIndex, offsetBy: longest, limitedBy: bytes.endIndex)
+    while let place = end, place.samePosition(in: text.unicodeScalars) == nil {
+      end = bytes.index(before: place)
+    }
+    return end.map { String(text[..<$0]) } ?? text
   }
 }

@@ -76,6 +76,11 @@ package struct Daemon: Sendable {
       try StandInDoor.open(standIn, runDirectory: configuration.runDirectory)
     }
     var wish = XenStoreClient.Configuration(socketPath: surroundings.xenStoreSocket)
+    // In a driver domain each request takes a turn of two domains, and one that is given up takes
+    // the watches with it.
+    if XenStoreClient.goesByDevice(socketPath: surroundings.xenStoreSocket) {
+      wish.deadline = .seconds(20)
+    }
     let connectionLog = log
     wish.onConnectionChange = { state in
       switch state {
