@@ -2,7 +2,8 @@
 /*
  * init.c: process 1 of a guest. Mounts what there is to mount, loads xen-blkfront, and obeys
  * the kernel's command line first and then, line by line, the console. Told `boot:DEV` it runs
- * boot.sh with the file system of that disk as its root, and says how old the guest then is.
+ * boot.sh with the file system of that disk as its root (its own boot.sh, if that has one), and
+ * says how old the guest then is.
  */
 #include "labio.h"
 #include <errno.h>
@@ -25,7 +26,9 @@ static void load_modules(const char *list)
 		path[strcspn(path, "\n")] = 0;
 		int fd = open(path, O_RDONLY | O_CLOEXEC);
 
-		if (fd < 0 || syscall(SYS_finit_module, fd, "", 0))
+		/* Another list had it, or the processor is none for it. */
+		if (fd < 0 || (syscall(SYS_finit_module, fd, "", 0) && errno != EEXIST &&
+			       errno != ENODEV))
 			printf("LAB error module %s: %s\n", path, strerror(errno));
 		close(fd);
 	}
@@ -33,17 +36,33 @@ static void load_modules(const char *list)
 		fclose(order);
 }
 
+int add_modules(const char *name)
+{
+	char path[96];
+
+	snprintf(path, sizeof(path), "/lib/modules/order-%s", name);
+	if (access(path, R_OK))
+		return fail("%s: %s", path, strerror(errno));
+	load_modules(path);
+	return 0;
+}
+
 int boot_disk(const char *name)
 {
 	char path[96];
-	int script = open("/boot.sh", O_RDONLY | O_CLOEXEC), status;
+	int script, status;
 	pid_t child;
 
 	load_modules("/lib/modules/order-boot");
 	snprintf(path, sizeof(path), "/dev/%s", name);
 	mkdir("/root", 0755);
-	if (script < 0 || mount(path, "/root", "ext4", 0, ""))
+	if (mount(path, "/root", "ext4", 0, ""))
 		return fail("%s: %s", path, strerror(errno));
+	script = open("/root/boot.sh", O_RDONLY | O_CLOEXEC);
+	if (script < 0)
+		script = open("/boot.sh", O_RDONLY | O_CLOEXEC);
+	if (script < 0)
+		return fail("boot.sh: %s", strerror(errno));
 	if (mount("/dev", "/root/dev", NULL, MS_BIND, ""))
 		return fail("/root/dev: %s", strerror(errno));
 	child = fork();

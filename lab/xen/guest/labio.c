@@ -19,6 +19,7 @@
  *                                order that begins with @N: is done in boot N only
  *   flush:DEV  discard:DEV:SECTOR:COUNT  sleep:SECONDS  say:TEXT  poweroff  reboot
  *   boot:DEV                     as a guest: mount it and run boot.sh with it as the root
+ *   modules:emulated             as a guest: load the drivers of emulated disks
  *
  *   OPT: depth=N in flight (8); sync=N, fsync after every N operations (0: at the end);
  *        nosync, no fsync at all; cached, through the page cache; ms=N, pause between
@@ -205,6 +206,8 @@ int obey(char *order)
 		status = leave(RB_AUTOBOOT);
 	else if (n > 1 && !strcmp(words[0], "boot"))
 		status = is_init ? boot_disk(words[1]) : fail("only a guest can do that");
+	else if (n > 1 && !strcmp(words[0], "modules"))
+		status = is_init ? add_modules(words[1]) : fail("only a guest can do that");
 	else if (n > 1 && (!strcmp(words[0], "wait") || !strcmp(words[0], "gone")))
 		status = await(words[1], n > 2 ? atof(words[2]) : 30, words[0][0] == 'w');
 	else

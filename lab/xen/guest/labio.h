@@ -45,6 +45,8 @@ double now(void);
 void *aligned(size_t size);
 int obey(char *order);
 _Noreturn void guest_main(void);
+/* Loads the modules of /lib/modules/order-NAME. */
+int add_modules(const char *name);
 /* Boots the root that a disk holds, as far as boot.sh goes. */
 int boot_disk(const char *name);
 
