@@ -46,12 +46,14 @@ need() {
   [ "$failures" = "$before" ] || finish
 }
 
-# finish: the plan, and on a failure what may explain it.
+# finish: the plan, and on a failure what may explain it: more of that by a function `explain` of
+# the scenario.
 finish() {
   local file
   echo "plan $scenario $count" >>"$results"
   [ "$failures" != 0 ] || cat "$daemon_log"
   if [ "$failures" != 0 ]; then
+    ! declare -F explain >/dev/null || explain
     xl list
     xenstore-ls -f /local/domain/0/backend/vbd 2>/dev/null
     for file in "$work"/*.log /var/log/xen/console/guest-"$scenario"*.log /var/log/xen/*.log; do
