@@ -22,7 +22,8 @@ struct DMUXenCommand: AsyncParsableCommand {
       """,
     version: Version.text,
     subcommands: [
-      Attach.self, Detach.self, Status.self, Top.self, Logs.self, Metrics.self, Specs.self,
+      Attach.self, Detach.self, Activate.self, Deactivate.self, Status.self, Top.self, Logs.self,
+      Metrics.self, Specs.self,
       Doctors.self, Reload.self,
       Recover.self, Discard.self, Clear.self, Forget.self, Tables.self, Hotplug.self,
     ])
@@ -102,19 +103,32 @@ struct Attach: ParsableCommand {
       """)
   var probe = false
 
+  @Flag(
+    help: """
+      Only keep the disk by its name: without device, worker and lock, until 'dmu-xen activate'. \
+      (default: it is served)
+      """)
+  var inactive = false
+
   @Flag(help: "Attach every disk that has a file in disks.d.")
   var all = false
 
   func validate() throws {
     guard !all else {
-      guard name == nil, !readOnly, !create, owner == nil, !persistent, !probe else {
+      guard name == nil, !readOnly, !create, owner == nil, !persistent, !probe, !inactive else {
         throw ValidationError("--all takes no name and no other option of a disk")
       }
       return
     }
     guard name != nil else { throw ValidationError("give the name of a disk, or --all") }
-    guard spec != nil || (!readOnly && !create && owner == nil && !persistent && !probe) else {
+    guard
+      spec != nil
+        || (!readOnly && !create && owner == nil && !persistent && !probe && !inactive)
+    else {
       throw ValidationError("without SPEC, the disk's file in disks.d alone says how the disk is")
+    }
+    guard !create || !inactive else {
+      throw ValidationError("--inactive opens no store, so that --create has no effect with it")
     }
   }
 
@@ -122,7 +136,7 @@ struct Attach: ParsableCommand {
     guard let name else { return try end(place.client.attachAll()) }
     var request = NamedRequest(name, spec)
     (request.readOnly, request.create, request.owner) = (readOnly, create, owner)
-    (request.isPersistent, request.probe) = (persistent, probe)
+    (request.isPersistent, request.probe, request.isInactive) = (persistent, probe, inactive)
     try end(place.client.attach(request))
   }
 }
@@ -142,6 +156,41 @@ struct Detach: ParsableCommand {
   var name: String
 
   func run() throws { try end(place.client.detachNamed(name)) }
+}
+
+struct Activate: ParsableCommand {
+  static let configuration = CommandConfiguration(
+    abstract: "Serve a named disk that is inactive.",
+    discussion: """
+      Waits until the disk is served and prints the path of its device. One that is active already \
+      is no error. If the disk has a file in disks.d, it is active after a reboot as well. Exit \
+      status: 0, 1 failed, 2 dmu-xend is not running, 3 there is no such disk.
+      """)
+
+  @OptionGroup var place: Place
+
+  @Argument(help: "The disk's name.", completion: .known(.named))
+  var name: String
+
+  func run() throws { try end(place.client.activate(name)) }
+}
+
+struct Deactivate: ParsableCommand {
+  static let configuration = CommandConfiguration(
+    abstract: "Take a named disk down and keep its name.",
+    discussion: """
+      Waits until everything is in the store and nothing of the disk is left but its name: no \
+      device, no worker, no lock on the store. Refused while the device is in use. One that is \
+      inactive already is no error. If the disk has a file in disks.d, it is inactive after a \
+      reboot as well. Exit status: 0, 1 failed, 2 dmu-xend is not running, 3 there is no such disk.
+      """)
+
+  @OptionGroup var place: Place
+
+  @Argument(help: "The disk's name.", completion: .known(.named))
+  var name: String
+
+  func run() throws { try end(place.client.deactivate(name)) }
 }
 
 struct Status: ParsableCommand {

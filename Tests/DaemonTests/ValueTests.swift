@@ -82,7 +82,9 @@ import WorkerLink
     #expect(failed.error == "no base (it is tried again)")
     #expect(
       PublicState.allCases.map(\.rawValue)
-        == ["starting", "ready", "degraded", "no-space", "failed", "stopping", "pending"])
+        == [
+          "starting", "ready", "degraded", "no-space", "failed", "stopping", "inactive", "pending",
+        ])
   }
 
   @Test("Restarts come later and later, and end")

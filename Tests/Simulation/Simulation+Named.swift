@@ -2,7 +2,9 @@
 // The admin of a simulated host, and guests on his named disks: phy:/dev/dmu/NAME.
 //
 // What is checked: a disk that was promised is served, on the same device, until its detach has
-// succeeded; no detach succeeds, and no device of such a disk goes, while a guest has it.
+// succeeded; no detach succeeds, and no device of such a disk goes, while a guest has it. The same
+// holds for a disk that is deactivated, until it is activated; while it is inactive, it has no
+// device, no worker and no link, and the daemon knows of it.
 
 import SystemIO
 import TestSupport
@@ -13,6 +15,7 @@ import TestSupport
 struct Promise {
   let params: String
   let device: DeviceNode
+  var isActive = true
 }
 
 extension Simulation {
@@ -71,7 +74,7 @@ extension Simulation {
 
   /// A guest gets the disk, or lets go of it.
   func use(_ name: DiskName, _ isUsed: Bool) {
-    guard let promise = promises[name], !leaving.contains(name) else { return }
+    guard let promise = promises[name], promise.isActive, !leaving.contains(name) else { return }
     store.users[Self.guest(name)] = isUsed ? promise.device.hexadecimal : nil
     host.connect(.named(name), isUsed)
   }
@@ -92,6 +95,114 @@ extension Simulation {
     outside.start { [unowned self] in
       if await isDetached(name) { promises[name] = nil }
       leaving.remove(name)
+    }
+  }
+
+  /// `dmu-xen deactivate`, likewise.
+  func deactivateNamed(_ name: DiskName) {
+    guard promises[name]?.isActive == true, !leaving.contains(name) else { return }
+    if isStormy, host.isConnected(.named(name)), timeline.random.chance(40) {
+      return admin { [unowned self] reconciler in
+        do throws(DiskFailure) { try await reconciler.deactivate(name) } catch { return }
+        if promises[name] != nil, host.isConnected(.named(name)) {
+          host.violated("\(name) is deactivated while a guest has it")
+        }
+      }
+    }
+    use(name, false)
+    leaving.insert(name)
+    outside.start { [unowned self] in
+      if await isDeactivated(name) { promises[name]?.isActive = false }
+      leaving.remove(name)
+      guard timeline.random.chance(70) else { return }
+      timeline.after(.milliseconds(timeline.random.below(20_000))) { [unowned self] in
+        activateNamed(name)
+      }
+    }
+  }
+
+  /// `dmu-xen activate` of a disk that is inactive; when that fails it is inactive as before.
+  func activateNamed(_ name: DiskName) {
+    guard let promise = promises[name], !promise.isActive, !leaving.contains(name) else { return }
+    leaving.insert(name)
+    outside.start { [unowned self] in
+      if let device = await activatedDevice(name) {
+        host.note("\(name) is active: \(device.path)")
+        checkDevice(.named(name), promise.params, device)
+        promises[name] = Promise(params: promise.params, device: device)
+      } else {
+        // Nobody knows whether a daemon that has died has it in writing.
+        await isDeactivated(name)
+      }
+      leaving.remove(name)
+      if timeline.random.chance(70) { use(name, true) }
+    }
+  }
+
+  /// Activates a disk, as often as no daemon answers.
+  private func activatedDevice(_ name: DiskName) async -> DeviceNode? {
+    let end = timeline.elapsed + .seconds(60)
+    while timeline.elapsed < end {
+      guard let current = running, current.life.isOpen else {
+        await pause(.milliseconds(200))
+        continue
+      }
+      switch await current.reconciler.activate(name) {
+      case .success(let device): if !current.life.isDead { return device }
+      case .failure(let failure):
+        if failure.code == .gone, !current.life.isDead {
+          host.violated("\(name) is not known any more: \(failure.sentence)")
+        }
+        guard failure.code == .daemon || current.life.isDead else {
+          host.note("\(name) stays inactive: \(failure.sentence)")
+          return nil
+        }
+      }
+      await pause(.milliseconds(200))
+    }
+    return nil
+  }
+
+  /// Deactivates a disk that nobody uses, as often as that fails. Whether it is inactive.
+  @discardableResult
+  private func isDeactivated(_ name: DiskName) async -> Bool {
+    let end = timeline.elapsed + .seconds(200)
+    while timeline.elapsed < end {
+      if let current = running, current.life.isOpen {
+        do throws(DiskFailure) {
+          try await current.reconciler.deactivate(name)
+          if !current.life.isDead {
+            checkInactive(name)
+            return true
+          }
+        } catch {
+          host.note("\(name) is not deactivated: \(error.sentence)")
+          if error.code == .gone, !current.life.isDead {
+            host.violated("\(name) is not known any more: \(error.sentence)")
+          }
+        }
+      }
+      await pause(.seconds(1))
+    }
+    host.violated("\(name) cannot be deactivated")
+    return false
+  }
+
+  /// An inactive disk has nothing but its name.
+  private func checkInactive(_ name: DiskName) {
+    let id = DiskID.named(name)
+    if host.mapped[id] != nil
+      || host.sockets.values.contains(where: {
+        $0.identifier.hasSuffix(" \(id)")
+      })
+    {
+      host.violated("\(name) is inactive and has a device")
+    }
+    if host.living.contains(where: { $0.disk == id }) {
+      host.violated("\(name) is inactive and has a worker")
+    }
+    if let link = FileUsers.link(links.path(name)) {
+      host.violated("\(name) is inactive and has a link to \(link)")
     }
   }
 
@@ -118,6 +229,10 @@ extension Simulation {
 
   func checkNamesServed() {
     for (name, promise) in promises where !leaving.contains(name) {
+      guard promise.isActive else {
+        checkInactive(name)
+        continue
+      }
       let id = DiskID.named(name)
       let nodes = [host.mapped[id]?.node] + host.sockets.values.map { Optional($0.node) }
       guard nodes.contains(promise.device) else {
@@ -132,8 +247,12 @@ extension Simulation {
         host.violated("\(link) leads to \(FileUsers.link(link) ?? "nothing")")
       }
     }
-    for (name, state) in states where promises[name] != nil && state != .ready {
-      host.violated("\(name) is promised and \(state.rawValue)")
+    for (name, promise) in promises where !leaving.contains(name) {
+      let state = states[name]
+      if state != (promise.isActive ? .ready : .inactive) {
+        let wish = promise.isActive ? "active" : "inactive"
+        host.violated("\(name) is \(wish) and \(state?.rawValue ?? "unknown")")
+      }
     }
   }
 

@@ -26,6 +26,8 @@ import XenStore
 enum Happening: Sendable {
   case attach(DiskID, store: Int, options: String, base: Bool, readOnly: Bool)
   case detach(DiskID)
+  /// The admin has a named disk taken down and kept by its name, mostly to be served again later.
+  case deactivate(DiskName)
   /// The guest is gone at once, and its entry.
   case crash(DiskID)
   case write(DiskID, Int)
@@ -148,7 +150,8 @@ final class Simulation: @unchecked Sendable {  // One thread.
         happening = .attach(
           disk(), store: random.below(storeCount), options: options, base: random.chance(60),
           readOnly: random.chance(10))
-      case 28..<40: happening = .detach(disk())
+      case 28..<37: happening = .detach(disk())
+      case 37..<40: happening = .deactivate(names[random.below(names.count)])
       case 40..<45: happening = .crash(disk())
       case 45..<62: happening = .write(disk(), 1 + random.below(5))
       case 62..<66: happening = .flush(disk())
@@ -235,6 +238,7 @@ final class Simulation: @unchecked Sendable {  // One thread.
     case .attach(let id, let index, let options, let base, let readOnly):
       attach(id, index, options, base, readOnly)
     case .detach(let id): detach(id)
+    case .deactivate(let name): deactivateNamed(name)
     case .crash(.named(let name)): use(name, false)
     case .crash(let id):
       guard store.entries[id] != nil else { return }

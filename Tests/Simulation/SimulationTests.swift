@@ -23,11 +23,12 @@ import TestSupport
   }
 
   @Test func storms() async throws {
-    var steps = 0
+    var (steps, activations) = (0, 0)
     for seed in Depth.seeds(Self.seeds) {
       let events = Simulation.events(seed: seed)
       let outcome = try await Self.run(seed, events)
       steps += outcome.steps
+      activations += outcome.notes.count { $0.contains(" is active: ") }
       guard outcome.violation != nil else { continue }
       let (fewest, last) = try await Self.shrink(seed, events, outcome)
       Issue.record(
@@ -41,6 +42,7 @@ import TestSupport
     }
     print("simulation: \(steps) steps, seeds from \(Depth.firstSeed) on")
     #expect(steps >= 100_000)
+    #expect(activations > 0, "named disks that were inactive are active again")
   }
 
   /// A failure without its numbers.

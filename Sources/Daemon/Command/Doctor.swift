@@ -136,7 +136,7 @@ package struct Doctor: Sendable {
     do throws(DiskFailure) {
       let disks = try ask(ControlRequest(.status)).disks ?? []
       var findings = disks.compactMap { disk -> Finding? in
-        guard ![.ready, .pending].contains(disk.state) else { return nil }
+        guard ![.ready, .pending, .inactive].contains(disk.state) else { return nil }
         let forget = "dmu-xen forget \(disk.target) takes it out of status"
         return Finding(
           "the \(disk.words)",

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// attach and detach: named disks, and those of them that are kept over a reboot.
+// attach, detach, activate and deactivate: named disks, and those of them that are kept over a
+// reboot.
 //
 // The order, with a file in disks.d: a disk is attached before its file is written, and detached
-// before it is removed. A command that ends between the two has not said that it is done.
+// before it is removed; likewise activated and deactivated before its file says so. A command that
+// ends between the two has not said that it is done.
 
 internal import SystemIO
 
@@ -22,6 +24,8 @@ package struct NamedRequest: Sendable {
   package var isPersistent = false
   /// Whether udev may look into the device.
   package var probe = false
+  /// Whether it is only kept by its name, and not served.
+  package var isInactive = false
 
   /// A request from its parts.
   package init(_ name: String, _ spec: String?) {
@@ -103,6 +107,44 @@ extension ClientCommands {
     }
   }
 
+  /// Serves a named disk that is inactive, prints the path of its device, and has it active after
+  /// a reboot if it has a file.
+  package func activate(_ text: String) -> CommandStatus {
+    run(withoutDaemon: " and activate the disk again") { () throws(DiskFailure) in
+      let name = try Self.name(text)
+      var request = ControlRequest(.activate)
+      request.name = name.description
+      guard let device = try ask(request, Self.namedLimit).device else {
+        throw DiskFailure.daemonGone
+      }
+      try note(name, isActive: true)
+      CommandOutput.say("\(device.path)\n")
+      return .done
+    }
+  }
+
+  /// Takes a named disk down, keeps its name, and has it inactive after a reboot if it has a file.
+  package func deactivate(_ text: String) -> CommandStatus {
+    run(withoutDaemon: " and deactivate the disk again") { () throws(DiskFailure) in
+      let name = try Self.name(text)
+      var request = ControlRequest(.deactivate)
+      request.name = name.description
+      _ = try ask(request, Self.namedLimit)
+      try note(name, isActive: false)
+      return .done
+    }
+  }
+
+  /// Has the file of a disk, if there is one, say whether it is active.
+  private func note(_ name: DiskName, isActive: Bool) throws(DiskFailure) {
+    do throws(IOError) { try diskFiles.setActive(name, isActive) } catch {
+      throw DiskFailure(
+        .io,
+        "the disk \(name) is \(isActive ? "" : "in")active, but is not so after a reboot:"
+          + " \(error.description): see to it and run the command again")
+    }
+  }
+
   /// The names of the disks that have a file, for a shell that completes a word.
   static func filedNames(_ configurationPath: String) -> [String] {
     do throws(IOError) {
@@ -130,6 +172,7 @@ extension ClientCommands {
     do { _ = try Spec(spec) } catch { throw .malformed(error) }
     var wish = NamedWish(
       params: spec, readOnly: request.readOnly, isProbed: request.probe)
+    if request.isInactive { wish.inactiveSince = 0 }
     if let owner = request.owner {
       guard let id = OwnerID(owner) else { throw .ownerBad(owner) }
       wish.owner = id
@@ -152,8 +195,10 @@ extension ClientCommands {
     request.create = create
     request.owner = wish.owner?.description
     request.probe = wish.isProbed
+    request.inactive = !wish.isActive
     let client = try ControlClient.connect(path: socket, patience: ClientCommands.patience)
     let reply = try client.ask(request, within: Self.namedLimit)
+    guard wish.isActive else { return }
     guard let device = reply.device else { throw DiskFailure.daemonGone }
     CommandOutput.say("\(device.path)\n")
   }

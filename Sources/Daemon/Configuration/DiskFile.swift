@@ -6,6 +6,7 @@
 //     read-only = true                                        # default: false
 //     owner = "8c7e6ac0-4b2b-4b5c-9f6e-0a4c4d1f2e3b"          # default: nobody
 //     probe = true                                            # default: false
+//     active = false                                          # default: true
 //
 // dmu-xen reads and writes them; dmu-xend, which may not write below /etc, does not know of them.
 
@@ -82,6 +83,30 @@ struct DiskFiles: Sendable {
     return true
   }
 
+  /// Has a disk's file say whether the disk is active, and leaves the rest of it as it is.
+  /// Without a file nothing happens. Throws: the errno of open(2), write(2) or rename(2).
+  func setActive(_ name: DiskName, _ isActive: Bool) throws(IOError) {
+    let path = path(name)
+    let text: String
+    do { text = try TextFile.read(path) } catch {
+      guard error.code == ENOENT else { throw error }
+      return
+    }
+    let new = DiskFiles.text(text, isActive: isActive)
+    if new != text { try TextFile.replace(path, with: new, mode: 0o644, durably: true) }
+  }
+
+  /// The text of a file with another word on whether the disk is active.
+  static func text(_ text: String, isActive: Bool) -> String {
+    var lines = text.split(separator: "\n", omittingEmptySubsequences: false).filter { line in
+      let key = line.prefix { $0 != "=" }.filter { $0 != " " && $0 != "\t" }
+      return key != "active" || !line.contains("=")
+    }
+    if lines.last?.isEmpty == true { lines.removeLast() }
+    if !isActive { lines.append("active = false") }
+    return lines.map { $0 + "\n" }.joined()
+  }
+
   /// The text of a file.
   static func text(_ wish: NamedWish) -> String {
     var text = "# Made by 'dmu-xen attach --persistent'; 'dmu-xen detach' removes it.\n"
@@ -90,6 +115,7 @@ struct DiskFiles: Sendable {
     if wish.readOnly { text += "read-only = true\n" }
     if let owner = wish.owner { text += "owner = \"\(owner)\"\n" }
     if wish.isProbed { text += "probe = true\n" }
+    if !wish.isActive { text += "active = false\n" }
     return text
   }
 
@@ -98,7 +124,7 @@ struct DiskFiles: Sendable {
     let lines = ConfigurationLines(text)
     let document = try Configuration.document(text, lines, file: file)
     var wish: NamedWish?
-    var (readOnly, isProbed) = (false, false)
+    var (readOnly, isProbed, isActive) = (false, false, true)
     var owner: OwnerID?
     for key in document.keys.sorted() {
       func fail(_ reason: String) -> ConfigurationError {
@@ -115,11 +141,13 @@ struct DiskFiles: Sendable {
         wish = NamedWish(params: value)
       case "read-only": readOnly = try flag()
       case "probe": isProbed = try flag()
+      case "active": isActive = try flag()
       case "owner":
         owner = document[key]?.string.flatMap { OwnerID($0) }
         guard owner != nil else { throw fail("the value must be a UUID") }
       default:
-        let hint = NearestMatch.hint(for: key, among: ["spec", "read-only", "owner", "probe"])
+        let hint = NearestMatch.hint(
+          for: key, among: ["spec", "read-only", "owner", "probe", "active"])
         throw fail("there is no such key\(hint)")
       }
     }
@@ -129,6 +157,7 @@ struct DiskFiles: Sendable {
         reason: "the key is missing: write spec = \"dmu:FORMAT:STORE[:BASE]\"")
     }
     (wish.readOnly, wish.isProbed, wish.owner) = (readOnly, isProbed, owner)
+    if !isActive { wish.inactiveSince = 0 }
     return wish
   }
 }

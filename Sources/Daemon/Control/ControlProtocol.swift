@@ -28,6 +28,10 @@ package struct ControlRequest: Codable, Sendable, Equatable {
     case attachNamed = "attach-named"
     /// Take a named disk down, unless its device is in use.
     case detachNamed = "detach-named"
+    /// Serve a named disk that is inactive, and wait until it is served.
+    case activate
+    /// Take a named disk down, unless its device is in use, and keep its name.
+    case deactivate
     /// Read the configuration anew and try failed disks again.
     case reload
     /// Commit the pending logs of a store, or all.
@@ -61,7 +65,7 @@ package struct ControlRequest: Codable, Sendable, Equatable {
   /// For `clear` and `forget`: "5", "web", "5-51712", "web:xvda"; nil: all. For `clean`: the
   /// name of a leftover.
   package var target: String?
-  /// For `attach-named` and `detach-named`.
+  /// For `attach-named`, `detach-named`, `activate` and `deactivate`.
   package var name: String?
   /// For `attach-named`: the spec, beginning "dmu:".
   package var spec: String?
@@ -73,6 +77,8 @@ package struct ControlRequest: Codable, Sendable, Equatable {
   package var owner: String?
   /// For `attach-named`: whether udev may look into the device.
   package var probe: Bool?
+  /// For `attach-named`: whether the disk is only kept by its name, and not served.
+  package var inactive: Bool?
 
   /// A request from its parts.
   package init(

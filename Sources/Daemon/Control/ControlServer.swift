@@ -160,7 +160,7 @@ struct ControlServer: Service {
       reply.pid = getpid()
       return reply
     case .status, .metrics, .recover, .pending, .discard, .clear, .forget, .leftovers, .clean,
-      .detachNamed:
+      .detachNamed, .deactivate:
       do throws(DiskFailure) { return try await obey(request) } catch { return .failure(error) }
     case .reload:
       do throws(ConfigurationError) { try await reconciler.reload() } catch {
@@ -170,6 +170,11 @@ struct ControlServer: Service {
       return .done
     case .attach, .detach: return await hotplug(request)
     case .attachNamed: return await attachNamed(request)
+    case .activate:
+      do throws(DiskFailure) {
+        let name = try name(request)
+        return reply(await reconciler.activate(name), path: reconciler.host.links.path(name))
+      } catch { return .failure(error) }
     }
   }
 
@@ -187,7 +192,8 @@ struct ControlServer: Service {
     case .leftovers: reply.leftovers = try await reconciler.leftovers()
     case .clean: try await reconciler.clean(request.target ?? "")
     case .detachNamed: try await reconciler.detach(try name(request))
-    case .attach, .detach, .attachNamed, .reload, .version: break
+    case .deactivate: try await reconciler.deactivate(try name(request))
+    case .attach, .detach, .attachNamed, .activate, .reload, .version: break
     }
     return reply
   }
@@ -215,6 +221,10 @@ struct ControlServer: Service {
       if let owner = request.owner {
         guard let id = OwnerID(owner) else { throw .ownerBad(owner) }
         wish.owner = id
+      }
+      if request.inactive == true {
+        try await reconciler.keep(name, wish)
+        return .done
       }
       let result = await reconciler.attach(name, wish, create: request.create ?? false)
       return reply(result, path: reconciler.host.links.path(name))

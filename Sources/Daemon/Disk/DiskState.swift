@@ -17,8 +17,13 @@ package enum PublicState: String, Sendable, Codable, CaseIterable {
   case failed
   /// On its way out; the reason says what it waits for.
   case stopping
+  /// A named disk that is only kept by its name; only in status.
+  case inactive
   /// No disk any more, but its store's pending log holds writes; only in status.
   case pending
+
+  /// Whether there is a disk, or is to be one.
+  var isOfDisk: Bool { self != .pending && self != .inactive }
 }
 
 /// What xenstore says of a disk.

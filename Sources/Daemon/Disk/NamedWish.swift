@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // What an admin wants of a named disk. It is to a named disk what the toolstack's entry in xenstore
-// is to a vbd: the daemon serves the disk for as long as the wish stands.
+// is to a vbd: the daemon serves the disk for as long as the wish stands and is active.
 //
 // It is kept as RUN/named/NAME.wish, text of lines KEY=VALUE, values percent-encoded, replaced
 // whole:
@@ -8,9 +8,11 @@
 //   1. `attach` serves the disk, writes the file, and only then tells of the device.
 //   2. `detach` removes the file before anything is taken down, and only while nobody uses the
 //      device.
+//   3. `deactivate` writes the file anew, as inactive, as `detach` removes it; `activate` writes it
+//      as active, as `attach` does.
 //
-// A crash before the file is written, or after it was removed, leaves a disk that the next daemon
-// finds by its record and takes down.
+// A crash before the file is written as active, or after it was removed or written as inactive,
+// leaves a disk that the next daemon finds by its record and takes down.
 
 import Glibc
 internal import SystemIO
@@ -25,6 +27,9 @@ package struct NamedWish: Sendable, Equatable {
   package var owner: OwnerID?
   /// Whether udev may look for file systems and volumes on the device.
   package var isProbed: Bool
+  /// Since when the disk is only kept by its name, without device, worker and lock; Unix time. nil:
+  /// it is active.
+  package var inactiveSince: Int64?
 
   /// A wish from its parts.
   package init(
@@ -36,8 +41,20 @@ package struct NamedWish: Sendable, Equatable {
     self.isProbed = isProbed
   }
 
-  /// The same as xenstore's entries say it.
-  var wanted: WantedDisk { WantedDisk(params: params, readOnly: readOnly, going: false) }
+  /// Whether the disk is to be served.
+  var isActive: Bool { inactiveSince == nil }
+
+  /// The same as xenstore's entries say it; nil: nothing is wanted now.
+  var wanted: WantedDisk? {
+    isActive ? WantedDisk(params: params, readOnly: readOnly, going: false) : nil
+  }
+
+  /// Whether it is of the same disk, active or not.
+  func isOfSameDisk(as other: NamedWish) -> Bool {
+    var (one, other) = (self, other)
+    (one.inactiveSince, other.inactiveSince) = (nil, nil)
+    return one == other
+  }
 
   var text: String {
     var fields = [
@@ -45,6 +62,7 @@ package struct NamedWish: Sendable, Equatable {
       "probe=" + (isProbed ? "1" : "0"),
     ]
     if let owner { fields.append("owner=\(owner)") }
+    if let inactiveSince { fields.append("inactive=\(inactiveSince)") }
     return fields.map { $0 + "\n" }.joined()
   }
 
@@ -54,6 +72,7 @@ package struct NamedWish: Sendable, Equatable {
     self.init(
       params: params, readOnly: fields["readonly"] == "1",
       owner: fields["owner"].flatMap { OwnerID($0) }, isProbed: fields["probe"] == "1")
+    inactiveSince = fields["inactive"].flatMap { Int64($0) }
   }
 }
 

@@ -105,6 +105,7 @@ extension Reconciler {
         if let answer { answers.append(answer) }
       }
     }
+    answers += inactiveDisks().filter { disk in !answers.contains { $0.name == disk.name } }
     answers += failures.filter { failure in !answers.contains { $0.isSameDisk(as: failure) } }
     answers += try await keptLogs().map { DiskStatus($0) }
     return answers.filter { answer in domain.map { answer.isMeant(by: $0) } ?? true }

@@ -24,7 +24,7 @@ extension Reconciler {
 
   /// The same of a named disk, of which xenstore knows nothing.
   func sight(of name: DiskName) -> Sight {
-    Sight(wanted: wishes[name]?.wanted, exists: false, vdev: nil)
+    Sight(wanted: wishes[name].flatMap(\.wanted), exists: false, vdev: nil)
   }
 
   /// Takes up what an earlier daemon had in writing.
@@ -74,32 +74,28 @@ extension Reconciler {
     } catch { return .failure(error) }
   }
 
-  private func attachAlone(
+  func attachAlone(
     _ name: DiskName, _ wish: NamedWish, create: Bool
   ) async throws(DiskFailure) -> DeviceNode {
-    let id = DiskID.named(name)
-    if let disk = table[id], wishes[name] == nil, !adopting.contains(id), disk.holdsSomething {
-      throw .stillGoing(name, disk.reason)
-    }
-    let isNew = wishes[name] != wish
-    if isNew {
-      if let before = wishes[name] {
-        guard hasFailed(id) else { throw .nameTaken(name, before) }
-        try await erase(name)
-      }
-      let links = host.links
-      try await offload.run { () throws(DiskFailure) in
-        do throws(IOError) { try links.checkFree(name) } catch { throw .link(error, name) }
-      }
-      wishes[name] = wish
-    }
+    let (id, before) = (DiskID.named(name), wishes[name])
+    try checkNotGoing(name)
+    if before?.isOfSameDisk(as: wish) != true { try await release(name, for: wish) }
+    if before?.isActive != true || wishes[name] == nil { try await checkFree(name) }
+    var active = wish
+    active.inactiveSince = nil
+    wishes[name] = active
     do throws(DiskFailure) {
       let device = try await attach(id, boots: create).get()
-      if !writtenWishes.contains(name) { try await write(name, wish) }
+      if !writtenWishes.contains(name) || before?.isActive == false {
+        try await write(name, active)
+      }
       return device
     } catch {
       // Nobody was told of the device, if there is one.
-      if !writtenWishes.contains(name) {
+      if let before, !before.isActive {
+        wishes[name] = before
+        mark(id)
+      } else if !writtenWishes.contains(name) {
         wishes[name] = nil
         mark(id)
       }
@@ -107,8 +103,51 @@ extension Reconciler {
     }
   }
 
+  /// Keeps a disk by its name, without serving it. One that is known in the same way stays as it
+  /// is.
+  func keep(_ name: DiskName, _ wish: NamedWish) async throws(DiskFailure) {
+    guard takesWaiters else { throw .ending }
+    do { _ = try Spec(wish.params) } catch { throw .malformed(error) }
+    try await changing(name) { () async throws(DiskFailure) in
+      try checkNotGoing(name)
+      if wishes[name]?.isOfSameDisk(as: wish) == true { return }
+      try await release(name, for: wish)
+      try await checkFree(name)
+      var kept = wish
+      kept.inactiveSince = scheduler.unixTime
+      try await write(name, kept)
+      wishes[name] = kept
+      // What failed under this name is forgotten.
+      if table[.named(name)] != nil { mark(.named(name)) }
+    }
+  }
+
+  /// Throws when the former disk of a name is still on its way out.
+  private func checkNotGoing(_ name: DiskName) throws(DiskFailure) {
+    let id = DiskID.named(name)
+    guard let disk = table[id], wishes[name]?.isActive != true, !adopting.contains(id),
+      disk.holdsSomething
+    else { return }
+    throw .stillGoing(name, disk.reason)
+  }
+
+  /// Takes a name from a disk that has failed, for another one. Throws when it has not.
+  private func release(_ name: DiskName, for wish: NamedWish) async throws(DiskFailure) {
+    guard let before = wishes[name] else { return }
+    guard before.isActive, hasFailed(.named(name)) else { throw .nameTaken(name, before) }
+    try await erase(name)
+  }
+
+  /// Throws when something else than a link has the place of a disk's link.
+  private func checkFree(_ name: DiskName) async throws(DiskFailure) {
+    let links = host.links
+    try await offload.run { () throws(DiskFailure) in
+      do throws(IOError) { try links.checkFree(name) } catch { throw .link(error, name) }
+    }
+  }
+
   /// Does something with a name that nothing else is done with meanwhile.
-  private func changing<Value>(
+  func changing<Value>(
     _ name: DiskName, _ body: () async throws(DiskFailure) -> Value
   ) async throws(DiskFailure) -> Value {
     let end = scheduler.now + configuration.attachTimeout
@@ -132,7 +171,7 @@ extension Reconciler {
     return false
   }
 
-  private func write(_ name: DiskName, _ wish: NamedWish) async throws(DiskFailure) {
+  func write(_ name: DiskName, _ wish: NamedWish) async throws(DiskFailure) {
     let written = configuration.namedWishes
     try await blocking { () throws(IOError) in try written.save(name, wish) }
     writtenWishes.insert(name)
@@ -144,56 +183,6 @@ extension Reconciler {
     try await blocking { () throws(IOError) in try written.remove(name) }
     writtenWishes.remove(name)
     wishes[name] = nil
-  }
-
-  // MARK: - Links
-
-  /// Tells udev's rules of the link that the disk's device is to have, before there is a device.
-  func prepareLink(_ disk: Disk) async throws(DiskFailure) {
-    guard let name = disk.id.name, let wish = wishes[name] else { return }
-    let links = host.links
-    try await offload.run { () throws(DiskFailure) in
-      do throws(IOError) { try links.prepare(name, isProbed: wish.isProbed) } catch {
-        throw .link(error, name)
-      }
-    }
-  }
-
-  /// Has the link of a named disk made, when the device is there.
-  func makeLink(_ disk: Disk) async throws(DiskFailure) {
-    guard let name = disk.id.name, let device = disk.device else { return }
-    let (links, scheduler) = (host.links, scheduler)
-    try await offload.run { () throws(DiskFailure) in
-      do throws(IOError) { try links.make(name, device, scheduler) } catch {
-        throw .link(error, name)
-      }
-    }
-  }
-
-  /// Sees to the link of a disk that an earlier daemon has left: its device may have been made
-  /// without it, or may have gone.
-  func restoreLink(_ disk: Disk) async {
-    guard let name = disk.id.name else { return }
-    guard disk.device != nil, wishes[name] != nil else {
-      guard disk.device == nil, let failure = await removeLink(disk) else { return }
-      return log(for: disk).error("a link is left", metadata: ["reason": "\(failure)"])
-    }
-    do throws(DiskFailure) {
-      try await prepareLink(disk)
-      try await makeLink(disk)
-    } catch { log(for: disk).error("the disk has no link", metadata: ["reason": "\(error)"]) }
-  }
-
-  /// Removes the link of a named disk whose device has gone. Why that is not possible yet, if so.
-  func removeLink(_ disk: Disk) async -> DiskFailure? {
-    guard let name = disk.id.name else { return nil }
-    let (links, scheduler) = (host.links, scheduler)
-    return await offload.run { () -> DiskFailure? in
-      do throws(IOError) {
-        try links.remove(name, scheduler)
-        return nil
-      } catch { return .link(error, name) }
-    }
   }
 
   // MARK: - Detaching
@@ -210,10 +199,17 @@ extension Reconciler {
       try await checkUnused(name, id)
       try await erase(name)
     }
+    try await waitUntilGone(name, "detached")
+    forgetFailures(of: name)
+  }
+
+  /// Waits until nothing is left of a disk that is not wanted any more. `done`: what was asked for.
+  func waitUntilGone(_ name: DiskName, _ done: String) async throws(DiskFailure) {
+    let id = DiskID.named(name)
     guard let disk = table[id] else { return }
     hurry(disk)
     let end = scheduler.now + configuration.stopTimeout * 2
-    while table[id] === disk {
+    while table[id] === disk, wishes[name]?.isActive != true {
       guard scheduler.now < end, !ending else {
         throw .timeout(
           "disk \(name) is \(disk.phase.publicState.rawValue)"
@@ -222,15 +218,14 @@ extension Reconciler {
       }
       if case .stopping(let stuck?) = disk.phase, !disk.busy, stuck.retry > scheduler.now {
         throw DiskFailure(
-          stuck.failure.code, "disk \(name) is not detached yet: \(stuck.failure.sentence)")
+          stuck.failure.code, "disk \(name) is not \(done) yet: \(stuck.failure.sentence)")
       }
       await pause(.milliseconds(20))
     }
-    forgetFailures(of: name)
   }
 
   /// Throws when somebody uses the device of a named disk, as far as kernel and xenstore know.
-  private func checkUnused(_ name: DiskName, _ id: DiskID) async throws(DiskFailure) {
+  func checkUnused(_ name: DiskName, _ id: DiskID) async throws(DiskFailure) {
     guard let disk = table[id], let device = disk.device else { return }
     var users: [String] = []
     do throws(XenStoreError) {

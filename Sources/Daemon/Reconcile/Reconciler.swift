@@ -126,7 +126,8 @@ package actor Reconciler {
 
   /// The same for named disks, of which xenstore does not know.
   func lookAtNames() {
-    for name in Set(table.keys.compactMap(\.name)).union(wishes.keys) {
+    let wanted = wishes.filter { $0.value.isActive }.keys
+    for name in Set(table.keys.compactMap(\.name)).union(wanted) {
       compare(.named(name), sight(of: name))
     }
   }

@@ -39,7 +39,7 @@ package struct DiskRates: Codable, Sendable, Hashable, DiskNaming {
     _ before: [DiskStatus], _ now: [DiskStatus], seconds: Double
   ) -> [DiskRates] {
     let former = Dictionary(before.map { ($0.id, $0) }) { $1 }
-    return now.filter { $0.state != .pending }.sorted { $0.id < $1.id }
+    return now.filter { $0.state.isOfDisk }.sorted { $0.id < $1.id }
       .map { DiskRates(former[$0.id], $0, seconds: seconds) }
       .enumerated().sorted { one, other in
         let (first, second) = (one.element.isWell, other.element.isWell)

@@ -60,7 +60,7 @@ package enum MetricsText {
   /// them is going) stands for the newer one, and is followed by its number for the other.
   private static func disks(_ statuses: [DiskStatus]) -> [Labelled] {
     var newest: [String: Int] = [:]
-    let disks = statuses.filter { $0.state != .pending }
+    let disks = statuses.filter { $0.state.isOfDisk }
     for disk in disks {
       if let name = disk.domainName { newest[name] = max(newest[name] ?? 0, disk.domain ?? 0) }
     }
@@ -92,7 +92,7 @@ package enum MetricsText {
     }
     text.family("dmu_disk_state", .gauge, "1 for the state in which the disk is, 0 for others.")
     for disk in disks {
-      for state in PublicState.allCases where state != .pending {
+      for state in PublicState.allCases where state.isOfDisk {
         text.sample(
           "dmu_disk_state", disk.labels.merging(["state": state.rawValue]) { $1 },
           disk.status.state == state ? 1 : 0)
