@@ -8,6 +8,7 @@
 
 import BlockIO
 import DiskModel
+import Glibc
 import SystemIO
 
 /// Places of a block each, in a row.
@@ -79,8 +80,12 @@ extension PooledImage {
     guard let room = pooled.next else { return nil }
     // Who fails from here on, or has to wait, finds the room again.
     if let poolStore {
-      try io { () throws(IOError) in
+      do throws(IOError) {
         try poolStore.reserve(at: room.first, count: room.count * room.stride)
+      } catch {
+        // There may be space for less when it is asked for again.
+        if error.code == ENOSPC { pooled.next?.count = max(room.count / 2, 1) }
+        throw ImageError(error)
       }
     }
     pooled.next = nil

@@ -30,6 +30,7 @@ static void flush_commit(void)
 	g = begin(&rig, WRITE_IT, 3 * BLOCK, 2, 9);
 	m = expect(rig.node, DMU_FAULT);
 	a = map(m.id, 3, 1, 0, PLACE(3), DMU_WRITABLE | DMU_ZERO_FIRST | DMU_HOLD_FLUSH);
+	a.mark = DMU_MAX_MARK + 1;
 	CHECK(answer(rig.node, a) == -ERANGE);
 	a.mark = 5;
 	CHECK(answer(rig.node, a) == 0);
