@@ -465,15 +465,16 @@ package final class FileStore: ByteStore {
     }
   }
 
-  /// fallocate(2), on a file system that knows it. Throws ENOSPC where there is not four times as much
+  /// `allocate`, on a file system that knows it. Throws ENOSPC where there is not four times as much
   /// free: a call that finds too little takes, for a while or for good, what others are writing to.
   package func reserve(at offset: UInt64, count: UInt64) throws(IOError) {
     guard !isBlockDevice else { return }
     if let free = try freeBytes(), free / 4 < count {
       throw IOError(ENOSPC, "reserve space in", name)
     }
-    guard dmu_allocate(raw, Int64(offset), Int64(count)) != 0 else { return }
-    guard [EOPNOTSUPP, ENOSYS].contains(errno) else { throw IOError.last("reserve space in", name) }
+    do throws(IOError) { try allocate(at: offset, count: count) } catch {
+      guard error.code == EOPNOTSUPP || error.code == ENOSYS else { throw error }
+    }
   }
 
   /// fdatasync(2): data, and the metadata that is needed to find it.

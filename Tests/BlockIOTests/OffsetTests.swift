@@ -27,6 +27,23 @@ import TestSupport
     #expect(file.size == 4096)
   }
 
+  /// Space is reserved only where there is four times as much: else it is what others are writing to.
+  @Test func theLastSpaceIsNotReserved() throws {
+    let folder = try TemporaryFolder()
+    let path = folder.file("f")
+    let file = try FileStore(
+      try Descriptor(path: path, flags: O_RDWR | O_CREAT, mode: 0o600), name: path)
+    let free = try #require(try file.freeBytes())
+    try file.resize(to: free)
+    do throws(IOError) {
+      try file.reserve(at: 0, count: free / 2)
+      Issue.record("half of what is free is reserved")
+    } catch { #expect(error.code == ENOSPC) }
+    #expect(try file.allocatedBytes() == 0)
+    try file.reserve(at: 0, count: 1 << 20)
+    #expect(try file.allocatedBytes() == 1 << 20 && file.size == free)
+  }
+
   @Test func aFileAsLongAsFilesCanBeIsNotLengthened() throws {
     // A file system that has such files.
     let path = "/dev/shm/dmu-test-\(getpid())"
