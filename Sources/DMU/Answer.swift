@@ -167,14 +167,9 @@ public struct Answer: Sendable {
   public static func pool(
     block: UInt64, count: UInt64, at place: Place, stride: UInt64, places: UInt32
   ) -> Answer {
-    var answer = Answer(DMU_GRANT)
+    var answer = grant(block: block, count: count, at: place, budget: places)
     answer.raw.flags = UInt32(DMU_POOL)
-    answer.raw.block = block
-    answer.raw.count = count
-    answer.raw.device = place.device
-    answer.raw.sector = place.sector
     answer.raw.from_sector = stride
-    answer.raw.length = places
     return answer
   }
 

@@ -247,9 +247,8 @@ package final class Worker {
       if mark != 0 { format.abandon(mark) }
       log(.warning, "a placement failed", ["block": String(block), "errno": reason(code)])
     case .placed(let extent): return placed(extent)
-    case .marked(let provisional, let mark): marked(provisional, mark)
-    case .invalidateDone:
-      break
+    // A mark has been taken up already.
+    case .marked, .invalidateDone: break
     }
     return true
   }
