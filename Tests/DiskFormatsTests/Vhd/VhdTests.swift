@@ -208,6 +208,32 @@ import TestSupport
     ])
   }
 
+  /// A block of a dynamic image that has a place, and no bit set, may get another one by a pool.
+  @Test func aPoolTakesABlockWithoutBits() throws {
+    let store = MemoryStore()
+    try Vhd.create(
+      store: store, size: 1 << 20, blockSize: 65536, uuid: [UInt8](repeating: 1, count: 16))
+    let first = DeviceEngine(try Vhd.open(store: store, base: nil, writable: true), store: store)
+    try first.write(0, [UInt8](repeating: 7, count: 65536))
+    try first.flush()
+    guard case .device(0, let old) = try first.format.find(0, limit: 1).place else {
+      throw ImageError(.corrupt, "block 0 has no place")
+    }
+    try store.write([UInt8](repeating: 0, count: 512), at: old * 512 - 512)
+    let disk = try Vhd.open(store: store, base: nil, writable: true)
+    #expect(try !disk.find(0, limit: 1).writable && disk.takeMarks())
+    let pool = try #require(try disk.pool())
+    let extent = Extent(BlockRange(0), pool.place, writable: true, mark: 1)
+    try disk.granted(extent)
+    guard case .device(0, let new) = pool.place else { return }
+    try store.write([UInt8](repeating: 9, count: 65536), at: new * 512)
+    try (try disk.commitPlan(upTo: 1)).carry(to: store)
+    disk.committed(upTo: 1)
+    let again = try Vhd.open(store: store, base: nil, writable: false)
+    #expect(try again.find(0, limit: 1).place == pool.place)
+    #expect(try Vhd.check(store: store).corruptions == 0)
+  }
+
   private static func cuts(
     overBase: Bool, blockSize: UInt64 = 8192, piece: UInt64 = 8192
   ) throws -> PowerCuts {
