@@ -182,6 +182,20 @@ extension Reconciler {
 
   // MARK: - Strays
 
+  /// Ends the workers of a disk that the table does not have. Throws when one lives on.
+  private func endWorkers(of id: DiskID) async throws(DiskFailure) {
+    let limit = configuration.stopTimeout
+    for worker in try await unknownWorkers() where worker.disk == id {
+      log.warning(
+        "ends a worker of no disk",
+        metadata: ["disk": "\(id)", "process": "\(worker.process.pid)"])
+      let hasEnded = try await blocking { () throws(IOError) in try worker.end(within: limit) }
+      guard hasEnded else {
+        throw .worker("its worker, process \(worker.process.pid), cannot be killed: it hangs")
+      }
+    }
+  }
+
   /// Whether a device of no disk may be ended.
   func examine(_ id: DiskID, _ device: DeviceNode) async -> StrayDevice {
     func stray(_ why: String?) -> StrayDevice {
@@ -216,9 +230,16 @@ extension Reconciler {
     } catch { return stray("\(error)") }
   }
 
-  /// Ends a device of no disk.
+  /// Ends a device of no disk, and before it the workers of that device: while one answers, its faults
+  /// are not ours to fail.
   func end(_ stray: StrayDevice) async {
-    // Looking has taken its time.
+    do throws(DiskFailure) { try await endWorkers(of: stray.disk) } catch {
+      log.error(
+        "leaves a device of no disk alone: dmu-xen doctor",
+        metadata: ["device": "\(stray.node.path)", "reason": "\(error)"])
+      return
+    }
+    // All this has taken its time.
     guard isStray(stray.disk, stray.node) else { return }
     log.warning("ends a device of no disk", metadata: ["device": "\(stray.node.path)"])
     let (attacher, mapper, device, id) = (attacher, mapper, stray.node, stray.disk)

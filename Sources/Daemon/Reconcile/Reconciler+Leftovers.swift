@@ -141,10 +141,15 @@ extension Reconciler {
   /// Workers whose links were made for disks of this daemon's run directory, or for devices that
   /// are ours, and that no disk has.
   private func strayWorkers() async throws(DiskFailure) -> [any WorkerAtLarge] {
-    let known = Set((Array(table.values) + recovering.values).compactMap { $0.worker?.process.pid })
     let run = configuration.runDirectory
+    return try await unknownWorkers().filter { $0.link.hasPrefix(run + "/") }
+  }
+
+  /// Workers that no disk has, whatever daemon started them.
+  func unknownWorkers() async throws(DiskFailure) -> [any WorkerAtLarge] {
+    let known = Set((Array(table.values) + recovering.values).compactMap { $0.worker?.process.pid })
     let processes = host.processes
     let found = try await blocking { () throws(IOError) in try processes.workers() }
-    return found.filter { !known.contains($0.process.pid) && $0.link.hasPrefix(run + "/") }
+    return found.filter { !known.contains($0.process.pid) }
   }
 }
