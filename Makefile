@@ -12,7 +12,7 @@ BIN      = .build-release/release
 DIST     = .build-release/dist
 # Two multi-call files, and the names under which they are other programs.
 PROGRAMS = cowd dmu-xend
-NAMES    = $(PROGRAMS) dmu-xen dmu-img dscow_tool
+NAMES    = $(PROGRAMS) dmu-xen dmu-xl dmu-img dscow_tool
 # A folder of zsh's fpath: Debian's zsh looks for what packages install elsewhere than others.
 ZSH_FUNCTIONS ?= $(PREFIX)/share/zsh/$(if $(and $(wildcard /etc/debian_version),$(filter \
   /usr,$(PREFIX))),vendor-completions,site-functions)
@@ -29,7 +29,7 @@ help: ## list the targets
 build: ## build the programs (release, static Swift runtime)
 	@lab/prerequisites build
 	@# With another version of a package what is left out may be needed: then nothing is.
-	DMU_LEAVE_OUT=1 $(SWIFT) build $(RELEASE) || $(SWIFT) build $(RELEASE)
+	DMU_PRODUCT=1 $(SWIFT) build $(RELEASE) || $(SWIFT) build $(RELEASE)
 
 dist: build
 	@rm -rf $(DIST)
@@ -94,6 +94,7 @@ install: ## install into $(DESTDIR)$(PREFIX), etc. into $(DESTDIR)/etc
 	  $(DESTDIR)/lib/systemd/system
 	install -s -m 755 $(PROGRAMS:%=$(BIN)/%) $(DESTDIR)$(PREFIX)/sbin/
 	ln -sf dmu-xend $(DESTDIR)$(PREFIX)/sbin/dmu-xen
+	ln -sf dmu-xend $(DESTDIR)$(PREFIX)/sbin/dmu-xl
 	ln -sf ../sbin/cowd $(DESTDIR)$(PREFIX)/bin/dmu-img
 	ln -sf ../sbin/cowd $(DESTDIR)$(PREFIX)/bin/dscow_tool
 	install -D -m 755 -t $(DESTDIR)$(PREFIX)/lib/dmu-xen hotplug/block-dmu

@@ -12,6 +12,9 @@ let swiftSettings: [SwiftSetting] = [
   .treatAllWarnings(as: .error),
 ]
 
+/// Whether this is the build that is installed, not one for tests.
+let isProduct = Context.environment["DMU_PRODUCT"] != nil
+
 /// What a release is linked with, by the toolchain's lld: no symbols for others, which would keep
 /// functions that nobody calls; packed relocations, a tenth of the size, which need glibc 2.36. Without
 /// libFoundation: it has some functions of FoundationEssentials, too, and lld would take the first.
@@ -23,7 +26,7 @@ let linkerSettings = linker(
 /// a type's metadata. Which objects need each other depends on how they are compiled: other builds,
 /// those for tests, have all.
 let unusedParts =
-  Context.environment["DMU_LEAVE_OUT"] == nil
+  !isProduct
   ? []
   : linker(
     ["NIOEmbedded.build/*", "NIO.build/*"].map(leftOut)
@@ -47,6 +50,14 @@ func room(
   _ name: String, _ dependencies: [Target.Dependency] = [], path: String? = nil
 ) -> Target {
   .target(name: name, dependencies: dependencies, path: path, swiftSettings: swiftSettings)
+}
+/// The same, on the path of each request: installed without the checks of exclusive access at run time,
+/// a third of its instructions. Builds for tests have them. See docs/decisions/exclusive-access.md.
+func hotRoom(_ name: String, _ dependencies: [Target.Dependency] = []) -> Target {
+  let unchecked: [SwiftSetting] = [.unsafeFlags(["-enforce-exclusivity=unchecked"])]
+  return .target(
+    name: name, dependencies: dependencies,
+    swiftSettings: swiftSettings + (isProduct ? unchecked : []))
 }
 /// The same, compiled for size: it waits, or is called once, more than it computes.
 func smallRoom(
@@ -116,16 +127,17 @@ let package = Package(
     .target(name: "DMUProtocol"),
     // What a disk is, and the system's files, stores and block devices.
     room("DiskModel"),
-    room("SystemIO", ["CLinux"]),
-    room("BlockIO", ["SystemIO", "CLinux"]),
+    hotRoom("SystemIO", ["CLinux"]),
+    hotRoom("BlockIO", ["SystemIO", "CLinux"]),
     smallRoom("LinuxBlock", ["BlockIO", "SystemIO", "CDeviceMapper", "CLinux"]),
     smallRoom("XenStore", ["CXenStore"]),
+    smallRoom("XLConfiguration"),
     room("DMU", ["DMUProtocol", "SystemIO"]),
     // Formats and targets, which know of one another only what the model says, and the worker
     // between them.
     room("DiskFormats", ["CPlugin", "CZlib", "CZstd"] + block),
-    room("Target", ["DMU"] + block),
-    room("NBDServer", ["Target", "SystemIO"]),
+    hotRoom("Target", ["DMU"] + block),
+    hotRoom("NBDServer", ["Target", "SystemIO"]),
     room("WorkerLink", ["SystemIO"]),
     room(
       "Worker",
@@ -136,8 +148,8 @@ let package = Package(
     smallRoom(
       "Daemon",
       [
-        "XenStore", "WorkerLink", "LinuxBlock", "BlockIO", "SystemIO", logging, lifecycle, signals,
-        toml, nio, nioPosix, nioHTTP,
+        "XenStore", "XLConfiguration", "WorkerLink", "LinuxBlock", "BlockIO", "SystemIO", logging,
+        lifecycle, signals, toml, nio, nioPosix, nioHTTP,
       ]),
     smallRoom(
       "CowdArguments", ["Worker", "WorkerLink", "SystemIO", argumentParser], path: "Sources/cowd"),
@@ -149,15 +161,18 @@ let package = Package(
     smallRoom(
       "DmuXendArguments", ["Daemon", "SystemIO", argumentParser], path: "Sources/dmu-xend"),
     smallRoom("DmuXenArguments", ["Daemon", "SystemIO", argumentParser], path: "Sources/dmu-xen"),
+    smallRoom(
+      "DmuXlArguments", ["XLConfiguration", "SystemIO", argumentParser], path: "Sources/dmu-xl"),
     // Two multi-call files are installed, cowd and dmu-xend. The build has a copy of them under each
     // name that they know.
     room("DiskPrograms", ["CowdArguments", "DmuImgArguments", "DscowToolArguments", "SystemIO"]),
-    room("HostPrograms", ["DmuXendArguments", "DmuXenArguments", "SystemIO"]),
+    room("HostPrograms", ["DmuXendArguments", "DmuXenArguments", "DmuXlArguments", "SystemIO"]),
     multiCall("cowd", "DiskPrograms", staticCxx),
     multiCall("dmu-img", "DiskPrograms", staticCxx),
     multiCall("dscow_tool", "DiskPrograms", staticCxx),
     multiCall("dmu-xend", "HostPrograms", unusedParts),
     multiCall("dmu-xen", "HostPrograms", unusedParts),
+    multiCall("dmu-xl", "HostPrograms", unusedParts),
     program("linear", ["DMU", "SystemIO"], path: "examples/linear"),
     // What is only for tests: nothing of it is installed.
     room("TestSupport", ["SystemIO"], path: "Tests/Support"),
@@ -176,6 +191,7 @@ let package = Package(
     tests("BlockIOTests", ["LinuxBlock", "BlockIO", "SystemIO"], waiting),
     tests("LinuxBlockTests", ["LinuxBlock", "SystemIO"], waiting),
     tests("XenStoreTests", ["XenStore"], waiting),
+    tests("XLConfigurationTests", ["XLConfiguration"]),
     tests("DiskFormatsTests", ["DiskFormats"] + block),
     tests("ImageToolTests", ["ImageTool", "DiskFormats", "LinuxBlock"] + block, libxml2),
     tests("TargetTests", ["Target", "TargetTrials", "DMU"] + block),
