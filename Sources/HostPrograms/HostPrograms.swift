@@ -3,13 +3,15 @@
 
 internal import DmuXenArguments
 internal import DmuXendArguments
+internal import DmuXlArguments
 internal import SystemIO
 
-/// dmu-xend and dmu-xen.
+/// dmu-xend, dmu-xen and dmu-xl.
 package func main() async {
   switch ProgramName.called {
   case "dmu-xend": await DmuXendArguments.Program.main()
   case "dmu-xen": await DmuXenArguments.Program.main()
-  default: ProgramName.refuse("dmu-xend", "dmu-xen")
+  case "dmu-xl": DmuXlArguments.Program.main()
+  default: ProgramName.refuse("dmu-xend", "dmu-xen", "dmu-xl")
   }
 }

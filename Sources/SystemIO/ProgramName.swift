@@ -21,4 +21,15 @@ package enum ProgramName {
     _ = write(2, bytes, bytes.count)
     exit(64)
   }
+
+  /// Has another program, looked for in PATH, take this process's place; answers why it could not: the
+  /// errno of execvp(3). Descriptors without close-on-exec stay open in it.
+  package static func become(_ words: [String]) -> IOError {
+    var pointers: [UnsafeMutablePointer<CChar>?] = words.map { strdup($0) }
+    pointers.append(nil)
+    execvp(pointers[0]!, pointers)
+    let code = errno
+    for case let pointer? in pointers { free(pointer) }
+    return IOError(code, "start", words[0])
+  }
 }

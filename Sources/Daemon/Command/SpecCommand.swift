@@ -2,6 +2,7 @@
 // `dmu-xen spec check`: a spec in plain words, and what is there of it now.
 
 import Glibc
+internal import XLConfiguration
 
 /// Explains specs.
 package enum SpecCommand {
@@ -9,8 +10,8 @@ package enum SpecCommand {
   package static func check(
     _ text: String, configurationPath: String = Configuration.defaultPath
   ) -> CommandStatus {
-    if let line = DiskLine.Former(text) {
-      CommandOutput.complain(line.explanation)
+    if let explanation = DiskLine.explanation(text) {
+      CommandOutput.complain(explanation)
       return .failed
     }
     let spec: Spec
@@ -95,33 +96,16 @@ package enum SpecCommand {
 /// The line of a guest's configuration.
 enum DiskLine {
   /// For a first disk; `target=` takes the rest of the line as it stands.
-  static func text(_ spec: Spec, vdev: String = "xvda", readOnly: Bool = false) -> String {
-    "disk = [ \"script=block-dmu,vdev=\(vdev),access=\(readOnly ? "ro" : "rw"),target=\(spec)\" ]"
+  static func text(_ spec: Spec) -> String {
+    "disk = [ \"script=block-dmu,vdev=xvda,access=rw,target=\(spec)\" ]"
   }
 
-  /// A line as configurations had it when xl's predecessor read them: SPEC,VDEV,MODE. Today's
-  /// xl takes the second field for a format and refuses the line.
-  struct Former {
-    let spec: Spec
-    let vdev: String
-    let readOnly: Bool
-
-    /// nil for what is not such a line.
-    init?(_ text: String) {
-      let fields = text.split(separator: ",", omittingEmptySubsequences: false)
-      guard (2...3).contains(fields.count), !fields[1].isEmpty,
-        fields[1].allSatisfy({ $0.isASCII && ($0.isLetter || $0.isNumber || $0 == ":") })
-      else { return nil }
-      do { spec = try Spec(String(fields[0])) } catch { return nil }
-      vdev = String(fields[1].prefix { $0 != ":" })
-      readOnly = fields.count == 3 && fields[2] == "r"
-    }
-
-    /// What to write instead.
-    var explanation: String {
-      "this is a disk line of xm, SPEC,VDEV,MODE, which xl refuses, since it takes the second field"
-        + " for a format: write\n" + DiskLine.text(spec, vdev: vdev, readOnly: readOnly)
-    }
+  /// What to write instead of a line in positions, SPEC,VDEV,MODE. Today's xl takes the second field
+  /// for a format and refuses the line. nil for what is no such line.
+  static func explanation(_ text: String) -> String? {
+    guard let line = PositionalLine(text), (try? Spec(line.spec)) != nil else { return nil }
+    return "this is a disk line of xm, SPEC,VDEV,MODE, which xl refuses, since it takes the second"
+      + " field for a format: call dmu-xl instead of xl, or write\ndisk = [ \"\(line.rewritten)\" ]"
   }
 }
 

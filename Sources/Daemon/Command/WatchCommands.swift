@@ -69,14 +69,10 @@ extension ClientCommands {
 
   /// Has another program take this process's place; answers why it could not.
   private static func become(_ words: [String]) -> DiskFailure {
-    var pointers: [UnsafeMutablePointer<CChar>?] = words.map { strdup($0) }
-    pointers.append(nil)
-    execvp(words[0], pointers)
-    let code = errno
-    for case let pointer? in pointers { free(pointer) }
+    let error = ProgramName.become(words)
     return DiskFailure(
       .daemon,
-      "cannot start \(words[0]) (\(String(cString: strerror(code)))): the log is what dmu-xend"
+      "\(error): the log is what dmu-xend"
         + " writes to its standard error; without a journal, look where that goes")
   }
 }

@@ -109,12 +109,13 @@ END
 
 console() { echo "/var/log/xen/console/guest-$1.log"; }
 
-# create NAME [ARGUMENT...]: xl create of a configured guest, which begins a new console log.
+# create NAME [ARGUMENT...]: xl create of a configured guest, which begins a new console log. Of a
+# line of 2006: xl=dmu-xl.
 create() {
   local name=$1
   shift
   [ ! -e "$(console "$name")" ] || : >"$(console "$name")"
-  timeout $((90 * slow)) xl create "$@" "$work/$name.cfg"
+  timeout $((90 * slow)) "${xl:-xl}" create "$@" "$work/$name.cfg"
 }
 
 # said NAME PATTERN: whether the guest has printed a line like this.
