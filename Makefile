@@ -108,6 +108,10 @@ install: ## install into $(DESTDIR)$(PREFIX), etc. into $(DESTDIR)/etc
 	  sed 's|/usr/sbin/dmu-xen|$(PREFIX)/sbin/dmu-xen|' $$unit \
 	    >$(DESTDIR)/lib/systemd/system/$${unit##*/} || exit 1; done
 	chmod 644 $(DESTDIR)/lib/systemd/system/*.service
+	install -d $(DESTDIR)/etc/libvirt/hooks/libxl.d
+	sed 's|/usr/sbin/dmu-xen|$(PREFIX)/sbin/dmu-xen|' etc/libvirt/50-dmu-xen \
+	  >$(DESTDIR)/etc/libvirt/hooks/libxl.d/50-dmu-xen
+	chmod 755 $(DESTDIR)/etc/libvirt/hooks/libxl.d/50-dmu-xen
 	install -D -m 644 -t $(DESTDIR)/usr/lib/udev/rules.d etc/09-dmu-xen.rules
 	install -D -m 644 -t $(DESTDIR)/usr/lib/modprobe.d etc/modprobe.d/dmu-xen.conf
 	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/dmu-xen etc/grafana/dmu-xen.json

@@ -143,13 +143,14 @@ let package = Package(
       "Worker",
       ["CSeccomp", "Target", "NBDServer", "DMU", "LinuxBlock", "DiskFormats", "WorkerLink"] + block),
     .target(
-      name: "ImageTool", dependencies: ["CLibXML2", "DiskFormats", "BlockIO", "SystemIO"],
+      name: "XMLText", dependencies: ["CLibXML2", "SystemIO"],
       swiftSettings: swiftSettings + libxml2),
+    room("ImageTool", ["XMLText", "DiskFormats", "BlockIO", "SystemIO"]),
     smallRoom(
       "Daemon",
       [
-        "XenStore", "XLConfiguration", "WorkerLink", "LinuxBlock", "BlockIO", "SystemIO", logging,
-        lifecycle, signals, toml, nio, nioPosix, nioHTTP,
+        "XenStore", "XLConfiguration", "XMLText", "WorkerLink", "LinuxBlock", "BlockIO", "SystemIO",
+        logging, lifecycle, signals, toml, nio, nioPosix, nioHTTP,
       ]),
     smallRoom(
       "CowdArguments", ["Worker", "WorkerLink", "SystemIO", argumentParser], path: "Sources/cowd"),
@@ -193,7 +194,7 @@ let package = Package(
     tests("XenStoreTests", ["XenStore"], waiting),
     tests("XLConfigurationTests", ["XLConfiguration"]),
     tests("DiskFormatsTests", ["DiskFormats"] + block),
-    tests("ImageToolTests", ["ImageTool", "DiskFormats", "LinuxBlock"] + block, libxml2),
+    tests("ImageToolTests", ["ImageTool", "DiskFormats", "LinuxBlock"] + block),
     tests("TargetTests", ["Target", "TargetTrials", "DMU"] + block),
     tests(
       "NBDServerTests", ["NBDServer", "Target", "TargetTrials", "BlockIO", "SystemIO"], waiting),

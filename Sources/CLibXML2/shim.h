@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 // libxml2 when it is wanted. Loading it, with ICU behind it, is a quarter of the start of a
-// program; of all that dmu-img does two commands want it. So nothing is linked: the functions
+// program; of all that dmu-img does two commands want it, and of dmu-xen's one. So nothing is linked: the functions
 // are found by name, with the types that libxml2's own headers give them.
 #include <dlfcn.h>
 #include <libxml/parser.h>
@@ -12,8 +12,10 @@
   each(xmlFreeTextReader) \
   each(xmlFreeTextWriter) \
   each(xmlNewTextWriterFilename) \
+  each(xmlReaderForFd) \
   each(xmlReaderForFile) \
-  each(xmlTextReaderConstName) \
+  each(xmlTextReaderConstLocalName) \
+  each(xmlTextReaderConstNamespaceUri) \
   each(xmlTextReaderConstValue) \
   each(xmlTextReaderDepth) \
   each(xmlTextReaderGetAttribute) \
@@ -31,7 +33,7 @@
 
 #define LIBXML2_FIELD(name) __typeof__(&name) _Nonnull name;
 
-/// The functions of libxml2 that a mapping needs.
+/// The functions of libxml2 that are needed.
 struct libxml2 {
   LIBXML2_FUNCTIONS(LIBXML2_FIELD)
 };

@@ -36,7 +36,7 @@ extension ImageTool {
       while run.place % unit != 0 { unit /= 2 }
       mapped += run.count
     }
-    let writer = try XMLWriter(path)
+    let writer = try MappingWriter(path)
     try writer.comment(
       " dmu-img: format=\(kind.name) size=\(image.size)"
         + (names.base.map { " base=\(percent($0))" } ?? "") + " ")
@@ -128,7 +128,7 @@ extension ImageTool {
   ) throws(ImageError) {
     let kind = try data.formats.stated(format)
     let blocks = try data.open()
-    let reader = try XMLReader(path)
+    let reader = try MappingReader(path)
     var size: UInt64?
     var unit: UInt64?
     while unit == nil, let node = try reader.next() {
@@ -177,7 +177,7 @@ extension ImageTool {
 
   /// Copies the blocks of every mapping to their places.
   private static func fill(
-    _ image: NewImage, _ files: TargetFiles, from reader: XMLReader, _ blocks: FileStore,
+    _ image: NewImage, _ files: TargetFiles, from reader: MappingReader, _ blocks: FileStore,
     unit: UInt64, among formats: FormatList
   ) throws(ImageError) {
     let disk = image.base?.disk

@@ -25,7 +25,7 @@ struct DMUXenCommand: AsyncParsableCommand {
       Attach.self, Detach.self, Activate.self, Deactivate.self, Status.self, Top.self, Logs.self,
       Metrics.self, Specs.self,
       Doctors.self, Reload.self,
-      Recover.self, Discard.self, Clear.self, Forget.self, Tables.self, Hotplug.self,
+      Recover.self, Discard.self, Clear.self, Forget.self, Tables.self, Hotplug.self, Libvirt.self,
     ])
 }
 
@@ -565,4 +565,24 @@ struct Hotplug: ParsableCommand {
 
     func run() throws { try end(place.client.remove(path)) }
   }
+}
+
+struct Libvirt: ParsableCommand {
+  static let configuration = CommandConfiguration(
+    abstract: "The part of libvirt's hook 50-dmu-xen; not for people.",
+    discussion: """
+      Reads the domain's XML from standard input. 'prepare' attaches the disks that it names, 'release' \
+      detaches those of its UUID, 'reconnect' says what is missing; every other operation does nothing. \
+      Only 'prepare' fails: exit status 1, or 2 when dmu-xend is not running.
+      """)
+  @OptionGroup var place: Place
+  @Argument(help: "The domain's name.", completion: .list([]))
+  var domain: String
+  @Argument(
+    help: "What libvirt does with it.", completion: .list(["prepare", "release", "reconnect"]))
+  var operation: String
+  @Argument(help: "The part of that, and what else libvirt says.", completion: .list([]))
+  var more: [String] = []
+
+  func run() throws { try end(place.client.libvirt(operation, descriptor: 0)) }
 }
