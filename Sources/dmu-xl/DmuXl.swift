@@ -38,7 +38,7 @@ struct DmuXl: ParsableCommand {
     version: Version.text)
 
   @Argument(
-    parsing: .captureForPassthrough, help: "A command of xl and its arguments.",
+    parsing: .allUnrecognized, help: "A command of xl and its arguments.",
     completion: .file())
   var arguments: [String] = []
 
