@@ -47,9 +47,10 @@ func linker(_ options: [String]) -> [LinkerSetting] {
 
 /// `path`: where it lies, if not in Sources/NAME.
 func room(
-  _ name: String, _ dependencies: [Target.Dependency] = [], path: String? = nil
+  _ name: String, _ dependencies: [Target.Dependency] = [], path: String? = nil,
+  _ more: [SwiftSetting] = []
 ) -> Target {
-  .target(name: name, dependencies: dependencies, path: path, swiftSettings: swiftSettings)
+  .target(name: name, dependencies: dependencies, path: path, swiftSettings: swiftSettings + more)
 }
 /// The same, on the path of each request: installed without the checks of exclusive access at run time,
 /// a third of its instructions. Builds for tests have them. See docs/decisions/exclusive-access.md.
@@ -61,11 +62,12 @@ func hotRoom(_ name: String, _ dependencies: [Target.Dependency] = []) -> Target
 }
 /// The same, compiled for size: it waits, or is called once, more than it computes.
 func smallRoom(
-  _ name: String, _ dependencies: [Target.Dependency] = [], path: String? = nil
+  _ name: String, _ dependencies: [Target.Dependency] = [], path: String? = nil,
+  _ more: [SwiftSetting] = []
 ) -> Target {
-  .target(
-    name: name, dependencies: dependencies, path: path,
-    swiftSettings: swiftSettings + [.unsafeFlags(["-Osize"], .when(configuration: .release))])
+  room(
+    name, dependencies, path: path,
+    more + [.unsafeFlags(["-Osize"], .when(configuration: .release))])
 }
 func program(
   _ name: String, _ dependencies: [Target.Dependency], path: String? = nil
@@ -87,6 +89,7 @@ func tests(
 }
 /// Of tests that wait for others more than they compute: what they test is optimized.
 let waiting: [SwiftSetting] = [.unsafeFlags(["-Onone"], .when(configuration: .release))]
+/// Of rooms that see the door to libxml2, and of tests that see into them.
 let libxml2: [SwiftSetting] = [.unsafeFlags(["-Xcc", "-I/usr/include/libxml2"])]
 /// What all that handles disks knows of.
 let block: [Target.Dependency] = ["DiskModel", "BlockIO", "SystemIO"]
@@ -142,16 +145,14 @@ let package = Package(
     room(
       "Worker",
       ["CSeccomp", "Target", "NBDServer", "DMU", "LinuxBlock", "DiskFormats", "WorkerLink"] + block),
-    .target(
-      name: "XMLText", dependencies: ["CLibXML2", "SystemIO"],
-      swiftSettings: swiftSettings + libxml2),
-    room("ImageTool", ["XMLText", "DiskFormats", "BlockIO", "SystemIO"]),
+    room("XMLText", ["CLibXML2", "SystemIO"], libxml2),
+    room("ImageTool", ["XMLText", "DiskFormats", "BlockIO", "SystemIO"], libxml2),
     smallRoom(
       "Daemon",
       [
         "XenStore", "XLConfiguration", "XMLText", "WorkerLink", "LinuxBlock", "BlockIO", "SystemIO",
         logging, lifecycle, signals, toml, nio, nioPosix, nioHTTP,
-      ]),
+      ], libxml2),
     smallRoom(
       "CowdArguments", ["Worker", "WorkerLink", "SystemIO", argumentParser], path: "Sources/cowd"),
     smallRoom(
@@ -194,7 +195,7 @@ let package = Package(
     tests("XenStoreTests", ["XenStore"], waiting),
     tests("XLConfigurationTests", ["XLConfiguration"]),
     tests("DiskFormatsTests", ["DiskFormats"] + block),
-    tests("ImageToolTests", ["ImageTool", "DiskFormats", "LinuxBlock"] + block),
+    tests("ImageToolTests", ["ImageTool", "DiskFormats", "LinuxBlock"] + block, libxml2),
     tests("TargetTests", ["Target", "TargetTrials", "DMU"] + block),
     tests(
       "NBDServerTests", ["NBDServer", "Target", "TargetTrials", "BlockIO", "SystemIO"], waiting),
@@ -206,13 +207,13 @@ let package = Package(
       [
         "Daemon", "LinuxBlock", "DiskFormats", "WorkerLink", "XenStore", "BlockIO", "SystemIO",
         logging,
-      ], waiting),
+      ], waiting + libxml2),
     .testTarget(
       name: "SimulationTests",
       dependencies: [
         "Daemon", "LinuxBlock", "WorkerLink", "XenStore", "BlockIO", "SystemIO", logging,
       ] + support,
-      path: "Tests/Simulation", swiftSettings: swiftSettings),
+      path: "Tests/Simulation", swiftSettings: swiftSettings + libxml2),
   ],
   cLanguageStandard: .gnu11,
   cxxLanguageStandard: .cxx17
