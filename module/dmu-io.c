@@ -802,8 +802,12 @@ static int dmu_map_discard(struct dmu_device *dev, struct bio *bio)
 static bool dmu_lookup_touch(struct dmu_device *dev, struct bio *bio, u64 block,
 			     unsigned int blocks, unsigned long *word, u64 *run)
 {
-	unsigned int most = dmu_touch_run(dev, bio, block, blocks);
+	unsigned int most;
 
+	/* All of it is there, as it mostly is. */
+	if (dmu_word_writable(*word) && *run >= blocks)
+		return false;
+	most = dmu_touch_run(dev, bio, block, blocks);
 	if (!most || (dmu_word_writable(*word) && *run >= most))
 		return false;
 	*word = dev->layer->word;
