@@ -46,6 +46,8 @@ import WorkerLink
       return String(try process.messages().dropFirst(before.count))
     }
     #expect(order == .file && descriptors.roles == [.file])
+    // The next one may have the store.
+    try process.kill9()
     return nil
   }
 
