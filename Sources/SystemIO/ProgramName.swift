@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // A multi-call file holds several programs; the name by which it is called selects one of them.
 
+internal import CLinux
 import Glibc
 
 /// The name by which this process was started.
@@ -23,10 +24,14 @@ package enum ProgramName {
   }
 
   /// Has another program, looked for in PATH, take this process's place; answers why it could not: the
-  /// errno of execvp(3). Descriptors without close-on-exec stay open in it.
+  /// errno of execvp(3). Descriptors without close-on-exec stay open in it; no signal is blocked in it,
+  /// as they are on threads of a pool, on one of which this may run.
   package static func become(_ words: [String]) -> IOError {
     var pointers: [UnsafeMutablePointer<CChar>?] = words.map { strdup($0) }
     pointers.append(nil)
+    var none = sigset_t()
+    sigemptyset(&none)
+    pthread_sigmask(SIG_SETMASK, &none, nil)
     execvp(pointers[0]!, pointers)
     let code = errno
     for case let pointer? in pointers { free(pointer) }
