@@ -26,6 +26,19 @@ import WorkerLink
     #expect(DiskID("5-51712")?.vbd?.backendPath == "backend/vbd/5/51712")
     #expect(DiskID("5-") == nil)
     #expect(DiskID("5-1-2") == nil)
+    let again = DiskID("5-51712+2")
+    #expect(again == .again(disk, 2))
+    #expect(again?.description == "5-51712+2")
+    #expect(again?.vbd == disk)
+    for bad in ["5-51712+", "5-51712+0", "5-51712+01", "5-51712+-1", "5-51712+1+1", "+1"] {
+      #expect(DiskID(bad) == nil, "\(bad)")
+    }
+    let sorted: [DiskID] = [
+      .vbd(disk), .again(disk, 1), .again(disk, 2), DiskID(domain: 6, device: 1),
+    ]
+    for one in sorted.indices {
+      for other in sorted.indices { #expect((sorted[one] < sorted[other]) == (one < other)) }
+    }
     let vdevs = [
       51712: "xvda", 51713: "xvda1", 51728: "xvdb", 51952: "xvdp", 768: "hda", 769: "hda1",
       832: "hdb", 5632: "hdc", 2048: "sda", 2064: "sdb", 7: "7",
@@ -67,6 +80,9 @@ import WorkerLink
     #expect(step(.stopping(.init(failure, retry: later)), nil) == .wait(until: later))
     #expect(step(.asking(store: "/s"), wanted) == .none)
     #expect(step(.asking(store: "/s"), nil) == .forget)
+    #expect(step(.joined(holder), wanted) == .none)
+    #expect(step(.joined(holder), going) == .none)
+    #expect(step(.joined(holder), nil) == .leave)
   }
 
   @Test("Everybody is told the same states, and the reason")
@@ -131,6 +147,10 @@ import WorkerLink
       store: FileIdentity("b-fd00"), base: FileIdentity("f-1-2"), log: FileIdentity("f-19-3"))
     known.isComplete = true
     #expect(DiskRecord(known.text) == known)
+    known.users = [VBD(domain: 5, device: 51712), VBD(domain: 6, device: 51712)]
+    known.isHeld = true
+    #expect(DiskRecord(known.text) == known)
+    #expect(DiskRecord(record.text + "users=5-51712%20x\n") == nil)
     for text in ["f-801-4c2", "b-fd00"] { #expect(FileIdentity(text)?.text == text) }
     for text in ["", "f", "f-1", "f-1-2-3", "b-1-2", "b-x", "c-1", "f--1-2"] {
       #expect(FileIdentity(text) == nil, "\(text)")

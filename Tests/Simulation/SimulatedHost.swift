@@ -25,8 +25,11 @@ final class SimulatedHost: @unchecked Sendable {  // One thread.
     var node: DeviceNode
     var identifier = ""
     var isLive = false
-    /// Whether a guest is connected.
-    var isOpen = false
+    /// The vbds of guests that are connected, or the named disk that a guest uses.
+    var openers: Set<DiskID> = []
+    var isOpen: Bool { !openers.isEmpty }
+    /// Requests wait, by order of the daemon.
+    var isHeld = false
     var isReadOnly = false
     /// The kernel's end of an nbd device's socket, or its end of a node.
     var end: PassedDescriptor?
@@ -45,6 +48,10 @@ final class SimulatedHost: @unchecked Sendable {  // One thread.
   var workers: [SimulatedWorker] = []
   var sockets: [UInt32: Device] = [:]
   var mapped: [DiskID: Device] = [:]
+  /// Devices on which a request is under way that takes its time.
+  var busy: [DeviceNode: Int] = [:]
+  /// How many requests backends have taken.
+  var taken: [VBD: UInt64] = [:]
   private(set) var violation: String?
   private(set) var notes: [String] = []
   private var lastPid: Int32 = 10_000_000
@@ -106,22 +113,48 @@ final class SimulatedHost: @unchecked Sendable {  // One thread.
 
   // MARK: What guests do
 
-  func write(_ disk: DiskID, _ count: Int) {
+  /// The disk whose device a vbd, or the guest of a named disk, is connected to.
+  func owner(of user: DiskID) -> DiskID? {
+    if let disk = mapped.first(where: { $0.value.openers.contains(user) })?.key { return disk }
+    return sockets.values.first { $0.openers.contains(user) }.flatMap { Self.disk($0) }
+  }
+
+  /// The disk of a device that is served by a socket.
+  func disk(of node: DeviceNode) -> DiskID? {
+    sockets.values.first { $0.node == node }.flatMap { Self.disk($0) }
+  }
+
+  fileprivate static func disk(_ device: Device) -> DiskID? {
+    DiskID(device.identifier.dropFirst("dmu-xen ".count))
+  }
+
+  func write(_ user: DiskID, _ count: Int) {
+    guard let disk = owner(of: user) else { return }
+    if let vbd = user.vbd { taken[vbd, default: 0] += 1 }
     if let device = mapped[disk] {
-      guard device.isLive, device.isOpen, !device.isReadOnly, let store = device.stores.first else {
-        return
-      }
+      guard device.isLive, !device.isHeld, !device.isReadOnly, let store = device.stores.first
+      else { return }
       mapped[disk]?.uncommitted += count
       stores[store, default: Truth()].acknowledged += count
       return
     }
-    guard let worker = living.first(where: { $0.disk == disk && $0.servesSocket }),
-      sockets.values.contains(where: { $0.identifier.hasSuffix(" \(disk)") && $0.isOpen })
-    else { return }
-    worker.acknowledge(count)
+    living.first { $0.disk == disk && $0.servesSocket }?.acknowledge(count)
   }
 
-  func flush(_ disk: DiskID) {
+  /// A write that a backend has taken and that takes its time, whatever becomes of the guest.
+  func writeLate(_ user: DiskID, after time: Duration) {
+    let devices = mapped.values.map { $0 } + sockets.values.map { $0 }
+    guard let node = devices.first(where: { $0.openers.contains(user) })?.node else { return }
+    busy[node, default: 0] += 1
+    timeline.after(time) { [self] in
+      write(user, 1)
+      busy[node, default: 1] -= 1
+      note("a late write of \(user) is over")
+    }
+  }
+
+  func flush(_ user: DiskID) {
+    let disk = owner(of: user) ?? user
     guard let worker = living.first(where: { $0.disk == disk && !$0.isMute && !$0.isWedged }) else {
       return
     }
@@ -135,18 +168,24 @@ final class SimulatedHost: @unchecked Sendable {  // One thread.
     mapped[disk]?.uncommitted = 0
   }
 
-  func connect(_ disk: DiskID, _ isOpen: Bool) {
-    if mapped[disk] != nil { mapped[disk]?.isOpen = isOpen }
-    for (index, device) in sockets where device.identifier.hasSuffix(" \(disk)") {
-      sockets[index]?.isOpen = isOpen
+  /// A guest gets a device.
+  func connect(_ user: DiskID, to node: DeviceNode) {
+    for (disk, device) in mapped where device.node == node {
+      mapped[disk]?.openers.insert(user)
+    }
+    for (index, device) in sockets where device.node == node {
+      sockets[index]?.openers.insert(user)
     }
   }
 
-  /// Whether a guest has the disk's device.
-  func isConnected(_ disk: DiskID) -> Bool {
-    mapped[disk]?.isOpen == true
-      || sockets.values.contains { $0.identifier.hasSuffix(" \(disk)") && $0.isOpen }
+  /// A guest lets go of its device.
+  func disconnect(_ user: DiskID) {
+    for disk in mapped.keys { mapped[disk]?.openers.remove(user) }
+    for index in sockets.keys { sockets[index]?.openers.remove(user) }
   }
+
+  /// Whether a guest has a device.
+  func isConnected(_ user: DiskID) -> Bool { owner(of: user) != nil }
 
   // MARK: Processes
 
@@ -266,12 +305,18 @@ extension SimulatedKernel: DeviceAttacher {
 
   func detach(_ node: DeviceNode) throws(IOError) {
     try check()
-    if let device = host.sockets[node.index], device.isOpen,
-      DiskID(device.identifier.dropFirst("dmu-xen ".count))?.name != nil
-    {
-      host.violated("\(device.identifier) is disconnected while a guest has it")
+    if let device = host.sockets[node.index], let user = device.openers.first {
+      host.violated("\(device.identifier) is disconnected while \(user) has it")
     }
     host.sockets[node.index] = nil
+  }
+
+  func flush(_ node: DeviceNode) throws(IOError) {
+    try check()
+    guard let disk = host.sockets[node.index].flatMap({ SimulatedHost.disk($0) }),
+      let worker = host.living.first(where: { $0.disk == disk && $0.servesSocket }), !worker.isMute
+    else { throw IOError(EIO, "write out", node.path) }
+    worker.commit()
   }
 
   func isAttached(_ node: DeviceNode, identifier: String) throws(IOError) -> Bool {
@@ -287,6 +332,25 @@ extension SimulatedKernel: DeviceAttacher {
   func isInUse(_ node: DeviceNode) throws(IOError) -> Bool {
     try check()
     return host.sockets[node.index]?.isOpen == true
+  }
+}
+
+extension SimulatedKernel: DeviceTraffic {
+  func look(_ device: DeviceNode, _ users: [VBD]) throws(IOError) -> DeviceSight {
+    try check()
+    return DeviceSight(
+      isBusy: host.busy[device, default: 0] > 0, taken: users.map { host.taken[$0] ?? 0 })
+  }
+}
+
+/// The hypervisor.
+struct SimulatedXen: DomainStates {
+  let store: SimulatedStore
+  let kernel: SimulatedKernel
+
+  func state(of domain: Int) throws(IOError) -> DomainState? {
+    try kernel.check()
+    return store.domains[domain]
   }
 }
 
@@ -394,9 +458,20 @@ struct SimulatedMapper: DeviceMapping {
   ) throws(DeviceMapperError) -> Bool {
     try kernel.mapping { () throws(IOError) in
       guard let device = host.mapped[disk], losing || device.uncommitted == 0 else { return false }
+      if let user = device.openers.first {
+        host.violated("the device of \(disk) loses its files while \(user) has it")
+      }
       host.mapped[disk] = nil
       return true
     }
+  }
+
+  func hold(_ disk: DiskID) throws(DeviceMapperError) {
+    try kernel.mapping { () throws(IOError) in host.mapped[disk]?.isHeld = true }
+  }
+
+  func letGo(_ disk: DiskID) throws(DeviceMapperError) {
+    try kernel.mapping { () throws(IOError) in host.mapped[disk]?.isHeld = false }
   }
 
   func counters(_ disk: DiskID, _ node: DeviceNode) throws(DeviceMapperError) -> MappedCounters {

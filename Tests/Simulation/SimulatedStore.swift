@@ -24,6 +24,10 @@ final class SimulatedStore: @unchecked Sendable {  // One thread.
   var entries: [DiskID: Entry] = [:]
   /// The devices of named disks that guests have as vbds of their own: phy:/dev/dmu/NAME.
   var users: [VBD: String] = [:]
+  /// Domains, and what xenstore says of their relations.
+  var domains: [Int: DomainState] = [:]
+  var relations: [Int: DomainRelation] = [:]
+  private var lastVM = 0
   /// The daemon has told of itself.
   var isKnown = false
   /// Somebody has changed a disk's entry.
@@ -36,8 +40,17 @@ final class SimulatedStore: @unchecked Sendable {  // One thread.
     changed(id)
   }
 
+  /// A domain begins, of a VM of its own unless another one's is given.
+  func create(_ domain: Int, _ relation: DomainRelation?, _ state: DomainState) {
+    lastVM += 1
+    relations[domain] = relation ?? DomainRelation(vm: "/vm/\(lastVM)")
+    domains[domain] = state
+  }
+
+  /// The disk goes, and its domain, which has no other.
   func remove(_ id: DiskID) {
     entries[id] = nil
+    if let domain = id.vbd?.domain { (domains[domain], relations[domain]) = (nil, nil) }
     changed(id)
   }
 
@@ -128,5 +141,9 @@ struct SimulatedView: StoreView {
 
   func name(of domain: Int) async throws(XenStoreError) -> String? {
     try await ask { "guest\(domain)" }
+  }
+
+  func relation(of domain: Int) async throws(XenStoreError) -> DomainRelation {
+    try await ask { store.relations[domain] ?? DomainRelation() }
   }
 }

@@ -76,7 +76,11 @@ extension Simulation {
   func use(_ name: DiskName, _ isUsed: Bool) {
     guard let promise = promises[name], promise.isActive, !leaving.contains(name) else { return }
     store.users[Self.guest(name)] = isUsed ? promise.device.hexadecimal : nil
-    host.connect(.named(name), isUsed)
+    if isUsed {
+      host.connect(.named(name), to: promise.device)
+    } else {
+      host.disconnect(.named(name))
+    }
   }
 
   /// `dmu-xen detach`: sometimes while a guest has the disk, else when that has let go of it.

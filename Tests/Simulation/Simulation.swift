@@ -10,7 +10,7 @@
 // written is in the store, in its log or in its device; nobody waits without an answer; a device
 // with such writes does not go; faults are not failed under a worker that lives. When it is calm:
 // every disk is served that xenstore or the admin wants, and no other device, worker, lock, log,
-// folder, link or file is left. Named disks: Simulation+Named.
+// folder, link or file is left. Named disks: Simulation+Named. Guests that migrate: Simulation+Join.
 
 import BlockIO
 import Glibc
@@ -42,6 +42,10 @@ enum Happening: Sendable {
   case stop(Duration)
   case status
   case recover
+  /// The guest migrates to another domain of the same host.
+  case migrate(DiskID, to: Int)
+  /// The guest gets a stub domain, which has the disk, too.
+  case stub(DiskID, Int)
 }
 
 /// A happening and its time.
@@ -59,6 +63,8 @@ enum Mutant: String, Sendable, CaseIterable {
   case keptLock
   /// A worker is started beside the one there is.
   case secondWorker
+  /// A vbd is given the disk of another before that one's requests are over.
+  case hastyJoin
 }
 
 /// What a run came to.
@@ -144,7 +150,7 @@ final class Simulation: @unchecked Sendable {  // One thread.
     return (0..<70).map { _ in
       let at = Duration.milliseconds(random.below(storm * 1000))
       let happening: Happening
-      switch random.below(100) {
+      switch random.below(112) {
       case 0..<28:
         let options = ["", "?transport=nbd", "?transport=dm"][random.below(3)]
         happening = .attach(
@@ -169,7 +175,9 @@ final class Simulation: @unchecked Sendable {  // One thread.
       case 90..<94: happening = .die(.milliseconds(random.below(5000)))
       case 94..<96: happening = .stop(.milliseconds(random.below(5000)))
       case 96..<98: happening = .status
-      default: happening = .recover
+      case 98..<100: happening = .recover
+      case 100..<109: happening = .migrate(disk(), to: 1 + random.below(domains))
+      default: happening = .stub(disk(), 1 + random.below(domains))
       }
       return Event(at: at, happening: happening)
     }.sorted { $0.at < $1.at }
@@ -242,11 +250,11 @@ final class Simulation: @unchecked Sendable {  // One thread.
     case .crash(.named(let name)): use(name, false)
     case .crash(let id):
       guard store.entries[id] != nil else { return }
-      host.connect(id, false)
+      host.disconnect(id)
       store.remove(id)
     case .write(let id, let count):
       if case .named(let name) = id { use(name, true) }
-      host.write(id, count)
+      if id.vbd == nil || runs(id) { host.write(id, count) }
     case .flush(let id): host.flush(id)
     case .kill(let index): worker(index)?.finish(.signalled(SIGKILL))
     case .mute(let index): worker(index)?.isMute = true
@@ -274,6 +282,8 @@ final class Simulation: @unchecked Sendable {  // One thread.
       admin { reconciler in
         do throws(DiskFailure) { _ = try await reconciler.recover(store: nil) } catch {}
       }
+    case .migrate(let id, let domain): migrate(id, to: domain)
+    case .stub(let id, let domain): addStub(id, domain)
     }
   }
 
@@ -316,7 +326,8 @@ final class Simulation: @unchecked Sendable {  // One thread.
       configuration: configuration, configurationPath: configurationPath,
       host: Host(
         scheduler: scheduler, processes: kernel, offload: offload, mapping: offload,
-        flushing: offload, links: links, poller: poller,
+        flushing: offload, domains: SimulatedXen(store: store, kernel: kernel), traffic: kernel,
+        links: links, poller: poller,
         view: SimulatedView(store: store, scheduler: scheduler, weather: weather),
         launcher: kernel, attacher: kernel, mapper: SimulatedMapper(kernel: kernel)),
       manager: nil, log: log)
@@ -419,7 +430,8 @@ final class Simulation: @unchecked Sendable {  // One thread.
   private func mutate() {
     guard let mutant else { return }
     // A disk waits for some tenths of a second.
-    timeline.after(mutant == .lostWake ? .milliseconds(100) : .seconds(2)) { [unowned self] in
+    let isBrief = mutant == .lostWake || mutant == .hastyJoin
+    timeline.after(isBrief ? .milliseconds(100) : .seconds(2)) { [unowned self] in
       self.mutate()
     }
     guard let running, running.life.isOpen else { return }
@@ -437,7 +449,9 @@ final class Simulation: @unchecked Sendable {  // One thread.
     timeline.after(.milliseconds(timeline.random.below(20))) { [unowned self] in
       guard let running, running.life.isOpen else { return }
       let reconciler = running.reconciler
-      running.scheduler.start { await reconciler.mark(id) }
+      running.scheduler.start {
+        if let vbd = id.vbd { await reconciler.mark(vbd) } else { await reconciler.mark(id) }
+      }
     }
   }
 
@@ -451,6 +465,7 @@ final class Simulation: @unchecked Sendable {  // One thread.
     let params = "dmu:\(format)\(options):\(path)" + (hasBase ? ":\(host.folder.file("base"))" : "")
     if case .named(let name) = id { return attachNamed(name, params, readOnly: readOnly) }
     guard store.entries[id] == nil, scripts[id] == nil else { return }
+    if let domain = id.vbd?.domain { store.create(domain, nil, DomainState(isPaused: false)) }
     store.add(id, SimulatedStore.Entry(params: params, readOnly: readOnly))
     scripts[id] = timeline.elapsed
     outside.start { [unowned self] in
@@ -460,7 +475,7 @@ final class Simulation: @unchecked Sendable {  // One thread.
   }
 
   /// The block script's `add`, and what the toolstack makes of its answer.
-  private func script(_ id: DiskID) async {
+  func script(_ id: DiskID) async {
     let end = timeline.elapsed + .seconds(40)
     while timeline.elapsed < end {
       guard let current = running, current.life.isOpen else {
@@ -478,7 +493,8 @@ final class Simulation: @unchecked Sendable {  // One thread.
         guard let entry = store.entries[id], !entry.isGoing else { return }
         host.note("\(id) is attached: \(device.path)")
         checkDevice(id, entry.params, device)
-        host.connect(id, true)
+        checkShared(id, device)
+        host.connect(id, to: device)
         return store.change(id) {
           ($0.device, $0.hotplug, $0.state) = (device.hexadecimal, "connected", "4")
         }
@@ -498,8 +514,8 @@ final class Simulation: @unchecked Sendable {  // One thread.
   func checkDevice(_ id: DiskID, _ params: String, _ device: DeviceNode) {
     let served =
       device.kind == .dm
-      ? host.mapped[id]?.stores.first
-      : host.living.last { $0.disk == id && $0.order != nil }?.store
+      ? host.mapped.values.first { $0.node == device }?.stores.first
+      : host.living.last { $0.disk == host.disk(of: device) && $0.order != nil }?.store
     guard let served, !params.split(separator: ":").contains(Substring(served)) else { return }
     host.violated("\(id) is given \(served) in place of \(params)")
   }
@@ -511,7 +527,7 @@ final class Simulation: @unchecked Sendable {  // One thread.
     if store.entries[id]?.hotplug == "error" { store.remove(id) }
   }
 
-  private func detach(_ id: DiskID) {
+  func detach(_ id: DiskID) {
     if case .named(let name) = id { return detachNamed(name) }
     guard let entry = store.entries[id], !entry.isGoing, entry.hotplug == "connected" else {
       return
@@ -519,7 +535,7 @@ final class Simulation: @unchecked Sendable {  // One thread.
     store.change(id) { ($0.state, $0.online) = ("5", "0") }
     outside.start { [unowned self] in
       await pause(.milliseconds(50 + timeline.random.below(500)))
-      host.connect(id, false)
+      host.disconnect(id)
       store.change(id) { $0.state = "6" }
       await pause(.milliseconds(timeline.random.below(300)))
       await released(id)
@@ -550,12 +566,13 @@ final class Simulation: @unchecked Sendable {  // One thread.
         )
         continue
       }
-      let nodes = [host.mapped[id]?.node] + host.sockets.values.map { Optional($0.node) }
-      guard nodes.contains(where: { $0?.hexadecimal == entry.device }) else {
+      let nodes = host.mapped.values.map(\.node) + host.sockets.values.map(\.node)
+      guard nodes.contains(where: { $0.hexadecimal == entry.device }) else {
         host.violated("\(id) has no device")
         continue
       }
-      if !host.living.contains(where: { $0.disk == id && ($0.servesNode || $0.order != nil) }) {
+      let disk = host.owner(of: id)
+      if !host.living.contains(where: { $0.disk == disk && ($0.servesNode || $0.order != nil) }) {
         host.violated("\(id) has no worker")
       }
     }
@@ -638,6 +655,10 @@ extension Reconciler {
         guard case .serving = disk.phase, !disk.busy else { continue }
         await restart(disk)
         return []
+      case .hastyJoin:
+        guard let other = disk.host, !disk.hasJoined, other.device != nil else { continue }
+        disk.hasJoined = true
+        enter(disk, .joined(other.id))
       }
     }
     return kept

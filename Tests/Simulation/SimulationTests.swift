@@ -24,11 +24,14 @@ import TestSupport
 
   @Test func storms() async throws {
     var (steps, activations) = (0, 0)
+    var (joins, holds) = (0, 0)
     for seed in Depth.seeds(Self.seeds) {
       let events = Simulation.events(seed: seed)
       let outcome = try await Self.run(seed, events)
       steps += outcome.steps
       activations += outcome.notes.count { $0.contains(" is active: ") }
+      joins += outcome.notes.count { $0.contains("the vbd has joined the disk") }
+      holds += outcome.notes.count { $0.contains("two domains run from one disk") }
       guard outcome.violation != nil else { continue }
       let (fewest, last) = try await Self.shrink(seed, events, outcome)
       Issue.record(
@@ -40,9 +43,13 @@ import TestSupport
         """)
       break
     }
-    print("simulation: \(steps) steps, seeds from \(Depth.firstSeed) on")
+    print(
+      "simulation: \(steps) steps, \(joins) joins, \(holds) holds, seeds from \(Depth.firstSeed) on"
+    )
     #expect(steps >= 100_000)
     #expect(activations > 0, "named disks that were inactive are active again")
+    #expect(joins > 0, "guests migrate")
+    #expect(holds > 0, "two domains run from one disk")
   }
 
   /// A failure without its numbers.

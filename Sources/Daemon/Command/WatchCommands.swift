@@ -46,7 +46,8 @@ extension ClientCommands {
         disks = [.named(name)]
       } else {
         let known = try ask(ControlRequest(.status), .seconds(10)).disks ?? []
-        disks = known.filter { $0.isMeant(by: target) }.map(\.id)
+        let meant = known.filter { $0.isMeant(by: target) }
+        disks = meant.map(\.id) + meant.compactMap { $0.identity.flatMap { DiskID($0) } }
       }
       guard !disks.isEmpty else {
         throw DiskFailure(

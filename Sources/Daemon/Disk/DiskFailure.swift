@@ -316,7 +316,7 @@ extension DiskFailure {
   /// Nobody wants a disk for which somebody waits.
   static func unwanted(_ id: DiskID) -> DiskFailure {
     switch id {
-    case .vbd(let vbd):
+    case .vbd(let vbd), .again(let vbd, _):
       DiskFailure(
         .gone,
         "xenstore has no dmu disk that is wanted at \(vbd.backendPath): attach the disk anew")

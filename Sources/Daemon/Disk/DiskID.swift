@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Which disk: one that a domain sees as a vbd, or one that an admin has given a name.
 //
+// A disk keeps the identity of the vbd for which it was started, also when that vbd has gone and
+// another domain uses the disk (Reconciler+Join). The same numbers may come again meanwhile: the disk
+// that is started for them has a life number more.
+//
 // Invariant: the text of a vbd begins with a digit, a name with a letter. So the text of a disk
 // (of its directory, its device, its worker) is that of no other disk.
 
@@ -127,6 +131,8 @@ package struct DiskName: Hashable, Comparable, Sendable, CustomStringConvertible
 package enum DiskID: Hashable, Comparable, Sendable, CustomStringConvertible {
   /// The toolstack wants it for a domain: xenstore says so.
   case vbd(VBD)
+  /// The same, while a disk that was started for an earlier vbd of these numbers lives on. From 1 on.
+  case again(VBD, Int)
   /// An admin wants it: the daemon has it in writing (NamedWish).
   case named(DiskName)
 
@@ -135,10 +141,16 @@ package enum DiskID: Hashable, Comparable, Sendable, CustomStringConvertible {
     self = .vbd(VBD(domain: domain, device: device))
   }
 
-  /// "5-51712" or a name: as in messages to the worker and as the disk's directory is called.
+  /// "5-51712", "5-51712+1" or a name: as in messages to the worker and as the disk's directory is
+  /// called.
   package init?(_ text: some StringProtocol) {
+    let parts = text.split(separator: "+", omittingEmptySubsequences: false)
     if let vbd = VBD(text) {
       self = .vbd(vbd)
+    } else if parts.count == 2, let vbd = VBD(parts[0]), let life = Int(parts[1]), life > 0,
+      String(life) == parts[1]
+    {
+      self = .again(vbd, life)
     } else if let name = DiskName(text) {
       self = .named(name)
     } else {
@@ -148,8 +160,10 @@ package enum DiskID: Hashable, Comparable, Sendable, CustomStringConvertible {
 
   /// The vbd, if it is one.
   package var vbd: VBD? {
-    guard case .vbd(let vbd) = self else { return nil }
-    return vbd
+    switch self {
+    case .vbd(let vbd), .again(let vbd, _): vbd
+    case .named: nil
+    }
   }
 
   /// The name, if it has one.
@@ -158,10 +172,11 @@ package enum DiskID: Hashable, Comparable, Sendable, CustomStringConvertible {
     return name
   }
 
-  /// "5-51712", or the name.
+  /// "5-51712", "5-51712+1", or the name.
   package var description: String {
     switch self {
     case .vbd(let vbd): "\(vbd)"
+    case .again(let vbd, let life): "\(vbd)+\(life)"
     case .named(let name): "\(name)"
     }
   }
@@ -169,7 +184,7 @@ package enum DiskID: Hashable, Comparable, Sendable, CustomStringConvertible {
   /// For sentences: "domain 5 (xvda)", "the named disk web".
   var words: String {
     switch self {
-    case .vbd(let vbd): "domain \(vbd.domain) (\(vbd.vdev))"
+    case .vbd(let vbd), .again(let vbd, _): "domain \(vbd.domain) (\(vbd.vdev))"
     case .named(let name): "the named disk \(name)"
     }
   }
@@ -177,7 +192,7 @@ package enum DiskID: Hashable, Comparable, Sendable, CustomStringConvertible {
   /// What dmu-xen's commands call it: "5", "web".
   var target: String {
     switch self {
-    case .vbd(let vbd): "\(vbd.domain)"
+    case .vbd(let vbd), .again(let vbd, _): "\(vbd.domain)"
     case .named(let name): "\(name)"
     }
   }
@@ -185,10 +200,14 @@ package enum DiskID: Hashable, Comparable, Sendable, CustomStringConvertible {
   /// Domains' disks first.
   package static func < (one: DiskID, other: DiskID) -> Bool {
     switch (one, other) {
-    case (.vbd(let one), .vbd(let other)): one < other
     case (.named(let one), .named(let other)): one < other
-    case (.vbd, .named): true
-    case (.named, .vbd): false
+    case (.named, _): false
+    case (_, .named): true
+    case (.vbd(let one), .vbd(let other)): one < other
+    case (.vbd(let one), .again(let other, _)): one <= other
+    case (.again(let one, _), .vbd(let other)): one < other
+    case (.again(let one, let life), .again(let other, let otherLife)):
+      (one, life) < (other, otherLife)
     }
   }
 }

@@ -38,6 +38,10 @@ struct DiskRecord: Sendable, Equatable {
   var identities = DiskIdentities()
   /// Whether a worker has served the disk with these files.
   var isComplete = false
+  /// The vbds that use the disk; empty: its own alone. One that is not named here has gone.
+  var users: [VBD] = []
+  /// Whether requests are held.
+  var isHeld = false
 
   var text: String {
     var fields = [
@@ -50,6 +54,10 @@ struct DiskRecord: Sendable, Equatable {
     if let base = identities.base { fields.append("base-file=" + base.text) }
     if let log = identities.log { fields.append("log-file=" + log.text) }
     if isComplete { fields.append("settled=1") }
+    if !users.isEmpty {
+      fields.append("users=" + users.map(\.description).joined(separator: " "))
+    }
+    if isHeld { fields.append("held=1") }
     if let link { fields.append("link=" + PercentCode.encode(link)) }
     fields += DiskRecord.lines(files)
     if let device {
@@ -102,6 +110,10 @@ struct DiskRecord: Sendable, Equatable {
       files: files, worker: worker, workerStart: workerStart, device: nil, since: since,
       pending: fields["pending"], link: fields["link"])
     isComplete = fields["settled"] == "1"
+    isHeld = fields["held"] == "1"
+    let words = fields["users"]?.split(separator: " ") ?? []
+    users = words.compactMap { VBD($0) }
+    guard users.count == words.count else { return nil }
     identities = DiskIdentities(
       store: fields["store-file"].flatMap { FileIdentity($0) },
       base: fields["base-file"].flatMap { FileIdentity($0) },

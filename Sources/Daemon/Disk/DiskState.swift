@@ -58,6 +58,8 @@ package enum DiskPhase: Sendable {
   /// The worker has died, for this reason; its successor starts then. `hasFailed`: one could not
   /// be started since.
   case restarting(at: ContinuousClock.Instant, why: String? = nil, hasFailed: Bool = false)
+  /// A vbd that uses the disk of another one.
+  case joined(DiskID)
   /// Failed. `attached` when the device is still there, its requests waiting.
   case failed(DiskFailure, attached: Bool)
   /// Being taken down; `stuck` when something below the disk keeps it from going.
@@ -97,6 +99,7 @@ package enum DiskPhase: Sendable {
     case .restarting(_, _, hasFailed: true): .failed
     case .idle, .waiting, .asking, .starting, .restarting: .starting
     case .serving(let trouble): trouble?.state ?? .ready
+    case .joined: .ready
     case .failed: .failed
     case .stopping: .stopping
     }
@@ -114,7 +117,7 @@ package enum DiskPhase: Sendable {
     case .restarting(_, let why, hasFailed: true): why.map { "\($0) (it is tried again)" }
     case .restarting(_, let why, _): why.map { "the worker is replaced, since \($0)" }
     case .stopping(let stuck): stuck?.failure.sentence
-    case .idle, .starting: nil
+    case .idle, .starting, .joined: nil
     }
   }
 }
@@ -131,6 +134,8 @@ package enum DiskStep: Sendable, Equatable {
   case wait(until: ContinuousClock.Instant)
   /// Take everything down that is held.
   case stop
+  /// Let go of the disk that was joined.
+  case leave
   /// Nothing is held and nothing is wanted: drop the entry.
   case forget
 }
@@ -152,6 +157,7 @@ extension DiskPhase {
       if wanted == nil { return attached ? .stop : .forget }
       return .none
     case .serving: return wanted == nil ? .stop : .none
+    case .joined: return wanted == nil ? .leave : .none
     case .restarting(let instant, _, _):
       if wanted == nil { return .stop }
       return instant <= now ? .restart : .wait(until: instant)

@@ -204,6 +204,8 @@ protocol StoreView: Sendable {
   ) async throws(XenStoreError) -> Bool
   /// The domain's name, nil when it has none.
   func name(of domain: Int) async throws(XenStoreError) -> String?
+  /// How a domain is related to others.
+  func relation(of domain: Int) async throws(XenStoreError) -> DomainRelation
 }
 
 /// All of it. The defaults are the real things.
@@ -216,6 +218,10 @@ struct Host: Sendable {
   var mapping: any Offloading = Offload(threads: 1)
   /// Flushes of devices that are about to go may hang for as long as what is below them.
   var flushing: any Offloading = Offload(threads: 32)
+  /// What the hypervisor says of domains.
+  var domains: any DomainStates = XenDomains()
+  /// What is under way on devices.
+  var traffic: any DeviceTraffic = BackendTraffic()
   /// Where named disks have their links.
   var links = DeviceLinks.host
   var poller: any Polling

@@ -86,6 +86,10 @@ package protocol DeviceMapping: Sendable {
   func retire(
     _ disk: DiskID, _ node: DeviceNode, losing: Bool
   ) throws(DeviceMapperError) -> Bool
+  /// Has all requests to a device wait, without waiting for those under way.
+  func hold(_ disk: DiskID) throws(DeviceMapperError)
+  /// Lets requests go on. A device that is not held is no error.
+  func letGo(_ disk: DiskID) throws(DeviceMapperError)
   /// What the kernel counts of a device.
   func counters(_ disk: DiskID, _ node: DeviceNode) throws(DeviceMapperError) -> MappedCounters
   /// How long requests took since this was asked first, or since `stopLatencies`: the kernel
@@ -159,10 +163,7 @@ package struct KernelMapper: DeviceMapping {
   }
 
   /// Has the device's page cache written, and the device flushed.
-  package func flush(_ node: DeviceNode) throws(IOError) {
-    let device = try Descriptor(path: node.path, flags: O_RDONLY)
-    guard fsync(device.raw) == 0 else { throw IOError.last("write out", node.path) }
-  }
+  package func flush(_ node: DeviceNode) throws(IOError) { try node.writeOut() }
 
   /// Tells the target.
   package func failFaults(_ disk: DiskID) throws(DeviceMapperError) {
@@ -221,6 +222,18 @@ package struct KernelMapper: DeviceMapping {
     guard mayGo else { return false }
     try remove(disk, deferred: true)
     return true
+  }
+
+  /// Suspends it without a flush.
+  package func hold(_ disk: DiskID) throws(DeviceMapperError) {
+    try served(disk).device.suspend(flush: false, freeze: false)
+  }
+
+  /// Resumes it.
+  package func letGo(_ disk: DiskID) throws(DeviceMapperError) {
+    let device = served(disk).device
+    guard try device.information()?.isSuspended == true else { return }
+    try device.resume(probed: false)
   }
 
   /// Reads the target's status and the device's own counters.

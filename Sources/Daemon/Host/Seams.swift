@@ -67,6 +67,12 @@ package struct DeviceNode: Sendable, Hashable {
   /// Path of the node that the kernel names it by: "/dev/nbd0", "/dev/dm-3".
   package var kernelPath: String { kind == .dm ? "/dev/dm-\(index)" : path }
 
+  /// Has the device's page cache written, and the device flushed. Blocks.
+  func writeOut() throws(IOError) {
+    let device = try Descriptor(path: path, flags: O_RDONLY)
+    guard fsync(device.raw) == 0 else { throw IOError.last("write out", path) }
+  }
+
   /// "2b:20": as the toolstack wants `physical-device`.
   package var hexadecimal: String { String(major, radix: 16) + ":" + String(minor, radix: 16) }
 }
@@ -87,6 +93,8 @@ package protocol DeviceAttacher: Sendable {
   func isAttached(_ node: DeviceNode, identifier: String) throws(IOError) -> Bool
   /// Every device that a daemon like this one has made, with its identifier.
   func devices() throws(IOError) -> [(identifier: String, node: DeviceNode)]
+  /// Writes out what was written to a device and has it flushed. Waits for the worker.
+  func flush(_ node: DeviceNode) throws(IOError)
   /// Whether a program of this host has the device open, or the kernel uses it otherwise than
   /// for a guest.
   func isInUse(_ node: DeviceNode) throws(IOError) -> Bool
@@ -159,6 +167,9 @@ package struct KernelAttacher: DeviceAttacher {
     }
     return found
   }
+
+  /// Has the device's page cache written, and the device flushed.
+  package func flush(_ node: DeviceNode) throws(IOError) { try node.writeOut() }
 
   /// Looks for processes, mounts and devices on top of it.
   package func isInUse(_ node: DeviceNode) throws(IOError) -> Bool {

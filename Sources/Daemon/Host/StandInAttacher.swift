@@ -88,6 +88,9 @@ package final class StandInAttacher: DeviceAttacher {
     }
   }
 
+  /// Has nothing to write out: whoever has the socket flushes.
+  package func flush(_ node: DeviceNode) throws(IOError) {}
+
   /// Nobody can open it.
   package func isInUse(_ node: DeviceNode) throws(IOError) -> Bool { false }
 

@@ -138,6 +138,20 @@ package final class StandInMapper: DeviceMapping {
     return true
   }
 
+  /// Leaves a mark, DISK.held.
+  package func hold(_ disk: DiskID) throws(DeviceMapperError) {
+    do throws(IOError) { try TextFile.replace(path(disk) + ".held", with: "") } catch {
+      throw DeviceMapperError(error.code, "write", error.subject)
+    }
+  }
+
+  /// Removes the mark.
+  package func letGo(_ disk: DiskID) throws(DeviceMapperError) {
+    guard unlink(path(disk) + ".held") == 0 || errno == ENOENT else {
+      throw DeviceMapperError(errno, "remove the mark of", "\(disk)")
+    }
+  }
+
   /// Counts what the mark says.
   package func counters(
     _ disk: DiskID, _ node: DeviceNode

@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // One row of the reconciler's table: everything that is held for a disk. Not Sendable on
 // purpose: only the reconciler, an actor, touches it.
+//
+// A vbd that has joined the disk of another one (Reconciler+Join) has a row of its own, which holds
+// nothing but what xenstore and the block script say of it; `host` is the row of the disk. The disk's
+// own vbd may go before it does (`isOutlived`).
 
 internal import BlockIO
 internal import SystemIO
@@ -111,6 +115,25 @@ final class Disk {
   /// What was written to xenstore last.
   var published: DiskNodes?
 
+  /// The disk that this vbd has joined, or is joining.
+  weak var host: Disk?
+  /// Vbds that have joined this disk or are joining it, the earliest first.
+  var joined: [Disk] = []
+  /// This vbd has joined its host: what was under way before is over, and the record may tell of it.
+  var hasJoined = false
+  /// The vbd for which this disk was started has gone; others use the disk.
+  var isOutlived = false
+  /// The vbds' domains, a stub domain's target in its place; as far as they were asked.
+  var rootDomain: Int?
+  /// Requests are held: two domains run from this disk. The sentence.
+  var held: DiskFailure?
+  /// xenstore has said that its vbd has the device.
+  var wasGiven = false
+  /// Whether its domains run is being found out.
+  var isBeingJudged = false
+  /// The record is being written.
+  var isSaving = false
+
   init(_ id: DiskID, configuration: Configuration, now: Int64) {
     self.id = id
     vdev = id.vbd?.vdev
@@ -118,9 +141,23 @@ final class Disk {
     since = now
   }
 
-  /// What is wanted of it as far as is known.
+  /// What is wanted of it, by whomever, as far as is known.
   var wanted: WantedDisk? {
-    guard !released else { return nil }
+    let others = joined.compactMap(\.ownWanted)
+    guard !others.isEmpty else { return ownWanted }
+    let going = (ownWanted?.going ?? true) && others.allSatisfy(\.going)
+    return WantedDisk(params: params, readOnly: readOnly, going: going)
+  }
+
+  /// The disk that serves it: its host, once it has joined one.
+  var served: Disk {
+    if case .joined = phase, let host { return host }
+    return self
+  }
+
+  /// What is wanted of it by its own vbd or name.
+  var ownWanted: WantedDisk? {
+    guard !released, !isOutlived else { return nil }
     if orphaned { return WantedDisk(params: params, readOnly: readOnly, going: false) }
     guard let wanted = sight?.wanted else { return nil }
     // Taken away and attached anew as something else between two looks: first the one goes.
@@ -128,8 +165,13 @@ final class Disk {
     return wanted
   }
 
-  /// Whether there is a worker or a device.
-  var holdsSomething: Bool { worker != nil || device != nil }
+  /// Whether there is a worker or a device, its own or its host's.
+  var holdsSomething: Bool { worker != nil || device != nil || host != nil }
+
+  /// The vbds that use the disk, in the order of their coming; their rows.
+  var users: [Disk] {
+    (id.vbd == nil || isOutlived ? [] : [self]) + joined.filter(\.hasJoined)
+  }
 
   /// Whether it is about to let go of its store.
   var isLeaving: Bool {
@@ -150,7 +192,7 @@ final class Disk {
   /// given up waiting for that: a bootloader's, for example, without a driver for it.
   func isAbandoned(_ sight: Sight, now: Int64) -> Bool {
     // libxl waits for ten seconds.
-    guard sight.isOwn, case .serving = phase else { return false }
+    guard sight.isOwn, joined.isEmpty, case .serving = phase else { return false }
     return sight.isUnconnected && now - since >= 12
   }
 
@@ -194,11 +236,16 @@ final class Disk {
 
   /// What has to be remembered; nil before there is a worker.
   var record: DiskRecord? {
-    guard let worker else { return nil }
+    let process = worker.map { FormerWorker(pid: $0.process.pid, startTime: $0.process.startTime) }
+    guard let process = process ?? (device == nil ? nil : former) else { return nil }
     var record = DiskRecord(
       params: params, readOnly: readOnly, vdev: vdev, files: allowed,
-      worker: worker.process.pid, workerStart: worker.process.startTime, device: device,
+      worker: process.pid, workerStart: process.startTime, device: device,
       since: since, pending: entry?.key, link: linkPath)
+    if isOutlived || joined.contains(where: \.hasJoined) {
+      record.users = users.compactMap(\.id.vbd)
+    }
+    record.isHeld = held != nil
     record.identities = identities
     record.isComplete = isComplete
     return record
@@ -233,6 +280,9 @@ final class Disk {
         + " system that hangs; the disk goes on when that answers")
   }
 
-  /// For sentences.
-  var holder: Holder { Holder(id: id, vdev: vdev) }
+  /// For sentences: who uses the disk.
+  var holders: [Holder] {
+    let all = users.map { Holder(id: $0.id, vdev: $0.vdev) }
+    return all.isEmpty ? [Holder(id: id, vdev: vdev)] : all
+  }
 }

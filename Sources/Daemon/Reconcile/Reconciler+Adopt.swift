@@ -34,6 +34,11 @@ extension Reconciler {
       table[id] = disk
       scheduler.start { await self.adopt(id) }
     }
+    for (id, record) in found {
+      guard let record, let disk = table[id] else { continue }
+      takeUsers(record.users, disk)
+      if record.isHeld { disk.held = .bothRun(disk, []) }
+    }
     // A disk whose files are on a file system that hangs, or whose take-over fails, is taken over when
     // that is over; the others do not wait for it.
     let end = scheduler.now + Reconciler.adoptionTime
@@ -137,6 +142,7 @@ extension Reconciler {
 
   /// Nothing was left of it.
   private func hold(nothing disk: Disk) {
+    dissolve(disk)
     release(disk)
     disk.spec = nil
     disk.phase = .idle
@@ -147,7 +153,9 @@ extension Reconciler {
   /// nothing.
   func adopted(_ disk: Disk) {
     disk.busy = false
-    if disk.due, table[disk.id] === disk { mark(disk.id) }
+    if !disk.joined.isEmpty || disk.held != nil { watchSharers() }
+    // No look at xenstore marks one that its own vbd has left.
+    if disk.due || disk.isOutlived, table[disk.id] === disk { mark(disk.id) }
   }
 
   /// Ends every worker of a disk. Whether one of them cannot be killed yet: then the disk waits
@@ -251,7 +259,9 @@ extension Reconciler {
       let (device, allowed, identities) = (disk.device, disk.allowed, disk.identities)
       let entry = disk.entry
       let isComplete = disk.isComplete
+      let held = disk.held
       release(disk)
+      disk.held = held
       disk.isComplete = isComplete
       disk.device = device
       disk.allowed = allowed

@@ -15,6 +15,11 @@ extension Reconciler {
   func attach(_ id: DiskID, boots: Bool) async -> Result<DeviceNode, DiskFailure> {
     guard takesWaiters else { return .failure(.ending) }
     let limit = configuration.attachTimeout
+    if let vbd = id.vbd, let disk = table[self.id(of: vbd)], disk.released, !disk.joined.isEmpty {
+      // The toolstack was done with that one.
+      await outlive(disk)
+    }
+    let id = id.vbd.map { self.id(of: $0) } ?? id
     if table[id] == nil {
       table[id] = Disk(id, configuration: configuration, now: scheduler.unixTime)
     }
@@ -51,6 +56,7 @@ extension Reconciler {
 
   /// A block script's `remove`: the toolstack is done with the disk, whatever xenstore says.
   func detach(_ id: DiskID) {
+    let id = id.vbd.map { self.id(of: $0) } ?? id
     guard let disk = table[id] else { return }
     disk.released = true
     disk.boots = nil
@@ -113,17 +119,25 @@ extension Reconciler {
   }
 
   func status(of id: DiskID, isDetailed: Bool = false) async -> DiskStatus? {
-    if let disk = table[id], disk.phase.isServing, let worker = disk.worker {
+    if let disk = table[id]?.served, disk.phase.isServing, let worker = disk.worker {
       await refresh(disk, worker)
     }
-    if let disk = table[id] { await learnName(of: disk) }
-    guard let disk = table[id],
-      disk.wanted != nil || disk.spec != nil || adopting.contains(id)
+    if let row = table[id] { await learnName(of: row) }
+    guard let row = table[id],
+      row.wanted != nil || row.spec != nil || adopting.contains(id),
+      // Those who use it stand for it.
+      !row.isOutlived || row.users.isEmpty
     else { return nil }
+    let disk = row.served
     var status = DiskStatus(
-      id, vdev: disk.vdev, state: disk.phase.publicState, since: disk.since,
+      id, vdev: row.vdev, state: disk.phase.publicState, since: disk.since,
       readOnly: disk.readOnly, restarts: disk.backOff.recent(at: scheduler.now))
-    status.domainName = disk.domainName
+    status.domainName = row.domainName
+    let users = disk.users
+    if users.count > 1 { status.users = users.compactMap(\.id.vbd?.description) }
+    if disk !== row || row.id.vbd.map({ .vbd($0) != row.id }) ?? false {
+      status.identity = "\(disk.id)"
+    }
     if let name = id.name {
       status.owner = wishes[name]?.owner?.description
       status.link = disk.device.map { _ in host.links.path(name) }
@@ -153,7 +167,7 @@ extension Reconciler {
       if let times = report.times { activity.take(times) }
     }
     if let device = disk.device, device.kind == .dm {
-      await count(&status, &activity, id, device)
+      await count(&status, &activity, disk.id, id.vbd, device)
     }
     if isDetailed { status.activity = activity }
     return status
@@ -161,7 +175,7 @@ extension Reconciler {
 
   /// What only the kernel sees of a device that it serves.
   private func count(
-    _ status: inout DiskStatus, _ activity: inout DiskActivity, _ id: DiskID,
+    _ status: inout DiskStatus, _ activity: inout DiskActivity, _ id: DiskID, _ user: VBD?,
     _ device: DeviceNode
   ) async {
     let mapper = mapper
@@ -172,7 +186,7 @@ extension Reconciler {
       status.reads = counters.reads
       status.writes = counters.writes
       // blkback counts the guest's; the module those only that its worker was asked about.
-      status.flushes = id.vbd.flatMap { BlkbackCounters.flushes($0) } ?? counters.flushes
+      status.flushes = user.flatMap { BlkbackCounters.flushes($0) } ?? counters.flushes
       status.uncommitted = counters.uncommitted
       activity.take(counters)
     } catch {
@@ -212,8 +226,11 @@ extension Reconciler {
   /// forgotten. Answers the disks that this was done for. Throws the first failure.
   func clear(_ target: String) async throws(DiskFailure) -> [DiskStatus] {
     var done: [DiskStatus] = []
-    for disk in Array(table.values) {
-      guard let before = await status(of: disk.id), before.isMeant(by: target) else { continue }
+    var cleared: Set<DiskID> = []
+    for row in Array(table.values) {
+      guard let before = await status(of: row.id), before.isMeant(by: target) else { continue }
+      let disk = row.served
+      guard cleared.insert(disk.id).inserted else { continue }
       guard let worker = disk.worker, worker.ended == nil else {
         throw .worker(
           "disk \(disk.id) has no worker, which alone can clear its errors: run 'dmu-xen reload',"
@@ -231,7 +248,7 @@ extension Reconciler {
       log(for: disk).notice("errors were cleared by order")
       if case .stopping(_?) = disk.phase { hurry(disk) }
       await publish(disk)
-      if let after = await status(of: disk.id) { done.append(after) }
+      if let after = await status(of: row.id) { done.append(after) }
     }
     return done
   }

@@ -16,7 +16,7 @@ extension Reconciler {
 
   /// Reads a disk's domain's name while there is one.
   func learnName(of disk: Disk) async {
-    guard let domain = disk.id.vbd?.domain else { return }
+    guard let domain = disk.id.vbd?.domain, !disk.isOutlived else { return }
     do throws(XenStoreError) {
       if let name = try await view.name(of: domain) { disk.domainName = name }
     } catch {

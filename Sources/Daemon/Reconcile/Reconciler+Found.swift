@@ -28,6 +28,11 @@ extension Reconciler {
     for (id, device) in await foundDevices() {
       do throws(XenStoreError) {
         let sight = try await look(id)
+        if let sight, sight.device != device.hexadecimal, table[id] == nil,
+          try await adoptShared(id, device)
+        {
+          continue
+        }
         let number = sight?.device
         if let sight, let wanted = sight.wanted, number == nil || number == device.hexadecimal,
           table[id] == nil, let spec = Reconciler.spec(wanted.params)
@@ -56,6 +61,19 @@ extension Reconciler {
         "leaves a device of no disk alone: dmu-xen doctor",
         metadata: ["device": "\(device.path)", "reason": "\(why)"])
     }
+  }
+
+  /// Takes over a disk that only other vbds than its own use by now. False when there are none.
+  private func adoptShared(_ id: DiskID, _ device: DeviceNode) async throws(XenStoreError) -> Bool {
+    guard id.vbd != nil else { return false }
+    for user in try await view.users(of: device.hexadecimal) {
+      guard let sight = try await look(.vbd(user)), let wanted = sight.wanted, table[id] == nil,
+        let spec = Reconciler.spec(wanted.params)
+      else { continue }
+      await adopt(id, device, sight, wanted, spec)
+      return true
+    }
+    return false
   }
 
   /// Devices of ours that no disk of the table has, and none that is being taken over.
@@ -115,6 +133,7 @@ extension Reconciler {
     disk.busy = true
     defer { adopted(disk) }
     table[id] = disk
+    await findUsers(disk, device)
     await restoreLink(disk)
     let directory = DiskDirectory(configuration, id)
     let log = log(for: disk)
@@ -146,6 +165,18 @@ extension Reconciler {
     } catch {
       disk.phase = .failed(error, attached: true)
       log.error("cannot take the disk over", metadata: ["error": "\(error)"])
+    }
+  }
+
+  /// Takes up the vbds that use a disk, by their entries.
+  private func findUsers(_ disk: Disk, _ device: DeviceNode) async {
+    guard let own = disk.id.vbd else { return }
+    do throws(XenStoreError) {
+      let users = try await view.users(of: device.hexadecimal)
+      if users != [own] { takeUsers(users, disk) }
+      if disk.isOutlived { disk.sight = .nothing }
+    } catch {
+      log(for: disk).warning("cannot find who uses the disk", metadata: ["error": "\(error)"])
     }
   }
 

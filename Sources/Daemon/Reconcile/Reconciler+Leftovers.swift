@@ -52,7 +52,7 @@ extension Reconciler {
           loses: "\(kept.summary.words), which a guest believes to be written"))
     }
     do throws(XenStoreError) {
-      for vbd in try await view.toldDisks() where table[.vbd(vbd)] == nil {
+      for vbd in try await view.toldDisks() where table[id(of: vbd)] == nil {
         found.append(
           Leftover(
             name: "nodes \(vbd)",
@@ -89,7 +89,7 @@ extension Reconciler {
       _ = try await discard(subject)
       return
     case "nodes":
-      guard let vbd = VBD(subject), table[.vbd(vbd)] == nil else { break }
+      guard let vbd = VBD(subject), table[id(of: vbd)] == nil else { break }
       do throws(XenStoreError) { return try await view.withdraw(vbd) } catch {
         throw DiskFailure(.daemon, "xenstore cannot be written: \(error): see to it")
       }

@@ -9,10 +9,16 @@ extension Reconciler {
   /// As `status`, with what was measured.
   func metrics(domain: String?) async throws(DiskFailure) -> [DiskStatus] {
     measuredAt = scheduler.now
-    var disks = try await status(domain: domain, isDetailed: true)
+    // Of a disk that several use, once: as the last one's.
+    var seen: Set<DiskID> = []
+    var disks = try await status(domain: domain, isDetailed: true).reversed().filter { status in
+      guard status.users != nil, let disk = row(of: status)?.served else { return true }
+      return seen.insert(disk.id).inserted
+    }
+    disks.reverse()
     for index in disks.indices where disks[index].transport == .dm {
-      let id = disks[index].id
-      guard let disk = table[id], disk.device?.kind == .dm else { continue }
+      guard let disk = row(of: disks[index])?.served, disk.device?.kind == .dm else { continue }
+      let id = disk.id
       let mapper = mapper
       do throws(DeviceMapperError) {
         let latencies = try await mapping.run { () throws(DeviceMapperError) in
@@ -25,6 +31,11 @@ extension Reconciler {
       }
     }
     return disks
+  }
+
+  /// The disk that a status is of, or what has joined one.
+  private func row(of status: DiskStatus) -> Disk? {
+    table[status.id.vbd.map { self.id(of: $0) } ?? status.id]
   }
 
   /// Ends the measuring when nobody has asked for long, also what an earlier daemon began.

@@ -17,7 +17,9 @@ extension Reconciler {
   /// Looks at what is wanted of a disk. Nil: xenstore has forgotten us, and says nothing.
   func look(_ id: DiskID) async throws(XenStoreError) -> Sight? {
     switch id {
-    case .vbd(let vbd): try await view.look(vbd)
+    case .vbd(let vbd), .again(let vbd, _):
+      // Whatever is there by now is none of the disk's.
+      if table[id]?.isOutlived == true { .nothing } else { try await view.look(vbd) }
     case .named(let name): sight(of: name)
     }
   }

@@ -9,7 +9,7 @@ internal import WorkerLink
 internal import XenStore
 
 /// Why a start does not go on.
-private enum StartStop: Error {
+enum StartStop: Error {
   case failed(DiskFailure)
   /// The store's holder is on its way out.
   case heldBack(DiskID)
@@ -17,11 +17,13 @@ private enum StartStop: Error {
   case asking
   /// It was taken away while it waited.
   case unwanted
+  /// It uses the disk of another vbd.
+  case joined(DiskID)
 }
 
 extension Reconciler {
-  /// Opens, locks, starts a worker, attaches. Ends in `serving`, `waiting`, `asking` or `failed`,
-  /// or in `stopping` when something of it cannot be taken back yet.
+  /// Opens, locks, starts a worker, attaches. Ends in `serving`, `joined`, `waiting`, `asking` or
+  /// `failed`, or in `stopping` when something of it cannot be taken back yet.
   func start(_ disk: Disk, _ wanted: WantedDisk) async {
     enter(disk, .starting)
     await publish(disk)
@@ -43,6 +45,11 @@ extension Reconciler {
       var failure: DiskFailure?
       if case .failed(let why) = error { failure = why }
       disk.activity = nil
+      // It has opened nothing.
+      if case .joined(let host) = error {
+        enter(disk, .joined(host))
+        return watchSharers()
+      }
       if let stuck = await undo(disk, failure) {
         if let failure { refuseWaiters(disk, failure) }
         return keepStopping(disk, stuck)
@@ -52,7 +59,7 @@ extension Reconciler {
       case .asking:
         // The script may have come while everything was being let go of.
         enter(disk, disk.boots == nil ? .asking(store: disk.spec?.store ?? "") : .idle)
-      case .unwanted: enter(disk, .idle)
+      case .unwanted, .joined: enter(disk, .idle)
       case .failed(let failure): enter(disk, .failed(failure, attached: false))
       }
     }
@@ -171,7 +178,7 @@ extension Reconciler {
     }
     let wish: Bool?
     do { wish = try FormatOptions(spec).create } catch { throw .failed(error) }
-    guard case .vbd = disk.id else { return try await mayCreate(disk, spec, named: wish) }
+    guard disk.id.vbd != nil else { return try await mayCreate(disk, spec, named: wish) }
     let directories = configuration.createIn
     let (isThere, isPlace) = await offload.run {
       (Images.hasFolder(spec.store), Images.isBelow(spec.store, directories))
@@ -265,13 +272,22 @@ extension Reconciler {
       hurry(holder)
       throw .heldBack(holder.id)
     }
+    if role == .store, let holder = holders.first, holders.count == 1 {
+      switch await join(disk, holder) {
+      case .joined: throw .joined(holder.id)
+      case .refused(let failure): return failure
+      case .again: return nil
+      case .unwanted: throw .unwanted
+      case .stranger: break
+      }
+    }
     if !holders.isEmpty {
-      let names = holders.map(\.holder).sorted { $0.id < $1.id }
+      let names = holders.flatMap(\.holders).sorted { $0.id < $1.id }
       return role == .base ? .sameStoreTwice(path, names) : .inUse(path, by: names)
     }
     let users = table.values.filter { $0 !== disk && $0.uses(identity) }
     if !users.isEmpty {
-      return .storeIsBase(path, of: users.map(\.holder).sorted { $0.id < $1.id })
+      return .storeIsBase(path, of: users.flatMap(\.holders).sorted { $0.id < $1.id })
     }
     guard last else { return nil }
     let processes = host.processes
@@ -289,6 +305,10 @@ extension Reconciler {
         log(for: holder).warning(
           "the disk of this domain itself was never connected and lets go of its store")
         holder.released = true
+      }
+      for user in holder.joined {
+        if let sight = try await look(user.id) { user.sight = sight }
+        if user.ownWanted == nil { mark(user.id) }
       }
       if holder.isLeaving { mark(holder.id) }
     } catch {
@@ -344,8 +364,11 @@ extension Reconciler {
     }
   }
 
-  /// Writes the state file.
+  /// Writes the state file, after whoever is writing it.
   func save(_ disk: Disk) async throws(DiskFailure) {
+    while disk.isSaving { await pause(.milliseconds(5)) }
+    disk.isSaving = true
+    defer { disk.isSaving = false }
     guard let record = disk.record else { return }
     let directory = disk.directory(configuration)
     try await offload.run { () throws(DiskFailure) in
@@ -414,6 +437,8 @@ extension Reconciler {
     disk.stuckCount = 0
     disk.linkPath = nil
     disk.lingering = nil
+    disk.held = nil
+    disk.wasGiven = false
     wakeThoseWaiting(for: disk.id)
   }
 }

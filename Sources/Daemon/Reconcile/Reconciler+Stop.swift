@@ -46,6 +46,7 @@ extension Reconciler {
     disk.spec = nil
     disk.orphaned = false
     disk.activity = nil
+    dissolve(disk)
     enter(disk, .idle)
     log(for: disk).info("the disk is gone")
   }
@@ -53,6 +54,7 @@ extension Reconciler {
   /// Why it cannot be taken down yet; nil: nothing is held any more.
   private func takeDown(_ disk: Disk) async -> DiskFailure? {
     if let failure = disk.lingers { return failure }
+    if disk.held != nil, let failure = await letGo(disk) { return failure }
     if let stuck = await detach(disk) { return stuck }
     disk.device = nil
     if let stuck = await removeLink(disk) { return stuck }

@@ -330,6 +330,11 @@ extension Reconciler {
     if let failure = disk.lingers {
       return enter(disk, .restarting(at: scheduler.now + .seconds(2), why: failure.sentence))
     }
+    if let held = disk.held, disk.device?.kind == .nbd {
+      return enter(
+        disk,
+        .restarting(at: scheduler.now + .seconds(1), why: held.sentence, hasFailed: true))
+    }
     do throws(DiskFailure) {
       try await reopen(disk)
       let byNode = disk.device?.kind == .dm

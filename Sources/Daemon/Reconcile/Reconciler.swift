@@ -52,6 +52,8 @@ package actor Reconciler {
   var ending = false
   var takesWaiters = true
   var isWatchingHearts = false
+  /// Domains that share a disk are looked at.
+  var isWatchingSharers = false
   /// When metrics were asked for last, or this daemon started; nil: the kernel measures nothing.
   var measuredAt: ContinuousClock.Instant?
   /// Disks of an earlier daemon that are being taken over.
@@ -110,18 +112,38 @@ package actor Reconciler {
     scheduler.start { await self.drive(id) }
   }
 
+  /// The same of a vbd: of its disk, or of what it waits to become.
+  func mark(_ vbd: VBD) { mark(id(of: vbd)) }
+
+  /// Names the disk of a vbd, or the one that it would get. A disk that an earlier vbd of these numbers
+  /// has left to others is none of its.
+  func id(of vbd: VBD) -> DiskID {
+    if let disk = table[.vbd(vbd)], !disk.isOutlived { return disk.id }
+    let lives = table.values.filter { $0.id.vbd == vbd }
+    if let disk = lives.first(where: { !$0.isOutlived }) { return disk.id }
+    let taken = Set(lives.map(\.id))
+    var (id, life) = (DiskID.vbd(vbd), 0)
+    while taken.contains(id) {
+      life += 1
+      id = .again(vbd, life)
+    }
+    return id
+  }
+
   /// Looks at everything at once and marks the disks for which something has changed.
   func lookAtEverything() async throws(XenStoreError) {
     lookAtNames()
     var known: [VBD: Sight?] = [:]
     for (id, disk) in table {
-      if let vbd = id.vbd { known.updateValue(disk.sight, forKey: vbd) }
+      if let vbd = id.vbd, !disk.isOutlived { known.updateValue(disk.sight, forKey: vbd) }
     }
     guard let sights = try await view.lookAll(and: known) else {
       if await !storeForgotUs() { return }
       return try await lookAtEverything()
     }
-    for (vbd, sight) in sights { compare(.vbd(vbd), sight) }
+    for (vbd, sight) in sights { compare(id(of: vbd), sight) }
+    for disk in table.values where disk.isOutlived && !disk.isSettled { mark(disk.id) }
+    if isWatchingSharers { await checkSharers() }
   }
 
   /// The same for named disks, of which xenstore does not know.
@@ -141,7 +163,7 @@ package actor Reconciler {
   /// nothing: disks in use are kept until it speaks of them again, or a script's `remove` does.
   /// False when even that could not be told to xenstored.
   func storeForgotUs() async -> Bool {
-    let kept = table.values.filter { $0.id.vbd != nil && ($0.worker != nil || $0.device != nil) }
+    let kept = table.values.filter { $0.id.vbd != nil && $0.holdsSomething && !$0.isOutlived }
     for disk in kept { disk.orphaned = true }
     for disk in table.values { disk.published = nil }
     if announced != nil, !kept.isEmpty {
@@ -162,7 +184,7 @@ package actor Reconciler {
       disk.due = false
       let waiter = nextWaiter
       do throws(XenStoreError) {
-        guard let sight = try await look(id) else {
+        guard let sight = try await lookAll(of: disk) else {
           disk.due = await storeForgotUs()
           if !disk.due { wake(disk, after: .seconds(1)) }
           continue
@@ -170,6 +192,8 @@ package actor Reconciler {
         disk.sight = sight
         disk.firstUnseen = waiter
         if sight.exists { disk.orphaned = false }
+        if hasLeft(disk) { await outlive(disk) }
+        if disk.sight?.device != nil { disk.wasGiven = true }
         if let vdev = sight.vdev { disk.vdev = vdev }
         // The entry was made anew, or somebody has written in our nodes.
         if sight.told != disk.published?.state.rawValue { disk.published = nil }
@@ -194,6 +218,17 @@ package actor Reconciler {
     settle(disk)
   }
 
+  /// Looks at a disk and at those of its users that nobody has looked at since they were taken over:
+  /// it goes when nobody wants it. Nil: the store has forgotten us.
+  private func lookAll(of disk: Disk) async throws(XenStoreError) -> Sight? {
+    guard let sight = try await look(disk.id) else { return nil }
+    for user in disk.joined where user.sight == nil {
+      guard let sight = try await look(user.id) else { return nil }
+      user.sight = sight
+    }
+    return sight
+  }
+
   private func takeStep(_ disk: Disk) async {
     let now = scheduler.now
     let step = disk.phase.step(
@@ -201,6 +236,7 @@ package actor Reconciler {
     switch step {
     case .none:
       if case .serving = disk.phase, disk.socketLost { await replaceSocket(disk) }
+      if case .joined = disk.phase, hasLostHost(disk) { await leave(disk) }
     case .start:
       guard let wanted = disk.wanted else { return }
       let waits = freeStarts == 0
@@ -217,6 +253,7 @@ package actor Reconciler {
     case .stop:
       await stop(disk)
       disk.due = true
+    case .leave: await leave(disk)
     case .forget: forget(disk)
     }
   }
@@ -270,6 +307,7 @@ package actor Reconciler {
     table[disk.id] = nil
     rememberFailure(of: disk)
     refuseWaiters(disk, .unwanted(disk.id))
+    dissolve(disk)
     wakeThoseWaiting(for: disk.id)
   }
 
@@ -308,7 +346,10 @@ package actor Reconciler {
     let answer: Result<DeviceNode, DiskFailure>
     switch disk.phase {
     case .serving:
-      guard let device = disk.device, disk.wanted != nil else { return }
+      guard let device = disk.device, disk.ownWanted != nil else { return }
+      answer = .success(device)
+    case .joined:
+      guard let device = disk.host?.device, disk.ownWanted != nil else { return }
       answer = .success(device)
     case .failed(let failure, _): answer = .failure(failure)
     default: return
@@ -324,19 +365,29 @@ package actor Reconciler {
     disk.waiters = [:]
   }
 
-  /// Writes a disk's nodes if they are not what they should be.
+  /// Writes the nodes of a disk's vbds if they are not what they should be.
   func publish(_ disk: Disk) async {
     guard table[disk.id] === disk else { return }
+    await publishNodes(of: disk)
+    for user in disk.joined {
+      if case .joined = user.phase { await publishNodes(of: user) }
+    }
+    await saveState(disk)
+    await announce("running")
+  }
+
+  private func publishNodes(of disk: Disk) async {
     do throws(XenStoreError) {
       if case .idle = disk.phase {
         if disk.published != nil, let vbd = disk.id.vbd { try await view.withdraw(vbd) }
         disk.published = nil
       } else if disk.sight?.exists == true, let vbd = disk.id.vbd {
+        let served = disk.served
         let nodes = DiskNodes(
-          state: disk.phase.publicState, format: disk.spec?.format ?? "",
-          device: disk.device?.path ?? "",
-          worker: disk.worker.map { String($0.process.pid) } ?? "",
-          error: disk.reason ?? "", since: String(disk.since))
+          state: served.phase.publicState, format: served.spec?.format ?? "",
+          device: served.device?.path ?? "",
+          worker: served.worker.map { String($0.process.pid) } ?? "",
+          error: served.reason ?? "", since: String(served.since))
         if disk.published != nodes {
           let written = try await view.publish(vbd, nodes)
           disk.published = written ? nodes : nil
@@ -346,8 +397,6 @@ package actor Reconciler {
     } catch {
       log(for: disk).warning("cannot tell of the disk", metadata: ["error": "\(error)"])
     }
-    await saveState(disk)
-    await announce("running")
   }
 
   /// Keeps the time of the last change of state for the next daemon.
@@ -369,7 +418,7 @@ package actor Reconciler {
     do throws(DiskFailure) { pending = try await keptLogs().count } catch {
       log.warning("cannot count the pending logs", metadata: ["error": "\(error)"])
     }
-    let counts = [table.values.count { $0.spec != nil }, pending]
+    let counts = [table.values.count { $0.spec != nil && $0.host == nil }, pending]
     if announced?.first != counts[0] { manager?.status(disks: counts[0]) }
     if announced != counts || state != "running" {
       do throws(XenStoreError) {
@@ -391,7 +440,7 @@ extension Disk {
   fileprivate var isSettled: Bool {
     switch phase {
     case .serving: !socketLost
-    case .failed, .asking: true
+    case .failed, .asking, .joined: true
     case .idle, .waiting, .starting, .restarting, .stopping: false
     }
   }

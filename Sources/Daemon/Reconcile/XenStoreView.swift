@@ -36,9 +36,21 @@ struct Sight: Sendable, Equatable {
   /// The device that the toolstack was given, "fd:5"; nil when it has none yet.
   var device: String?
 
+  /// What there is where nothing is.
+  static let nothing = Sight(wanted: nil, exists: false, vdev: nil)
+
   /// Whether the backend has not come to be connected: Initialising, InitWait, Initialised.
   /// Source: XenbusState in Xen's io/xenbus.h.
   var isUnconnected: Bool { state.map { ["1", "2", "3"].contains($0) } ?? false }
+}
+
+/// What xenstore says of a domain's relations. Nothing is known of it in a driver domain.
+struct DomainRelation: Sendable, Equatable {
+  /// What the domain's `vm` says: "/vm/UUID". Nothing below that path is read, since two domains of the
+  /// same UUID share it and each deletes it at its end.
+  var vm: String?
+  /// The domain whose stub domain it is.
+  var target: Int?
 }
 
 /// What everybody is told of a disk.
@@ -242,6 +254,21 @@ struct XenStoreView: StoreView {
       } catch {
         guard error.code == .accessDenied else { throw error }
         return nil
+      }
+    }
+  }
+
+  /// How a domain is related to others, as far as this one may know.
+  func relation(of domain: Int) async throws(XenStoreError) -> DomainRelation {
+    try await client.perform { session throws(XenStoreError) in
+      let home = "/local/domain/\(domain)"
+      do throws(XenStoreError) {
+        return DomainRelation(
+          vm: try XenStoreView.text(session, home + "/vm"),
+          target: try XenStoreView.text(session, home + "/target").flatMap { Int($0) })
+      } catch {
+        guard error.code == .accessDenied else { throw error }
+        return DomainRelation()
       }
     }
   }

@@ -96,6 +96,8 @@ package struct Daemon: Sendable {
       poller: try Poller(), view: XenStoreView(client: client), launcher: surroundings.launcher,
       attacher: surroundings.attacher, mapper: surroundings.mapper)
     if surroundings.standInDevices != nil {
+      let stage = StandInXen(folder: configuration.runDirectory + "/stand-in-xen")
+      (host.domains, host.traffic) = (stage, stage)
       host.links = DeviceLinks(
         folder: configuration.runDirectory + "/dev", files: configuration.runDirectory + "/links",
         udev: configuration.runDirectory + "/no-udev")
@@ -191,7 +193,7 @@ private struct ReconcileService: Service {
           case .resync: try await reconciler.lookAtEverything()
           case .changed(let path):
             if let vbd = VBD(path: path) {
-              if !XenStoreView.isOurs(path) { await reconciler.mark(.vbd(vbd)) }
+              if !XenStoreView.isOurs(path) { await reconciler.mark(vbd) }
             } else {
               try await reconciler.lookAtEverything()
             }

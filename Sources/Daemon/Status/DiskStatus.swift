@@ -25,6 +25,11 @@ package struct DiskStatus: Codable, Sendable, Hashable, DiskNaming {
   package var store: String?
   /// Path of the base.
   package var base: String?
+  /// The vbds that use the disk, this one included, as "5-51712"; only when they are several.
+  package var users: [String]?
+  /// Where the disk was started for another vbd: that one, "5-51712" or "5-51712+1". The disk's device,
+  /// worker and log lines are called so.
+  package var identity: String?
   /// Paths of the files that its images name, as they were allowed.
   package var files: [String]?
   /// Path of the block device.
@@ -88,7 +93,7 @@ package struct DiskStatus: Codable, Sendable, Hashable, DiskNaming {
     restarts: Int = 0
   ) {
     switch id {
-    case .vbd(let vbd):
+    case .vbd(let vbd), .again(let vbd, _):
       (domain, number, self.vdev) = (vbd.domain, vbd.device, vdev ?? vbd.vdev)
     case .named(let name): self.name = "\(name)"
     }
