@@ -78,7 +78,8 @@ struct Attach: ParsableCommand {
   @Argument(
     help: "What the disk is made of: dmu:FORMAT[?OPTION=VALUE]:STORE[:BASE]",
     completion: .custom { words, index, _ in
-      CompletionWords.specs(beginning: words.indices.contains(index) ? words[index] : "")
+      CompletionWords.specs(
+        beginning: words.indices.contains(index) ? words[index] : "", commandLine: words)
     })
   var spec: String?
 
@@ -343,7 +344,8 @@ struct Specs: ParsableCommand {
     @Argument(
       help: "The spec: dmu:FORMAT[?OPTION=VALUE]:STORE[:BASE]",
       completion: .custom { words, index, _ in
-        CompletionWords.specs(beginning: words.indices.contains(index) ? words[index] : "")
+        CompletionWords.specs(
+          beginning: words.indices.contains(index) ? words[index] : "", commandLine: words)
       })
     var spec: String
 

@@ -56,7 +56,10 @@ import TestSupport
     }
     try FileManager.default.createDirectory(
       atPath: folder.file("inner"), withIntermediateDirectories: true)
-    func specs(_ text: String) -> [String] { CompletionWords.specs(beginning: text) }
+    let words = ["dmu-xen", "attach", "-c", folder.file("c.toml"), "x", ""]
+    func specs(_ text: String) -> [String] {
+      CompletionWords.specs(beginning: text, commandLine: words)
+    }
     #expect(specs("") == ["dmu:"])
     #expect(specs("dmu:q") == KnownFormat.all.map { "dmu:\($0.name):" })
     let here = folder.path + "/"
@@ -69,5 +72,13 @@ import TestSupport
     #expect(specs("dmu:raw?") == ["dmu:raw?transport="])
     #expect(specs("dmu:qcow2?create=yes&transport=").contains("dmu:qcow2?create=yes&transport=dm:"))
     #expect(specs("dmu:nothing?") == [])
+    try FileManager.default.createDirectory(
+      atPath: folder.file("c/hooks/events.d"), withIntermediateDirectories: true)
+    for name in ["lvm", "nbd", "nbd.new"] {
+      try Data().write(to: URL(fileURLWithPath: folder.file("c/hooks/" + name)))
+    }
+    #expect(specs("dmu:raw:").suffix(2) == ["dmu:raw:lvm//", "dmu:raw:nbd//"])
+    #expect(specs("dmu:raw:/x:n") == ["dmu:raw:/x:nbd//"])
+    #expect(specs("dmu:raw:lvm//v") == [])
   }
 }

@@ -12,6 +12,7 @@ import TestSupport
     arguments: [
       "dmu:dscow:/a", "dmu:dscow:/a:/b", "dmu:dscow?block-size=64K:/var/lib/x.dscow:/dev/vg/base",
       "dmu:dscow?block-size=4K&force=yes:/a%3Ab:/c%2Cd%25", "dmu:qcow2+x_y-z:/ä/%20:/b",
+      "dmu:dscow:lvm//vg/lv:nbd//10.0.0.5%3A10809/base", "dmu:raw:x-9//a//b", "dmu:raw:/a//b",
     ])
   func good(_ text: String) throws {
     let spec = try Spec(text)
@@ -30,6 +31,23 @@ import TestSupport
     #expect(spec.base == "/b%")
   }
 
+  @Test("A source keeps its text, whatever path a hook makes of it")
+  func sources() throws {
+    let spec = try Spec("dmu:dscow:lvm//vg/lv:nbd//host%3A1/b")
+    let (store, base) = (try #require(spec.storeSource), try #require(spec.baseSource))
+    #expect(store.scheme == "lvm" && store.rest == "vg/lv" && base.rest == "host:1/b")
+    #expect(spec.isUnresolved && spec.sources.map(\.source) == [base, store])
+    let half = spec.attached([store: "/dev/vg/lv"])
+    #expect(half.store == "/dev/vg/lv" && half.base == "nbd//host:1/b" && half.isUnresolved)
+    let all = half.attached([base: "/dev/nbd0"])
+    #expect(all.base == "/dev/nbd0" && !all.isUnresolved && all.storeName == "lvm//vg/lv")
+    #expect(all.description == spec.description)
+    #expect(try Spec("dmu:raw:/a//b").storeSource == nil)
+    let long = String(repeating: "x", count: 1025)
+    #expect(Source("lvm//" + long) == nil && Source("lvm//" + long.dropLast()) != nil)
+    #expect(Source(String(repeating: "x", count: 33) + "//a") == nil)
+  }
+
   static let bad: [(String, SpecError.Reason)] = [
     ("drbd:x", .noPrefix), ("", .noPrefix), ("dmu:", .noStore), ("dmu:dscow", .noStore),
     ("dmu::/a", .noFormat), ("dmu:?x=1:/a", .noFormat), ("dmu:ds.cow:/a", .badFormat("ds.cow")),
@@ -41,6 +59,12 @@ import TestSupport
     ("dmu:dscow?x=:/a", .noOptionValue("x")), ("dmu:dscow?x=1&x=2:/a", .optionTwice("x")),
     ("dmu:dscow?x=1=2:/a", .badCode(what: "option 'x'", .bare("="))),
     ("dmu:dscow:a", .notAbsolute(.store, "a")), ("dmu:dscow:/a:b", .notAbsolute(.base, "b")),
+    ("dmu:raw:lvm/vg", .notAbsolute(.store, "lvm/vg")),
+    ("dmu:raw:Lvm//x", .notAbsolute(.store, "Lvm//x")),
+    ("dmu:raw:9//x", .notAbsolute(.store, "9//x")),
+    ("dmu:raw:lvm//", .badSource(.store, "lvm//")),
+    ("dmu:raw:/a:lvm//-x", .badSource(.base, "lvm//-x")),
+    ("dmu:raw:a//x:a//x", .sameTwice),
     ("dmu:dscow:/\(String(repeating: "x", count: 4095))", .tooLong(.store)),
     ("dmu:dscow:/a:/\(String(repeating: "x", count: 4095))", .tooLong(.base)),
     ("dmu:dscow:/a:/a", .sameTwice), ("dmu:dscow:/%61:/a", .sameTwice),

@@ -46,6 +46,8 @@ final class SimulatedHost: @unchecked Sendable {  // One thread.
   /// By path.
   var stores: [String: Truth] = [:]
   var workers: [SimulatedWorker] = []
+  /// What the hook has attached, and whether it may be written to.
+  var attached: [String: Bool] = [:]
   var sockets: [UInt32: Device] = [:]
   var mapped: [DiskID: Device] = [:]
   /// Devices on which a request is under way that takes its time.

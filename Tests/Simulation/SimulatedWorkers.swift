@@ -258,6 +258,7 @@ final class SimulatedWorker: @unchecked Sendable {  // One thread.
       if let file = descriptors.take(role) { files[role] = PassedDescriptor(file) }
     }
     host.checkWriters()
+    host.checkAttached(store, isWritten: !start.readOnly)
     if start.create, ftruncate(files[.store]?.raw ?? -1, 4096) != 0 { return finish(.exited(1)) }
     if !start.readOnly { host.checkLog(of: self, files[.pending]?.raw ?? -1) }
     if start.format == "qcow2" {

@@ -11,6 +11,7 @@
 // with such writes does not go; faults are not failed under a worker that lives. When it is calm:
 // every disk is served that xenstore or the admin wants, and no other device, worker, lock, log,
 // folder, link or file is left. Named disks: Simulation+Named. Guests that migrate: Simulation+Join.
+// Sources: SimulatedHooks.
 
 import BlockIO
 import Glibc
@@ -130,6 +131,7 @@ final class Simulation: @unchecked Sendable {  // One thread.
       try TextFile.replace(folder.file("store\(index).data"), with: "its data")
     }
     try TextFile.replace(folder.file("base"), with: "a base")
+    try SimulatedHooks.install(configurationPath)
     store.changed = { [unowned self] in tell($0) }
   }
 
@@ -327,7 +329,8 @@ final class Simulation: @unchecked Sendable {  // One thread.
       host: Host(
         scheduler: scheduler, processes: kernel, offload: offload, mapping: offload,
         flushing: offload, domains: SimulatedXen(store: store, kernel: kernel), traffic: kernel,
-        links: links, poller: poller,
+        links: links, hooks: SimulatedHooks(host: world, life: life), notifying: offload,
+        poller: poller,
         view: SimulatedView(store: store, scheduler: scheduler, weather: weather),
         launcher: kernel, attacher: kernel, mapper: SimulatedMapper(kernel: kernel)),
       manager: nil, log: log)
@@ -462,7 +465,9 @@ final class Simulation: @unchecked Sendable {  // One thread.
     let path = host.folder.file("store\(index)")
     // The last one is not there at first.
     let hasBase = base || index == Simulation.storeCount - 1
-    let params = "dmu:\(format)\(options):\(path)" + (hasBase ? ":\(host.folder.file("base"))" : "")
+    var (own, under) = (path, host.folder.file("base"))
+    if index == SimulatedHooks.storeIndex { (own, under) = ("fake//store\(index)", "fake//base") }
+    let params = "dmu:\(format)\(options):\(own)" + (hasBase ? ":\(under)" : "")
     if case .named(let name) = id { return attachNamed(name, params, readOnly: readOnly) }
     guard store.entries[id] == nil, scripts[id] == nil else { return }
     if let domain = id.vbd?.domain { store.create(domain, nil, DomainState(isPaused: false)) }
@@ -516,7 +521,7 @@ final class Simulation: @unchecked Sendable {  // One thread.
       device.kind == .dm
       ? host.mapped.values.first { $0.node == device }?.stores.first
       : host.living.last { $0.disk == host.disk(of: device) && $0.order != nil }?.store
-    guard let served, !params.split(separator: ":").contains(Substring(served)) else { return }
+    guard let served, !isMeant(params, by: served) else { return }
     host.violated("\(id) is given \(served) in place of \(params)")
   }
 
@@ -558,6 +563,7 @@ final class Simulation: @unchecked Sendable {  // One thread.
   private func checkServed() {
     guard host.violation == nil else { return }
     checkNamesServed()
+    checkSources()
     for (id, since) in scripts { host.violated("\(id) waits for its answer since \(since)") }
     for (id, entry) in store.entries where entry.hotplug == "connected" && !entry.isGoing {
       guard entry.told?.state == .ready else {
@@ -581,6 +587,7 @@ final class Simulation: @unchecked Sendable {  // One thread.
   private func checkGone() {
     guard host.violation == nil else { return }
     checkNamesGone()
+    checkDetached()
     for id in store.entries.keys { host.violated("the toolstack cannot take \(id) away") }
     for device in host.mapped.values { host.violated("\(device.node.path) is left") }
     for device in host.sockets.values { host.violated("\(device.node.path) is left") }

@@ -62,8 +62,9 @@ package enum CompletionWords {
   }
 
   /// What `text`, a spec that may be incomplete, can go on as: a format, an option of it and the
-  /// values of that, or a path.
-  package static func specs(beginning text: String) -> [String] {
+  /// values of that, a path, or the scheme of a hook that is installed beside the configuration that
+  /// the command line names.
+  package static func specs(beginning text: String, commandLine words: [String]) -> [String] {
     let prefix = "dmu:"
     guard text.hasPrefix(prefix) else { return [prefix] }
     let parts = text.dropFirst(prefix.count).split(separator: ":", omittingEmptySubsequences: false)
@@ -71,13 +72,21 @@ package enum CompletionWords {
       let text = String(text.dropFirst(prefix.count))
       return options(beginning: text).map { prefix + $0 }
     }
-    guard parts.count <= 3, let path = parts.last, path.isEmpty || path.first == "/" else {
-      return []
-    }
+    guard parts.count <= 3, let path = parts.last else { return [] }
     let before = prefix + head + ":" + parts.dropFirst().dropLast().map { $0 + ":" }.joined()
+    let file = words.value(after: "-c", "--config") ?? Configuration.defaultPath
+    let schemes = schemes(of: file).filter { $0.hasPrefix(path) }.map { before + $0 }
+    guard path.isEmpty || path.first == "/" else { return schemes }
     // Names that would need codes are left to who types.
     return Folder.paths(beginning: path.isEmpty ? "/" : String(path))
-      .filter { !$0.contains { ":,%?&= ".contains($0) } }.map { before + $0 }
+      .filter { !$0.contains { ":,%?&= ".contains($0) } }.map { before + $0 } + schemes
+  }
+
+  /// "lvm//" for each hook.
+  private static func schemes(of configurationPath: String) -> [String] {
+    do throws(IOError) {
+      return try HookFolder(configurationPath: configurationPath).schemes().map { $0 + "//" }
+    } catch { return [] }
   }
 
   /// `FORMAT?OPTION=VALUE&...`, as far as it goes.

@@ -124,7 +124,7 @@ package struct Doctor: Sendable {
     findings += devices(configuration.transport)
     findings += hooks()
     findings += [worker(configuration), runDirectory(configuration)]
-    findings += probing() + keptDisks()
+    findings += probing() + keptDisks() + sources()
     let daemon = daemon(configuration)
     findings.append(daemon)
     if daemon.trouble == nil { findings += inUse() }
@@ -145,6 +145,7 @@ package struct Doctor: Sendable {
       }
       if findings.isEmpty { findings = [Finding("the disks (\(disks.count))", nil, remedy: "")] }
       findings += disks.compactMap(\.worker).compactMap(sandbox)
+      findings += check(Set(disks.flatMap { $0.sources ?? [] }.compactMap { Source($0.source) }))
       let leftovers = try ask(ControlRequest(.leftovers)).leftovers ?? []
       findings += leftovers.map {
         Finding("left over: \($0.name)", $0.what, remedy: "dmu-xen doctor --clean", .trouble)

@@ -16,10 +16,14 @@ package enum SpecCommand {
     }
     let spec: Spec
     let options: FormatOptions
+    var found: [Source: String] = [:]
     do {
       spec = try Spec(text)
       options = try FormatOptions(spec)
       try examine(spec)
+      for (_, source) in spec.sources {
+        found[source] = try SourceCheck(configurationPath: configurationPath).run(source)
+      }
     } catch {
       CommandOutput.complain("\(error)")
       return .failed
@@ -29,14 +33,14 @@ package enum SpecCommand {
     do { createIn = try Configuration.load(configurationPath).createIn } catch {
       CommandOutput.complain("\(error): going on with the defaults")
     }
-    CommandOutput.say(explain(spec, options, createIn: createIn))
+    CommandOutput.say(explain(spec, options, createIn: createIn, found: found))
     return .done
   }
 
   /// Throws when something is there that can be neither store nor base, or has no place.
   static func examine(_ spec: Spec) throws(DiskFailure) {
     for (role, path) in [("store", spec.store), ("base", spec.base)] {
-      guard let path else { continue }
+      guard let path, !Source.isMeant(path) else { continue }
       var status = stat()
       guard stat(path, &status) == 0 else { continue }
       guard [S_IFREG, S_IFBLK].contains(status.st_mode & S_IFMT) else {
@@ -45,11 +49,18 @@ package enum SpecCommand {
           .io, "\(role) \(path) is \(what): give the path of an image file or a block device")
       }
     }
-    guard Images.hasFolder(spec.store) else { throw .storeDirectoryMissing(spec.store) }
+    guard spec.storeSource != nil || Images.hasFolder(spec.store) else {
+      throw .storeDirectoryMissing(spec.store)
+    }
   }
 
-  /// The explanation, several lines.
-  static func explain(_ spec: Spec, _ options: FormatOptions, createIn: [String]) -> String {
+  /// The explanation, several lines. `found`: what hooks say of sources.
+  static func explain(
+    _ spec: Spec, _ options: FormatOptions, createIn: [String], found: [Source: String] = [:]
+  ) -> String {
+    func words(_ source: Source) -> String {
+      "\(source) (its hook \(found[source].flatMap { $0.isEmpty ? nil : "says: " + $0 } ?? "has it"))"
+    }
     var lines = [("spec", spec.description), ("format", spec.format)]
     for option in spec.options {
       let meaning = KnownFormat.named(spec.format)?.options
@@ -57,9 +68,15 @@ package enum SpecCommand {
       lines.append(
         ("option", "\(option.name) = \(option.value)\(meaning.map { " (\($0))" } ?? "")"))
     }
-    lines.append(("store", "\(spec.store) (\(state(spec, options, createIn)))"))
+    if let source = spec.storeSource {
+      lines.append(("store", words(source)))
+    } else {
+      lines.append(("store", "\(spec.store) (\(state(spec, options, createIn)))"))
+    }
     if spec.format == "raw" {
       lines.append(("base", "none: a raw store has no base"))
+    } else if let source = spec.baseSource {
+      lines.append(("base", words(source)))
     } else if let base = spec.base {
       lines.append(("base", "\(base) (\(Images.exists(base) ? "exists" : "does not exist"))"))
     } else {

@@ -74,6 +74,9 @@ package struct Configuration: Sendable, Equatable {
   /// How long the kernel waits for a new worker before it fails the guest's requests.
   package var deadConnectionTimeout = Duration.seconds(86_400)
 
+  /// How long a hook may take.
+  package var hookTimeout = Duration.seconds(20)
+
   /// Where metrics are served over HTTP; nil: nowhere. Read at start only.
   package var metricsListen: MetricsAddress?
   /// So long after the last question for metrics the kernel goes on measuring.
@@ -88,6 +91,12 @@ package struct Configuration: Sendable, Equatable {
   package var disksDirectory: String { runDirectory + "/disks" }
   /// What is wanted of named disks.
   var namedWishes: NamedWishes { NamedWishes(folder: runDirectory + "/named") }
+  /// What hooks have attached.
+  var sourceRecords: SourceRecords { SourceRecords(folder: runDirectory + "/sources") }
+  /// Directory of the files of hooks that run.
+  var hookDirectory: String { runDirectory + "/hooks" }
+  /// Path of the files of such a run.
+  func hookFiles(_ name: String) -> String { hookDirectory + "/" + name }
   /// Directory of the links of workers that only recover a log.
   var recoveryDirectory: String { runDirectory + "/recover" }
   /// The pending logs of stores.

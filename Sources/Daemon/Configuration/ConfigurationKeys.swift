@@ -44,6 +44,7 @@ struct ConfigurationKey: Sendable {
     number("base", "chain-depth", \.chainDepth, 1...256),
     seconds("nbd", "request-timeout", \.requestTimeout, 1...3600),
     seconds("nbd", "dead-connection-timeout", \.deadConnectionTimeout, 1...31_536_000),
+    seconds("hooks", "timeout", \.hookTimeout, 1...600),
     metricsListen,
     seconds("metrics", "measuring-time", \.measuringTime, 1...86_400),
   ]

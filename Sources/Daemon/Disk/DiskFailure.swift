@@ -26,6 +26,8 @@ package struct DiskFailure: Error, Sendable, Hashable, CustomStringConvertible {
     case baseRefused = "base-refused"
     /// Somebody else has the store.
     case inUse = "in-use"
+    /// A hook cannot attach the source that the store or base is.
+    case source
     /// A system call failed.
     case io
     /// The worker reported something that has no code of its own here.

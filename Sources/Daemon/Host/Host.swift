@@ -224,6 +224,10 @@ struct Host: Sendable {
   var traffic: any DeviceTraffic = BackendTraffic()
   /// Where named disks have their links.
   var links = DeviceLinks.host
+  /// Runs the admin's programs.
+  var hooks: any HookRunning = ProcessHooks()
+  /// Hooks that are told of events: some at a time, so that those that hang take no more threads.
+  var notifying: any Offloading = Offload(threads: 16)
   var poller: any Polling
   var view: any StoreView
   var launcher: any WorkerLauncher

@@ -31,6 +31,8 @@ final class Disk {
   /// the lock goes with the store.
   weak var compared: FileStore?
   var base: OpenImage?
+  /// What hooks have attached for it, or are to.
+  var sources: Set<Source> = []
   /// Which files the disk was started with.
   var identities = DiskIdentities()
   /// What the images named and was allowed, in the order of asking, and those of them that
@@ -95,6 +97,10 @@ final class Disk {
   /// The worker's link when it is not in the directory: it was found, not started.
   var linkPath: String?
 
+  /// Hooks were told that it is attached, or an earlier daemon's.
+  var wasAttached = false
+  /// The failure that they were told of last.
+  var toldFailure: String?
   /// Unix time of the last change of state.
   var since: Int64
   /// The record does not have that time yet.

@@ -18,6 +18,7 @@ extension Reconciler {
   func adopt() async throws(IOError) {
     let configuration = configuration
     try await recallWishes()
+    try await recallSources()
     let found = try await offload.run { () throws(IOError) -> [(DiskID, DiskRecord?)] in
       try PendingEntry.prepare(configuration.registry)
       return try DiskDirectory.all(configuration).map { id throws(IOError) in
@@ -30,7 +31,7 @@ extension Reconciler {
       let disk = Disk(id, configuration: configuration, now: scheduler.unixTime)
       disk.busy = true
       // Its log and its files are nobody else's.
-      if let record { disk.recall(record, configuration.registry) }
+      if let record { recall(disk, record) }
       table[id] = disk
       scheduler.start { await self.adopt(id) }
     }
@@ -123,7 +124,7 @@ extension Reconciler {
       try await offload.run { () throws(IOError) in try directory.remove() }
       return hold(nothing: disk)
     }
-    disk.recall(record, configuration.registry)
+    recall(disk, record)
     guard try await isAttached(disk, device) else {
       log.error("the device has gone", metadata: ["device": "\(device.path)"])
       try await takeOldLog(disk, record, directory)
@@ -152,6 +153,7 @@ extension Reconciler {
   /// now, or a disk of which half is known would be taken for one that nobody wants and that holds
   /// nothing.
   func adopted(_ disk: Disk) {
+    disk.wasAttached = disk.device != nil
     disk.busy = false
     if !disk.joined.isEmpty || disk.held != nil { watchSharers() }
     // No look at xenstore marks one that its own vbd has left.
@@ -212,6 +214,7 @@ extension Reconciler {
     let path = record.link ?? DiskDirectory(configuration, disk.id).link
     let log = log(for: disk)
     do {
+      try await resolveSources(disk)
       let processes = host.processes
       let (process, user, link) = try await offload.run { () throws(IOError) in
         let process = try processes.process(record.worker, startTime: record.workerStart)
@@ -257,12 +260,12 @@ extension Reconciler {
       log.warning("cannot take the worker over", metadata: ["reason": "\(reason)"])
       disk.worker?.channel.close()
       let (device, allowed, identities) = (disk.device, disk.allowed, disk.identities)
-      let entry = disk.entry
+      let (entry, sources) = (disk.entry, disk.sources)
       let isComplete = disk.isComplete
       let held = disk.held
       release(disk)
       disk.held = held
-      disk.isComplete = isComplete
+      (disk.isComplete, disk.sources) = (isComplete, sources)
       disk.device = device
       disk.allowed = allowed
       disk.identities = identities

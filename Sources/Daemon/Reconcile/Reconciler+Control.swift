@@ -143,8 +143,9 @@ extension Reconciler {
       status.link = disk.device.map { _ in host.links.path(name) }
     }
     status.format = disk.spec?.format
-    status.store = disk.spec?.store
-    status.base = disk.basePath ?? disk.report?.basePath
+    status.store = disk.spec?.storeName
+    status.base = disk.spec?.baseName ?? disk.basePath ?? disk.report?.basePath
+    status.sources = attachedPaths(disk)
     status.files = disk.allowed.isEmpty ? nil : disk.allowed.map(\.path)
     status.device = disk.device?.path
     status.transport = disk.device?.kind
@@ -303,7 +304,7 @@ extension DiskStatus {
     domainName = kept.info?.domainName
     format = spec?.format
     store = kept.store
-    base = spec?.base
+    base = spec?.baseName
     uncommitted = kept.summary.uncommitted
     error = kept.sentence
   }

@@ -31,8 +31,8 @@ extension Reconciler {
       disk.id, vdev: disk.vdev, state: .failed, since: disk.since, readOnly: disk.readOnly)
     status.domainName = disk.domainName
     status.format = disk.spec?.format
-    status.store = disk.spec?.store
-    status.base = disk.spec?.base
+    status.store = disk.spec?.storeName
+    status.base = disk.spec?.baseName
     status.error = failure.sentence
     status.note =
       disk.id.name == nil

@@ -141,7 +141,8 @@ extension Reconciler {
       "takes over a disk of which no record is left", metadata: ["device": "\(device.path)"])
     do throws(DiskFailure) {
       try await blocking { () throws(IOError) in try directory.make() }
-      guard let worker = try await find(disk, spec) else {
+      try await resolveSources(disk)
+      guard let spec = disk.spec, let worker = try await find(disk, spec) else {
         disk.phase = .restarting(at: scheduler.now, why: "no worker of it was found")
         return
       }

@@ -11,7 +11,8 @@ internal import XenStore
 
 /// Something that is left of a disk.
 package struct Leftover: Codable, Sendable, Equatable {
-  /// "device /dev/nbd3", "loop-device /dev/loop2", "worker 77", "log KEY", "nodes 5-51712": names it in `clean`.
+  /// "device /dev/nbd3", "loop-device /dev/loop2", "worker 77", "log KEY",
+  /// "source lvm//vg/lv", "nodes 5-51712": names it in `clean`.
   package var name: String
   /// What it is, one line.
   package var what: String
@@ -51,6 +52,13 @@ extension Reconciler {
           name: "log \(kept.entry.key)", what: kept.sentence,
           loses: "\(kept.summary.words), which a guest believes to be written"))
     }
+    for record in strayRecords() {
+      found.append(
+        Leftover(
+          name: "source \(record.source)",
+          what: "a source that no disk uses, and that its hook does not detach:"
+            + " \(sources.table[record.source]?.failure?.sentence ?? "see the log")"))
+    }
     do throws(XenStoreError) {
       for vbd in try await view.toldDisks() where table[id(of: vbd)] == nil {
         found.append(
@@ -85,6 +93,17 @@ extension Reconciler {
         guard hasEnded else { throw .worker("process \(subject) cannot be killed: it hangs") }
         return
       }
+    case "source":
+      guard let source = Source(subject), strayRecords().contains(where: { $0.source == source })
+      else { break }
+      if let failure = await detachIfUnused(source) { throw failure }
+      guard sources.table[source] == nil else {
+        throw DiskFailure(
+          .inUse,
+          "source \(source) is needed by a disk or by a pending log that is kept: see"
+            + " 'dmu-xen status'")
+      }
+      return
     case "log":
       _ = try await discard(subject)
       return

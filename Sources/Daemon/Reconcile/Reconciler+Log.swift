@@ -337,9 +337,11 @@ extension Reconciler {
     throw failure
   }
 
-  private func recover(_ disk: Disk, _ entry: PendingEntry, _ spec: Spec) async -> DiskFailure? {
+  private func recover(_ disk: Disk, _ entry: PendingEntry, _ given: Spec) async -> DiskFailure? {
     let directory = disk.directory(configuration)
     do throws(DiskFailure) {
+      let spec = try await attachSources(disk, given)
+      disk.spec = spec
       let outcome = try await offload.run { () throws(DiskFailure) in
         try Images.open(spec, readOnly: false)
       }
@@ -381,6 +383,7 @@ extension Reconciler {
   /// Tries once to commit every log that an earlier daemon has left; those that hold nothing go.
   func recoverAll() async {
     hasRecovered = true
+    defer { scheduler.start { await self.detachUnused() } }
     let registry = configuration.registry
     do throws(DiskFailure) {
       let entries = try await blocking { () throws(IOError) in try PendingEntry.all(registry) }

@@ -32,8 +32,15 @@ extension Reconciler {
     await learnName(of: disk)
     forgetFailures(like: disk)
     do throws(StartStop) {
-      let spec = try reading(wanted.params)
+      var spec = try reading(wanted.params)
       disk.spec = spec
+      if !spec.sources.isEmpty {
+        do throws(DiskFailure) { spec = try await attachSources(disk, spec) } catch {
+          throw .failed(error)
+        }
+        disk.spec = spec
+        guard await isStillWanted(disk) else { throw .unwanted }
+      }
       try await open(disk, spec)
       do throws(DiskFailure) { try await serve(disk, spec) } catch { throw .failed(error) }
       disk.newStore = nil
@@ -439,6 +446,7 @@ extension Reconciler {
     disk.lingering = nil
     disk.held = nil
     disk.wasGiven = false
+    releaseSources(disk)
     wakeThoseWaiting(for: disk.id)
   }
 }

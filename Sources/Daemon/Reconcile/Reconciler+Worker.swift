@@ -357,6 +357,7 @@ extension Reconciler {
   /// Opens what an earlier daemon and its worker took with them; the files that the images
   /// name follow when the next worker asks for them.
   func reopen(_ disk: Disk) async throws(DiskFailure) {
+    try await resolveSources(disk)
     guard let spec = disk.spec, disk.store == nil || disk.pending == nil else { return }
     let (readOnly, isHeld) = (disk.readOnly, disk.isHeldByKernel)
     if disk.store == nil {

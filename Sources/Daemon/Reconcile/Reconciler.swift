@@ -41,6 +41,10 @@ package actor Reconciler {
   /// Keys of the logs that are committed, removed or given up just now: no disk takes one up
   /// meanwhile.
   var claimedLogs: Set<String> = []
+  /// What hooks have attached; see Reconciler+Sources.
+  var sources = HeldSources()
+  /// What hooks are to be told; see Reconciler+Events.
+  var events = EventQueues()
   /// Attaches that failed and whose disks have gone; see Reconciler+Failures.
   var failures: [DiskStatus] = []
   /// While disks are taken over: the workers that an earlier daemon has noted. A store may have
@@ -133,6 +137,7 @@ package actor Reconciler {
   /// Looks at everything at once and marks the disks for which something has changed.
   func lookAtEverything() async throws(XenStoreError) {
     lookAtNames()
+    detachUnused()
     var known: [VBD: Sight?] = [:]
     for (id, disk) in table {
       if let vbd = id.vbd, !disk.isOutlived { known.updateValue(disk.sight, forKey: vbd) }
@@ -322,8 +327,9 @@ package actor Reconciler {
 
   /// Goes over to another phase.
   func enter(_ disk: Disk, _ phase: DiskPhase) {
-    let before = disk.phase.publicState
+    let (former, before) = (disk.phase, disk.phase.publicState)
     disk.phase = phase
+    tellChange(disk, from: former, to: phase)
     if case .idle = phase { return }
     if before != phase.publicState {
       disk.since = scheduler.unixTime

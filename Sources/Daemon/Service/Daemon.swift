@@ -155,7 +155,8 @@ enum RunDirectory {
     // nothing else.
     for (path, mode) in [
       (configuration.runDirectory, mode_t(0o711)), (configuration.disksDirectory, 0o700),
-      (configuration.recoveryDirectory, 0o700),
+      (configuration.recoveryDirectory, 0o700), (configuration.sourceRecords.folder, 0o700),
+      (configuration.hookDirectory, 0o700),
     ] {
       guard mkdir(path, mode) == 0 || errno == EEXIST else { throw IOError.last("make", path) }
       guard chmod(path, mode) == 0 else { throw IOError.last("set the mode of", path) }
@@ -224,7 +225,10 @@ private struct ReconcileService: Service {
       let (keeper, log) = (keeper, log)
       do throws(IOError) {
         let isNew = try await reconciler.offload.run { () throws(IOError) in try keeper.look(log) }
-        if isNew { await reconciler.rewriteWishes() }
+        if isNew {
+          await reconciler.rewriteWishes()
+          await reconciler.rewriteSources()
+        }
       } catch { log.error("the run directory cannot be made", metadata: ["error": "\(error)"]) }
       await reconciler.checkLogs()
     }

@@ -3,10 +3,12 @@
 //
 //     dmu:FORMAT[?OPTION=VALUE&...]:STORE[:BASE]
 //
+// STORE and BASE are paths, or sources, of which a hook makes paths (Source.swift).
+//
 // Invariants:
 // - The characters : , % ? & = stand in a path or a value only as percent codes, so that
 //   there is one way to read a spec and the toolstack's own separators never occur.
-// - A path is absolute, is UTF-8 and holds no control character: it can be shown in one line.
+// - A path is absolute; a path and a source are UTF-8 and hold no control character: they can be shown in one line.
 // - A spec that was parsed and written out again is equal to itself.
 
 /// What a disk is made of: a format, its options, a store, and perhaps a base.
@@ -34,10 +36,14 @@ package struct Spec: Sendable, Hashable, CustomStringConvertible {
   package let format: String
   /// The options, in the order written, each name once.
   package let options: [Option]
-  /// Absolute path of the store.
-  package let store: String
-  /// Absolute path of the base, nil when the image is to name it.
-  package let base: String?
+  /// Absolute path of the store; of a source its text, until `attached(_:)`.
+  package private(set) var store: String
+  /// Absolute path of the base, nil when the image is to name it; of a source as with the store.
+  package private(set) var base: String?
+  /// The source that the store is; nil: it is a path.
+  package let storeSource: Source?
+  /// The source that the base is.
+  package let baseSource: Source?
 
   /// A spec from its parts.
   package init(format: String, options: [Option] = [], store: String, base: String? = nil) {
@@ -45,6 +51,17 @@ package struct Spec: Sendable, Hashable, CustomStringConvertible {
     self.options = options
     self.store = store
     self.base = base
+    storeSource = Source(store)
+    baseSource = base.flatMap { Source($0) }
+  }
+
+  /// The same spec with the paths that hooks have made of its sources; one that has none stays
+  /// as it is.
+  package func attached(_ paths: [Source: String]) -> Spec {
+    var spec = self
+    if let path = storeSource.flatMap({ paths[$0] }) { spec.store = path }
+    if let path = baseSource.flatMap({ paths[$0] }) { spec.base = path }
+    return spec
   }
 
   /// Whether a disk's `params` are meant for this daemon at all.
@@ -62,6 +79,8 @@ package struct Spec: Sendable, Hashable, CustomStringConvertible {
     options = head.count > 1 ? try Spec.options(head[1], in: text) : []
     store = try Spec.path(parts[1], .store, in: text)
     base = parts.count > 2 ? try Spec.path(parts[2], .base, in: text) : nil
+    storeSource = Source(store)
+    baseSource = base.flatMap { Source($0) }
     guard store != base else { throw SpecError(text, .sameTwice) }
   }
 
@@ -70,14 +89,14 @@ package struct Spec: Sendable, Hashable, CustomStringConvertible {
     options.first { $0.name == name }?.value
   }
 
-  /// The spec as it is written in a disk line, percent codes and all.
+  /// The spec as it is written in a disk line, percent codes and all, with sources as such.
   package var description: String {
     var text = Spec.prefix + format
     for (index, option) in options.enumerated() {
       text += (index == 0 ? "?" : "&") + option.name + "=" + PercentCode.encode(option.value)
     }
-    text += ":" + PercentCode.encode(store)
-    if let base { text += ":" + PercentCode.encode(base) }
+    text += ":" + PercentCode.encode(storeName)
+    if let baseName { text += ":" + PercentCode.encode(baseName) }
     return text
   }
 
@@ -119,6 +138,10 @@ package struct Spec: Sendable, Hashable, CustomStringConvertible {
   ) throws(SpecError) -> String {
     guard !part.isEmpty else { throw SpecError(text, role == .store ? .noStore : .emptyBase) }
     let path = try decode(part, what: role.rawValue, in: text)
+    if Source.isMeant(path) {
+      guard Source(path) != nil else { throw SpecError(text, .badSource(role, path)) }
+      return path
+    }
     guard path.hasPrefix("/") else { throw SpecError(text, .notAbsolute(role, path)) }
     guard path.utf8.count <= longestPath else { throw SpecError(text, .tooLong(role)) }
     return path

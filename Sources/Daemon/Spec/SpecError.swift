@@ -38,6 +38,8 @@ package struct SpecError: Error, Sendable, Hashable, CustomStringConvertible {
     case optionTwice(String)
     /// A path that does not begin with a slash.
     case notAbsolute(Role, String)
+    /// It begins like a source and is none.
+    case badSource(Role, String)
     /// A path longer than the kernel takes.
     case tooLong(Role)
     /// Store and base are the same path.
@@ -82,6 +84,8 @@ package struct SpecError: Error, Sendable, Hashable, CustomStringConvertible {
     case .optionTwice(let name): "option '\(name)' is given twice"
     case .notAbsolute(let role, let path):
       "\(role.rawValue) '\(ForeignText.shown(path))' is not an absolute path"
+    case .badSource(let role, let text):
+      "\(role.rawValue) '\(ForeignText.shown(text))' is no source (\(Source.rule))"
     case .tooLong(let role):
       "the path of the \(role.rawValue) is longer than \(Spec.longestPath) bytes"
     case .sameTwice: "store and base are the same"

@@ -21,15 +21,17 @@ package struct DiskStatus: Codable, Sendable, Hashable, DiskNaming {
   package var number: Int?
   /// The image format.
   package var format: String?
-  /// Path of the store.
+  /// Path of the store, or its source.
   package var store: String?
-  /// Path of the base.
+  /// Path of the base, or its source.
   package var base: String?
   /// The vbds that use the disk, this one included, as "5-51712"; only when they are several.
   package var users: [String]?
   /// Where the disk was started for another vbd: that one, "5-51712" or "5-51712+1". The disk's device,
   /// worker and log lines are called so.
   package var identity: String?
+  /// What hooks have attached for it.
+  package var sources: [AttachedPath]?
   /// Paths of the files that its images name, as they were allowed.
   package var files: [String]?
   /// Path of the block device.
@@ -116,6 +118,16 @@ package struct DiskStatus: Codable, Sendable, Hashable, DiskNaming {
 
   /// What dmu-xen's commands call it.
   var target: String { name ?? "\(domain ?? 0):\(label)" }
+}
+
+/// A source that a hook has attached, as status shows it.
+package struct AttachedPath: Codable, Sendable, Hashable {
+  /// "lvm//vg/lv".
+  package var source: String
+  /// Path of its block device or file.
+  package var path: String
+  /// Whether other hosts can open it.
+  package var shared: Bool
 }
 
 /// What says of which disk something is: a vbd's domain and name in it, or its own name.
