@@ -98,6 +98,14 @@ install: ## install into $(DESTDIR)$(PREFIX), etc. into $(DESTDIR)/etc
 	ln -sf ../sbin/cowd $(DESTDIR)$(PREFIX)/bin/dmu-img
 	ln -sf ../sbin/cowd $(DESTDIR)$(PREFIX)/bin/dscow_tool
 	install -D -m 755 -t $(DESTDIR)$(PREFIX)/lib/dmu-xen hotplug/block-dmu
+	install -D -m 644 -t $(DESTDIR)$(PREFIX)/lib/dmu-xen hotplug/hook-functions
+	install -d -m 755 $(DESTDIR)/etc/dmu-xen/hooks/events.d
+	@# Hooks that were edited stay.
+	@for hook in hotplug/hooks/*; do to=$(DESTDIR)/etc/dmu-xen/hooks/$${hook##*/}; \
+	sed 's|/usr/lib|$(PREFIX)/lib|' $$hook >$$to.new && chmod 755 $$to.new || exit 1; \
+	if [ -e $$to ] && ! cmp -s $$to $$to.new; \
+	then echo "install: $${to#$(DESTDIR)} is kept; the new one is $${to#$(DESTDIR)}.new"; \
+	else mv $$to.new $$to; fi || exit 1; done
 	sed 's|/usr/lib|$(PREFIX)/lib|' hotplug/block-dmu.start >$(DESTDIR)/etc/xen/scripts/block-dmu
 	chmod 755 $(DESTDIR)/etc/xen/scripts/block-dmu
 	@# A configuration that was edited stays.
