@@ -141,11 +141,11 @@ let package = Package(
     room("DiskFormats", ["CPlugin", "CZlib", "CZstd"] + block),
     hotRoom("Target", ["DMU"] + block),
     hotRoom("NBDServer", ["Target", "SystemIO"]),
-    room("WorkerLink", ["SystemIO"]),
+    smallRoom("WorkerLink", ["SystemIO"]),
     room(
       "Worker",
       ["CSeccomp", "Target", "NBDServer", "DMU", "LinuxBlock", "DiskFormats", "WorkerLink"] + block),
-    room("XMLText", ["CLibXML2", "SystemIO"], libxml2),
+    smallRoom("XMLText", ["CLibXML2", "SystemIO"], libxml2),
     room("ImageTool", ["XMLText", "DiskFormats", "BlockIO", "SystemIO"], libxml2),
     smallRoom(
       "Daemon",

@@ -166,7 +166,7 @@ extension Reconciler {
       }
       if others.isEmpty { break }
       guard others.allSatisfy(\.isLeaving), scheduler.now < end, !ending else {
-        throw .sourceReadOnly(source, others.map(\.holder).sorted { $0.id < $1.id })
+        throw .sourceReadOnly(source, others.flatMap(\.holders).sorted { $0.id < $1.id })
       }
       await pause(.milliseconds(100))
     }
@@ -335,7 +335,7 @@ extension Reconciler {
   func hookEnvironment(_ disk: Disk) -> [String: String] {
     var variables = ["DMU_DISK": "\(disk.id)"]
     switch disk.id {
-    case .vbd(let vbd):
+    case .vbd(let vbd), .again(let vbd, _):
       variables["DMU_DOMAIN"] = "\(vbd.domain)"
       variables["DMU_VDEV"] = ForeignText.shown(disk.vdev ?? vbd.vdev)
       variables["DMU_DOMAIN_NAME"] = disk.domainName.map { ForeignText.shown($0) }
