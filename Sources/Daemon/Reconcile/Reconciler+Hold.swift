@@ -43,7 +43,10 @@ extension Reconciler {
   }
 
   private func checkSharers(of disk: Disk) async {
-    guard table[disk.id] === disk, disk.device != nil, !adopting.contains(disk.id) else { return }
+    // Of users that were taken over nothing is known before the first look at them.
+    guard table[disk.id] === disk, disk.device != nil, !adopting.contains(disk.id),
+      disk.users.allSatisfy({ $0.sight != nil || $0.orphaned })
+    else { return }
     let rivals: [Disk]
     do { rivals = try await running(disk) } catch {
       // Nothing is known: it stays as it is.
