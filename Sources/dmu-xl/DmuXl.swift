@@ -13,7 +13,10 @@ package enum Program {
   package static func main() {
     let arguments = Array(CommandLine.arguments.dropFirst())
     // What begins with one of these is for us; all else is xl's.
-    let ours = ["-h", "--help", "--version", "--generate-completion-script"]
+    let ours = [
+      "-h", "--help", "--version", "--generate-completion-script", "---completion",
+      "--experimental-dump-help",
+    ]
     if let first = arguments.first, ours.contains(where: { first.hasPrefix($0) }) {
       DmuXl.main(arguments)
     } else {
