@@ -300,6 +300,8 @@ extension Reconciler {
   func takeUsers(_ users: [VBD], _ disk: Disk) {
     guard !users.isEmpty, let own = disk.id.vbd else { return }
     disk.isOutlived = !users.contains(own)
+    // Others have joined only what it had been given: without the device it is another of its numbers.
+    disk.wasGiven = !disk.isOutlived
     for vbd in users where disk.isOutlived || vbd != own {
       let id = id(of: vbd)
       guard table[id] == nil else {
