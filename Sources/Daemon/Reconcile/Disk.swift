@@ -63,7 +63,7 @@ final class Disk {
   var former: FormerWorker?
   /// Why the daemon has ended its worker, or let its link go; nil when it did not.
   var verdict: String?
-  /// Counts the workers, so that late news of an earlier one is told apart.
+  /// Of the worker, among all of them, so that late news of an earlier one is told apart.
   var generation = 0
   /// What the worker said last.
   var report: DiskReport?

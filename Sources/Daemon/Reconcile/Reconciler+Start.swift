@@ -52,8 +52,9 @@ extension Reconciler {
       var failure: DiskFailure?
       if case .failed(let why) = error { failure = why }
       disk.activity = nil
-      // It has opened nothing.
+      // It has opened nothing, and what hooks have attached is its host's.
       if case .joined(let host) = error {
+        disk.sources = []
         enter(disk, .joined(host))
         return watchSharers()
       }
@@ -422,7 +423,7 @@ extension Reconciler {
   /// Drops the descriptors; the locks go with the last of them.
   func release(_ disk: Disk) {
     disk.worker = nil
-    disk.generation += 1
+    disk.generation = nextGeneration()
     disk.report = nil
     disk.store = nil
     disk.base = nil

@@ -155,7 +155,7 @@ extension Reconciler {
 
   /// Takes a process as the disk's worker.
   func follow(_ disk: Disk, _ process: any HostProcess, _ link: LinkConnection) -> Worker {
-    disk.generation += 1
+    disk.generation = nextGeneration()
     let (id, generation) = (disk.id, disk.generation)
     let channel = WorkerChannel(link, host: host)
     let live = liveWorkers
@@ -308,7 +308,7 @@ extension Reconciler {
   func died(_ disk: Disk, _ why: String, hasFailed: Bool = false) {
     disk.worker?.channel.close()
     disk.worker = nil
-    disk.generation += 1
+    disk.generation = nextGeneration()
     disk.socketLost = false
     let now = scheduler.now
     if let delay = disk.backOff.next(at: now) {

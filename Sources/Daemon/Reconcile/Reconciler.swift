@@ -56,6 +56,9 @@ package actor Reconciler {
   var ending = false
   var takesWaiters = true
   var isWatchingHearts = false
+  /// The last worker's number, of all workers: a disk of a name and a recovery under that name have
+  /// workers of their own.
+  private var generation = 0
   /// Domains that share a disk are looked at.
   var isWatchingSharers = false
   /// When metrics were asked for last, or this daemon started; nil: the kernel measures nothing.
@@ -114,6 +117,12 @@ package actor Reconciler {
     guard !disk.busy else { return }
     disk.busy = true
     scheduler.start { await self.drive(id) }
+  }
+
+  /// A number that no worker has had.
+  func nextGeneration() -> Int {
+    generation += 1
+    return generation
   }
 
   /// The same of a vbd: of its disk, or of what it waits to become.

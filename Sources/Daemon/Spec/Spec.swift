@@ -8,7 +8,8 @@
 // Invariants:
 // - The characters : , % ? & = stand in a path or a value only as percent codes, so that
 //   there is one way to read a spec and the toolstack's own separators never occur.
-// - A path is absolute; a path and a source are UTF-8 and hold no control character: they can be shown in one line.
+// - A path is absolute; a path and a source are UTF-8 and hold no control character: they can be
+//   shown in one line.
 // - A spec that was parsed and written out again is equal to itself.
 
 /// What a disk is made of: a format, its options, a store, and perhaps a base.
